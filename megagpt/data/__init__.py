@@ -1,0 +1,1 @@
+"""From text to batches: tokenizer, sources, shards, sampler, loader."""

@@ -1,0 +1,105 @@
+"""Sample number -> (source, place in it): pure functions, no state, O(1) memory.
+
+A sample is context + 1 consecutive tokens of one source. Samples of the mixture are numbered from 0 in the order in
+which training takes them, so a run's position is one integer, and any rank finds its own samples from it alone.
+
+Two steps: `interleave` spreads the sources over the numbers by weight; `permute` shuffles each source's samples anew in
+every epoch, so that none comes twice before all came once.
+"""
+
+import hashlib
+
+import numpy as np
+
+_ROUNDS = 6
+
+
+def _round_keys(*parts: object) -> list[int]:
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return [int.from_bytes(digest[4 * i : 4 * i + 4], "little") for i in range(_ROUNDS)]
+
+
+def _mix(x: np.ndarray, key: int) -> np.ndarray:
+    """A 32-bit integer hash (the finalizer of MurmurHash3) of x under a key; uint64 in and out."""
+    mask = np.uint64(0xFFFFFFFF)
+    x = (x ^ np.uint64(key)) & mask
+    x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x85EBCA6B)) & mask
+    x = ((x ^ (x >> np.uint64(13))) * np.uint64(0xC2B2AE35)) & mask
+    return x ^ (x >> np.uint64(16))
+
+
+def permute(index: np.ndarray, size: int, *key: object) -> np.ndarray:
+    """A pseudo-random permutation of range(size), applied to the numbers in `index`; int64 in and out.
+
+    A balanced Feistel network is a permutation of the next power of four, whatever its round function; a value that
+    falls outside the range walks on along its cycle until it is inside, which keeps it one (Black and Rogaway 2002).
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    keys = _round_keys(*key)
+    value = index.astype(np.uint64)
+    outside = np.arange(len(value))
+    while len(outside):
+        left, right = value[outside] >> half, value[outside] & low
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right, round_key) & low)
+        value[outside] = (left << half) | right
+        outside = outside[value[outside] >= size]
+    return value.astype(np.int64)
+
+
+def integer_weights(weights: tuple[float, ...]) -> list[int]:
+    """Weights as integers in exactly their proportion, each taken to 6 decimals."""
+
+    parts = [round(w * 10**6) for w in weights]
+    divisor = int(np.gcd.reduce(parts))
+    return [p // divisor for p in parts]
+
+
+def interleave(number: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Source of each sample number, and its number within that source; both int64.
+
+    The sources are halved again and again; at each split, the left half has received round(n w_left / w) of the first
+    n numbers. Each split is off by at most 1/2, scaled by the share of what is below it, so at every prefix every
+    source is within log2(sources) of its exact share.
+    """
+    source = np.zeros(len(number), dtype=np.int64)
+    rank = np.array(number, dtype=np.int64)
+
+    def split(members: np.ndarray, lo: int, hi: int) -> None:
+        if hi - lo == 1 or not len(members):
+            source[members] = lo
+            return
+        middle = (lo + hi) // 2
+        left, total = sum(weights[lo:middle]), sum(weights[lo:hi])
+        n = rank[members]
+        before, after = _rounded_share(n, left, total), _rounded_share(n + 1, left, total)
+        goes_left = after > before
+        rank[members] = np.where(goes_left, before, n - before)
+        split(members[goes_left], lo, middle)
+        split(members[~goes_left], middle, hi)
+
+    split(np.arange(len(number)), 0, len(weights))
+    return source, rank
+
+
+def _rounded_share(n: np.ndarray, part: int, total: int) -> np.ndarray:
+    """round(n * part / total), exact for n up to 2^62 / total: n is split so that no product overflows int64."""
+    whole, rest = np.divmod(n, total)
+    return whole * part + (rest * part + total // 2) // total
+
+
+def locate(number: np.ndarray, sizes: list[int], weights: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Source of each sample number, and which of that source's samples it is, shuffled per epoch.
+
+    sizes: samples of each source; weights: from `integer_weights`. Both results are int64 like `number`.
+    """
+    source, rank = interleave(number, weights)
+    place = np.empty_like(rank)
+    for s in np.unique(source):
+        mine = np.flatnonzero(source == s)
+        epoch, within = np.divmod(rank[mine], sizes[s])
+        for e in np.unique(epoch):
+            chosen = mine[epoch == e]
+            place[chosen] = permute(within[epoch == e], sizes[s], seed, int(s), int(e))
+    return source, place

@@ -1,0 +1,273 @@
+"""Token shards on disk: the format, how it is written so that it is never half, verified, and read.
+
+A prepared folder holds `train_00000.npy`, ... and `val_00000.npy`, ... (uint16, or uint32 past 65,535 ids), beside each
+a `.crc32.npy` with one checksum per block of 64 KiB, and `manifest.json`, written last. Every read checks the blocks it
+touches, so an altered shard is found before it is trained on, at the price of one block, however large the corpus.
+
+Also read as they are: the headed `.bin` shards of llm.c and modded-nanogpt, and build-nanogpt's bare `.npy`.
+"""
+
+import bisect
+import hashlib
+import io
+import itertools
+import json
+import os
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megagpt.data import tokenizer
+from megagpt.errors import UserError
+
+MANIFEST = "manifest.json"
+JOURNAL = "journal.json"
+FORMAT = "megagpt-shards-1"
+BLOCK_BYTES = 2**16
+# numpy pads the header of a one-dimensional array to this, with room for 20 digits of length.
+HEADER_BYTES = 128
+# llm.c's data/README: 256 int32 of header, magic, version, number of tokens; uint16 for GPT-2, uint32 for Llama 3.
+_BIN_HEADER_BYTES = 1024
+_BIN_GPT2 = 20240520
+_BIN_LLAMA3 = 20240801
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a whole file or none, flushed to disk before it gets its name."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def npy_header(dtype: np.dtype[Any], length: int) -> bytes:
+    """The header of a one-dimensional .npy file, always HEADER_BYTES long."""
+    buffer = io.BytesIO()
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(buffer, description)
+    header = buffer.getvalue()
+    assert len(header) == HEADER_BYTES, len(header)
+    return header
+
+
+def block_checksums(data: memoryview) -> np.ndarray:
+    """CRC-32 of each BLOCK_BYTES of the tokens' bytes, uint32."""
+    crcs = (zlib.crc32(data[i : i + BLOCK_BYTES]) for i in range(0, len(data), BLOCK_BYTES))
+    return np.fromiter(crcs, dtype=np.uint32)
+
+
+def checksum_path(shard: Path) -> Path:
+    return shard.with_suffix(".crc32.npy")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of tokens."""
+
+    path: Path
+    tokens: int
+    dtype: np.dtype[Any]
+    offset: int
+    """Bytes before the first token."""
+    checked: bool
+    """Whether block checksums stand beside it."""
+
+
+@dataclass
+class TokenStream:
+    """The tokens of one split of one corpus, end to end. Files are mapped when first touched, never read whole."""
+
+    name: str
+    shards: list[Shard]
+    fingerprint: str
+    """Changes when the tokens change (for shards of others: when names or sizes change)."""
+    vocab_size: int = tokenizer.VOCAB_SIZE
+    _starts: list[int] = field(init=False, repr=False)
+    _maps: dict[int, tuple[np.ndarray, np.ndarray | None]] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._starts = list(itertools.accumulate((s.tokens for s in self.shards), initial=0))
+
+    @property
+    def tokens(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count), int64 of shape (count,). Raises UserError where a shard is damaged."""
+        parts = []
+        i = bisect.bisect_right(self._starts, start) - 1
+        while count:
+            first = start - self._starts[i]
+            take = min(count, self.shards[i].tokens - first)
+            parts.append(self._read_shard(i, first, take))
+            start, count, i = start + take, count - take, i + 1
+        out = np.concatenate(parts).astype(np.int64)
+        if out.max(initial=0) >= self.vocab_size:
+            raise UserError(
+                f"{self.name}: token {out.max()} is outside GPT-2's vocabulary of {self.vocab_size}: "
+                "these shards were made with another tokenizer; prepare the text again"
+            )
+        return out
+
+    def _read_shard(self, index: int, first: int, count: int) -> np.ndarray:
+        shard = self.shards[index]
+        if index not in self._maps:
+            self._maps[index] = _map_shard(shard)
+        tokens, crcs = self._maps[index]
+        if crcs is None:
+            return tokens[first : first + count]
+        per_block = BLOCK_BYTES // shard.dtype.itemsize
+        lo, hi = first // per_block, -(-(first + count) // per_block)
+        # One copy, so that the bytes that are checked are the bytes that are used.
+        data = np.array(tokens[lo * per_block : hi * per_block])
+        if not np.array_equal(block_checksums(data.view(np.uint8).data), crcs[lo:hi]):
+            raise _altered(shard.path)
+        return data[first - lo * per_block :][:count]
+
+
+def _altered(path: Path) -> UserError:
+    return UserError(f"{path}: does not match its checksums: the shard was altered or damaged; prepare the data again")
+
+
+def _map_shard(shard: Shard) -> tuple[np.ndarray, np.ndarray | None]:
+    try:
+        tokens = np.memmap(shard.path, dtype=shard.dtype, mode="r", offset=shard.offset, shape=(shard.tokens,))
+        if not shard.checked:
+            return tokens, None
+        crcs = np.load(checksum_path(shard.path), mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{shard.path}: cannot be read: {error}") from None
+    return tokens, crcs
+
+
+def open_stream(folder: str | Path, split: str) -> TokenStream:
+    """Open one split ("train" or "val") of a folder of shards, checking names, headers and sizes but reading no tokens.
+
+    An absent "val" gives a stream of no tokens. Raises UserError for everything that is not whole and ours to read.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.exists():
+        raise UserError(f"{folder}: no such corpus; make it with `megagpt prepare SOURCE --out {folder}`")
+    manifest_path = folder / MANIFEST
+    if manifest_path.exists():
+        manifest = read_manifest(folder)
+        shards = [_own_shard(folder, manifest, entry) for entry in manifest["splits"][split]["shards"]]
+        fingerprint = hashlib.sha256(json.dumps(manifest["splits"][split], sort_keys=True).encode()).hexdigest()
+    elif (folder / JOURNAL).exists():
+        raise UserError(f"{folder}: its preparation was not finished; run the same `megagpt prepare` again to go on")
+    else:
+        shards = _foreign_shards(folder, split)
+        listed = [[s.path.name, s.tokens] for s in shards]
+        fingerprint = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    stream = TokenStream(f"{folder} ({split})", shards, fingerprint)
+    if split == "train" and stream.tokens == 0:
+        raise UserError(f"{folder}: the corpus is empty: there is not one training token in it")
+    return stream
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder; raises UserError where it is damaged or of another tokenizer."""
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kind, ranks = manifest["format"], manifest["tokenizer"]
+        manifest["splits"]["train"]["shards"], manifest["splits"]["val"]["shards"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a readable manifest ({error!r:.60}); prepare the data again") from None
+    if kind != FORMAT:
+        raise UserError(f"{path}: format {kind!r}, this version reads {FORMAT!r}; prepare the data again")
+    ours = {"name": tokenizer.NAME, "sha256": tokenizer.RANKS_SHA256}
+    if ranks != ours:
+        raise UserError(f"{path}: shards of tokenizer {ranks.get('name')!r}, the models here use {ours['name']!r}")
+    return manifest
+
+
+def _own_shard(folder: Path, manifest: dict[str, Any], entry: dict[str, Any]) -> Shard:
+    path = folder / entry["file"]
+    dtype = np.dtype(manifest["dtype"])
+    expected = HEADER_BYTES + entry["tokens"] * dtype.itemsize
+    _check_size(path, expected)
+    _check_size(checksum_path(path), None)
+    return Shard(path, entry["tokens"], dtype, HEADER_BYTES, checked=True)
+
+
+def _check_size(path: Path, expected: int | None) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise UserError(f"{path}: the manifest lists it, but it is missing; prepare the data again") from None
+    if expected is not None and size != expected:
+        verb = "truncated" if size < expected else "too long"
+        raise UserError(f"{path}: {verb}: {size} bytes instead of {expected}; prepare or fetch it again")
+
+
+def _foreign_shards(folder: Path, split: str) -> list[Shard]:
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".npy"))
+    if not files:
+        raise UserError(f"{folder}: holds no token shards (no {MANIFEST}, no .bin, no .npy); run `megagpt prepare`")
+    named = [p for p in files if split in p.stem.lower()]
+    if split == "train" and not named:
+        names = ", ".join(p.name for p in files[:3])
+        raise UserError(f"{folder}: no shard has 'train' in its name (found {names}, ...)")
+    return [_bin_shard(p) if p.suffix == ".bin" else _npy_shard(p) for p in named]
+
+
+def _bin_shard(path: Path) -> Shard:
+    with path.open("rb") as file:
+        raw = file.read(_BIN_HEADER_BYTES)
+    if len(raw) < _BIN_HEADER_BYTES:
+        raise UserError(f"{path}: truncated: shorter than the header of a token shard")
+    magic, version, tokens = (int(v) for v in np.frombuffer(raw, dtype="<i4")[:3])
+    if magic == _BIN_LLAMA3:
+        raise UserError(f"{path}: shards of the Llama 3 tokenizer; the models here use GPT-2's")
+    if magic != _BIN_GPT2 or version != 1:
+        raise UserError(f"{path}: magic {magic}, version {version}: not an llm.c token shard (magic {_BIN_GPT2}, 1)")
+    _check_size(path, _BIN_HEADER_BYTES + 2 * tokens)
+    return Shard(path, tokens, np.dtype("<u2"), _BIN_HEADER_BYTES, checked=False)
+
+
+def _npy_shard(path: Path) -> Shard:
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            offset = file.tell()
+    except ValueError as error:
+        raise UserError(f"{path}: not a .npy file: {error}") from None
+    if len(shape) != 1 or dtype.kind not in "ui":
+        raise UserError(f"{path}: holds {dtype} of shape {shape}; token shards are one-dimensional integers")
+    _check_size(path, offset + shape[0] * dtype.itemsize)
+    return Shard(path, shape[0], dtype, offset, checked=False)
+
+
+def verify(folder: str | Path) -> int:
+    """Read every token of a prepared folder against checksums and counts; returns the tokens that were checked."""
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if not (folder / MANIFEST).exists():
+        return sum(_verify_foreign(open_stream(folder, split)) for split in ("train", "val"))
+    manifest = read_manifest(folder)
+    checked = 0
+    for split in ("train", "val"):
+        for entry in manifest["splits"][split]["shards"]:
+            shard = _own_shard(folder, manifest, entry)
+            with shard.path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    raise _altered(shard.path)
+            stream = TokenStream(shard.path.name, [shard], "")
+            stream.read(0, shard.tokens)
+            checked += shard.tokens
+    return checked
+
+
+def _verify_foreign(stream: TokenStream) -> int:
+    for start in range(0, stream.tokens, 2**24):
+        stream.read(start, min(2**24, stream.tokens - start))
+    return stream.tokens

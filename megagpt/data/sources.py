@@ -1,0 +1,261 @@
+"""Documents out of text, jsonl, parquet, the Hugging Face hub and Python's standard library.
+
+A source yields batches of documents in a fixed order, each with a cursor: JSON that says where the next batch starts,
+so that reading can go on there in another process.
+"""
+
+import ast
+import gzip
+import inspect
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import zstandard
+
+from megagpt.errors import UserError, did_you_mean, first_line
+
+# Characters of text in a batch: enough to amortise the trip to a worker, little enough to bound memory.
+_BATCH_CHARACTERS = 1_000_000
+
+Cursor = dict[str, Any]
+_TEXT = (".txt", ".md", ".text")
+_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson")
+_PARQUET = (".parquet",)
+
+
+class Batch(NamedTuple):
+    """Documents, where the next batch starts, and the share of the source that is read so far (0 to 1, or None)."""
+
+    documents: list[str]
+    cursor: Cursor
+    fraction: float | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus in a fixed order."""
+
+    name: str
+    batches: Callable[[Cursor | None], Iterator[Batch]] = field(repr=False)
+    """Batches from a cursor on; None: from the start."""
+    identity: dict[str, Any]
+    """What the documents are a function of; equal identities give equal documents."""
+
+
+def open_source(name: str, text_key: str = "text", subset: str | None = None, split: str = "train") -> Source:
+    """The source of that name: `stdlib`, a file, a folder or a glob of files, or a data set on the hub.
+
+    Raises UserError where nothing is found.
+    """
+    if name == "stdlib":
+        return _stdlib_source()
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _file_source(name, [path], text_key)
+    if path.is_dir():
+        return _file_source(name, [p for p in sorted(path.rglob("*")) if p.is_file() and _reader(p)], text_key)
+    if any(c in name for c in "*?["):
+        root = Path(path.anchor) if path.is_absolute() else Path()
+        pattern = str(path.relative_to(path.anchor)) if path.is_absolute() else str(path)
+        return _file_source(name, [p for p in sorted(root.glob(pattern)) if p.is_file()], text_key)
+    looks_local = path.suffix or path.is_absolute() or name.startswith(".") or name.count("/") != 1
+    if looks_local:
+        raise UserError(f"{name}: no such file or folder")
+    return _hub_source(name, text_key, subset, split)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _file_source(name: str, files: list[Path], text_key: str) -> Source:
+    if not files:
+        raise UserError(f"{name}: holds no {', '.join(_TEXT + _JSONL + _PARQUET)} files")
+    for file in files:
+        if _reader(file) is None:
+            raise UserError(f"{file}: unknown kind of file; known: {', '.join(_TEXT + _JSONL + _PARQUET)}")
+    sizes = [file.stat().st_size for file in files]
+    total = max(1, sum(sizes))
+
+    def batches(cursor: Cursor | None) -> Iterator[Batch]:
+        start_file, start_row = (cursor["file"], cursor["row"]) if cursor else (0, 0)
+        documents: list[str] = []
+        characters = 0
+        fraction = 0.0
+        for i in range(start_file, len(files)):
+            skip = start_row if i == start_file else 0
+            reader = _reader(files[i])
+            assert reader is not None
+            for row, (text, share) in enumerate(reader(files[i], text_key, skip), start=skip + 1):
+                documents.append(text)
+                characters += len(text)
+                fraction = (sum(sizes[:i]) + share * sizes[i]) / total
+                if characters >= _BATCH_CHARACTERS:
+                    yield Batch(documents, {"file": i, "row": row}, fraction)
+                    documents, characters = [], 0
+        yield Batch(documents, {"file": len(files), "row": 0}, 1.0)
+
+    listed = [[file.name, size] for file, size in zip(files, sizes, strict=True)]
+    return Source(name, batches, {"files": listed, "text_key": text_key})
+
+
+def _reader(path: Path) -> Callable[[Path, str, int], Iterator[tuple[str, float]]] | None:
+    """How a file of this name is read: (path, text key, rows to skip) -> (text, share of the file read)."""
+    name = path.name.lower()
+    for endings, reader in ((_JSONL, _read_jsonl), (_PARQUET, _read_parquet), (_TEXT, _read_text)):
+        if name.endswith(endings):
+            return reader
+    return None
+
+
+def _read_text(path: Path, text_key: str, skip: int) -> Iterator[tuple[str, float]]:
+    """A text file is one document."""
+    if skip == 0:
+        try:
+            yield path.read_text(encoding="utf-8"), 1.0
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None
+
+
+def _read_jsonl(path: Path, text_key: str, skip: int) -> Iterator[tuple[str, float]]:
+    size = max(1, path.stat().st_size)
+    with path.open("rb") as raw:
+        try:
+            for number, line in enumerate(_decompress(path, raw), start=1):
+                if number <= skip:
+                    continue
+                # A blank line is an empty document to the cursor, and no document to the shards.
+                text = _json_text(path, number, line, text_key) if line.strip() else ""
+                yield text, raw.tell() / size
+        except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            raise UserError(f"{path}: damaged compression: {first_line(error)}; fetch the file again") from None
+
+
+def _decompress(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    return raw
+
+
+def _json_text(path: Path, number: int, line: bytes, text_key: str) -> str:
+    remedy = "mend or remove the line"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path} line {number}: not JSON ({error}); {remedy}") from None
+    if not isinstance(row, dict) or text_key not in row:
+        keys = list(row) if isinstance(row, dict) else []
+        raise UserError(f"{path} line {number}: no key {text_key!r}; {did_you_mean(text_key, keys)} (--text-key)")
+    if not isinstance(row[text_key], str):
+        raise UserError(f"{path} line {number}: {text_key!r} is {row[text_key]!r:.40}, not text; {remedy}")
+    return row[text_key]
+
+
+def _read_parquet(path: Path, text_key: str, skip: int) -> Iterator[tuple[str, float]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if text_key not in file.schema_arrow.names:
+                known = did_you_mean(text_key, file.schema_arrow.names)
+                raise UserError(f"{path}: no column {text_key!r}; {known} (--text-key)")
+            row, rows = 0, file.metadata.num_rows
+            for group in range(file.num_row_groups):
+                length = file.metadata.row_group(group).num_rows
+                if row + length <= skip:
+                    row += length
+                    continue
+                for column in file.iter_batches(batch_size=256, row_groups=[group], columns=[text_key]):
+                    for text in column.column(0).to_pylist():
+                        row += 1
+                        if row > skip:
+                            if not isinstance(text, str):
+                                raise UserError(f"{path} row {row}: {text_key!r} is {text!r:.40}, not text")
+                            yield text, row / rows
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a readable parquet file: {first_line(error)}") from None
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def _hub_source(name: str, text_key: str, subset: str | None, split: str) -> Source:
+    import datasets
+
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        stream = datasets.load_dataset(name, subset, split=split, streaming=True)
+    except Exception as error:
+        raise UserError(
+            f"{name}: neither a file or folder here, nor to be had from the Hugging Face hub "
+            f"(subset {subset!r}, split {split!r}): {first_line(error)}"
+        ) from None
+
+    def batches(cursor: Cursor | None) -> Iterator[Batch]:
+        dataset = stream.select_columns([text_key])
+        if cursor:
+            dataset.load_state_dict(cursor)
+        documents: list[str] = []
+        characters = 0
+        try:
+            for row in dataset:
+                text = row.get(text_key)
+                if not isinstance(text, str):
+                    raise UserError(f"{name}: {text_key!r} of a row is {text!r:.40}, not text (--text-key)")
+                documents.append(text)
+                characters += len(text)
+                if characters >= _BATCH_CHARACTERS:
+                    yield Batch(documents, dataset.state_dict(), None)
+                    documents, characters = [], 0
+            yield Batch(documents, dataset.state_dict(), 1.0)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{name}: column {text_key!r}: {first_line(error)} (--text-key)") from None
+
+    info = getattr(stream, "info", None)
+    revision = sorted(info.download_checksums or {}) if info is not None else []
+    return Source(
+        name, batches, {"hub": name, "subset": subset, "split": split, "text_key": text_key, "files": revision}
+    )
+
+
+# --- Python's standard library ---------------------------------------------------------------------------------------
+
+
+def _stdlib_source() -> Source:
+    """English on every machine: the standard library's docstrings, and the language reference that `help()` shows.
+
+    Sources are left out: with their indentation a third of all tokens is a lone space, and losses look falsely low.
+    """
+
+    def batches(cursor: Cursor | None) -> Iterator[Batch]:
+        documents = list(_stdlib_documents())
+        yield Batch(documents[cursor["row"] if cursor else 0 :], {"row": len(documents)}, 1.0)
+
+    return Source("stdlib", batches, {"stdlib": sys.version})
+
+
+def _stdlib_documents() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    yield from (topics[name] for name in sorted(topics))
+    root = Path(inspect.getsourcefile(ast) or ast.__file__).parent
+    skipped = {"test", "tests", "idlelib", "site-packages", "lib2to3", "turtledemo", "__pycache__"}
+    for path in sorted(root.rglob("*.py")):
+        if skipped & set(path.relative_to(root).parts):
+            continue
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):
+            continue  # deliberately broken examples
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+        document = "\n\n".join(text for text in texts if text)
+        if document:
+            yield document

@@ -1,0 +1,34 @@
+"""GPT-2's byte-pair encoding, offline: tiktoken's encoder over a rank table that ships with this package."""
+
+import base64
+import functools
+import hashlib
+from importlib import resources
+
+import tiktoken
+
+from megagpt.errors import UserError
+
+NAME = "gpt2"
+END_OF_TEXT = 50256
+VOCAB_SIZE = 50257
+# The same literal stands in tiktoken's own source for r50k_base, whose ranks and split pattern are GPT-2's.
+RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+# GPT-2's split pattern, from encoder.py of its release.
+_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+@functools.cache
+def gpt2() -> tiktoken.Encoding:
+    """The encoding. `encode_ordinary` never yields END_OF_TEXT, whatever the text spells; append it yourself."""
+    data = resources.files("megagpt.data").joinpath("gpt2/r50k_base.tiktoken").read_bytes()
+    if hashlib.sha256(data).hexdigest() != RANKS_SHA256:
+        raise UserError("megagpt/data/gpt2/r50k_base.tiktoken is damaged: reinstall megagpt")
+    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in data.splitlines())}
+    return tiktoken.Encoding(
+        NAME,
+        pat_str=_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": END_OF_TEXT},
+        explicit_n_vocab=VOCAB_SIZE,
+    )

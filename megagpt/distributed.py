@@ -1,0 +1,101 @@
+"""The process's place among its peers. The only room that reads launchers' environment variables."""
+
+import contextlib
+import datetime
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megagpt.errors import UserError
+from megagpt.hardware import keep_freed_memory
+
+# Sets the upper bound on how long a rank waits for peers that never come.
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's rank, and the device it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, value: float) -> float:
+        """The sum over all ranks, on every rank."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank, on every rank."""
+        return self.sum(float(flag)) > 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def launched_rank() -> int:
+    """The rank that a launcher gave this process; 0 without one. Usable before `join`."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextlib.contextmanager
+def join(device: str = "auto") -> Iterator[World]:
+    """Join the process group that the launcher describes, and leave it at the end.
+
+    torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a world of one.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    found = [name for name in names if name in os.environ]
+    launched = "RANK" in found or "WORLD_SIZE" in found
+    if launched and len(found) < len(names):
+        missing = ", ".join(name for name in names if name not in found)
+        raise UserError(f"the launcher set {', '.join(found)} but not {missing}: start with torchrun, or set them all")
+    rank, size, local_rank = (
+        int(os.environ[n]) if launched else d for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    world = World(rank, size, local_rank, _device(device, local_rank))
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    if size == 1:
+        yield world
+        return
+    on_gpu = world.device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=_TIMEOUT,
+        device_id=world.device if on_gpu else None,
+    )
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+        # gloo's threads may still hold a tensor; if the last reference falls while Python exits, the process aborts.
+        time.sleep(0.2)
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("train.device is cuda, but PyTorch sees no GPU here; use train.device=cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank}, but only {torch.cuda.device_count()} GPUs here: start fewer ranks")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

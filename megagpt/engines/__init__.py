@@ -1,0 +1,1 @@
+"""Engines: where weights, gradients and optimizer state live."""

@@ -1,0 +1,44 @@
+"""Validation loss, and the unigram cross-entropy to read it against."""
+
+import numpy as np
+import torch
+
+from megagpt.data.loader import Corpus, rounds
+from megagpt.engines.engine import Engine
+
+# Training tokens that the unigram is counted on: its estimate is settled long before.
+_UNIGRAM_TOKENS = 2**24
+
+
+def validation_loss(engine: Engine, corpus: Corpus, samples: int) -> float:
+    """Mean loss in nats over the first `samples` samples of the validation split, the same set on any world size."""
+    world, micro_batch = engine.world, engine.config.train.micro_batch
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    chunk = world.size * micro_batch
+    with engine.evaluation() as model:
+        for first in range(0, samples, chunk):
+            here = min(chunk, samples - first)
+            batch = corpus.batch(
+                first, here, world.rank, world.size, micro_batch, rounds(here, world.size, micro_batch)
+            )
+            for tokens, targets in batch.micro_batches:
+                total += model(tokens.to(world.device), targets.to(world.device))
+    return world.sum(float(total)) / (samples * corpus.context)
+
+
+def unigram_loss(train: Corpus, validation: Corpus, samples: int) -> float:
+    """Cross-entropy in nats of the validation targets under the training split's token frequencies, add-one smoothed.
+
+    What a model knows that has only learned how common each token is.
+    """
+    vocab = train.streams[0].vocab_size
+    frequencies = np.ones(vocab)
+    total = sum(train.weights)
+    for stream, weight in zip(train.streams, train.weights, strict=True):
+        taken = min(stream.tokens, _UNIGRAM_TOKENS * weight // total)
+        for start in range(0, taken, 2**20):
+            tokens = stream.read(start, min(2**20, taken - start))
+            frequencies += np.bincount(tokens, minlength=vocab)
+    log_probability = np.log(frequencies / frequencies.sum())
+    targets = [validation.rows(np.arange(i, min(samples, i + 256)))[:, 1:] for i in range(0, samples, 256)]
+    return -sum(float(log_probability[t].sum()) for t in targets) / (samples * validation.context)

@@ -1,0 +1,87 @@
+"""Sampling with a key/value cache."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megagpt.data.tokenizer import END_OF_TEXT
+from megagpt.errors import UserError
+from megagpt.models.attention import KeyValueCache
+from megagpt.models.presets import ModelConfig
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_token: Callable[[int, int], None] = lambda row, token: None,
+) -> list[list[int]]:
+    """Continue each prompt by at most `max_tokens` tokens, ending before end-of-text; returns the new tokens only.
+
+    A row's draws depend on (seed, its number) alone, so it is the same beside any other prompts. When a row fills the
+    context, the window slides: the row goes on from its last context // 2 tokens. `on_token(row, token)` is called as
+    tokens come. Raises UserError for an empty prompt and for one longer than the context.
+    """
+    for row, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= config.context:
+            raise UserError(f"prompt {row + 1} has {len(prompt)} tokens; the model takes 1 to {config.context}")
+    device = next(model.parameters()).device
+    uniform = np.stack([np.random.default_rng([seed, row]).random(max_tokens) for row in range(len(prompts))])
+    windows = [list(p) for p in prompts]
+    new: list[list[int]] = [[] for _ in prompts]
+    alive = [True] * len(prompts)
+    cache, tokens = _prefill(config, windows, device)
+    for i in range(max_tokens):
+        if cache.length + tokens.shape[1] > config.context:
+            windows = [w[-(config.context // 2) :] if len(w) > config.context else w for w in windows]
+            cache, tokens = _prefill(config, windows, device)
+        logits = model(tokens, cache=cache)[:, -1].float()  # (B, V)
+        drawn = draw(logits, torch.from_numpy(uniform[:, i]), temperature, top_k, top_p)
+        for row, token in enumerate(drawn.tolist()):
+            windows[row].append(token)
+            alive[row] = alive[row] and token != END_OF_TEXT
+            if alive[row]:
+                new[row].append(token)
+                on_token(row, token)
+        if not any(alive):
+            break
+        tokens = drawn[:, None].to(device)
+    return new
+
+
+def _prefill(config: ModelConfig, windows: list[list[int]], device: torch.device) -> tuple[KeyValueCache, Tensor]:
+    """A fresh cache, and the rows' tokens padded on the left to one length, (B, longest)."""
+    longest = max(map(len, windows))
+    padding = torch.tensor([longest - len(w) for w in windows], device=device)
+    tokens = torch.tensor([[END_OF_TEXT] * (longest - len(w)) + w for w in windows], device=device)
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    return KeyValueCache(config, padding, dtype), tokens
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """One token per row: logits (B, V), uniform (B,) in [0, 1); int64 (B,) on the CPU.
+
+    temperature 0 is greedy; top_k 0 keeps all; top_p keeps the likeliest tokens up to and including the one that
+    reaches it (Holtzman et al. 2020).
+    """
+    logits = logits.cpu()
+    if temperature == 0:
+        return logits.argmax(1)
+    k = min(top_k or logits.shape[1], logits.shape[1])
+    best, ids = logits.topk(k, dim=1)
+    probability = torch.softmax(best.double() / temperature, dim=1)
+    before = probability.cumsum(1) - probability
+    # A token counts while the ones before it have not reached top_p, so the likeliest always does.
+    probability = probability.where(before < top_p, 0.0)
+    reached = probability.cumsum(1)
+    chosen = torch.searchsorted(reached, (uniform * reached[:, -1])[:, None], right=True).clamp_max(k - 1)
+    return ids.gather(1, chosen)[:, 0]

@@ -1,0 +1,63 @@
+"""Accelerators by name: dense peak rates and memory. Unknown hardware is None, never a guess."""
+
+import ctypes
+import functools
+import sys
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """Vendor data-sheet numbers, dense (without sparsity)."""
+
+    bf16_flops: float
+    """FLOP/s of bf16 matrix products with fp32 accumulation."""
+    fp32_flops: float
+    """FLOP/s of fp32 products as PyTorch runs them by default (no TF32)."""
+
+
+# From NVIDIA's data sheets. First match by substring of the device's name wins, so longer names stand first.
+_ACCELERATORS = {
+    "H200": Accelerator(989.4e12, 66.9e12),
+    "GH200": Accelerator(989.4e12, 66.9e12),
+    "H100 PCIe": Accelerator(756e12, 51.2e12),
+    "H100 NVL": Accelerator(835e12, 60e12),
+    "H100": Accelerator(989.4e12, 66.9e12),
+    "A100": Accelerator(312e12, 19.5e12),
+    "L40S": Accelerator(362e12, 91.6e12),
+    "RTX 4090": Accelerator(165.2e12, 82.6e12),
+    "RTX 3090": Accelerator(71e12, 35.6e12),
+    "V100": Accelerator(0.0, 15.7e12),
+}
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The device's own name; for a CPU, just "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of the device in a precision ("fp32", "bf16"); None where it is not known."""
+    name = device_name(device)
+    for key, accelerator in _ACCELERATORS.items():
+        if key in name:
+            return (accelerator.bf16_flops if precision == "bf16" else accelerator.fp32_flops) or None
+    return None
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks for the next step instead of returning them to the kernel.
+
+    A training step on a CPU frees and allocates the same hundreds of MB again and again; fresh pages, which the kernel
+    must zero, cost up to a third of the step. The peak stays what it was. Does nothing outside Linux with glibc.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)

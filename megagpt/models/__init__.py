@@ -1,0 +1,1 @@
+"""The decoder, the papers' sizes, and the exchange with `transformers`."""

@@ -1,0 +1,72 @@
+"""Causal self-attention, dense or locally banded, and the key/value cache of generation."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megagpt.models.presets import ModelConfig
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, for a batch whose rows are aligned at their last token.
+
+    Rows shorter than the longest are padded on the left; `padding[b]` counts the dead positions of row b.
+    """
+
+    def __init__(self, config: ModelConfig, padding: Tensor, dtype: torch.dtype) -> None:
+        shape = (len(padding), config.heads, config.context, config.head_width)
+        self.keys = [torch.empty(shape, dtype=dtype, device=padding.device) for _ in range(config.layers)]
+        self.values = [torch.empty_like(k) for k in self.keys]
+        self.padding = padding  # (B,)
+        self.length = 0
+
+    def positions(self, new: int) -> Tensor:
+        """Position of each of the next `new` tokens in its own row, (B, new); padding counts as position 0."""
+        index = torch.arange(self.length, self.length + new, device=self.padding.device)
+        return (index - self.padding[:, None]).clamp_min(0)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values, each (B, H, new, D), and return all so far, (B, H, length + new, D)."""
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def mask(self, new: int, window: int | None) -> Tensor:
+        """Which keys each of the next `new` queries may see, bool (B, 1, new, length + new)."""
+        key = torch.arange(self.length + new, device=self.padding.device)
+        query = key[self.length :, None]
+        seen = key <= query
+        if window is not None:
+            seen = seen & (query - key < window)
+        alive = key >= self.padding[:, None]
+        # A padding query may see itself: a row of the softmax without any key would be NaN.
+        return (seen & alive[:, None, None, :]) | (key == query)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Attention of each query to its past and itself; all (B, H, T, D)."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+
+
+def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float) -> Tensor:
+    """Attention of each query i to keys i - window < j <= i; all (B, H, T, D).
+
+    Cut into blocks of `window` queries, each sees its own block and the one before: O(T window) instead of O(T^2).
+    """
+    B, H, T, D = q.shape
+    if window >= T:
+        return causal_attention(q, k, v, dropout)
+    tail = -T % window
+    blocks = (T + tail) // window
+    q = F.pad(q, (0, 0, 0, tail)).view(B, H, blocks, window, D)
+    # One block in front of the first, so that every block has a predecessor.
+    k, v = (F.pad(x, (0, 0, window, tail)).unfold(2, 2 * window, window).transpose(-1, -2) for x in (k, v))
+    i = torch.arange(window, device=q.device)[:, None]
+    j = torch.arange(2 * window, device=q.device) - window
+    band = (j <= i) & (i - j < window)  # (window, 2 window)
+    mask = band.expand(blocks, -1, -1).clone()
+    mask[0] &= j >= 0
+    # The padded rows of the last block see only padding or real keys behind them; their output is cut off.
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, H, blocks, window, D)
+    return y.reshape(B, H, blocks * window, D)[:, :, :T]

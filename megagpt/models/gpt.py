@@ -1,0 +1,106 @@
+"""The decoder of GPT-2 and GPT-3, read top to bottom: embeddings, blocks, tied head, loss.
+
+Shapes: B batch, T tokens, C width, H heads, D head width, V vocabulary (padded).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megagpt.models.attention import KeyValueCache, banded_attention, causal_attention
+from megagpt.models.loss import linear_cross_entropy
+from megagpt.models.presets import ModelConfig
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.window = config.window if config.is_banded(layer) else None
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        if cache is not None:
+            mask = cache.mask(T, self.window)
+            k, v = cache.append(self.layer, k, v)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        elif self.window is not None:
+            y = banded_attention(q, k, v, self.window, dropout)
+        else:
+            y = causal_attention(q, k, v, dropout)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two layers, 4 C wide inside, with the tanh approximation of GELU that GPT-2 was trained with."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, 4 * config.width)
+        self.down = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm residual block."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    """Build on the meta device or any other, then fill with `initialize` or a checkpoint."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        # skip_init leaves PyTorch's own random initialisation out: ours follows from seed and name.
+        self.token_embedding = nn.utils.skip_init(nn.Embedding, config.padded_vocab_size, config.width)
+        self.position_embedding = nn.utils.skip_init(nn.Embedding, config.context, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.final_norm = nn.LayerNorm(config.width)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """Loss or logits.
+
+        tokens: int (B, T). With `targets`, int (B, T) where -100 means "not counted": the SUM of the token losses,
+        fp32, in nats. Without: logits (B, T, vocab_size); with a `cache`, of the last position only, (B, 1, vocab_size).
+        """
+        T = tokens.shape[1]
+        positions = cache.positions(T) if cache is not None else torch.arange(T, device=tokens.device)
+        head = self.token_embedding.weight  # tied: (V, C)
+        # On a CPU, zeroing a dense gradient of the whole table costs more than the lookup; a sparse one is added into
+        # the head's dense gradient.
+        sparse = head.device.type == "cpu"
+        x = F.embedding(tokens, head, sparse=sparse) + self.position_embedding(positions)  # (B, T, C)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length += T
+            x = x[:, -1:]
+        x = self.final_norm(x)
+        if targets is None:
+            return F.linear(x, head)[..., : self.config.vocab_size]
+        return linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), self.config.vocab_size)

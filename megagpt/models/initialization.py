@@ -1,0 +1,66 @@
+"""Initial weights as a pure function of (seed, parameter name, row).
+
+Any rank can fill any rows of any parameter without knowing the others, so the same model starts on one process,
+on a thousand shards, or from the meta device. The generator is Philox, keyed by a hash of seed, name and row block:
+no draw depends on the order in which parameters are built.
+"""
+
+import hashlib
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from megagpt.models.presets import ModelConfig
+
+# Rows are drawn in blocks of about this many numbers, each block with a key of its own.
+_BLOCK_NUMEL = 2**20
+
+
+def initial_std(name: str, config: ModelConfig) -> float | None:
+    """Standard deviation of a parameter's initial values; None where they are constant.
+
+    GPT-2's released code: N(0, 0.02) for matrices, N(0, 0.01) for positions. Section 2.3 of the paper scales the
+    projections that write into the residual stream by 1/sqrt(N), N being the 2 residual branches of each layer.
+    """
+    if name == "position_embedding.weight":
+        return 0.01
+    if name.endswith(("attention.out.weight", "mlp.down.weight")):
+        return 0.02 / math.sqrt(2 * config.layers)
+    if name == "token_embedding.weight" or name.endswith(("attention.qkv.weight", "mlp.up.weight")):
+        return 0.02
+    return None
+
+
+def normal_rows(seed: int, name: str, columns: int, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of the standard normal matrix named `name`, float32 of shape (stop - start, columns)."""
+    rows_per_block = max(1, _BLOCK_NUMEL // columns)
+    out = np.empty((stop - start, columns), dtype=np.float32)
+    for block in range(start // rows_per_block, -(-stop // rows_per_block)):
+        digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+        first = block * rows_per_block
+        lo, hi = max(start, first), min(stop, first + rows_per_block)
+        drawn = generator.standard_normal((hi - first, columns), dtype=np.float32)
+        out[lo - start : hi - start] = drawn[lo - first :]
+    return out
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter of `model` in place, on whatever device it lies."""
+    for name, parameter in model.named_parameters():
+        std = initial_std(name, config)
+        if std is not None:
+            rows = normal_rows(seed, name, parameter.shape[1], 0, parameter.shape[0])
+            parameter.copy_(torch.from_numpy(rows).mul_(std))
+        else:
+            # LayerNorm gains start at one, every bias at zero.
+            parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay applies: to matrices only, never to biases and LayerNorm gains. Chosen by name, because
+    sharded engines flatten parameters and their dimensions no longer tell."""
+    return name.endswith(".weight") and not name.endswith("norm.weight")

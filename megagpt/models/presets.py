@@ -1,0 +1,142 @@
+"""The papers' sizes: name -> shape, with parameter and FLOP counts computed from the shape alone.
+
+Sources: GPT-2 (Radford et al. 2019, Table 2), GPT-3 (Brown et al. 2020, Tables 2.1 and D.1).
+Two rows of GPT-3's Table 2.1 contradict themselves; Table D.1's parameter totals decide:
+XL has 16 heads of 128 (printed: 24), 13B has width 5120 (printed: 5140).
+"""
+
+import dataclasses
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from megagpt.errors import UserError, did_you_mean
+
+SECTION = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, config=SECTION)
+class ModelConfig:
+    """The shape of a GPT. Every count below follows from these fields alone."""
+
+    layers: int = Field(gt=0)
+    """Transformer blocks."""
+    width: int = Field(gt=0)
+    """Residual stream, d_model. The MLP is 4 times as wide."""
+    heads: int = Field(gt=0)
+    """Attention heads, each width / heads wide."""
+    context: int = Field(gt=0)
+    """Longest sequence in tokens, n_ctx."""
+    vocab_size: int = Field(default=50257, gt=0)
+    """Live vocabulary: GPT-2's 50,000 merges, 256 bytes and the end-of-text token."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability at the embedding, the attention weights and both residual branches. GPT-3 publishes none."""
+    attention: Literal["dense", "banded"] = "dense"
+    """dense: every layer sees the whole past. banded: odd layers see the last `window` tokens only. GPT-3 alternates
+    the two without saying which layers or how wide, so the band is this project's own choice."""
+    window: int = Field(default=256, gt=0)
+    """Band width of banded layers in tokens, the token itself included."""
+    preset: str = ""
+    """The paper's size that the fields above started from; empty for a shape of one's own."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            fits = [h for h in range(1, self.width + 1) if self.width % h == 0]
+            near = sorted(sorted(fits, key=lambda h: abs(h - self.heads))[:2])
+            raise ValueError(
+                f"width {self.width} is not a multiple of heads {self.heads}; heads {near} would divide it"
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the token embedding: a multiple of 128, so that matrix kernels see aligned rows."""
+        return -(-self.vocab_size // 128) * 128
+
+    def is_banded(self, layer: int) -> bool:
+        return self.attention == "banded" and layer % 2 == 1
+
+    @property
+    def parameters(self) -> int:
+        """Exact count with biases, LayerNorms and the tied head; padding rows of the vocabulary do not count."""
+        c = self.width
+        layer_norm = 2 * c
+        attention = (c * 3 * c + 3 * c) + (c * c + c)
+        mlp = (c * 4 * c + 4 * c) + (4 * c * c + c)
+        block = 2 * layer_norm + attention + mlp
+        return self.vocab_size * c + self.context * c + self.layers * block + layer_norm
+
+    @property
+    def flops_per_token(self) -> int:
+        """Forward and backward FLOPs a token: 6 per parameter that is multiplied, plus attention over the full context.
+
+        The convention of PaLM's appendix B (12 L C T for the two attention products, no discount for causality),
+        with embeddings looked up, not multiplied, so the tied table counts once. A banded layer counts its window.
+        """
+        multiplied = self.parameters - self.context * self.width
+        seen = sum(min(self.window, self.context) if self.is_banded(i) else self.context for i in range(self.layers))
+        return 6 * multiplied + 12 * self.width * seen
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row of the papers' tables."""
+
+    model: ModelConfig
+    batch_tokens: int
+    """Global batch in tokens. The papers' 0.5M, 1M, 2M and 3.2M, each the nearest power-of-two-like count of sequences."""
+    peak_lr: float | None
+    """None where the paper publishes none (GPT-2)."""
+    paper_tokens: float | None
+    """Tokens that the paper trained on; GPT-2's is not published."""
+
+    @property
+    def paper_flops(self) -> float | None:
+        """6 N D, the convention of GPT-3's Table D.1."""
+        return None if self.paper_tokens is None else 6.0 * self.model.parameters * self.paper_tokens
+
+
+def _preset(
+    name: str, layers: int, width: int, heads: int, batch_tokens: int, peak_lr: float | None
+) -> tuple[str, Preset]:
+    gpt3 = name.startswith("gpt3")
+    model = ModelConfig(layers, width, heads, context=2048 if gpt3 else 1024, preset=name)
+    return name, Preset(model, batch_tokens, peak_lr, 300e9 if gpt3 else None)
+
+
+# 3.2M is 1,536 sequences of 2,048: the multiple of 512 sequences nearest to the paper's rounded number.
+_HALF_M, _1M, _2M, _3M2 = 2**19, 2**20, 2**21, 1536 * 2048
+
+PRESETS: dict[str, Preset] = dict(
+    [
+        # name, layers, width, heads, batch tokens, peak learning rate
+        _preset("gpt2-124m", 12, 768, 12, _HALF_M, None),
+        _preset("gpt2-355m", 24, 1024, 16, _HALF_M, None),
+        _preset("gpt2-774m", 36, 1280, 20, _HALF_M, None),
+        _preset("gpt2-1558m", 48, 1600, 25, _HALF_M, None),
+        _preset("gpt3-125m", 12, 768, 12, _HALF_M, 6.0e-4),
+        _preset("gpt3-350m", 24, 1024, 16, _HALF_M, 3.0e-4),
+        _preset("gpt3-760m", 24, 1536, 16, _HALF_M, 2.5e-4),
+        _preset("gpt3-xl", 24, 2048, 16, _1M, 2.0e-4),
+        _preset("gpt3-2.7b", 32, 2560, 32, _1M, 1.6e-4),
+        _preset("gpt3-6.7b", 32, 4096, 32, _2M, 1.2e-4),
+        _preset("gpt3-13b", 40, 5120, 40, _2M, 1.0e-4),
+        _preset("gpt3-175b", 96, 12288, 96, _3M2, 0.6e-4),
+    ]
+)
+
+
+def get_preset(name: str) -> Preset:
+    """The preset of that name; raises UserError with the nearest names where there is none."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}: {did_you_mean(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def preset_fields(name: str) -> dict[str, object]:
+    """A preset's shape as plain fields, for a config to override."""
+    return dataclasses.asdict(get_preset(name).model)

@@ -1,0 +1,135 @@
+"""What is measured, and the places it is written: console, TensorBoard, JSON lines."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+_PLAIN_SECONDS = 10.0
+
+
+class Metrics:
+    """The writers of one run. Only the main rank makes one.
+
+    All places continue across restarts: lines and events past the resumed position are dropped, because they will be
+    written again.
+    """
+
+    def __init__(self, run: Path, total_tokens: int, tokens: int, step: int) -> None:
+        self.file = run / "metrics.jsonl"
+        _drop_lines_after(self.file, step)
+        self.lines = self.file.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(run), purge_step=step + 1 if step else None)
+        self.total_tokens = total_tokens
+        self._start = time.monotonic()
+        self._first_tokens = tokens
+        self._last_line = 0.0
+        self.bar: tqdm[Any] | None = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=total_tokens, initial=tokens, unit="tok", unit_scale=True, dynamic_ncols=True, smoothing=0.05
+            )
+
+    def step(self, step: int, values: dict[str, Any]) -> None:
+        """Scalars of one optimizer step; `None` is written as null and shown as n/a."""
+        self._write(step, "step", values)
+        tokens = values["tokens_seen"]
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"step {step} loss {values['loss']:.4f} lr {values['lr']:.2e}", refresh=False)
+            self.bar.update(tokens - self.bar.n)
+        elif time.monotonic() - self._last_line > _PLAIN_SECONDS or step == 1 or tokens >= self.total_tokens:
+            self._last_line = time.monotonic()
+            mfu = "n/a" if values["mfu"] is None else f"{values['mfu']:.1%}"
+            self.say(
+                f"step {step} | {tokens / self.total_tokens:.1%} | loss {values['loss']:.4f} | lr {values['lr']:.2e} | "
+                f"gradient norm {values['gradient_norm']:.2f} | {values['tokens_per_second']:,.0f} tok/s | "
+                f"MFU {mfu} | ETA {self._eta(tokens)}"
+            )
+
+    def _eta(self, tokens: int) -> str:
+        done = tokens - self._first_tokens
+        if done <= 0:
+            return "?"
+        return duration((time.monotonic() - self._start) / done * (self.total_tokens - tokens))
+
+    def event(self, step: int, kind: str, values: dict[str, Any], text: str) -> None:
+        """Something that happens now and then (validation, a save, a restart), with its line for people."""
+        self._write(step, kind, values)
+        self.say(text)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text panel of TensorBoard."""
+        self.board.add_text(name, text, step)
+
+    def say(self, text: str) -> None:
+        """A line for people that does not tear the progress line."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def _write(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        self.lines.write(json.dumps({"event": kind, "step": step, **{k: _json(v) for k, v in values.items()}}) + "\n")
+        self.lines.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self.board.add_scalar(f"{_panel(name)}/{name}", value, step)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.lines.close()
+        self.board.close()
+
+
+def _panel(name: str) -> str:
+    if "loss" in name:
+        return "loss"
+    if name in ("lr", "gradient_norm", "batch_tokens", "skipped_updates"):
+        return "optimizer"
+    return "progress" if name.endswith("seen") else "speed"
+
+
+def _json(value: Any) -> Any:
+    # JSON has no NaN; a number that is not finite is written as its name.
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                continue
+        except (ValueError, KeyError):
+            continue  # the line that a kill cut off
+        kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def duration(seconds: float) -> str:
+    """3 d 04:05:06, or 04:05 where there are no hours."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days} d {h:02d}:{m:02d}:{s:02d}"
+    return f"{h:02d}:{m:02d}:{s:02d}" if h else f"{m:02d}:{s:02d}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory so far in bytes: allocated by PyTorch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,52 @@
+"""Learning rate and batch size as pure functions of tokens (GPT-3, appendix B)."""
+
+import math
+from collections.abc import Iterator
+
+from megagpt.config import Config
+
+
+def learning_rate(config: Config, tokens: int) -> float:
+    """The rate of the step that brings the run to `tokens` tokens.
+
+    Linear warm-up from zero; then cosine to the floor, or constant followed by a linear decay (warm-up-stable-decay,
+    Hu et al. 2024), or constant.
+    """
+    schedule, peak = config.schedule, config.optimizer.lr
+    if tokens < schedule.warmup_tokens:
+        return peak * tokens / schedule.warmup_tokens
+    if schedule.shape == "constant":
+        return peak
+    start = schedule.decay_start_tokens if schedule.shape == "wsd" else schedule.warmup_tokens
+    done = min(1.0, max(0.0, (tokens - start) / (schedule.decay_end_tokens - start)))
+    left = 1.0 - done if schedule.shape == "wsd" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return peak * (schedule.floor + (1.0 - schedule.floor) * left)
+
+
+def batch_samples(config: Config, samples_seen: int) -> int:
+    """Sequences in the batch that starts at `samples_seen`: linear in tokens over the ramp, to whole sequences."""
+    train, context = config.train, config.model.context
+    tokens = samples_seen * context
+    if tokens >= train.batch_ramp_tokens:
+        return config.batch_samples
+    grown = (train.batch_tokens - train.batch_ramp_start) * tokens // train.batch_ramp_tokens
+    return (train.batch_ramp_start + grown) // context
+
+
+def steps(config: Config) -> Iterator[int]:
+    """Samples seen after each step of the ramp and the first full step. Beyond, every step is a full batch."""
+    seen = 0
+    while seen * config.model.context < config.train.batch_ramp_tokens and seen < config.total_samples:
+        seen = min(config.total_samples, seen + batch_samples(config, seen))
+        yield seen
+
+
+def step_count(config: Config, tokens: int | None = None) -> int:
+    """Optimizer steps until the run has seen `tokens` (default: all) of its tokens."""
+    target = config.total_samples if tokens is None else min(config.total_samples, -(-tokens // config.model.context))
+    count = seen = 0
+    for seen in steps(config):
+        if count and seen >= target:
+            return count + 1
+        count += 1
+    return count + max(0, -(-(target - seen) // config.batch_samples))

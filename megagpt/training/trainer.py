@@ -1,0 +1,247 @@
+"""The loop: draw a batch, step the engine, and at token intervals validate, sample, log and save."""
+
+import datetime
+import functools
+import json
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megagpt
+from megagpt.config import Config, to_yaml
+from megagpt.data.builtin import prepare_builtin
+from megagpt.data.loader import open_corpus, read_ahead, train_batches, validation_samples
+from megagpt.data.tokenizer import gpt2
+from megagpt.distributed import World
+from megagpt.engines.engine import build_engine, seed_dropout
+from megagpt.errors import UserError
+from megagpt.evaluation.validation import unigram_loss, validation_loss
+from megagpt.generation import generate
+from megagpt.hardware import device_name, peak_flops
+from megagpt.training import checkpoint as checkpoints
+from megagpt.training.metrics import Metrics, duration, peak_memory
+from megagpt.training.safety import FiniteGuard, StopRequest
+from megagpt.training.schedule import batch_samples, learning_rate, step_count
+
+# Exit code of a run that was stopped by a signal, saved, and can be resumed (EX_TEMPFAIL of sysexits.h).
+EXIT_STOPPED = 75
+
+
+class Trainer:
+    """One run on one rank; every rank makes one and calls the same methods."""
+
+    def __init__(self, config: Config, world: World, resume: bool) -> None:
+        self.config, self.world = config, world
+        self.run = Path(config.run.folder) / config.run.name
+        config.accumulation(world.size)  # refuses what does not divide, before anything is written
+        if not resume and self.run.exists() and any(self.run.iterdir()):
+            raise UserError(
+                f"{self.run}: already holds a run; go on with `megagpt train --resume {self.run}`, "
+                "or choose another run.name"
+            )
+        data = prepare_builtin(config.data, world, self.say)
+        seed = config.run.seed
+        self.train_data = open_corpus(data, "train", config.model.context, seed)
+        self.validation_data = open_corpus(data, "val", config.model.context, seed)
+        self.validation_size = validation_samples(self.validation_data, config.validation.tokens)
+        self.fingerprints = [s.fingerprint for s in self.train_data.streams]
+        self.engine = build_engine(config, world)
+        self.samples_seen = self._resume() if resume else 0
+        self.guard = FiniteGuard(config.train.nonfinite_limit)
+        world.barrier()
+        self.metrics: Metrics | None = None
+        if world.is_main:
+            self._describe_run()
+            self.metrics = Metrics(self.run, config.train.tokens, self.tokens_seen, self.step)
+            self.metrics.text(self.step, "config", f"```yaml\n{to_yaml(config)}```")
+
+    @property
+    def tokens_seen(self) -> int:
+        return self.samples_seen * self.config.model.context
+
+    @property
+    def step(self) -> int:
+        return step_count(self.config, self.tokens_seen)
+
+    def say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, flush=True)
+
+    # --- the run's folder ---
+
+    def _resume(self) -> int:
+        newest = checkpoints.newest_whole(self.run, self.say)
+        if newest is None:
+            self.say(f"{self.run}: no whole checkpoint; starting from the first token")
+            return 0
+        samples = checkpoints.load(newest, self.engine, self.fingerprints)
+        self.say(f"resuming from {newest.path} at {newest.tokens:,} tokens")
+        return samples
+
+    def _describe_run(self) -> None:
+        """Leave the resolved config and the environment beside what the run will write."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        (self.run / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        environment = {
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": shlex.join(sys.argv),
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "megagpt": megagpt.__version__,
+            "torch": torch.__version__,
+            "device": device_name(self.world.device),
+            "world_size": self.world.size,
+            "from_tokens": self.tokens_seen,
+        }
+        with (self.run / "environment.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(environment) + "\n")
+
+    def _record(self, kind: str, values: dict[str, Any], text: str) -> None:
+        if self.metrics is not None:
+            self.metrics.event(self.step, kind, {"tokens_seen": self.tokens_seen, **values}, text)
+
+    # --- what happens at intervals ---
+
+    @functools.cached_property
+    def unigram(self) -> float:
+        return unigram_loss(self.train_data, self.validation_data, self.validation_size)
+
+    def validate(self) -> None:
+        if not self.validation_size:
+            return
+        loss = validation_loss(self.engine, self.validation_data, self.validation_size)
+        if self.world.is_main:
+            self._record(
+                "validation",
+                {"validation_loss": loss, "unigram_loss": self.unigram},
+                f"validation loss {loss:.4f} over {self.validation_size * self.config.model.context:,} held-out tokens "
+                f"(a model that knows only how common each token is: {self.unigram:.4f})",
+            )
+
+    def sample(self) -> None:
+        s = self.config.sampling
+        if not s.samples:
+            return
+        prompt = gpt2().encode_ordinary(s.prompt)
+        with self.engine.evaluation() as model:
+            rows = generate(
+                model, self.config.model, [prompt] * s.samples, s.max_tokens,
+                temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=self.config.run.seed,
+            )  # fmt: skip
+        texts = [s.prompt + gpt2().decode(row) for row in rows]
+        self._record("samples", {"samples": texts}, "\n".join(f"> {text}" for text in texts))
+        if self.metrics is not None:
+            self.metrics.text(self.step, "samples", "\n\n---\n\n".join(texts))
+
+    def save(self, milestone: bool = False) -> None:
+        start = time.monotonic()
+        saved = checkpoints.save(self.run, self.engine, self.samples_seen, self.fingerprints, milestone, self.world)
+        if self.world.is_main:
+            checkpoints.rotate(self.run, self.config.checkpoint.keep)
+        seconds = time.monotonic() - start
+        self._record(
+            "checkpoint", {"path": str(saved.path), "save_seconds": seconds}, f"saved {saved.path} ({seconds:.1f} s)"
+        )
+
+    # --- the loop ---
+
+    def fit(self) -> int:
+        """Train to the end, or until a signal; returns the exit code."""
+        config = self.config
+        if self.samples_seen >= config.total_samples:
+            self.say(f"{self.run}: finished already, at {self.tokens_seen:,} tokens")
+            return 0
+        self.say(f"{config.run.name}: {config.model.parameters:,} parameters, {self.engine.describe()}")
+        batches = read_ahead(
+            train_batches(
+                self.train_data, self.samples_seen, config.total_samples, functools.partial(batch_samples, config),
+                self.world.rank, self.world.size, config.train.micro_batch,
+            )
+        )  # fmt: skip
+        try:
+            with StopRequest() as stop:
+                return self._loop(batches, stop)
+        finally:
+            batches.close()
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _loop(self, batches: Any, stop: StopRequest) -> int:
+        config, began = self.config, time.monotonic()
+        step = self.step
+        saved_at = -1
+        while True:
+            before = time.monotonic()
+            batch = next(batches, None)
+            if batch is None:
+                break
+            ready = time.monotonic()
+            tokens_before = self.tokens_seen
+            self.samples_seen += batch.samples
+            step += 1
+            lr = learning_rate(config, self.tokens_seen)
+            if config.model.dropout:
+                seed_dropout(config, self.samples_seen, self.world.rank)
+            result = self.engine.train_step(batch, lr)
+            self.guard.check(result.updated, step)
+            done = time.monotonic()
+
+            def crossed(every: int, before: int = tokens_before) -> bool:
+                return every > 0 and self.tokens_seen // every > before // every
+
+            last = self.samples_seen >= config.total_samples
+            if self.metrics is not None and (last or not config.log.every_tokens or crossed(config.log.every_tokens)):
+                speed = batch.tokens / (done - before)
+                self.metrics.step(step, {
+                    "loss": result.loss,
+                    "lr": lr,
+                    "gradient_norm": result.gradient_norm,
+                    "tokens_seen": self.tokens_seen,
+                    "samples_seen": self.samples_seen,
+                    "batch_tokens": batch.tokens,
+                    "tokens_per_second": speed,
+                    "step_seconds": done - before,
+                    "data_wait_seconds": ready - before,
+                    "mfu": self._mfu(speed),
+                    "peak_memory_bytes": peak_memory(self.world.device),
+                    "skipped_updates": self.guard.skipped,
+                })  # fmt: skip
+            if not last and crossed(config.validation.every_tokens):
+                self.validate()
+            if not last and crossed(config.sampling.every_tokens):
+                self.sample()
+            milestone = crossed(config.checkpoint.milestone_every_tokens)
+            if last or milestone or crossed(config.checkpoint.every_tokens):
+                self.save(milestone)
+                saved_at = self.samples_seen
+            if not last and self.world.any(stop.requested):
+                if saved_at != self.samples_seen:
+                    self.save()
+                name = stop.received.name if stop.received else "a signal on another rank"
+                self._record(
+                    "stopped", {"signal": name}, f"stopped by {name}; resume with: megagpt train --resume {self.run}"
+                )
+                return EXIT_STOPPED
+        self.validate()
+        self.sample()
+        self.say(f"done in {duration(time.monotonic() - began)}: {self.tokens_seen:,} tokens in {self.run}")
+        self.say(f"see it with: tensorboard --logdir {config.run.folder}")
+        return 0
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation: the FLOPs of presets.flops_per_token over the devices' peak; None if unknown."""
+        peak = peak_flops(self.world.device, self.config.train.precision)
+        if peak is None:
+            return None
+        return self.config.model.flops_per_token * tokens_per_second / (peak * self.world.size)
+
+
+def train(config: Config, world: World, resume: bool) -> int:
+    """Run or resume; returns the exit code. Raises UserError."""
+    return Trainer(config, world, resume).fit()
