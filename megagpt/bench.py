@@ -66,9 +66,8 @@ def bench(arguments: argparse.Namespace) -> int:
         f"{arguments.model}: {model.parameters:,} parameters, {arguments.batch} x {model.context} tokens a step, "
         f"{first['device']}, {first['threads']} threads, torch {first['torch']}, compile {arguments.compile}"
     )
-    print(
-        f"{'implementation':15}{'precision':>10}{'s/step':>9}{'tok/s':>10}{'TFLOP/s':>9}{'MFU':>7}{'peak GiB':>10}{'vs best other':>15}"
-    )
+    heads = (("s/step", 9), ("tok/s", 10), ("TFLOP/s", 9), ("MFU", 7), ("peak GiB", 10), ("vs best other", 15))
+    print(f"{'implementation':15}{'precision':>10}" + "".join(f"{head:>{width}}" for head, width in heads))
     for i, row in enumerate(rows):
         seconds = min(r["seconds"] for r in results[i])
         precision = row.config["train"]["precision"]

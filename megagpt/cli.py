@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megagpt import __version__
-from megagpt.errors import UserError
+from megagpt.errors import Reported, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(arguments)
     except UserError as error:
-        if str(error):  # empty on ranks whose peer has reported the error already
+        if not isinstance(error, Reported):
             print(f"megagpt: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:

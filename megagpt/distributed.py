@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megagpt.errors import UserError
+from megagpt.errors import Reported, UserError
 from megagpt.hardware import keep_freed_memory
 
 # Sets the upper bound on how long a rank waits for peers that never come.
@@ -74,13 +75,23 @@ def join(device: str = "auto") -> Iterator[World]:
         yield world
         return
     on_gpu = world.device.type == "cuda"
+    store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=_TIMEOUT)))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         timeout=_TIMEOUT,
+        store=store,
+        rank=rank,
+        world_size=size,
         device_id=world.device if on_gpu else None,
     )
     try:
         yield world
+    except UserError as error:
+        # Most errors are seen by every rank: the first to count itself reports, and does so before any rank leaves,
+        # because launchers kill the rest as soon as one has left.
+        if store.add("megagpt/errors", 1) == 1:
+            print(f"megagpt: error: [rank {rank} of {size}] {error}", file=sys.stderr, flush=True)
+        raise Reported from None
     finally:
         dist.destroy_process_group()
         # gloo's threads may still hold a tensor; if the last reference falls while Python exits, the process aborts.

@@ -12,6 +12,10 @@ class UserError(Exception):
     """
 
 
+class Reported(UserError):
+    """A UserError that some rank has printed already."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A sentence that names the nearest known words, or all of them where none is near."""
     known = list(known)

@@ -85,7 +85,7 @@ class GPT(nn.Module):
         """Loss or logits.
 
         tokens: int (B, T). With `targets`, int (B, T) where -100 means "not counted": the SUM of the token losses,
-        fp32, in nats. Without: logits (B, T, vocab_size); with a `cache`, of the last position only, (B, 1, vocab_size).
+        fp32, in nats. Without: logits (B, T, vocab_size); with a `cache`, of the last position only, as T = 1.
         """
         T = tokens.shape[1]
         positions = cache.positions(T) if cache is not None else torch.arange(T, device=tokens.device)

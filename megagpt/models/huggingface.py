@@ -145,10 +145,9 @@ def load_pretrained(folder: str | Path) -> GPT:
             raise UserError(f"{where[key]}: cannot be read: {first_line(error)}") from None
         tensor = tensor.T if name.endswith(_TRANSPOSED) else tensor
         rows = config.vocab_size if name == "token_embedding.weight" else parameter.shape[0]
-        if tensor.shape != (rows, *parameter.shape[1:]):
-            raise UserError(
-                f"{folder}: tensor {key!r} has shape {tuple(tensor.shape)}, config.json needs {(rows, *parameter.shape[1:])}"
-            )
+        needed = (rows, *parameter.shape[1:])
+        if tensor.shape != needed:
+            raise UserError(f"{folder}: tensor {key!r} has shape {tuple(tensor.shape)}, config.json needs {needed}")
         with torch.no_grad():
             parameter.zero_()  # the vocabulary's padding
             parameter[:rows].copy_(tensor)

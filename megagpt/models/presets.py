@@ -88,7 +88,7 @@ class Preset:
 
     model: ModelConfig
     batch_tokens: int
-    """Global batch in tokens. The papers' 0.5M, 1M, 2M and 3.2M, each the nearest power-of-two-like count of sequences."""
+    """Global batch in tokens: the papers' 0.5M, 1M, 2M and 3.2M as whole numbers of sequences."""
     peak_lr: float | None
     """None where the paper publishes none (GPT-2)."""
     paper_tokens: float | None

@@ -12,9 +12,8 @@ _STATE_BYTES = 4 + 4 + 4 + 4
 def summarize(config: Config, ranks: int) -> Iterator[str]:
     """Lines for people about a run on `ranks` ranks. Raises UserError where the batch does not divide over them."""
     model, train, context = config.model, config.train, config.model.context
-    yield (
-        f"parameters: {model.parameters:,} ({model.padded_vocab_size - model.vocab_size} dead vocabulary rows not counted)"
-    )
+    dead = model.padded_vocab_size - model.vocab_size
+    yield f"parameters: {model.parameters:,} ({dead} dead rows of the vocabulary not counted)"
     yield f"FLOPs: {model.flops_per_token:.3e} a token, {model.flops_per_token * train.tokens:.3e} in all"
     accumulation = config.accumulation(ranks)
     yield (
@@ -27,5 +26,5 @@ def summarize(config: Config, ranks: int) -> Iterator[str]:
             f"batch ramp: {train.batch_ramp_start:,} to {train.batch_tokens:,} tokens over "
             f"{step_count(config, train.batch_ramp_tokens):,} steps"
         )
-    held = (model.parameters + (model.padded_vocab_size - model.vocab_size) * model.width) * _STATE_BYTES
+    held = (model.parameters + dead * model.width) * _STATE_BYTES
     yield f"memory for weights, gradients and optimizer on each rank: {held / 2**30:.2f} GiB, activations aside"

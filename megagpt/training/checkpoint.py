@@ -6,12 +6,14 @@ RUN/checkpoints/000000524288/   named by tokens seen
     COMPLETE                    every file's size; written last, removed first
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
 import platform
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +114,8 @@ def save(
             path.mkdir(parents=True)
         world.barrier()
         # FileSystemWriter flushes each file to disk before it reports it written.
-        dcp.save(engine.state(), storage_writer=dcp.FileSystemWriter(path), no_dist=world.size == 1)
+        with _quiet():
+            dcp.save(engine.state(), storage_writer=dcp.FileSystemWriter(path), no_dist=world.size == 1)
         if world.is_main:
             write_atomic(path / META, json.dumps(meta, indent=1).encode())
             sizes = {p.name: p.stat().st_size for p in sorted(path.iterdir())}
@@ -123,6 +126,14 @@ def save(
         raise UserError(f"{path}: the checkpoint could not be written: {_disk_reason(error)}") from None
     world.barrier()
     return checkpoint
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's warning that a process alone saves alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
+        yield
 
 
 def _disk_reason(error: BaseException) -> str:
@@ -168,7 +179,8 @@ def load(checkpoint: Checkpoint, engine: Engine, fingerprints: list[str]) -> int
         )
     state = engine.state()
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=engine.world.size == 1)
+        with _quiet():
+            dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=engine.world.size == 1)
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: damaged: {first_line(error)}") from None
     engine.state_loaded(meta["updates"])
@@ -190,6 +202,7 @@ def load_weights(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
     """Fill a plain model's parameters from a checkpoint, without the optimizer's moments."""
     state = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     try:
-        dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
+        with _quiet():
+            dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: damaged: {first_line(error)}") from None

@@ -1,7 +1,6 @@
 """Learning rate and batch size as pure functions of tokens (GPT-3, appendix B)."""
 
 import math
-from collections.abc import Iterator
 
 from megagpt.config import Config
 
@@ -24,29 +23,22 @@ def learning_rate(config: Config, tokens: int) -> float:
 
 
 def batch_samples(config: Config, samples_seen: int) -> int:
-    """Sequences in the batch that starts at `samples_seen`: linear in tokens over the ramp, to whole sequences."""
+    """Sequences in the batch that starts at `samples_seen`: linear in tokens over the ramp, to the nearest sequence."""
     train, context = config.train, config.model.context
     tokens = samples_seen * context
     if tokens >= train.batch_ramp_tokens:
         return config.batch_samples
     grown = (train.batch_tokens - train.batch_ramp_start) * tokens // train.batch_ramp_tokens
-    return (train.batch_ramp_start + grown) // context
-
-
-def steps(config: Config) -> Iterator[int]:
-    """Samples seen after each step of the ramp and the first full step. Beyond, every step is a full batch."""
-    seen = 0
-    while seen * config.model.context < config.train.batch_ramp_tokens and seen < config.total_samples:
-        seen = min(config.total_samples, seen + batch_samples(config, seen))
-        yield seen
+    return (train.batch_ramp_start + grown + context // 2) // context
 
 
 def step_count(config: Config, tokens: int | None = None) -> int:
     """Optimizer steps until the run has seen `tokens` (default: all) of its tokens."""
     target = config.total_samples if tokens is None else min(config.total_samples, -(-tokens // config.model.context))
     count = seen = 0
-    for seen in steps(config):
-        if count and seen >= target:
-            return count + 1
+    while seen < target:
+        if seen * config.model.context >= config.train.batch_ramp_tokens:
+            return count - (seen - target) // config.batch_samples  # full batches from here on, rounded up
+        seen += batch_samples(config, seen)
         count += 1
-    return count + max(0, -(-(target - seen) // config.batch_samples))
+    return count

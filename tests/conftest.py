@@ -1,0 +1,58 @@
+"""What several tests share: a small corpus, a small run, and the reading of its metrics."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megagpt.data.prepare import prepare
+from megagpt.data.sources import open_source
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus of about 60,000 tokens in 200 documents."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = [
+        json.dumps({"text": f"Document {i}: " + " ".join(str(i * j % 997) for j in range(150))}) for i in range(200)
+    ]
+    (folder / "text.jsonl").write_text("\n".join(rows))
+    prepare(open_source(str(folder / "text.jsonl")), folder / "shards", val_fraction=0.1, workers=1)
+    return folder / "shards"
+
+
+@pytest.fixture
+def tiny(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a tiny run's config, 20 steps of 4 sequences of 32 tokens, and gives its path."""
+
+    def write(**sections: Any) -> Path:
+        tree: dict[str, Any] = {
+            "model": {"layers": 2, "width": 32, "heads": 2, "context": 32},
+            "run": {"folder": str(tmp_path / "runs"), "name": "tiny"},
+            "data": {"sources": [{"path": str(corpus)}]},
+            "train": {"tokens": 2560, "batch_tokens": 128, "micro_batch": 4, "precision": "fp32", "device": "cpu"},
+            "schedule": {"warmup_tokens": 512, "decay_end_tokens": 2560},
+            "validation": {"every_tokens": 0, "tokens": 640},
+            "sampling": {"samples": 1, "max_tokens": 4, "every_tokens": 0},
+            "checkpoint": {"every_tokens": 0},
+        }
+        for name, values in sections.items():
+            tree[name] = {**tree.get(name, {}), **values}
+        path = tmp_path / "tiny.yaml"
+        path.write_text(json.dumps(tree))  # JSON is YAML
+        return path
+
+    return write
+
+
+def metrics(run: Path, event: str = "step") -> list[dict[str, Any]]:
+    """The lines of that event in a run's metrics.jsonl."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]

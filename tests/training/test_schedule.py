@@ -1,0 +1,96 @@
+"""Learning rate and batch size against closed forms and the counts that the papers' recipes imply."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megagpt.config import Config, build_config, load_config
+from megagpt.training.schedule import batch_samples, learning_rate, step_count
+
+
+def run(**sections: Any) -> Config:
+    return build_config({"model": {"layers": 1, "width": 8, "heads": 1, "context": 8}, **sections}, "here")
+
+
+def test_cosine_is_the_closed_form() -> None:
+    config = load_config("gpt3_xl")
+    assert learning_rate(config, 375_000_000) == pytest.approx(2.0e-4)
+    assert learning_rate(config, 187_500_000) == pytest.approx(1.0e-4)
+    middle = 375_000_000 + (260_000_000_000 - 375_000_000) // 2
+    assert learning_rate(config, middle) == pytest.approx(2.0e-4 * 0.55, rel=1e-6)
+    assert learning_rate(config, 260_000_000_000) == pytest.approx(2.0e-5)
+    assert learning_rate(config, 300_000_000_000) == pytest.approx(2.0e-5)
+
+
+def test_gpt2_matches_the_public_reproduction_step_by_step() -> None:
+    """Its schedule is written in steps: lr(it), it from 0, warm-up (it + 1) / 715, cosine to 19,073."""
+    config = load_config("gpt2_124m")
+
+    def published(it: int) -> float:
+        if it < 715:
+            return 6e-4 * (it + 1) / 715
+        return 6e-5 + 0.5 * (1 + math.cos(math.pi * (it - 715) / (19073 - 715))) * (6e-4 - 6e-5)
+
+    for it in (0, 1, 357, 713, 714):
+        assert learning_rate(config, (it + 1) * 524288) == pytest.approx(published(it), rel=1e-9)
+    for it in (716, 5000, 12000, 19072):
+        # A rate of the tokens after the step is the published one of the next step number.
+        assert learning_rate(config, it * 524288) == pytest.approx(published(it), rel=1e-9)
+
+
+def test_wsd_and_constant() -> None:
+    schedule = {"warmup_tokens": 100, "decay_start_tokens": 600, "decay_end_tokens": 1000, "floor": 0.0}
+    train = {"tokens": 1200, "batch_tokens": 8}
+    wsd = run(schedule={"shape": "wsd", **schedule}, train=train, optimizer={"lr": 1.0})
+    rates = [learning_rate(wsd, t) for t in (50, 100, 350, 600, 800, 900, 1000, 1100)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 0.5, 0.25, 0, 0])
+    constant = run(schedule={"shape": "constant", "warmup_tokens": 100}, train=train, optimizer={"lr": 1.0})
+    assert [learning_rate(constant, t) for t in (50, 100, 1200)] == [0.5, 1, 1]
+
+
+@given(st.sampled_from(["cosine", "wsd", "constant"]), st.integers(0, 500), st.integers(1, 500), st.integers(0, 2000))
+def test_rates_stay_between_zero_and_the_peak(shape: str, warmup: int, decay: int, tokens: int) -> None:
+    schedule = {"shape": shape, "warmup_tokens": warmup, "decay_end_tokens": warmup + decay}
+    if shape == "wsd":
+        schedule["decay_start_tokens"] = warmup
+    config = run(schedule=schedule, train={"tokens": 2000, "batch_tokens": 8}, optimizer={"lr": 1.0})
+    rate = learning_rate(config, tokens)
+    assert 0 <= rate <= 1
+    if tokens >= warmup:
+        assert rate >= 0.1 - 1e-12
+
+
+def test_step_counts_of_the_papers_recipe() -> None:
+    """Continuous arithmetic: the ramp takes 4e9 / (B - b) ln(B / b) steps, the rest one batch each."""
+    config = load_config("gpt3_125m")
+    assert step_count(config, 4_000_000_000) == pytest.approx(22_563, rel=1e-3)
+    assert step_count(config, 375_000_000) == pytest.approx(7_146, rel=1e-3)
+    assert step_count(config) == pytest.approx(587_139, rel=1e-3)
+    plain = load_config("gpt3_125m", ["train.batch_ramp_tokens=0", "train.batch_ramp_start=0"])
+    assert step_count(plain) == 572_205
+    assert step_count(load_config("gpt2_124m")) == 19_073
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 4000), st.integers(40, 600))
+def test_ramp_grows_linearly_and_steps_add_up(start: int, more: int, ramp: int, sequences: int) -> None:
+    train = {"tokens": 8 * sequences * 10, "batch_tokens": 8 * (start + more)}
+    if ramp:
+        train |= {"batch_ramp_start": 8 * start, "batch_ramp_tokens": ramp}
+    if train["tokens"] < train["batch_tokens"]:
+        return
+    config = run(train=train, schedule={"shape": "constant"})
+    seen = steps = 0
+    previous = 0
+    while seen < config.total_samples:
+        batch = batch_samples(config, seen)
+        exact = start + more * min(1.0, 8 * seen / ramp) if ramp else start + more
+        assert abs(batch - exact) <= 0.6  # half a sequence, and half a token of the ramp
+        assert batch >= previous
+        previous = batch
+        assert step_count(config, seen * 8) == steps
+        seen = min(config.total_samples, seen + batch)
+        steps += 1
+    assert step_count(config) == steps
