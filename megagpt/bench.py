@@ -38,6 +38,8 @@ class Row:
     config: dict[str, Any]
     """A whole run's config; its batch is the step's."""
     steps: int
+    tuned_allocator: bool
+    """Whether a CPU process keeps freed memory, as megagpt's own always do."""
 
 
 def bench(arguments: argparse.Namespace) -> int:
@@ -48,7 +50,12 @@ def bench(arguments: argparse.Namespace) -> int:
             raise UserError(f"--against {name!r}: valid: {', '.join(IMPLEMENTATIONS[1:])}")
     configs = [_config(arguments, precision) for precision in arguments.precision or ("fp32", "bf16")]
     rows = [
-        Row(implementation, dataclasses.asdict(config), arguments.steps)
+        Row(
+            implementation,
+            dataclasses.asdict(config),
+            arguments.steps,
+            implementation == "megagpt" or arguments.same_allocator,
+        )
         for config in configs
         for implementation in ("megagpt", *against)
     ]
@@ -119,7 +126,7 @@ def _in_process(row: Row) -> dict[str, Any]:
 
 def _measure(row: Row) -> dict[str, Any]:
     config = build_config(row.config, "bench")
-    with join(config.train.device) as world:
+    with join(config.train.device, tune_allocator=row.tuned_allocator) as world:
         device = world.device
         generator = torch.Generator().manual_seed(0)
         shape = (config.train.micro_batch, config.model.context + 1)

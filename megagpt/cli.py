@@ -97,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--compile", action="store_true", help="torch.compile")
     sub.add_argument("--engine", default="ddp", help="engine of megagpt's own row (ddp)")
     sub.add_argument("--against", default="", help="comma-separated: plain, transformers")
+    sub.add_argument(
+        "--same-allocator", action="store_true", help="give the others megagpt's CPU allocator setting too"
+    )
     sub.add_argument("--steps", type=int, default=5, help="measured steps in each round (5)")
     sub.add_argument("--rounds", type=int, default=2, help="rounds, alternating between implementations (2)")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

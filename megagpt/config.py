@@ -2,8 +2,8 @@
 
     config = load_config("gpt3_xl.yaml", ["train.tokens=1e9", "model.layers=2"])
 
-A file may name another as its `base` (relative to itself) and then holds only what differs from it. Quantities that
-the papers give in tokens stay in tokens. Every error names file, key and value.
+A file may name another as its `base` (beside itself, or by bare name) and then holds only what differs from it.
+Quantities that the papers give in tokens stay in tokens. Every error names file, key and value.
 """
 
 import dataclasses
@@ -330,9 +330,14 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    if not isinstance(base, str) or not (path.parent / base).is_file():
-        raise UserError(f"{path}: base {base!r} is not a file beside it")
-    return _merge(_read_tree(path.parent / base, (*seen, path)), tree)
+    if not isinstance(base, str):
+        raise UserError(f"{path}: base {base!r} is not a file's name")
+    beside = path.parent / base
+    try:
+        base_path = beside if beside.is_file() else find_config(base)
+    except UserError as error:
+        raise UserError(f"{path}: base: {error}") from None
+    return _merge(_read_tree(base_path, (*seen, path)), tree)
 
 
 def override(tree: dict[str, Any], text: str) -> dict[str, Any]:

@@ -54,10 +54,11 @@ def launched_rank() -> int:
 
 
 @contextlib.contextmanager
-def join(device: str = "auto") -> Iterator[World]:
+def join(device: str = "auto", tune_allocator: bool = True) -> Iterator[World]:
     """Join the process group that the launcher describes, and leave it at the end.
 
     torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a world of one.
+    `tune_allocator` lets a process on a CPU keep the memory that it frees.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     found = [name for name in names if name in os.environ]
@@ -69,7 +70,7 @@ def join(device: str = "auto") -> Iterator[World]:
         int(os.environ[n]) if launched else d for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     world = World(rank, size, local_rank, _device(device, local_rank))
-    if world.device.type == "cpu":
+    if world.device.type == "cpu" and tune_allocator:
         keep_freed_memory()
     if size == 1:
         yield world

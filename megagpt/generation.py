@@ -42,7 +42,8 @@ def generate(
     cache, tokens = _prefill(config, windows, device)
     for i in range(max_tokens):
         if cache.length + tokens.shape[1] > config.context:
-            windows = [w[-(config.context // 2) :] if len(w) > config.context else w for w in windows]
+            kept = max(1, config.context // 2)
+            windows = [w[-kept:] if len(w) > config.context else w for w in windows]
             cache, tokens = _prefill(config, windows, device)
         logits = model(tokens, cache=cache)[:, -1].float()  # (B, V)
         drawn = draw(logits, torch.from_numpy(uniform[:, i]), temperature, top_k, top_p)
@@ -62,7 +63,7 @@ def _prefill(config: ModelConfig, windows: list[list[int]], device: torch.device
     """A fresh cache, and the rows' tokens padded on the left to one length, (B, longest)."""
     longest = max(map(len, windows))
     padding = torch.tensor([longest - len(w) for w in windows], device=device)
-    tokens = torch.tensor([[END_OF_TEXT] * (longest - len(w)) + w for w in windows], device=device)
+    tokens = torch.tensor([[0] * (longest - len(w)) + w for w in windows], device=device)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
     return KeyValueCache(config, padding, dtype), tokens
 

@@ -74,9 +74,8 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # skip_init leaves PyTorch's own random initialisation out: ours follows from seed and name.
-        self.token_embedding = nn.utils.skip_init(nn.Embedding, config.padded_vocab_size, config.width)
-        self.position_embedding = nn.utils.skip_init(nn.Embedding, config.context, config.width)
+        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.context, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -49,7 +50,7 @@ def their_name(name: str) -> str:
 def to_theirs(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     """One parameter in their layout: transposed where theirs is, the vocabulary's padding cut off."""
     if name == "token_embedding.weight":
-        tensor = tensor[: config.vocab_size]
+        tensor = tensor[: config.vocab_size].clone()  # a view would be saved with the padding behind it
     return tensor.T.contiguous() if name.endswith(_TRANSPOSED) else tensor.contiguous()
 
 
@@ -107,6 +108,8 @@ def read_config(folder: str | Path) -> ModelConfig:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {first_line(error)}") from None
+    if not isinstance(theirs, dict):
+        raise UserError(f"{path}: holds a {type(theirs).__name__}, not a model's description")
     for key, value in _FIXED.items():
         given = theirs.get(key, value)
         if given != value and not (key == "n_inner" and given == 4 * theirs.get("n_embd", 0)):
@@ -121,8 +124,9 @@ def read_config(folder: str | Path) -> ModelConfig:
         )
     except KeyError as error:
         raise UserError(f"{path}: key {error} is missing") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not a GPT-2 shape: {first_line(error)}") from None
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
+        raise UserError(f"{path}: not a GPT-2 shape: {'; '.join(problems)}") from None
 
 
 def load_pretrained(folder: str | Path) -> GPT:

@@ -26,6 +26,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     columns take part: the dead rows of a padded table get probability and gradient zero. Products run in the
     autocast dtype where autocast is on, softmax and sums in fp32.
     """
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()  # so that no gradient is computed
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype)
