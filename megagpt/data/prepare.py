@@ -9,6 +9,7 @@ import collections
 import errno
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -132,9 +133,10 @@ def _prepare(
     if documents == 0:
         raise UserError(f"{source.name}: the corpus is empty: not one document with text in it")
     if val_fraction and splits["val"].total == 0:
+        larger = f" or at least {math.ceil(51 / documents) / 100}" if documents > 1 else ""
         raise UserError(
-            f"{source.name}: none of its {documents} documents fell to validation at --val-fraction {val_fraction}; "
-            f"remove {folder} and choose 0, or at least {0.51 / documents:.2g}"
+            f"{source.name}: none of its {documents} document(s) fell to validation at --val-fraction {val_fraction}; "
+            f"remove {folder} and choose 0 (no validation){larger}"
         )
     save(cursor)
     manifest = {

@@ -158,6 +158,8 @@ class Trainer:
             self.say(f"{self.run}: finished already, at {self.tokens_seen:,} tokens")
             return 0
         self.say(f"{config.run.name}: {config.model.parameters:,} parameters, {self.engine.describe()}")
+        if config.validation.tokens and not self.validation_size:
+            self.say("no validation: the corpus holds less than one sample of held-out text")
         batches = read_ahead(
             train_batches(
                 self.train_data, self.samples_seen, config.total_samples, functools.partial(batch_samples, config),
