@@ -13,7 +13,7 @@ from megagpt.data.sources import open_source
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # two threads of a busy machine wait for each other
 
 
 @pytest.fixture(scope="session")

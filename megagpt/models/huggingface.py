@@ -91,8 +91,7 @@ def export(model: GPT, folder: str | Path) -> None:
         for name, parameter in model.named_parameters()
     }
     folder.mkdir(parents=True, exist_ok=True)
-    # Without the format tag, transformers does not know the tensors as PyTorch's.
-    save_torch_state_dict(state, folder, metadata={"format": "pt"})
+    save_torch_state_dict(state, folder)
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -119,7 +118,7 @@ def read_config(folder: str | Path) -> ModelConfig:
             layers=theirs["n_layer"],
             width=theirs["n_embd"],
             heads=theirs["n_head"],
-            context=theirs.get("n_positions", theirs.get("n_ctx")),
+            context=theirs["n_positions"] if "n_positions" in theirs else theirs["n_ctx"],
             vocab_size=theirs["vocab_size"],
         )
     except KeyError as error:

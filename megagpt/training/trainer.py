@@ -16,7 +16,7 @@ import megagpt
 from megagpt.config import Config, to_yaml
 from megagpt.data.builtin import prepare_builtin
 from megagpt.data.loader import open_corpus, read_ahead, train_batches, validation_samples
-from megagpt.data.tokenizer import gpt2
+from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
 from megagpt.distributed import World
 from megagpt.engines.engine import build_engine, seed_dropout
 from megagpt.errors import UserError
@@ -44,6 +44,7 @@ class Trainer:
                 f"{self.run}: already holds a run; go on with `megagpt train --resume {self.run}`, "
                 "or choose another run.name"
             )
+        self._check_vocabulary()
         data = prepare_builtin(config.data, world, self.say)
         seed = config.run.seed
         self.train_data = open_corpus(data, "train", config.model.context, seed)
@@ -67,6 +68,15 @@ class Trainer:
     @property
     def step(self) -> int:
         return step_count(self.config, self.tokens_seen)
+
+    def _check_vocabulary(self) -> None:
+        """What depends on the tokenizer, before anything is read or written."""
+        model, sampling = self.config.model, self.config.sampling
+        if model.vocab_size < VOCAB_SIZE:
+            raise UserError(f"model.vocab_size {model.vocab_size} is less than GPT-2's vocabulary of {VOCAB_SIZE}")
+        prompt = len(gpt2().encode_ordinary(sampling.prompt))
+        if sampling.samples and not 0 < prompt <= model.context:
+            raise UserError(f"sampling.prompt has {prompt} tokens; the model takes 1 to model.context {model.context}")
 
     def say(self, text: str) -> None:
         if self.world.is_main:

@@ -262,12 +262,12 @@ def test_initial_weights_do_not_depend_on_memory_device_or_generators() -> None:
         for parameter in model.parameters():
             parameter.fill_(math.nan)
     torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     random.seed(1)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     initialize(model, CONFIG, 5)
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == before[1]
     assert random.getstate() == before[2]
     state = model.state_dict()
     assert state.keys() == expected.keys()

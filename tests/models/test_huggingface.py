@@ -24,7 +24,7 @@ def randomize(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0.1, 0.2, generator=generator)
+            parameter.normal_(0.1, 0.3, generator=generator)
 
 
 def their_model(**changes: Any) -> GPT2LMHeadModel:

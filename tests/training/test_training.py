@@ -207,9 +207,10 @@ def test_sigterm_under_torchrun_saves_on_all_ranks(tiny: Tiny, tmp_path: Path) -
     config = str(tiny(train={"tokens": 128 * 5000, "micro_batch": 2}))
     run = tmp_path / "runs" / "tiny"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megagpt"]
+    command += ["train", config]
     process = subprocess.Popen(
-        [*command, "train", config], cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for_steps(run, 5, process)
     process.terminate()
     output, _ = process.communicate(timeout=60)
@@ -317,6 +318,8 @@ def test_what_a_run_is_refused_for(
     refused(capsys, [config, f"data.sources=[{{path: {tmp_path / 'empty'}}}]"], "no token shards")
     long = ["model.context=65536", "train.batch_tokens=65536", "train.micro_batch=1", "train.tokens=65536"]
     refused(capsys, [config, *long], "less than one sample", "65536")
+    refused(capsys, [config, "model.vocab_size=50000"], "model.vocab_size 50000", "50257")
+    refused(capsys, [config, "sampling.prompt=''"], "sampling.prompt", "0 tokens")
     refused(capsys, ["--resume", str(tmp_path / "nothing")], "nothing", "not a run")
     refused(capsys, ["--resume", str(run), config], "--resume")
     if not torch.cuda.is_available():
