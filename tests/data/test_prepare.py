@@ -1,5 +1,6 @@
 """Every document once, in order, and the same bytes however often the preparation was killed and on how many cores."""
 
+import contextlib
 import errno
 import json
 import os
@@ -318,12 +319,12 @@ def test_the_command_line_says_it_in_one_line(tmp_path: Path, capsys: pytest.Cap
 @pytest.fixture
 def reference(tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch) -> tuple[Prepare, dict[str, bytes]]:
     """A preparation of some shards of both splits, journalled after every batch; and what it gives undisturbed."""
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 800)
+    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 900)
     monkeypatch.setattr(module, "_JOURNAL_SECONDS", -1.0)
-    source = open_source(str(write_corpus(tmp_path / "a.jsonl", make_documents(80))))
+    source = open_source(str(write_corpus(tmp_path / "a.jsonl", make_documents(60))))
 
     def run(folder: Path) -> dict[str, Any]:
-        return prepare(source, folder, val_fraction=0.2, shard_tokens=1200)
+        return prepare(source, folder, val_fraction=0.2, shard_tokens=800)
 
     manifest = run(tmp_path / "reference")
     assert all(len(split["shards"]) >= 2 for split in manifest["splits"].values())
@@ -417,7 +418,7 @@ def test_ctrl_c_can_be_resumed(
     monkeypatch.setattr(module, "_JOURNAL_SECONDS", journal_seconds)
     source = stop_after(open_source(str(tmp_path / "a.jsonl")), batches, KeyboardInterrupt)
     for _ in range(2):
-        message = error_of(lambda: prepare(source, tmp_path / "out", val_fraction=0.2, shard_tokens=1200))
+        message = error_of(lambda: prepare(source, tmp_path / "out", val_fraction=0.2, shard_tokens=800))
         assert "run the same command again" in message
         check_unfinished(tmp_path / "out", expected)
     run(tmp_path / "out")
@@ -436,7 +437,7 @@ def test_a_crash_between_journals_loses_nothing(
             for batches, seconds in ((early, -1.0), (late, 3600.0)):
                 monkeypatch.setattr(module, "_JOURNAL_SECONDS", seconds)
                 with pytest.raises(Killed):
-                    prepare(stop_after(source, batches, Killed), folder, val_fraction=0.2, shard_tokens=1200)
+                    prepare(stop_after(source, batches, Killed), folder, val_fraction=0.2, shard_tokens=800)
                 check_unfinished(folder, expected)
             run(folder)
             assert contents(folder) == expected
@@ -445,7 +446,7 @@ def test_a_crash_between_journals_loses_nothing(
 def test_a_damaged_journal_is_not_built_upon(tmp_path: Path, reference: tuple[Prepare, dict[str, bytes]]) -> None:
     run, _ = reference
     source = stop_after(open_source(str(tmp_path / "a.jsonl")), 5, KeyboardInterrupt)
-    error_of(lambda: prepare(source, tmp_path / "out", val_fraction=0.2, shard_tokens=1200))
+    error_of(lambda: prepare(source, tmp_path / "out", val_fraction=0.2, shard_tokens=800))
     journal = tmp_path / "out" / "journal.json"
     for text in ("", "{", "[]", "{}", journal.read_text()[:-40]):
         journal.write_text(text)
@@ -458,7 +459,7 @@ def test_lost_partial_files_are_not_filled_with_zeros(
 ) -> None:
     run, expected = reference
     source = stop_after(open_source(str(tmp_path / "a.jsonl")), 5, KeyboardInterrupt)
-    error_of(lambda: prepare(source, tmp_path / "out", val_fraction=0.2, shard_tokens=1200))
+    error_of(lambda: prepare(source, tmp_path / "out", val_fraction=0.2, shard_tokens=800))
     (partial,) = (tmp_path / "out").glob("train_*.partial")
     assert partial.stat().st_size > 200
     if change == "gone":
@@ -536,11 +537,11 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes
 def test_sigkill_at_random_moments(tmp_path: Path, big: tuple[Path, dict[str, bytes]]) -> None:
     corpus, expected = big
     out, draw, kills, in_the_middle = tmp_path / "out", random.Random(), 0, 0
-    while kills < 8:
+    while kills < 6:
         process = start(corpus, out, pace=0.01)
         try:
             before = journalled(out)
-            if kills % 4 == 3:
+            if kills == 3:
                 time.sleep(draw.uniform(0, 0.7))  # perhaps before it has begun
             else:
                 wait_for_progress(process, out, before)
@@ -573,17 +574,34 @@ def test_sigint_to_the_whole_group(tmp_path: Path, big: tuple[Path, dict[str, by
     assert contents(tmp_path / "out") == expected
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
+def test_two_at_once(tmp_path: Path, big: tuple[Path, dict[str, bytes]]) -> None:
+    """The same command started again while the first still runs: it must not write into the other's shards."""
+    corpus, expected = big
+    first = start(corpus, tmp_path / "out", pace=0.01)
+    try:
+        wait_for_progress(first, tmp_path / "out", 0)
+        code, err = finish(start(corpus, tmp_path / "out"))
+        still_running = first.poll() is None
+    finally:
+        stop(first)
+    assert still_running
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert str(tmp_path / "out") in err
+    assert finish(start(corpus, tmp_path / "out")) == (0, "")
+    assert contents(tmp_path / "out") == expected
+
+
+in_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc")
+
+
+@in_proc
 def test_a_worker_that_dies(tmp_path: Path, big: tuple[Path, dict[str, bytes]]) -> None:
     """As the kernel ends one when memory is short."""
     corpus, expected = big
     process = start(corpus, tmp_path / "out", pace=0.01)
     wait_for_progress(process, tmp_path / "out", 0)
-    workers = [
-        int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and is_worker(entry, process.pid)
-    ]
-    assert len(workers) == 2
-    os.kill(workers[0], signal.SIGKILL)
+    os.kill(workers_of(process)[0], signal.SIGKILL)
     code, err = finish(process)
     assert code == 2
     assert len(err.splitlines()) == 1
@@ -593,12 +611,45 @@ def test_a_worker_that_dies(tmp_path: Path, big: tuple[Path, dict[str, bytes]]) 
     assert contents(tmp_path / "out") == expected
 
 
-def is_worker(process: Path, parent: int) -> bool:
+@in_proc
+def test_no_worker_outlives_a_killed_parent(tmp_path: Path, big: tuple[Path, dict[str, bytes]]) -> None:
+    """`kill -9` of the one process that a user knows of."""
+    corpus, _ = big
+    process = start(corpus, tmp_path / "out", pace=0.01)
     try:
-        is_child = int((process / "stat").read_text().rpartition(")")[2].split()[1]) == parent
-        return is_child and b"spawn_main" in (process / "cmdline").read_bytes()
+        wait_for_progress(process, tmp_path / "out", 0)
+        workers = workers_of(process)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 8
+        while (left := [w for w in workers if is_worker(Path(f"/proc/{w}"))]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left
+    finally:
+        stop(process)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    entries = [entry for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    workers = [int(entry.name) for entry in entries if is_worker(entry, process.pid)]
+    assert len(workers) == 2
+    return workers
+
+
+def is_worker(process: Path, parent: int | None = None) -> bool:
+    try:
+        state, parent_id = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+        is_child = parent is None or int(parent_id) == parent
+        return state != "Z" and is_child and b"spawn_main" in (process / "cmdline").read_bytes()
     except OSError:
         return False
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End what is left of a process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    finish(process)
 
 
 # --- a full disk -----------------------------------------------------------------------------------------------------
@@ -639,7 +690,7 @@ def test_full_disk(
     _, expected = reference
     folder = disk(pages) / "out"
     command = ["prepare", str(tmp_path / "a.jsonl"), "--out", str(folder), "--val-fraction", "0.2"]
-    command += ["--shard-tokens", "1200"]
+    command += ["--shard-tokens", "800"]
     for _ in range(2):
         assert main(command) == 2
         lines = capsys.readouterr().err.splitlines()

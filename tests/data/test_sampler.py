@@ -184,7 +184,7 @@ def test_interleave_any_order_of_numbers() -> None:
     pairs=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), min_size=1, max_size=5),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_no_sample_twice_in_an_epoch(pairs: list[tuple[int, int]], seed: int) -> None:
     sizes, weights = [size for size, _ in pairs], [weight for _, weight in pairs]
     source, place = locate(np.arange(1000), sizes, weights, seed)
