@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megagpt import __version__
-from megagpt.errors import Reported, UserError
+from megagpt.errors import Interrupted, Reported, UserError, disk_error
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,23 +27,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(arguments)
     except UserError as error:
-        if not isinstance(error, Reported):
-            print(f"megagpt: error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _report(error)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): not an error, and nothing more to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        # The disk's doing, not ours; anything else is a fault of this program and keeps its traceback.
-        if error.errno not in _DISK_ERRORS:
+        theirs = disk_error(error)
+        if theirs is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"megagpt: error: {where}{os.strerror(error.errno)}; mend that and go on", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _report(theirs)
     except KeyboardInterrupt:
         print("megagpt: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _report(error: UserError) -> int:
+    if not isinstance(error, Reported):
+        print(f"megagpt: error: {error}", file=sys.stderr)
+    return EXIT_INTERRUPTED if isinstance(error, Interrupted) else EXIT_USER_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = add("bench", _bench, "Measure training steps: tokens/s, MFU and peak memory, beside other implementations.")
     sub.add_argument("model", help="a preset, such as gpt2-124m")
     sub.add_argument("overrides", nargs="*", metavar="model.key=value")
-    sub.add_argument("--batch", type=int, default=4, help="sequences in a step (4)")
-    sub.add_argument("--context", type=int, help="tokens in a sequence (the preset's)")
+    sub.add_argument("--batch", type=_count, default=4, help="sequences in a step (4)")
+    sub.add_argument("--context", type=_count, help="tokens in a sequence (the preset's)")
     sub.add_argument("--precision", action="append", choices=("fp32", "bf16"), help="may be given twice (both)")
     sub.add_argument("--compile", action="store_true", help="torch.compile")
     sub.add_argument("--engine", default="ddp", help="engine of megagpt's own row (ddp)")
@@ -109,8 +109,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--same-allocator", action="store_true", help="give the others megagpt's CPU allocator setting too"
     )
-    sub.add_argument("--steps", type=int, default=5, help="measured steps in each round (5)")
-    sub.add_argument("--rounds", type=int, default=2, help="rounds, alternating between implementations (2)")
+    sub.add_argument("--steps", type=_count, default=5, help="measured steps in each round (5)")
+    sub.add_argument("--rounds", type=_count, default=2, help="rounds, alternating between implementations (2)")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser
 
@@ -208,7 +208,7 @@ def _load_model(name: str) -> "GPT":
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from megagpt.data.tokenizer import gpt2
+    from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
     from megagpt.distributed import join
     from megagpt.generation import generate
 
@@ -226,6 +226,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     with join(arguments.device) as world:
         model = _load_model(arguments.model).to(world.device).eval()
         context = model.config.context
+        if model.config.vocab_size < VOCAB_SIZE:
+            raise UserError(f"{arguments.model}: a vocabulary of {model.config.vocab_size} is not GPT-2's {VOCAB_SIZE}")
         texts = [p for p in arguments.prompt or ["Hello, I'm a language model,"] for _ in range(arguments.samples)]
         prompts = []
         for text in texts:

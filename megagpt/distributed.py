@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megagpt.errors import Reported, UserError
+from megagpt.errors import Reported, UserError, disk_error
 from megagpt.hardware import keep_freed_memory
 
 # Sets the upper bound on how long a rank waits for peers that never come.
@@ -48,11 +48,6 @@ class World:
             dist.barrier()
 
 
-def launched_rank() -> int:
-    """The rank that a launcher gave this process; 0 without one. Usable before `join`."""
-    return int(os.environ.get("RANK", "0"))
-
-
 @contextlib.contextmanager
 def join(device: str = "auto", tune_allocator: bool = True) -> Iterator[World]:
     """Join the process group that the launcher describes, and leave it at the end.
@@ -87,16 +82,29 @@ def join(device: str = "auto", tune_allocator: bool = True) -> Iterator[World]:
     )
     try:
         yield world
-    except UserError as error:
+    except (UserError, OSError, RuntimeError) as error:
+        known = disk_error(error) if isinstance(error, OSError) else error
+        if not isinstance(known, UserError):
+            # A peer that has reported an error and left breaks this rank's collectives: that is no error of its own.
+            if _peers_reported(store):
+                raise Reported from None
+            raise
         # Most errors are seen by every rank: the first to count itself reports, and does so before any rank leaves,
         # because launchers kill the rest as soon as one has left.
         if store.add("megagpt/errors", 1) == 1:
-            print(f"megagpt: error: [rank {rank} of {size}] {error}", file=sys.stderr, flush=True)
+            print(f"megagpt: error: [rank {rank} of {size}] {known}", file=sys.stderr, flush=True)
         raise Reported from None
     finally:
         dist.destroy_process_group()
         # gloo's threads may still hold a tensor; if the last reference falls while Python exits, the process aborts.
         time.sleep(0.2)
+
+
+def _peers_reported(store: dist.Store) -> bool:
+    try:
+        return store.add("megagpt/errors", 0) > 0
+    except RuntimeError:
+        return False  # the store went with the rank that held it
 
 
 def _device(name: str, local_rank: int) -> torch.device:

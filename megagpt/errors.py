@@ -1,6 +1,8 @@
 """Errors that a user can cause, and the text helpers that make them useful."""
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 
 
@@ -14,6 +16,21 @@ class UserError(Exception):
 
 class Reported(UserError):
     """A UserError that some rank has printed already."""
+
+
+class Interrupted(UserError):
+    """Stopped by Ctrl-C, with a word on how to go on."""
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
+
+
+def disk_error(error: OSError) -> UserError | None:
+    """The disk's doing as a UserError; None for what is a fault of this program and keeps its traceback."""
+    if error.errno not in _DISK_ERRORS:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return UserError(f"{where}{os.strerror(error.errno)}; mend that and go on")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

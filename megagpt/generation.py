@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megagpt.data.tokenizer import END_OF_TEXT
+from megagpt.data.tokenizer import END_OF_TEXT, VOCAB_SIZE
 from megagpt.errors import UserError
 from megagpt.models.attention import KeyValueCache
 from megagpt.models.presets import ModelConfig
@@ -45,7 +45,7 @@ def generate(
             kept = max(1, config.context // 2)
             windows = [w[-kept:] if len(w) > config.context else w for w in windows]
             cache, tokens = _prefill(config, windows, device)
-        logits = model(tokens, cache=cache)[:, -1].float()  # (B, V)
+        logits = model(tokens, cache=cache)[:, -1, :VOCAB_SIZE].float()  # (B, V)
         drawn = draw(logits, torch.from_numpy(uniform[:, i]), temperature, top_k, top_p)
         for row, token in enumerate(drawn.tolist()):
             windows[row].append(token)

@@ -18,18 +18,14 @@ class Accelerator:
     """FLOP/s of fp32 products as PyTorch runs them by default (no TF32)."""
 
 
-# From NVIDIA's data sheets. First match by substring of the device's name wins, so longer names stand first.
+# From NVIDIA's data sheets. The first that is part of the device's name wins.
 _ACCELERATORS = {
-    "H200": Accelerator(989.4e12, 66.9e12),
-    "GH200": Accelerator(989.4e12, 66.9e12),
+    "H200": Accelerator(989.4e12, 66.9e12),  # GH200 too: the same chip
     "H100 PCIe": Accelerator(756e12, 51.2e12),
     "H100 NVL": Accelerator(835e12, 60e12),
     "H100": Accelerator(989.4e12, 66.9e12),
     "A100": Accelerator(312e12, 19.5e12),
     "L40S": Accelerator(362e12, 91.6e12),
-    "RTX 4090": Accelerator(165.2e12, 82.6e12),
-    "RTX 3090": Accelerator(71e12, 35.6e12),
-    "V100": Accelerator(0.0, 15.7e12),
 }
 
 
@@ -44,7 +40,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     name = device_name(device)
     for key, accelerator in _ACCELERATORS.items():
         if key in name:
-            return (accelerator.bf16_flops if precision == "bf16" else accelerator.fp32_flops) or None
+            return accelerator.bf16_flops if precision == "bf16" else accelerator.fp32_flops
     return None
 
 

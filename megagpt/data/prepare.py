@@ -6,13 +6,16 @@ cut back to it and reading goes on at its cursor. A full shard gets its checksum
 """
 
 import collections
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -30,12 +33,13 @@ from megagpt.data.shards import (
     MANIFEST,
     block_checksums,
     checksum_path,
+    manifest_checksum,
     npy_header,
     read_manifest,
     write_atomic,
 )
 from megagpt.data.sources import Batch, Source
-from megagpt.errors import UserError
+from megagpt.errors import Interrupted, UserError
 
 SHARD_TOKENS = 100_000_000
 _JOURNAL_SECONDS = 5.0
@@ -75,11 +79,20 @@ def prepare(
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         _same_identity(folder, manifest["identity"], identity)
+        (folder / JOURNAL).unlink(missing_ok=True)  # a kill may have come between the two
         return manifest
-    if folder.exists() and not (folder / JOURNAL).exists() and any(folder.iterdir()):
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; --out takes a folder")
+    if (
+        folder.exists()
+        and not (folder / JOURNAL).exists()
+        and any(p.name != JOURNAL + ".tmp" for p in folder.iterdir())
+    ):
         raise UserError(f"{folder}: is not empty and holds no preparation to go on with; choose another --out")
     try:
-        return _prepare(source, folder, identity, val_fraction, shard_tokens, workers, report)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            return _prepare(source, folder, identity, val_fraction, shard_tokens, workers, report)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{folder}: disk full; free some space and run the same command again to go on") from None
@@ -95,10 +108,9 @@ def _prepare(
     workers: int | None,
     report: Report,
 ) -> dict[str, Any]:
-    folder.mkdir(parents=True, exist_ok=True)
     journal: dict[str, Any] = {"identity": identity, "cursor": None, "documents": 0, "splits": {}}
     if (folder / JOURNAL).exists():
-        journal = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+        journal = _read_journal(folder)
         _same_identity(folder, journal["identity"], identity)
     else:
         write_atomic(folder / JOURNAL, json.dumps(journal).encode())
@@ -127,7 +139,7 @@ def _prepare(
             report(documents, sum(w.total for w in splits.values()), fraction)
     except KeyboardInterrupt:
         # Between two batches at the latest: what is appended since is cut off again by the next start.
-        raise UserError(
+        raise Interrupted(
             f"stopped; run the same command again to go on from the last {_JOURNAL_SECONDS:.0f} s"
         ) from None
     if documents == 0:
@@ -148,9 +160,32 @@ def _prepare(
         "splits": {name: writer.finish() for name, writer in splits.items()},
         "identity": identity,
     }
-    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    sealed = {**manifest, "checksum": manifest_checksum(manifest)}
+    write_atomic(folder / MANIFEST, json.dumps(sealed, indent=1).encode())
     (folder / JOURNAL).unlink()
     return manifest
+
+
+def _read_journal(folder: Path) -> dict[str, Any]:
+    try:
+        journal: dict[str, Any] = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
+        journal["identity"], journal["cursor"], journal["documents"], journal["splits"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / JOURNAL}: not readable ({error!r:.60}); remove {folder} and start over") from None
+    return journal
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder against a second preparation; the lock goes with the process, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is preparing it now") from None
+    finally:
+        os.close(handle)
 
 
 def _same_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -169,13 +204,11 @@ def _same_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) 
 
 def encode_documents(documents: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of the non-empty documents back to back, each with end-of-text behind it; and their lengths."""
-    encoding = tokenizer.gpt2()
     parts, lengths = [], []
     end = np.array([tokenizer.END_OF_TEXT], dtype=_DTYPE)
     for text in documents:
         if text:
-            # No special token is allowed, and none is forbidden: text that spells one is ordinary text.
-            parts += [encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=()).astype(_DTYPE), end]
+            parts += [tokenizer.encode(text).astype(_DTYPE), end]
             lengths.append(len(parts[-2]) + 1)
     return np.concatenate(parts) if parts else np.empty(0, _DTYPE), np.array(lengths, dtype=np.int64)
 
@@ -184,6 +217,15 @@ def _start_worker() -> None:
     # Ctrl-C reaches the whole process group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tokenizer.gpt2()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        # A parent that is killed cannot end its workers: they watch for it themselves.
+        threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _encoded(batches: Iterable[Batch], workers: int | None) -> Iterator[tuple[Batch, tuple[np.ndarray, np.ndarray]]]:
@@ -241,6 +283,9 @@ class _SplitWriter:
             if index > len(self.shards) or (index == len(self.shards) and stale != partial):
                 stale.unlink()
         self.file = partial.open("r+b" if partial.exists() else "w+b")
+        known = HEADER_BYTES + self.tokens * _DTYPE.itemsize
+        if self.tokens and self.file.seek(0, os.SEEK_END) < known:
+            raise UserError(f"{partial}: is shorter than what was written to it; remove {self.folder} and start over")
         self.file.truncate(HEADER_BYTES + self.tokens * _DTYPE.itemsize)
         self.file.seek(0, os.SEEK_END)
 

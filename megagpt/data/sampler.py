@@ -8,6 +8,7 @@ every epoch, so that none comes twice before all came once.
 """
 
 import hashlib
+import math
 
 import numpy as np
 
@@ -50,9 +51,8 @@ def permute(index: np.ndarray, size: int, *key: object) -> np.ndarray:
 
 def integer_weights(weights: tuple[float, ...]) -> list[int]:
     """Weights as integers in exactly their proportion, each taken to 6 decimals."""
-
     parts = [round(w * 10**6) for w in weights]
-    divisor = int(np.gcd.reduce(parts))
+    divisor = math.gcd(*parts)
     return [p // divisor for p in parts]
 
 
@@ -84,9 +84,12 @@ def interleave(number: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.n
 
 
 def _rounded_share(n: np.ndarray, part: int, total: int) -> np.ndarray:
-    """round(n * part / total), exact for n up to 2^62 / total: n is split so that no product overflows int64."""
+    """round(n * part / total), exact; int64 in and out."""
+    if total > 2**31:
+        n = n.astype(object)  # Python's integers: the products of such weights do not fit into int64
     whole, rest = np.divmod(n, total)
-    return whole * part + (rest * part + total // 2) // total
+    share: np.ndarray = whole * part + (rest * part + total // 2) // total
+    return share.astype(np.int64)
 
 
 def locate(number: np.ndarray, sizes: list[int], weights: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:

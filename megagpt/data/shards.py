@@ -13,6 +13,8 @@ import io
 import itertools
 import json
 import os
+import re
+import tokenize
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from megagpt.data import tokenizer
-from megagpt.errors import UserError
+from megagpt.errors import UserError, first_line
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal.json"
@@ -106,10 +108,12 @@ class TokenStream:
             take = min(count, self.shards[i].tokens - first)
             parts.append(self._read_shard(i, first, take))
             start, count, i = start + take, count - take, i + 1
-        out = np.concatenate(parts).astype(np.int64)
-        if out.max(initial=0) >= self.vocab_size:
+        found = np.concatenate(parts)
+        out = found.astype(np.int64)
+        if out.max(initial=0) >= self.vocab_size or out.min(initial=0) < 0:
+            wrong = found[(out >= self.vocab_size) | (out < 0)][0]
             raise UserError(
-                f"{self.name}: token {out.max()} is outside GPT-2's vocabulary of {self.vocab_size}: "
+                f"{self.name}: token {wrong} is outside GPT-2's vocabulary of {self.vocab_size}: "
                 "these shards were made with another tokenizer; prepare the text again"
             )
         return out
@@ -139,8 +143,9 @@ def _map_shard(shard: Shard) -> tuple[np.ndarray, np.ndarray | None]:
         tokens = np.memmap(shard.path, dtype=shard.dtype, mode="r", offset=shard.offset, shape=(shard.tokens,))
         if not shard.checked:
             return tokens, None
-        crcs = np.load(checksum_path(shard.path), mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+        blocks = _blocks(shard.tokens, shard.dtype)
+        crcs = np.memmap(checksum_path(shard.path), dtype="<u4", mode="r", offset=HEADER_BYTES, shape=(blocks,))
+    except (OSError, ValueError) as error:
         raise UserError(f"{shard.path}: cannot be read: {error}") from None
     return tokens, crcs
 
@@ -151,12 +156,12 @@ def open_stream(folder: str | Path, split: str) -> TokenStream:
     An absent "val" gives a stream of no tokens. Raises UserError for everything that is not whole and ours to read.
     """
     folder = Path(folder).expanduser()
-    if not folder.exists():
-        raise UserError(f"{folder}: no such corpus; make it with `megagpt prepare SOURCE --out {folder}`")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of shards; make it with `megagpt prepare SOURCE --out {folder}`")
     manifest_path = folder / MANIFEST
     if manifest_path.exists():
         manifest = read_manifest(folder)
-        shards = [_own_shard(folder, manifest, entry) for entry in manifest["splits"][split]["shards"]]
+        shards = _own_shards(folder, manifest, split)
         fingerprint = hashlib.sha256(json.dumps(manifest["splits"][split], sort_keys=True).encode()).hexdigest()
     elif (folder / JOURNAL).exists():
         raise UserError(f"{folder}: its preparation was not finished; run the same `megagpt prepare` again to go on")
@@ -175,16 +180,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        kind, ranks = manifest["format"], manifest["tokenizer"]
-        manifest["splits"]["train"]["shards"], manifest["splits"]["val"]["shards"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind, name = manifest["format"], manifest["tokenizer"]["name"]
+        whole = manifest.pop("checksum") == manifest_checksum(manifest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a readable manifest ({error!r:.60}); prepare the data again") from None
     if kind != FORMAT:
         raise UserError(f"{path}: format {kind!r}, this version reads {FORMAT!r}; prepare the data again")
     ours = {"name": tokenizer.NAME, "sha256": tokenizer.RANKS_SHA256}
-    if ranks != ours:
-        raise UserError(f"{path}: shards of tokenizer {ranks.get('name')!r}, the models here use {ours['name']!r}")
+    if manifest["tokenizer"] != ours:
+        raise UserError(f"{path}: shards of tokenizer {name!r}, the models here use {ours['name']!r}")
+    if not whole:
+        raise _altered(path)
     return manifest
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content, without the checksum itself."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _own_shards(folder: Path, manifest: dict[str, Any], split: str) -> list[Shard]:
+    return [_own_shard(folder, manifest, entry) for entry in manifest["splits"][split]["shards"]]
 
 
 def _own_shard(folder: Path, manifest: dict[str, Any], entry: dict[str, Any]) -> Shard:
@@ -192,29 +208,45 @@ def _own_shard(folder: Path, manifest: dict[str, Any], entry: dict[str, Any]) ->
     dtype = np.dtype(manifest["dtype"])
     expected = HEADER_BYTES + entry["tokens"] * dtype.itemsize
     _check_size(path, expected)
-    _check_size(checksum_path(path), None)
+    _check_size(checksum_path(path), HEADER_BYTES + 4 * _blocks(entry["tokens"], dtype))
     return Shard(path, entry["tokens"], dtype, HEADER_BYTES, checked=True)
 
 
-def _check_size(path: Path, expected: int | None) -> None:
+def _blocks(tokens: int, dtype: np.dtype[Any]) -> int:
+    return -(-tokens * dtype.itemsize // BLOCK_BYTES)
+
+
+def _check_size(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
     except OSError:
         raise UserError(f"{path}: the manifest lists it, but it is missing; prepare the data again") from None
-    if expected is not None and size != expected:
+    if size != expected:
         verb = "truncated" if size < expected else "too long"
         raise UserError(f"{path}: {verb}: {size} bytes instead of {expected}; prepare or fetch it again")
 
 
 def _foreign_shards(folder: Path, split: str) -> list[Shard]:
     files = sorted(p for p in folder.iterdir() if p.suffix in (".bin", ".npy"))
+    if any(p.name.endswith(".crc32.npy") for p in files):
+        raise UserError(f"{folder}: its {MANIFEST} is missing; prepare the data again")
     if not files:
         raise UserError(f"{folder}: holds no token shards (no {MANIFEST}, no .bin, no .npy); run `megagpt prepare`")
-    named = [p for p in files if split in p.stem.lower()]
+    # The first of the words counts: fineweb_train_000001, edufineweb_val_000000.
+    words = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
+    named = [p for p in files if _split_of(p, words) == split]
     if split == "train" and not named:
         names = ", ".join(p.name for p in files[:3])
         raise UserError(f"{folder}: no shard has 'train' in its name (found {names}, ...)")
     return [_bin_shard(p) if p.suffix == ".bin" else _npy_shard(p) for p in named]
+
+
+def _split_of(path: Path, words: dict[str, tuple[str, ...]]) -> str | None:
+    for word in re.split("[^a-z]+", path.stem.lower()):
+        for split, names in words.items():
+            if word in names:
+                return split
+    return None
 
 
 def _bin_shard(path: Path) -> Shard:
@@ -238,8 +270,8 @@ def _npy_shard(path: Path) -> Shard:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
             offset = file.tell()
-    except ValueError as error:
-        raise UserError(f"{path}: not a .npy file: {error}") from None
+    except (ValueError, SyntaxError, tokenize.TokenError) as error:
+        raise UserError(f"{path}: not a .npy file: {first_line(error)}") from None
     if len(shape) != 1 or dtype.kind not in "ui":
         raise UserError(f"{path}: holds {dtype} of shape {shape}; token shards are one-dimensional integers")
     _check_size(path, offset + shape[0] * dtype.itemsize)
@@ -252,7 +284,7 @@ def verify(folder: str | Path) -> int:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if not (folder / MANIFEST).exists():
-        return sum(_verify_foreign(open_stream(folder, split)) for split in ("train", "val"))
+        return sum(_read_all(open_stream(folder, split)) for split in ("train", "val"))
     manifest = read_manifest(folder)
     checked = 0
     for split in ("train", "val"):
@@ -261,13 +293,15 @@ def verify(folder: str | Path) -> int:
             with shard.path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     raise _altered(shard.path)
-            stream = TokenStream(shard.path.name, [shard], "")
-            stream.read(0, shard.tokens)
-            checked += shard.tokens
+            with checksum_path(shard.path).open("rb") as file:
+                blocks = _blocks(shard.tokens, shard.dtype)
+                if file.read(HEADER_BYTES) != npy_header(np.dtype("<u4"), blocks):
+                    raise _altered(checksum_path(shard.path))
+            checked += _read_all(TokenStream(shard.path.name, [shard], ""))
     return checked
 
 
-def _verify_foreign(stream: TokenStream) -> int:
+def _read_all(stream: TokenStream) -> int:
     for start in range(0, stream.tokens, 2**24):
         stream.read(start, min(2**24, stream.tokens - start))
     return stream.tokens

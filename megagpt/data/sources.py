@@ -7,10 +7,11 @@ so that reading can go on there in another process.
 import ast
 import gzip
 import inspect
-import io
 import json
+import re
 import sys
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -131,23 +132,42 @@ def _read_jsonl(path: Path, text_key: str, skip: int) -> Iterator[tuple[str, flo
                 # A blank line is an empty document to the cursor, and no document to the shards.
                 text = _json_text(path, number, line, text_key) if line.strip() else ""
                 yield text, raw.tell() / size
-        except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
             raise UserError(f"{path}: damaged compression: {first_line(error)}; fetch the file again") from None
 
 
-def _decompress(path: Path, raw: BinaryIO) -> BinaryIO:
+def _decompress(path: Path, raw: BinaryIO) -> Iterable[bytes]:
+    """The lines of a file, decompressed as its name says."""
     if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+        return gzip.GzipFile(fileobj=raw)
     if path.suffix == ".zst":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        return _zstd_lines(raw)
     return raw
+
+
+def _zstd_lines(raw: BinaryIO) -> Iterator[bytes]:
+    """Frame by frame: the library's own stream ends without a word where a file is cut off."""
+    # Corpora are compressed with --long; its largest window is 2 GiB.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame, rest = None, b""
+    while compressed := raw.read(2**17):
+        while compressed:
+            frame = frame or decompressor.decompressobj()
+            *lines, rest = (rest + frame.decompress(compressed)).split(b"\n")
+            yield from lines
+            compressed = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("ends in the middle of a frame")
+    if rest:
+        yield rest
 
 
 def _json_text(path: Path, number: int, line: bytes, text_key: str) -> str:
     remedy = "mend or remove the line"
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} line {number}: not JSON ({error}); {remedy}") from None
     if not isinstance(row, dict) or text_key not in row:
         keys = list(row) if isinstance(row, dict) else []
@@ -235,10 +255,15 @@ def _stdlib_source() -> Source:
     """
 
     def batches(cursor: Cursor | None) -> Iterator[Batch]:
-        documents = list(_stdlib_documents())
+        # Some texts stand in several modules; indentation is a third of what is left unless it is tabs.
+        documents = [_tabbed(text) for text in dict.fromkeys(_stdlib_documents())]
         yield Batch(documents[cursor["row"] if cursor else 0 :], {"row": len(documents)}, 1.0)
 
     return Source("stdlib", batches, {"stdlib": sys.version})
+
+
+def _tabbed(text: str) -> str:
+    return re.sub("^(?: {4})+", lambda spaces: "\t" * (len(spaces[0]) // 4), text, flags=re.MULTILINE)
 
 
 def _stdlib_documents() -> Iterator[str]:

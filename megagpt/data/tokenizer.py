@@ -5,6 +5,8 @@ import functools
 import hashlib
 from importlib import resources
 
+import numpy as np
+import regex
 import tiktoken
 
 from megagpt.errors import UserError
@@ -16,6 +18,23 @@ VOCAB_SIZE = 50257
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # GPT-2's split pattern, from encoder.py of its release.
 _PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def encode(text: str) -> np.ndarray:
+    """Ids of a text, without end-of-text, whatever the text spells or holds; uint32.
+
+    Half a surrogate pair, which JSON can carry and UTF-8 cannot, becomes U+FFFD, as tiktoken's own `encode` does.
+    """
+    try:
+        # No special token is allowed, and none is forbidden: text that spells one is ordinary text.
+        return gpt2().encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+    except UnicodeEncodeError:
+        return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except ValueError:
+        # tiktoken's regular expressions give up on white space by the hundred thousand. Split in Python instead.
+        pieces = (piece.encode() for piece in regex.findall(_PATTERN, text))
+        ids = [token for piece in pieces for token in gpt2()._encode_single_piece(piece)]
+        return np.array(ids, dtype=np.uint32)
 
 
 @functools.cache

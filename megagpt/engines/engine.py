@@ -81,7 +81,9 @@ class Engine(abc.ABC):
         model = self.evaluation_model()
         model.eval()
         try:
-            with torch.no_grad(), autocast(self.config, self.world.device):
+            # Shapes change with every call here: compiled blocks would be compiled again and again.
+            eager = torch.compiler.set_stance("force_eager")
+            with torch.no_grad(), eager, autocast(self.config, self.world.device):
                 yield model
         finally:
             model.train()
@@ -112,7 +114,6 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     o = config.optimizer
-    # lr is a tensor-free number set before each step.
     return torch.optim.AdamW(parameter_groups(model, config), o.lr, (o.beta1, o.beta2), o.eps, fused=True)
 
 

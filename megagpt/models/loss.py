@@ -72,7 +72,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         return (
-            None if hidden is None else hidden.mul_(scale.to(hidden.dtype)).to(hidden_dtype),
+            None if hidden is None else hidden.mul_(scale).to(hidden_dtype),
             None if weight is None else weight.mul_(scale).to(weight_dtype),
             None,
             None,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from megagpt.config import Config
-from megagpt.training.schedule import step_count
+from megagpt.training.schedule import learning_rate, step_count
 
 # Bytes of fp32 weight, fp32 gradient and both fp32 Adam moments.
 _STATE_BYTES = 4 + 4 + 4 + 4
@@ -21,6 +21,8 @@ def summarize(config: Config, ranks: int) -> Iterator[str]:
         f"{accumulation} micro-batch(es) of {train.micro_batch} a step and rank"
     )
     yield f"steps: {step_count(config):,}, {step_count(config, config.schedule.warmup_tokens):,} of them warm-up"
+    final = learning_rate(config, train.tokens)
+    yield f"learning rate: {config.optimizer.lr:.2e} at its peak, {final:.2e} at the end"
     if train.batch_ramp_tokens:
         yield (
             f"batch ramp: {train.batch_ramp_start:,} to {train.batch_tokens:,} tokens over "

@@ -47,10 +47,10 @@ class Checkpoint:
     def problem(self) -> str | None:
         """Why this checkpoint is not whole; None where it is."""
         try:
-            sizes = json.loads((self.path / MARKER).read_text())
+            sizes = dict(json.loads((self.path / MARKER).read_text()))
         except FileNotFoundError:
             return "its marker is missing: the save was cut off"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             return f"its marker is not readable ({first_line(error)})"
         for name, size in sizes.items():
             file = self.path / name
@@ -172,6 +172,7 @@ def load(checkpoint: Checkpoint, engine: Engine, fingerprints: list[str]) -> int
     """
     meta = checkpoint.meta()
     check_model(checkpoint, meta, engine.config)
+    _check_order(checkpoint, meta, engine.config)
     if meta["data"] != fingerprints:
         raise UserError(
             f"{checkpoint.path}: was trained on other data than data.sources names now (fingerprint "
@@ -196,6 +197,23 @@ def check_model(checkpoint: Checkpoint, meta: dict[str, Any], config: Config) ->
     ]
     if differing:
         raise UserError(f"{checkpoint.path}: a checkpoint of another model ({'; '.join(differing)})")
+
+
+def _check_order(checkpoint: Checkpoint, meta: dict[str, Any], config: Config) -> None:
+    """Raises UserError where the samples after the checkpoint would not be those that the run had before it."""
+
+    def order(tree: Any) -> dict[str, Any]:
+        train = {f"train.{k}": tree["train"][k] for k in ("batch_tokens", "batch_ramp_start", "batch_ramp_tokens")}
+        weights = [source["weight"] for source in tree["data"]["sources"]]
+        return {"run.seed": tree["run"]["seed"], "data.sources weights": weights, **train}
+
+    saved, wanted = order(meta["config"]), order(dataclasses.asdict(config))
+    differing = [f"{key} {saved[key]} there, {wanted[key]} here" for key in wanted if saved[key] != wanted[key]]
+    if differing:
+        raise UserError(
+            f"{checkpoint.path}: resuming would change the order of the data ({'; '.join(differing)}); "
+            "leave that as it was, or start another run"
+        )
 
 
 def load_weights(checkpoint: Checkpoint, model: torch.nn.Module) -> None:

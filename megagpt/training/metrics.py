@@ -21,11 +21,11 @@ class Metrics:
     written again.
     """
 
-    def __init__(self, run: Path, total_tokens: int, tokens: int, step: int) -> None:
+    def __init__(self, run: Path, total_tokens: int, tokens: int, step: int, resumed: bool) -> None:
         self.file = run / "metrics.jsonl"
-        _drop_lines_after(self.file, step)
+        _drop_lines_after(self.file, tokens)
         self.lines = self.file.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(run), purge_step=step + 1 if step else None)
+        self.board = SummaryWriter(str(run), purge_step=step + 1 if resumed else None)
         self.total_tokens = total_tokens
         self._start = time.monotonic()
         self._first_tokens = tokens
@@ -79,6 +79,15 @@ class Metrics:
             if isinstance(value, int | float):
                 self.board.add_scalar(f"{_panel(name)}/{name}", value, step)
 
+    def has(self, event: str) -> bool:
+        """Whether an event of that kind stands in the run's metrics."""
+        lines = self.file.read_text(encoding="utf-8").splitlines()
+        return any(json.loads(line)["event"] == event for line in lines)
+
+    def flush(self) -> None:
+        """Put on disk what a checkpoint's position claims to be there."""
+        self.board.flush()
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
@@ -99,13 +108,13 @@ def _json(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
+def _drop_lines_after(path: Path, tokens: int) -> None:
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] > step:
+            if json.loads(line)["tokens_seen"] > tokens:
                 continue
         except (ValueError, KeyError):
             continue  # the line that a kill cut off

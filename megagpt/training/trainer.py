@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 import megagpt
 from megagpt.config import Config, to_yaml
 from megagpt.data.builtin import prepare_builtin
-from megagpt.data.loader import open_corpus, read_ahead, train_batches, validation_samples
+from megagpt.data.loader import Batch, open_corpus, read_ahead, train_batches, validation_samples
+from megagpt.data.shards import write_atomic
 from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
 from megagpt.distributed import World
 from megagpt.engines.engine import build_engine, seed_dropout
@@ -39,7 +41,7 @@ class Trainer:
         self.config, self.world = config, world
         self.run = Path(config.run.folder) / config.run.name
         config.accumulation(world.size)  # refuses what does not divide, before anything is written
-        if not resume and self.run.exists() and any(self.run.iterdir()):
+        if not resume and (self.run / "config.yaml").exists():
             raise UserError(
                 f"{self.run}: already holds a run; go on with `megagpt train --resume {self.run}`, "
                 "or choose another run.name"
@@ -58,7 +60,7 @@ class Trainer:
         self.metrics: Metrics | None = None
         if world.is_main:
             self._describe_run()
-            self.metrics = Metrics(self.run, config.train.tokens, self.tokens_seen, self.step)
+            self.metrics = Metrics(self.run, config.train.tokens, self.tokens_seen, self.step, resume)
             self.metrics.text(self.step, "config", f"```yaml\n{to_yaml(config)}```")
 
     @property
@@ -72,8 +74,11 @@ class Trainer:
     def _check_vocabulary(self) -> None:
         """What depends on the tokenizer, before anything is read or written."""
         model, sampling = self.config.model, self.config.sampling
-        if model.vocab_size < VOCAB_SIZE:
-            raise UserError(f"model.vocab_size {model.vocab_size} is less than GPT-2's vocabulary of {VOCAB_SIZE}")
+        if model.vocab_size != VOCAB_SIZE:
+            raise UserError(
+                f"model.vocab_size {model.vocab_size} is not GPT-2's vocabulary of {VOCAB_SIZE}; "
+                "leave it out: the table is padded to a multiple of 128 by itself"
+            )
         prompt = len(gpt2().encode_ordinary(sampling.prompt))
         if sampling.samples and not 0 < prompt <= model.context:
             raise UserError(f"sampling.prompt has {prompt} tokens; the model takes 1 to model.context {model.context}")
@@ -96,7 +101,7 @@ class Trainer:
     def _describe_run(self) -> None:
         """Leave the resolved config and the environment beside what the run will write."""
         self.run.mkdir(parents=True, exist_ok=True)
-        (self.run / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        write_atomic(self.run / "config.yaml", to_yaml(self.config).encode())
         environment = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": shlex.join(sys.argv),
@@ -151,6 +156,8 @@ class Trainer:
 
     def save(self, milestone: bool = False) -> None:
         start = time.monotonic()
+        if self.metrics is not None:
+            self.metrics.flush()
         saved = checkpoints.save(self.run, self.engine, self.samples_seen, self.fingerprints, milestone, self.world)
         if self.world.is_main:
             checkpoints.rotate(self.run, self.config.checkpoint.keep)
@@ -164,35 +171,55 @@ class Trainer:
     def fit(self) -> int:
         """Train to the end, or until a signal; returns the exit code."""
         config = self.config
-        if self.samples_seen >= config.total_samples:
-            self.say(f"{self.run}: finished already, at {self.tokens_seen:,} tokens")
-            return 0
-        self.say(f"{config.run.name}: {config.model.parameters:,} parameters, {self.engine.describe()}")
         if config.validation.tokens and not self.validation_size:
             self.say("no validation: the corpus holds less than one sample of held-out text")
+        if config.schedule.shape != "constant" and config.train.tokens < config.schedule.decay_end_tokens:
+            self.say(
+                f"the learning rate does not reach its floor: train.tokens {config.train.tokens:,} end before "
+                f"schedule.decay_end_tokens {config.schedule.decay_end_tokens:,}"
+            )
+        self.say(f"{config.run.name}: {config.model.parameters:,} parameters, {self.engine.describe()}")
         batches = read_ahead(
             train_batches(
                 self.train_data, self.samples_seen, config.total_samples, functools.partial(batch_samples, config),
                 self.world.rank, self.world.size, config.train.micro_batch,
             )
         )  # fmt: skip
+        began = time.monotonic()
         try:
             with StopRequest() as stop:
-                return self._loop(batches, stop)
+                if not self._loop(batches, stop):
+                    name = stop.received.name if stop.received else "a signal on another rank"
+                    text = f"stopped by {name}; resume with: megagpt train --resume {self.run}"
+                    self._record("stopped", {"signal": name}, text)
+                    return EXIT_STOPPED
+                if self._finished():
+                    self.say(f"{self.run}: finished already, at {self.tokens_seen:,} tokens")
+                    return 0
+                self.validate()
+                self.sample()
+                done = f"done in {duration(time.monotonic() - began)}: {self.tokens_seen:,} tokens in {self.run}"
+                self._record("finished", {}, done)
+                self.say(f"see it with: tensorboard --logdir {config.run.folder}")
+                return 0
         finally:
             batches.close()
             if self.metrics is not None:
                 self.metrics.close()
 
-    def _loop(self, batches: Any, stop: StopRequest) -> int:
-        config, began = self.config, time.monotonic()
-        step = self.step
-        saved_at = -1
+    def _finished(self) -> bool:
+        """Whether an earlier start got past the last step's validation and samples."""
+        recorded = self.metrics is not None and self.metrics.has("finished")
+        return self.world.any(recorded)
+
+    def _loop(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
+        """Every remaining step; False where a signal ended it early, with everything saved."""
+        config, step = self.config, self.step
         while True:
             before = time.monotonic()
             batch = next(batches, None)
             if batch is None:
-                break
+                return True
             ready = time.monotonic()
             tokens_before = self.tokens_seen
             self.samples_seen += batch.samples
@@ -224,27 +251,17 @@ class Trainer:
                     "peak_memory_bytes": peak_memory(self.world.device),
                     "skipped_updates": self.guard.skipped,
                 })  # fmt: skip
+            # Saved first: whoever sent the signal may not wait for a validation.
+            stopping = self.world.any(stop.requested) and not last
+            milestone = crossed(config.checkpoint.milestone_every_tokens)
+            if last or stopping or milestone or crossed(config.checkpoint.every_tokens):
+                self.save(milestone)
+            if stopping:
+                return False
             if not last and crossed(config.validation.every_tokens):
                 self.validate()
             if not last and crossed(config.sampling.every_tokens):
                 self.sample()
-            milestone = crossed(config.checkpoint.milestone_every_tokens)
-            if last or milestone or crossed(config.checkpoint.every_tokens):
-                self.save(milestone)
-                saved_at = self.samples_seen
-            if not last and self.world.any(stop.requested):
-                if saved_at != self.samples_seen:
-                    self.save()
-                name = stop.received.name if stop.received else "a signal on another rank"
-                self._record(
-                    "stopped", {"signal": name}, f"stopped by {name}; resume with: megagpt train --resume {self.run}"
-                )
-                return EXIT_STOPPED
-        self.validate()
-        self.sample()
-        self.say(f"done in {duration(time.monotonic() - began)}: {self.tokens_seen:,} tokens in {self.run}")
-        self.say(f"see it with: tensorboard --logdir {config.run.folder}")
-        return 0
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         """Model FLOPs utilisation: the FLOPs of presets.flops_per_token over the devices' peak; None if unknown."""

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from megagpt.config import Config, DataConfig, SourceConfig, build_config
 from megagpt.data.loader import Batch, Corpus, open_corpus, read_ahead, rounds, train_batches, validation_samples
+from megagpt.data.sampler import locate
 from megagpt.data.shards import TokenStream
 from megagpt.errors import UserError
 from megagpt.training.schedule import batch_samples
@@ -70,6 +71,10 @@ def counted_rows(batches: list[Batch]) -> collections.Counter[tuple[int, ...]]:
     return found
 
 
+def rows_of(corpus: Corpus, numbers: np.ndarray) -> collections.Counter[tuple[int, ...]]:
+    return collections.Counter(map(tuple, corpus.rows(numbers).tolist()))
+
+
 def config_of(total: int, batch: int, ramp: tuple[int, int]) -> Config:
     """A run of `total` samples in batches of `batch`, growing from ramp[0] over ramp[1] samples."""
     return build_config(
@@ -117,7 +122,8 @@ def test_steps_are_the_same_on_any_number_of_ranks_and_after_any_restart(corpus:
     ranks = [steps_of(corpus, config, starts[restart], rank, world, micro_batch) for rank in range(world)]
     for number, expected in enumerate(alone[restart:]):
         step = [batches[number] for batches in ranks]
-        assert counted_rows(step) == counted_rows([expected])
+        numbers = np.arange(starts[restart + number], starts[restart + number] + expected.samples)
+        assert counted_rows(step) == counted_rows([expected]) == rows_of(corpus, numbers)
         assert {(b.samples, b.tokens, len(b.micro_batches)) for b in step} == {
             (expected.samples, expected.samples * CONTEXT, rounds(expected.samples, world, micro_batch))
         }
@@ -178,28 +184,36 @@ def test_the_seed_decides_the_order(folders: list[Path]) -> None:
 # --- validation ------------------------------------------------------------------------------------------------------
 
 
+def check_validation(sizes: list[int], weights: list[int], tokens: int) -> None:
+    corpus = Corpus([OfSize(str(s), [], "", size=size) for s, size in enumerate(sizes)], weights, CONTEXT, 0)
+    count = validation_samples(corpus, tokens)
+    assert 0 <= count <= tokens // CONTEXT
+    source, place = locate(np.arange(count), corpus.sizes, weights, 0) if count else ([], [])
+    assert len(set(zip(source, place, strict=True))) == count
+    # All that was asked for, or some source is used up to what rounding may take.
+    total, error = sum(weights), (len(sizes) - 1).bit_length()
+    assert count == tokens // CONTEXT or any(
+        size - count * weight / total <= error + weight / total + 1
+        for size, weight in zip(corpus.sizes, weights, strict=True)
+    )
+    if len(sizes) == 1:
+        assert count == min(tokens // CONTEXT, corpus.sizes[0])
+
+
 @given(
-    sizes=st.lists(st.integers(0, 3000), min_size=1, max_size=7),
-    weights=st.lists(st.integers(1, 1000), min_size=7, max_size=7),
+    pairs=st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 1000)), min_size=1, max_size=7),
     tokens=st.one_of(st.integers(0, 30_000), st.just(10**12)),
 )
 @settings(max_examples=100, deadline=None)
-def test_validation_never_repeats_a_sample(sizes: list[int], weights: list[int], tokens: int) -> None:
-    corpus = Corpus([OfSize(str(s), [], "", size=size) for s, size in enumerate(sizes)], weights[: len(sizes)], 8, 0)
-    count = validation_samples(corpus, tokens)
-    assert 0 <= count <= tokens // 8
-    source, place = place_of(corpus, count)
-    places = list(zip(source, place, strict=True))
-    assert len(set(places)) == count
-    # All that was asked for, or some source is used up to what rounding may take.
-    total = sum(corpus.weights)
-    error = (len(sizes) - 1).bit_length()
-    assert count == tokens // 8 or any(
-        size - count * weight / total <= error + weight / total + 1
-        for size, weight in zip(corpus.sizes, corpus.weights, strict=True)
-    )
-    if len(sizes) == 1:
-        assert count == min(tokens // 8, corpus.sizes[0])
+def test_validation_never_repeats_a_sample(pairs: list[tuple[int, int]], tokens: int) -> None:
+    check_validation([size for size, _ in pairs], [weight for _, weight in pairs], tokens)
+
+
+@given(weights=st.lists(st.integers(1, 60), min_size=2, max_size=9), parts=st.integers(1, 20))
+@settings(max_examples=200, deadline=None)
+def test_validation_never_repeats_a_sample_where_all_sources_end_together(weights: list[int], parts: int) -> None:
+    """Sizes in proportion to the weights, where one sample too many of any source is a repeated one."""
+    check_validation([max(2, parts * weight * CONTEXT // 4) for weight in weights], weights, 10**12)
 
 
 class OfSize(TokenStream):
@@ -208,16 +222,6 @@ class OfSize(TokenStream):
     def __init__(self, *arguments: Any, size: int) -> None:
         super().__init__(*arguments)
         self._starts = [0, size]
-
-
-def place_of(corpus: Corpus, count: int) -> tuple[list[int], list[int]]:
-    """Source and place of the first samples, by asking the corpus which tokens it would read."""
-    from megagpt.data.sampler import locate
-
-    if not count:
-        return [], []
-    source, place = locate(np.arange(count), corpus.sizes, corpus.weights, corpus.seed)
-    return source.tolist(), place.tolist()
 
 
 def test_validation_is_the_same_on_every_world_size(folders: list[Path]) -> None:
