@@ -160,8 +160,8 @@ def _prepare(
         "splits": {name: writer.finish() for name, writer in splits.items()},
         "identity": identity,
     }
-    sealed = {**manifest, "checksum": manifest_checksum(manifest)}
-    write_atomic(folder / MANIFEST, json.dumps(sealed, indent=1).encode())
+    manifest["checksum"] = manifest_checksum(manifest)
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     (folder / JOURNAL).unlink()
     return manifest
 

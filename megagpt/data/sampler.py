@@ -87,7 +87,8 @@ def _rounded_share(n: np.ndarray, part: int, total: int) -> np.ndarray:
     """round(n * part / total), exact; int64 in and out."""
     if total > 2**31:
         n = n.astype(object)  # Python's integers: the products of such weights do not fit into int64
-    whole, rest = np.divmod(n, total)
+    whole = n // total
+    rest = n - whole * total
     share: np.ndarray = whole * part + (rest * part + total // 2) // total
     return share.astype(np.int64)
 

@@ -181,7 +181,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind, name = manifest["format"], manifest["tokenizer"]["name"]
-        whole = manifest.pop("checksum") == manifest_checksum(manifest)
+        whole = manifest["checksum"] == manifest_checksum(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a readable manifest ({error!r:.60}); prepare the data again") from None
     if kind != FORMAT:
@@ -196,7 +196,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
     """SHA-256 of a manifest's content, without the checksum itself."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _own_shards(folder: Path, manifest: dict[str, Any], split: str) -> list[Shard]:
