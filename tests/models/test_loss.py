@@ -231,3 +231,19 @@ def test_the_logits_of_all_tokens_never_exist(tokens: int, dtype: torch.dtype, m
     with LargestTensor() as plain:
         F.cross_entropy(hidden @ weight.T, targets, reduction="sum").backward()
     assert plain.numel == tokens * rows  # the probe sees what it is there to see
+
+
+def test_bf16_gradients_are_scaled_without_a_common_error() -> None:
+    """1 / 98,304 rounded to bf16 is 0.2% off; no gradient may inherit that."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 32, generator=generator).requires_grad_()
+    weight = torch.randn(128, 32, generator=generator).requires_grad_()
+    targets = torch.randint(128, (64,), generator=generator)
+    grads = []
+    for scale in (1.0, 1 / 98304):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(hidden, weight, targets, 128)
+        grads.append([g / scale for g in torch.autograd.grad(loss * scale, (hidden, weight))])
+    for plain, scaled in zip(*grads, strict=True):
+        factor = (scaled * plain).sum() / (plain * plain).sum()
+        assert abs(float(factor) - 1) < 2e-4

@@ -318,6 +318,7 @@ def test_what_a_run_is_refused_for(
     refused(capsys, [config, f"data.sources=[{{path: {tmp_path / 'empty'}}}]"], "no token shards")
     long = ["model.context=65536", "train.batch_tokens=65536", "train.micro_batch=1", "train.tokens=65536"]
     refused(capsys, [config, *long], "less than one sample", "65536")
+    refused(capsys, [config, "model.vocab_size=50304"], "model.vocab_size 50304", "50257")
     refused(capsys, [config, "model.vocab_size=50000"], "model.vocab_size 50000", "50257")
     refused(capsys, [config, "sampling.prompt=''"], "sampling.prompt", "0 tokens")
     refused(capsys, ["--resume", str(tmp_path / "nothing")], "nothing", "not a run")
@@ -338,6 +339,8 @@ def test_a_checkpoint_of_another_model_or_of_other_data(
     run = tmp_path / "runs" / "tiny"
     capsys.readouterr()
     refused(capsys, ["--resume", str(run), "model.width=64"], "another model", "model.width 32 there, 64 here")
+    refused(capsys, ["--resume", str(run), "run.seed=1"], "order of the data", "run.seed 0 there, 1 here")
+    refused(capsys, ["--resume", str(run), "train.batch_tokens=256"], "train.batch_tokens 128 there, 256 here")
     from megagpt.data.prepare import prepare
     from megagpt.data.sources import open_source
 
