@@ -213,9 +213,18 @@ def encode_documents(documents: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(parts) if parts else np.empty(0, _DTYPE), np.array(lengths, dtype=np.int64)
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Put Ctrl-C off. A worker that is started meanwhile inherits that for good: Ctrl-C reaches the whole process
+    group, and the parent alone decides what it means."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    # Ctrl-C reaches the whole process group; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     tokenizer.gpt2()
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -237,7 +246,8 @@ def _encoded(batches: Iterable[Batch], workers: int | None) -> Iterator[tuple[Ba
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(encode_documents, batch.documents)))
+            with _without_interrupts():
+                waiting.append((batch, pool.submit(encode_documents, batch.documents)))
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()

@@ -208,10 +208,13 @@ def _read_parquet(path: Path, text_key: str, skip: int) -> Iterator[tuple[str, f
 
 def _hub_source(name: str, text_key: str, subset: str | None, split: str) -> Source:
     import datasets
+    import huggingface_hub
 
     datasets.utils.logging.set_verbosity_error()
     try:
-        stream = datasets.load_dataset(name, subset, split=split, streaming=True)
+        # One commit for the whole preparation, also when it is interrupted and the data set changes meanwhile.
+        revision = huggingface_hub.HfApi().dataset_info(name, revision="main").sha
+        stream = datasets.load_dataset(name, subset, split=split, streaming=True, revision=revision)
     except Exception as error:
         raise UserError(
             f"{name}: neither a file or folder here, nor to be had from the Hugging Face hub "
@@ -219,14 +222,14 @@ def _hub_source(name: str, text_key: str, subset: str | None, split: str) -> Sou
         ) from None
 
     def batches(cursor: Cursor | None) -> Iterator[Batch]:
-        dataset = stream.select_columns([text_key])
-        if cursor:
-            dataset.load_state_dict(cursor)
         documents: list[str] = []
         characters = 0
         try:
+            dataset = stream.select_columns([text_key])
+            if cursor:
+                dataset.load_state_dict(cursor)
             for row in dataset:
-                text = row.get(text_key)
+                text = row[text_key]
                 if not isinstance(text, str):
                     raise UserError(f"{name}: {text_key!r} of a row is {text!r:.40}, not text (--text-key)")
                 documents.append(text)
@@ -235,14 +238,13 @@ def _hub_source(name: str, text_key: str, subset: str | None, split: str) -> Sou
                     yield Batch(documents, dataset.state_dict(), None)
                     documents, characters = [], 0
             yield Batch(documents, dataset.state_dict(), 1.0)
-        except (KeyError, ValueError) as error:
-            raise UserError(f"{name}: column {text_key!r}: {first_line(error)} (--text-key)") from None
+        except UserError:
+            raise
+        except Exception as error:  # whatever the hub, its client, or a damaged file on it can raise
+            raise UserError(f"{name}: reading {text_key!r} (--text-key) failed: {first_line(error)}") from None
 
-    info = getattr(stream, "info", None)
-    revision = sorted(info.download_checksums or {}) if info is not None else []
-    return Source(
-        name, batches, {"hub": name, "subset": subset, "split": split, "text_key": text_key, "files": revision}
-    )
+    identity = {"hub": name, "subset": subset, "split": split, "text_key": text_key, "revision": revision}
+    return Source(name, batches, identity)
 
 
 # --- Python's standard library ---------------------------------------------------------------------------------------

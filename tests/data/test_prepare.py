@@ -559,16 +559,22 @@ def test_sigkill_at_random_moments(tmp_path: Path, big: tuple[Path, dict[str, by
     assert contents(out) == expected
 
 
-def test_sigint_to_the_whole_group(tmp_path: Path, big: tuple[Path, dict[str, bytes]]) -> None:
-    """Ctrl-C in a terminal reaches the workers too."""
+@pytest.mark.parametrize("moment", ["starting", "first batch", "working"])
+def test_sigint_to_the_whole_group(tmp_path: Path, big: tuple[Path, dict[str, bytes]], moment: str) -> None:
+    """Ctrl-C in a terminal reaches the workers too, while they start as well."""
     corpus, expected = big
-    process = start(corpus, tmp_path / "out", pace=0.01)
-    wait_for_progress(process, tmp_path / "out", 0)
+    process = start(corpus, tmp_path / "out", pace=0.01, workers=4)
+    if moment == "starting":
+        while not (tmp_path / "out" / "journal.json").exists() and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(0.1)
+    else:
+        wait_for_progress(process, tmp_path / "out", 0 if moment == "first batch" else 1500)
     os.killpg(process.pid, signal.SIGINT)
     code, err = finish(process)
     assert code in (2, 130)
+    assert len(err.splitlines()) == 1, err
     assert err.startswith("megagpt: ")
-    assert len(err.splitlines()) == 1
     check_unfinished(tmp_path / "out", expected)
     assert finish(start(corpus, tmp_path / "out")) == (0, "")
     assert contents(tmp_path / "out") == expected
@@ -577,7 +583,7 @@ def test_sigint_to_the_whole_group(tmp_path: Path, big: tuple[Path, dict[str, by
 def test_two_at_once(tmp_path: Path, big: tuple[Path, dict[str, bytes]]) -> None:
     """The same command started again while the first still runs: it must not write into the other's shards."""
     corpus, expected = big
-    first = start(corpus, tmp_path / "out", pace=0.01)
+    first = start(corpus, tmp_path / "out", pace=0.05)
     try:
         wait_for_progress(first, tmp_path / "out", 0)
         code, err = finish(start(corpus, tmp_path / "out"))
