@@ -40,7 +40,7 @@ class SourceConfig:
     path: str
     """Folder written by `megagpt prepare`, or of llm.c / modded-nanogpt .bin or build-nanogpt .npy shards.
     `stdlib` is the text of Python's own standard library, prepared on first use."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1e15)
     """Share of this source in the mixture, relative to the others. Up to 6 decimals count."""
 
 

@@ -170,8 +170,8 @@ def _json_text(path: Path, number: int, line: bytes, text_key: str) -> str:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} line {number}: not JSON ({error}); {remedy}") from None
     if not isinstance(row, dict) or text_key not in row:
-        keys = list(row) if isinstance(row, dict) else []
-        raise UserError(f"{path} line {number}: no key {text_key!r}; {did_you_mean(text_key, keys)} (--text-key)")
+        found = did_you_mean(text_key, row) if isinstance(row, dict) and row else f"the line is {row!s:.40}"
+        raise UserError(f"{path} line {number}: no key {text_key!r}; {found} (--text-key)")
     if not isinstance(row[text_key], str):
         raise UserError(f"{path} line {number}: {text_key!r} is {row[text_key]!r:.40}, not text; {remedy}")
     return row[text_key]

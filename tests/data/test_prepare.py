@@ -499,6 +499,8 @@ def start(corpus: Path, out: Path, pace: float = 0.0, workers: int = 2) -> subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # As from a terminal: a shell that runs the suite in the background lets its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
