@@ -41,7 +41,7 @@ class Trainer:
         self.config, self.world = config, world
         self.run = Path(config.run.folder) / config.run.name
         config.accumulation(world.size)  # refuses what does not divide, before anything is written
-        if not resume and (self.run / "config.yaml").exists():
+        if not resume and any((self.run / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints")):
             raise UserError(
                 f"{self.run}: already holds a run; go on with `megagpt train --resume {self.run}`, "
                 "or choose another run.name"

@@ -323,6 +323,11 @@ def test_what_a_run_is_refused_for(
     refused(capsys, [config, "sampling.prompt=''"], "sampling.prompt", "0 tokens")
     refused(capsys, ["--resume", str(tmp_path / "nothing")], "nothing", "not a run")
     refused(capsys, ["--resume", str(run), config], "--resume")
+    (tmp_path / "file").write_text("kept")
+    refused(capsys, [config, f"run.folder={tmp_path}", "run.name=file"], str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "kept"
+    (tmp_path / "runs" / "half" / "checkpoints").mkdir(parents=True)
+    refused(capsys, [config, "run.name=half"], "already holds a run")
     if not torch.cuda.is_available():
         refused(capsys, [config, "train.device=cuda"], "train.device", "cpu")
     assert not run.exists()
