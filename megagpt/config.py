@@ -11,10 +11,10 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from megagpt.errors import UserError, did_you_mean
@@ -54,6 +54,18 @@ class DataConfig:
     """Where the built-in corpus is prepared."""
 
 
+def _check_recomputation(value: Any) -> str | dict[str, int]:
+    match value:
+        case "none" | "full" | "selective":
+            return value  # type: ignore[no-any-return]
+        case {"every": int(k), **rest} if not rest and k > 0 and not isinstance(k, bool):
+            return {"every": k}
+    raise ValueError(f"{value!r} is none of: none, full, selective, {{every: k}} with a whole number k above 0")
+
+
+Recomputation = Annotated[str | dict[str, int], PlainValidator(_check_recomputation)]
+
+
 @dataclass(frozen=True, config=SECTION)
 class TrainConfig:
     """How much is trained, in what pieces, in which precision."""
@@ -68,12 +80,16 @@ class TrainConfig:
     """Tokens over which the batch grows linearly from `batch_ramp_start` to `batch_tokens`."""
     micro_batch: int = Field(default=8, gt=0)
     """Sequences a rank takes through the model at a time. Accumulation is derived from it."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """fp32, or bf16 autocast over fp32 weights."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """What matrix products run in. The optimizer's weights, the sum of the gradients over micro-batches and over ranks,
+    LayerNorm, softmax and the residual stream are fp32 in all of them. fp16 scales the loss, dynamically."""
     compile: bool = False
-    """torch.compile each block."""
+    """torch.compile each block. Evaluation and sampling run uncompiled."""
+    activation_checkpointing: Recomputation = "none"
+    """What the backward pass computes again instead of keeping it. none: nothing; full: every block; {every: k}: one
+    block in k; selective: everything but the outputs of matrix products and attention."""
     nonfinite_limit: int = Field(default=10, gt=0)
-    """A step whose loss or gradient is not finite is skipped; so many in a row end the run."""
+    """A step whose loss or gradient is not finite on any rank is skipped on all; so many in a row end the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
 
@@ -116,8 +132,25 @@ class ScheduleConfig:
 class EngineConfig:
     """Where weights, gradients and optimizer state live."""
 
-    name: Literal["ddp"] = "ddp"
-    """ddp: everything on every rank."""
+    name: Literal["ddp", "fsdp", "zero"] = "ddp"
+    """ddp: everything on every rank. fsdp: PyTorch's FSDP2, all of it sharded. zero: DeepSpeed ZeRO, sharded by
+    `stage`. A name given on the command line drops the settings that the file makes for another engine."""
+    stage: int = Field(default=2, ge=1, le=3)
+    """zero: what is sharded. 1: optimizer state; 2: gradients too; 3: weights too."""
+    shard_ranks: int = Field(default=0, ge=0)
+    """fsdp: ranks that share one copy of the model, such as those of a node; copies are kept equal by an all-reduce
+    once a step (hybrid sharding). 0: all ranks share one."""
+    reshard_after_forward: bool = True
+    """fsdp: drop a block's gathered weights after its forward pass and gather them again for its backward pass.
+    false: keep them, one gather less for the memory of a whole model in the compute precision."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in CPU memory instead of the GPU's. optimizer: optimizer state and update (zero). all: weights and
+    gradients too (fsdp, zero stage 3)."""
+    nvme_path: str = ""
+    """zero stage 3: folder on a local NVMe disk that takes what `offload` names, instead of CPU memory."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """zero: DeepSpeed settings merged over the generated ones, such as
+    {zero_optimization: {stage3_prefetch_bucket_size: 1e7}}. What this config decides itself is refused."""
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -180,7 +213,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = Field(default_factory=EngineConfig)
     validation: ValidationConfig = ValidationConfig()
     sampling: SamplingConfig = SamplingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -240,9 +273,32 @@ def _check(config: Config) -> Iterator[str]:
         yield f"schedule.decay_start_tokens {start} lies before the end of the warm-up, {schedule.warmup_tokens}"
     if schedule.shape != "constant" and schedule.decay_end_tokens <= start:
         yield f"schedule.decay_end_tokens {schedule.decay_end_tokens} must exceed the start of the decay, {start}"
+    yield from _check_engine(config.engine)
     for source in config.data.sources:
         if round(source.weight * 1e6) < 1:
             yield f"data.sources weight {source.weight} of {source.path} is less than 1e-6 of a part"
+
+
+def _check_engine(engine: EngineConfig) -> Iterator[str]:
+    owners = {
+        "stage": "zero", "shard_ranks": "fsdp", "reshard_after_forward": "fsdp", "nvme_path": "zero",
+        "deepspeed": "zero",
+    }  # fmt: skip
+    default = EngineConfig()
+    for key, owner in owners.items():
+        if owner != engine.name and getattr(engine, key) != getattr(default, key):
+            yield f"engine.{key} is for engine.name {owner}, and engine.name is {engine.name}"
+    stage = f" stage {engine.stage}" if engine.name == "zero" else ""
+    ways = {"ddp": ("none",), "fsdp": ("none", "all"), "zero": ("none", "optimizer")}[engine.name]
+    if engine.name == "zero" and engine.stage == 3:
+        ways += ("all",)
+    if engine.offload not in ways:
+        yield f"engine.offload {engine.offload}: {engine.name}{stage} can do: {', '.join(ways)}"
+    if engine.name == "zero" and engine.nvme_path:
+        if engine.stage != 3:
+            yield f"engine.nvme_path needs engine.stage 3, and it is {engine.stage}"
+        if engine.offload == "none":
+            yield "engine.nvme_path is where offloaded state goes: set engine.offload to optimizer or all"
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -400,10 +456,21 @@ def build_config(tree: dict[str, Any], where: str) -> Config:
     return config
 
 
+def _other_engine(tree: dict[str, Any], text: str) -> dict[str, Any]:
+    """Without the file's settings for another engine than the override names."""
+    engine = tree.get("engine")
+    if not isinstance(engine, dict) or engine.get("name", EngineConfig.name) == text.partition("=")[2]:
+        return tree
+    return {**tree, "engine": {}}
+
+
 def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a config by path or bare name, apply `section.key=value` overrides, check it. Raises UserError."""
     path = find_config(name)
     tree = _read_tree(path)
+    for text in overrides:
+        if text.startswith("engine.name="):
+            tree = _other_engine(tree, text)
     for text in overrides:
         tree = override(tree, text)
     where = str(path) + (f" with {' '.join(overrides)}" if overrides else "")

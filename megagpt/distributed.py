@@ -3,19 +3,27 @@
 import contextlib
 import datetime
 import os
+import re
 import sys
+import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megagpt.errors import Reported, UserError, disk_error
+from megagpt.errors import Reported, UserError, disk_error, first_line
 from megagpt.hardware import keep_freed_memory
 
 # Sets the upper bound on how long a rank waits for peers that never come.
 _TIMEOUT = datetime.timedelta(minutes=30)
+# Where ranks that failed count themselves, how often the others look, and how long they then wait for a clean end.
+_FAILURES = "megagpt/failures"
+_WATCH_SECONDS = 1.0
+_GRACE_SECONDS = 5.0
+EXIT_FAILED = 2
 
 
 @dataclass(frozen=True)
@@ -52,59 +60,139 @@ class World:
 def join(device: str = "auto", tune_allocator: bool = True) -> Iterator[World]:
     """Join the process group that the launcher describes, and leave it at the end.
 
-    torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them this is a world of one.
-    `tune_allocator` lets a process on a CPU keep the memory that it frees.
+    torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; for the tasks of
+    an `srun` they follow from SLURM_*; with neither this is a world of one. `tune_allocator` lets a process on a CPU
+    keep the memory that it frees. An error on any rank ends all of them within seconds, printed once, with the rank.
+    Raises UserError for an incomplete or impossible environment.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    found = [name for name in names if name in os.environ]
-    launched = "RANK" in found or "WORLD_SIZE" in found
-    if launched and len(found) < len(names):
-        missing = ", ".join(name for name in names if name not in found)
-        raise UserError(f"the launcher set {', '.join(found)} but not {missing}: start with torchrun, or set them all")
-    rank, size, local_rank = (
-        int(os.environ[n]) if launched else d for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    world = World(rank, size, local_rank, _device(device, local_rank))
+    place = find_place(os.environ)
+    world = World(place.rank, place.size, place.local_rank, _device(device, place.local_rank))
     if world.device.type == "cpu" and tune_allocator:
         keep_freed_memory()
-    if size == 1:
-        yield world
-        return
     on_gpu = world.device.type == "cuda"
-    store, _, _ = next(iter(dist.rendezvous("env://", rank, size, timeout=_TIMEOUT)))
+    store: dist.Store = dist.HashStore()
+    if world.size > 1:
+        address = f"tcp://{place.address}:{place.port}?rank={world.rank}&world_size={world.size}"
+        # torchrun's agents hold the store for their workers, and say so in the environment.
+        url = "env://" if "TORCHELASTIC_RUN_ID" in os.environ else address
+        store, _, _ = next(iter(dist.rendezvous(url, world.rank, world.size, timeout=_TIMEOUT)))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         timeout=_TIMEOUT,
         store=store,
-        rank=rank,
-        world_size=size,
+        rank=world.rank,
+        world_size=world.size,
         device_id=world.device if on_gpu else None,
     )
+    if world.size == 1:
+        try:
+            yield world
+        finally:
+            _leave()
+        return
+    left = threading.Event()
+    threading.Thread(target=_follow_failed_peers, args=(store, left), name="watch-peers", daemon=True).start()
     try:
         yield world
-    except (UserError, OSError, RuntimeError) as error:
+    except Exception as error:
         known = disk_error(error) if isinstance(error, OSError) else error
-        if not isinstance(known, UserError):
-            # A peer that has reported an error and left breaks this rank's collectives: that is no error of its own.
-            if _peers_reported(store):
-                raise Reported from None
-            raise
-        # Most errors are seen by every rank: the first to count itself reports, and does so before any rank leaves,
-        # because launchers kill the rest as soon as one has left.
-        if store.add("megagpt/errors", 1) == 1:
-            print(f"megagpt: error: [rank {rank} of {size}] {known}", file=sys.stderr, flush=True)
+        # Most errors are seen by every rank, and a peer that left breaks this rank's collectives: the first to count
+        # itself reports, and does so before any rank leaves, because launchers kill the rest as soon as one has left.
+        if _count_failure(store) == 1:
+            if not isinstance(known, UserError):
+                traceback.print_exc()
+                known = first_line(error)
+            print(f"megagpt: error: [rank {world.rank} of {world.size}] {known}", file=sys.stderr, flush=True)
         raise Reported from None
     finally:
-        dist.destroy_process_group()
-        # gloo's threads may still hold a tensor; if the last reference falls while Python exits, the process aborts.
-        time.sleep(0.2)
+        _leave()
+        left.set()
 
 
-def _peers_reported(store: dist.Store) -> bool:
+def _leave() -> None:
+    dist.destroy_process_group()
+    # gloo's threads may still hold a tensor; if the last reference falls while Python exits, the process aborts.
+    time.sleep(0.2)
+
+
+def _count_failure(store: dist.Store) -> int:
     try:
-        return store.add("megagpt/errors", 0) > 0
+        return store.add(_FAILURES, 1)
     except RuntimeError:
-        return False  # the store went with the rank that held it
+        return 0  # the store went with the rank that held it, which has reported
+
+
+def _follow_failed_peers(store: dist.Store, left: threading.Event) -> None:
+    """End this process where it still waits, in a collective that no peer will join, seconds after a failure."""
+    while not left.wait(_WATCH_SECONDS):
+        try:
+            failed = store.check([_FAILURES])
+        except RuntimeError:
+            failed = True
+        if failed and not left.wait(_GRACE_SECONDS):
+            os._exit(EXIT_FAILED)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a launcher put this process."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+
+
+def find_place(environment: Mapping[str, str]) -> Place:
+    """This process's place by its environment variables. Raises UserError naming what is missing or no number."""
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        names, hint = _LAUNCHER, "start with torchrun or deepspeed, or set them all"
+    elif "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        # The tasks of an srun. In a batch script itself there is no step: a process there is alone.
+        names, hint = _SLURM, "start with srun or torchrun"
+    else:
+        return Place(0, 1, 0, "localhost", 0)
+    missing = [name for name in names if not environment.get(name)]
+    if missing:
+        found = ", ".join(name for name in names if name not in missing) or "none"
+        raise UserError(f"looked for {', '.join(names)}; found {found}, not {', '.join(missing)}: {hint}")
+
+    def number(name: str) -> int:
+        try:
+            return int(environment[name])
+        except ValueError:
+            raise UserError(f"{name}={environment[name]!r} is not a whole number: {hint}") from None
+
+    rank, size, local_rank = (number(name) for name in names[:3])
+    if not 0 <= rank < size:
+        raise UserError(f"{names[0]}={rank} is not below {names[1]}={size}: {hint}")
+    if names is _LAUNCHER:
+        return Place(rank, size, local_rank, environment["MASTER_ADDR"], number("MASTER_PORT"))
+    # One port per step, so that steps of one job, and jobs that share a node, rarely meet.
+    port = 20_000 + (number("SLURM_JOB_ID") * 31 + number("SLURM_STEP_ID")) % 20_000
+    return Place(
+        rank,
+        size,
+        local_rank,
+        environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+        number("MASTER_PORT") if environment.get("MASTER_PORT") else port,
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: n007 of `n[007-012,020]-ib,login`."""
+    depth, end = 0, len(nodes)
+    for i, letter in enumerate(nodes):
+        depth += {"[": 1, "]": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            end = i
+            break
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes[:end])
 
 
 def _device(name: str, local_rank: int) -> torch.device:

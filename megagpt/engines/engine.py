@@ -15,17 +15,24 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagpt.config import Config
 from megagpt.data.loader import Batch
 from megagpt.distributed import World
-from megagpt.errors import UserError
+from megagpt.engines.activation_checkpointing import checkpoint_activations
+from megagpt.engines.loss_scale import loss_scale
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import is_decayed
 
 # name -> where its class lives; imported on use, so that no engine costs another's import.
-ENGINES = {"ddp": "megagpt.engines.ddp:DDPEngine"}
+ENGINES = {
+    "ddp": "megagpt.engines.ddp:DDPEngine",
+    "fsdp": "megagpt.engines.fsdp:FSDPEngine",
+    "zero": "megagpt.engines.zero:ZeroEngine",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepResult(NamedTuple):
@@ -44,90 +51,122 @@ class StepResult(NamedTuple):
 class Engine(abc.ABC):
     """One model across the ranks."""
 
+    model: GPT
+    """The model itself, whatever is wrapped around it."""
+    optimizer: torch.optim.AdamW
+    """Over two groups, whose learning rate each step sets."""
+
     def __init__(self, config: Config, world: World) -> None:
         self.config = config
         self.world = world
+        self.loss_scale = loss_scale(config.train.precision)
 
-    @abc.abstractmethod
     def train_step(self, batch: Batch, lr: float) -> StepResult:
         """One optimizer step over this rank's share of a global batch."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Engines average gradients over the ranks; the loss is a sum over them.
+        scale = self.world.size / batch.tokens
+        total = torch.zeros((), device=self.world.device)
+        for i, (tokens, targets) in enumerate(batch.micro_batches):
+            tokens, targets = (t.to(self.world.device, non_blocking=True) for t in (tokens, targets))
+            total += self._accumulate(tokens, targets, scale, last=i == len(batch.micro_batches) - 1)
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        gradient_norm = self._update()
+        finite = math.isfinite(gradient_norm)
+        self.loss_scale.update(finite)
+        return StepResult(float(total) / batch.tokens, gradient_norm, batch.tokens, finite)
 
     @abc.abstractmethod
-    def evaluation_model(self) -> nn.Module:
-        """The model for evaluation and sampling: uncompiled, over the same weights. Call it equally often on every
-        rank."""
+    def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
+        """Add the gradient of `scale` times the summed loss to what the step has so far; returns the summed loss,
+        detached. `last`: no further micro-batch follows in this step."""
+
+    @abc.abstractmethod
+    def _update(self) -> float:
+        """Clip, update the weights unless the gradient is not finite, and drop the gradient. Returns its global norm
+        before clipping."""
 
     @abc.abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """Weights and both Adam moments in fp32, keyed `model.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`. The tensors are
-        the engine's own: writing into them and then calling `state_loaded` resumes from them."""
+        """Weights and both Adam moments in fp32, keyed `model.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`: on each rank
+        its shard, in a form that PyTorch's distributed checkpoints take. The tensors are the engine's own: writing into
+        them and then calling `state_loaded` resumes from them."""
 
     @abc.abstractmethod
     def state_loaded(self, updates: int) -> None:
         """`state()` was overwritten with a checkpoint after `updates` optimizer updates."""
 
     @property
-    @abc.abstractmethod
     def updates(self) -> int:
         """Optimizer updates so far: Adam's bias correction depends on it."""
+        return max((int(s["step"]) for s in self.optimizer.state.values() if "step" in s), default=0)
 
     def describe(self) -> str:
         """One line for logs."""
         return f"{self.config.engine.name} on {self.world.size} x {self.world.device.type}"
 
+    def settings(self) -> dict[str, Any]:
+        """What the engine hands to its library, for the run's folder; empty where that is nothing of its own."""
+        return {}
+
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[nn.Module]:
-        """The model in evaluation mode, without gradients, in the run's precision."""
-        model = self.evaluation_model()
-        model.eval()
+        """The model in evaluation mode, uncompiled, without gradients, in the run's precision. Every rank enters, and
+        calls it equally often: sharded weights are gathered in step."""
+        self.model.eval()
         try:
             # Shapes change with every call here: compiled blocks would be compiled again and again.
             eager = torch.compiler.set_stance("force_eager")
+            # The model casts by itself; the cache of keys and values takes its dtype from here.
             with torch.no_grad(), eager, autocast(self.config, self.world.device):
-                yield model
+                yield self.model
         finally:
-            model.train()
+            self.model.train()
 
 
 def build_engine(config: Config, world: World) -> Engine:
-    """The engine that the config names, with initial weights."""
-    if config.engine.name not in ENGINES:
-        raise UserError(f"engine.name {config.engine.name!r}: valid: {', '.join(ENGINES)}")
+    """The engine that the config names, with initial weights. Raises UserError for what cannot run here."""
     module, _, name = ENGINES[config.engine.name].partition(":")
     engine: Engine = getattr(importlib.import_module(module), name)(config, world)
     return engine
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """bf16 for the products where the config asks for it; weights, sums and the softmax stay fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
+    """The run's precision for matrix products; weights, sums and the softmax stay fp32."""
+    dtype = DTYPES[config.train.precision]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def parameter_groups(model: nn.Module, config: Config) -> list[dict[str, Any]]:
-    """Two groups for AdamW: decayed matrices, and everything else."""
-    named = list(model.named_parameters())
-    return [
-        {"params": [p for n, p in named if is_decayed(n)], "weight_decay": config.optimizer.weight_decay},
-        {"params": [p for n, p in named if not is_decayed(n)], "weight_decay": 0.0},
-    ]
+def prepare_model(model: GPT, config: Config, device: torch.device) -> None:
+    """What happens to a model before an engine shards it, in this order: activation checkpointing, compilation."""
+    checkpoint_activations(model, config.train.activation_checkpointing)
+    if config.train.compile:
+        for block in model.blocks:
+            block.compile()  # one graph, used by every layer
+    # Inside the model, so that no engine's own wrapping can switch it off.
+    model.forward = autocast(config, device)(model.forward)  # type: ignore[method-assign]
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW over two groups: decayed matrices, and everything else."""
     o = config.optimizer
-    return torch.optim.AdamW(parameter_groups(model, config), o.lr, (o.beta1, o.beta2), o.eps, fused=True)
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if is_decayed(n)], "weight_decay": o.weight_decay},
+        {"params": [p for n, p in named if not is_decayed(n)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, o.lr, (o.beta1, o.beta2), o.eps, fused=True)
 
 
-def compile_blocks(model: GPT) -> None:
-    """torch.compile each block in place: one graph, used by every layer."""
-    for block in model.blocks:
-        block.compile()
+def scaled(loss: Tensor, scale: float) -> Tensor:
+    """`scale` times the loss, with a gradient of NaN where the loss is not finite: then one check of the reduced
+    gradient's norm finds a bad loss of any rank on all of them."""
+    return loss * (scale + 0.0 * loss.detach())
 
 
 def seed_dropout(config: Config, position: int, rank: int) -> None:
     """Make this step's dropout a function of (seed, position, rank), so that a resumed run draws what it would have."""
     digest = hashlib.sha256(f"dropout/{config.run.seed}/{position}/{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
-def is_finite(*values: float) -> bool:
-    return all(math.isfinite(v) for v in values)

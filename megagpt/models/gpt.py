@@ -52,14 +52,21 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
+class LayerNorm(nn.LayerNorm):
+    """In fp32, also where an engine hands the gain and bias over in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
+
 class Block(nn.Module):
     """Pre-LayerNorm residual block."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width)
+        self.attention_norm = LayerNorm(config.width)
         self.attention = Attention(config, layer)
-        self.mlp_norm = nn.LayerNorm(config.width)
+        self.mlp_norm = LayerNorm(config.width)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -78,7 +85,7 @@ class GPT(nn.Module):
         self.position_embedding = nn.Embedding(config.context, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.final_norm = nn.LayerNorm(config.width)
+        self.final_norm = LayerNorm(config.width)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Loss or logits.
@@ -92,7 +99,8 @@ class GPT(nn.Module):
         # On a CPU, zeroing a dense gradient of the whole table costs more than the lookup; a sparse one is added into
         # the head's dense gradient.
         sparse = head.device.type == "cpu"
-        x = F.embedding(tokens, head, sparse=sparse) + self.position_embedding(positions)  # (B, T, C)
+        # The residual stream is fp32 in every precision: each block adds to it, and what it adds is small.
+        x = F.embedding(tokens, head, sparse=sparse).float() + self.position_embedding(positions).float()  # (B, T, C)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, cache)

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megagpt.models.presets import ModelConfig
 
@@ -47,17 +47,23 @@ def normal_rows(seed: int, name: str, columns: int, start: int, stop: int) -> np
     return out
 
 
+def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of the flattened parameter `name` of that shape, fp32 (stop - start,)."""
+    std = initial_std(name, config)
+    if std is None:
+        # LayerNorm gains start at one, every bias at zero.
+        return torch.full((stop - start,), 1.0 if name.endswith("norm.weight") else 0.0)
+    columns = shape[1]
+    first = start // columns
+    rows = normal_rows(seed, name, columns, first, -(-stop // columns))
+    return torch.from_numpy(rows).flatten()[start - first * columns : stop - first * columns].mul_(std)
+
+
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of `model` in place, on whatever device it lies."""
-    for name, parameter in model.named_parameters():
-        std = initial_std(name, config)
-        if std is not None:
-            rows = normal_rows(seed, name, parameter.shape[1], 0, parameter.shape[0])
-            parameter.copy_(torch.from_numpy(rows).mul_(std))
-        else:
-            # LayerNorm gains start at one, every bias at zero.
-            parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+    """Fill every parameter of a model that is whole, in place, on whatever device it lies."""
+    for name, p in model.named_parameters():
+        p.copy_(initial_values(name, tuple(p.shape), config, seed, 0, p.numel()).view_as(p))
 
 
 def is_decayed(name: str) -> bool:

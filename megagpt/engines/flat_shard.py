@@ -1,0 +1,91 @@
+"""A rank's contiguous range of a flattened parameter, as PyTorch's distributed checkpoints take it.
+
+DeepSpeed cuts parameters into flat ranges. A range of a row-major matrix is at most three rectangles (the end of a
+row, whole rows, the start of a row), and a checkpoint takes several rectangles of one tensor from one rank: so nothing
+is gathered, and the file holds the tensor in its true shape.
+"""
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+
+class Rectangle(NamedTuple):
+    """A box of a tensor whose elements are contiguous in the flattened tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Rectangle]:
+    """Elements [start, stop) of the flattened tensor as boxes, in order."""
+    if start >= stop:
+        return
+    if len(shape) == 1:
+        yield Rectangle((start,), (stop - start,))
+        return
+    inner = prod(shape[1:])
+    while start < stop:
+        row, column = divmod(start, inner)
+        rows = (stop - start) // inner
+        if column == 0 and rows:
+            yield Rectangle((row, *(0 for _ in shape[1:])), (rows, *shape[1:]))
+            start += rows * inner
+        else:
+            end = min(inner, column + stop - start)
+            for box in rectangles(shape[1:], column, end):
+                yield Rectangle((row, *box.offsets), (1, *box.sizes))
+            start += end - column
+
+
+class FlatShard(Tensor):
+    """Looks like the whole parameter, holds `flat`: its elements from `start` on.
+
+    `flat` is a view of the engine's memory, so that loading a checkpoint writes there.
+    """
+
+    flat: Tensor
+    start: int
+
+    @staticmethod
+    def __new__(cls, flat: Tensor, shape: tuple[int, ...], start: int) -> "FlatShard":
+        shard: FlatShard = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=flat.dtype, device=flat.device)
+        shard.flat, shard.start = flat, start
+        return shard
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        raise TypeError(f"{function}: a FlatShard holds a part of a tensor; compute with its `flat`")
+
+    def boxes(self) -> list[Rectangle]:
+        """The rectangles that this rank holds."""
+        return list(rectangles(tuple(self.shape), self.start, self.start + self.flat.numel()))
+
+    # --- the protocol of torch.distributed.checkpoint ---
+
+    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
+        properties = TensorProperties(dtype=self.flat.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in self.boxes()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        first = 0
+        for box in self.boxes():
+            if torch.Size(box.offsets) == index.offset:
+                return self.flat.narrow(0, first, prod(box.sizes)).view(box.sizes)
+            first += prod(box.sizes)
+        raise KeyError(f"{index}: not on this rank")

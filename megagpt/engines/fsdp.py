@@ -1,0 +1,92 @@
+"""PyTorch's FSDP2: every parameter a DTensor, sharded by rows over the ranks and gathered block by block.
+
+Weights, gradients and optimizer state are fp32 shards. A block's weights are gathered in the compute precision before
+its forward and backward pass, its gradients are summed in fp32 and scattered after each micro-batch. With hybrid
+sharding, groups of `shard_ranks` neighbouring ranks hold one copy of the model each, and the shards' gradients are
+summed over the copies once a step.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from megagpt.config import Config
+from megagpt.distributed import World
+from megagpt.engines.engine import DTYPES, build_optimizer, prepare_model
+from megagpt.engines.native import NativeEngine
+from megagpt.errors import UserError
+from megagpt.models.gpt import GPT
+from megagpt.models.initialization import initial_values
+
+
+class FSDPEngine(NativeEngine):
+    """Full sharding over all ranks, or hybrid: sharded inside groups of ranks, replicated over them."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        super().__init__(config, world)
+        engine, device = config.engine, world.device
+        shard = shard_ranks(config, world.size)
+        mesh = init_device_mesh(device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+        policy = MixedPrecisionPolicy(
+            param_dtype=DTYPES[config.train.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        on_gpu = device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=on_gpu) if engine.offload == "all" else OffloadPolicy()
+        with torch.device("meta"):
+            self.model = GPT(config.model)
+        prepare_model(self.model, config, device)
+        # The root holds what is left over: the tied embedding and head in one group, positions, final LayerNorm.
+        for module in (*self.model.blocks, self.model):
+            fully_shard(
+                module,
+                mesh=mesh if shard < world.size else mesh["shard"],
+                mp_policy=policy,
+                offload_policy=offload,
+                reshard_after_forward=engine.reshard_after_forward and module is not self.model,
+            )
+        self.model.to_empty(device="cpu" if engine.offload == "all" else device)
+        self._initialize()
+        self.optimizer = build_optimizer(self.model, config)
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            local, columns = parameter.to_local(), parameter[0].numel()
+            start = _first_row(parameter) * columns
+            values = initial_values(
+                name, tuple(parameter.shape), self.config.model, self.config.run.seed, start, start + local.numel()
+            )
+            local.copy_(values.view_as(local))
+
+    def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
+        assert isinstance(self.model, FSDPModule)
+        self.model.set_is_last_backward(last)
+        self.model.set_requires_all_reduce(last)
+        return self._backward(self.model(tokens, targets), scale)
+
+    def describe(self) -> str:
+        shard = shard_ranks(self.config, self.world.size)
+        copies = self.world.size // shard
+        hybrid = f", {copies} copies of the model over {shard} ranks each" if copies > 1 else ""
+        return super().describe() + hybrid
+
+
+def shard_ranks(config: Config, world: int) -> int:
+    """Ranks that share one copy of the model. Raises UserError where they do not divide the world."""
+    shard = config.engine.shard_ranks or world
+    if world % shard:
+        fits = [n for n in range(1, world + 1) if world % n == 0]
+        raise UserError(f"engine.shard_ranks {shard} does not divide {world} ranks; these do: {fits}")
+    return shard
+
+
+def _first_row(parameter: DTensor) -> int:
+    """Row of the whole parameter at which this rank's shard begins: FSDP deals rows in equal chunks, the last short."""
+    dimension = parameter.placements.index(Shard(0))
+    mesh = parameter.device_mesh
+    rank, size = mesh.get_local_rank(dimension), mesh.size(dimension)
+    rows = parameter.shape[0]
+    return min(rows, rank * -(-rows // size))

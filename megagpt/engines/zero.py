@@ -1,0 +1,183 @@
+"""DeepSpeed ZeRO (Rajbhandari et al. 2020): optimizer state, gradients and weights cut into flat ranges over the ranks.
+
+Weights of the compute precision, an fp32 copy of this rank's ranges, both Adam moments. DeepSpeed reduces, clips and
+updates; precision, batch, clipping and loss scale are decided by this project and handed to it.
+"""
+
+import contextlib
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.config import Config
+from megagpt.distributed import World
+from megagpt.engines.deepspeed_library import load_deepspeed
+from megagpt.engines.engine import DTYPES, Engine, build_optimizer, prepare_model, scaled
+from megagpt.engines.flat_shard import FlatShard
+from megagpt.engines.zero_config import check_nvme, deepspeed_config
+from megagpt.models.gpt import GPT
+from megagpt.models.initialization import initial_values
+
+
+class ZeroEngine(Engine):
+    """Stages 1 and 2 hold all weights on every rank; at stage 3 they are partitioned as the model is built."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        super().__init__(config, world)
+        self._settings = deepspeed_config(config, world.size, world.device.type == "cuda")
+        if config.engine.nvme_path:
+            check_nvme(config.engine.nvme_path)
+        deepspeed = load_deepspeed()
+        os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed asks for it, whatever the launcher was
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+        self.model = self._build(deepspeed)
+        optimizer = build_optimizer(self.model, config)
+        prepare_model(self.model, config, world.device)
+        self._engine, *_ = deepspeed.initialize(
+            model=self.model, optimizer=optimizer, config=self._settings, dist_init_required=False
+        )
+        self._shards = (_PartitionedWeights if config.engine.stage == 3 else _WholeWeights)(self._engine, self.model)
+        self.optimizer = self._engine.optimizer.optimizer
+        self._initialize()
+
+    def _build(self, deepspeed: Any) -> GPT:
+        config, device = self.config, self.world.device
+        if config.engine.stage < 3:
+            with torch.device("meta"):
+                model = GPT(config.model)
+            # Zeroed: DeepSpeed spreads the main rank's values, which nobody reads, and they should be numbers.
+            return model.to(DTYPES[config.train.precision]).to_empty(device=device).apply(_zero)
+        with deepspeed.zero.Init(config_dict_or_path=self._settings):
+            model = GPT(config.model)
+        # The decoder reads the embedding's weight itself, as the head.
+        deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)
+        return model
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        for key, shard in self.state().items():
+            kind, _, name = key.partition(".")
+            assert isinstance(shard, FlatShard)
+            if kind == "model":
+                stop = shard.start + shard.flat.numel()
+                values = initial_values(
+                    name, tuple(shard.shape), self.config.model, self.config.run.seed, shard.start, stop
+                )
+                shard.flat.copy_(values)
+            else:
+                shard.flat.zero_()
+        self.state_loaded(0)
+
+    def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
+        if self.loss_scale.dynamic:
+            self._engine.optimizer.override_loss_scale(self.loss_scale.value)
+        self._engine.set_gradient_accumulation_boundary(last)
+        loss = self._engine(tokens, targets)
+        self._engine.backward(scaled(loss, scale), scale_wrt_gas=False)
+        return loss.detach()
+
+    def _update(self) -> float:
+        # Clips by the global norm and leaves the weights as they are where it is not finite.
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def state(self) -> dict[str, Tensor]:
+        self._shards.make_moments()
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            for kind in ("model", "exp_avg", "exp_avg_sq"):
+                state[f"{kind}.{name}"] = self._shards.shard(parameter, None if kind == "model" else kind)
+        return state
+
+    def state_loaded(self, updates: int) -> None:
+        for moments in self.optimizer.state.values():
+            moments["step"] = torch.full((), float(updates), device=moments["exp_avg"].device)
+        self._shards.publish()
+
+    def describe(self) -> str:
+        return f"{super().describe()}, stage {self.config.engine.stage}"
+
+    def settings(self) -> dict[str, Any]:
+        return self._settings
+
+
+def _zero(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        nn.init.zeros_(parameter)
+
+
+class _WholeWeights:
+    """Stages 1 and 2: where DeepSpeed keeps each parameter's part of the flat fp32 copy."""
+
+    def __init__(self, engine: Any, model: GPT) -> None:
+        self._zero = engine.optimizer
+        # BF16_Optimizer, which stage 1 uses in bf16, has another name for it.
+        self._flats: list[Tensor] = getattr(
+            self._zero, "single_partition_of_fp32_groups", getattr(self._zero, "fp32_groups_flat_partition", [])
+        )
+
+    def make_moments(self) -> None:
+        """Moments of zero for what was never updated, and DeepSpeed's map from parameters to them made anew."""
+        for flat in self._flats:
+            _make_moments(self._zero.optimizer, flat)
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def shard(self, parameter: nn.Parameter, moment: str | None) -> FlatShard:
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:  # nothing of this parameter is this rank's
+            return FlatShard(torch.empty(0), tuple(parameter.shape), 0)
+        flat = mapping.get_hp_fragment(moment).detach()
+        return FlatShard(flat, tuple(parameter.shape), mapping.lp_fragment_address.start)
+
+    def publish(self) -> None:
+        """Bring the weights of every rank up to the fp32 copies."""
+        self._zero.update_lp_params()
+
+
+class _PartitionedWeights:
+    """Stage 3: each parameter is cut into equal flat ranges, the last one short."""
+
+    def __init__(self, engine: Any, model: GPT) -> None:
+        self._zero = engine.optimizer
+        self._model = model
+
+    def make_moments(self) -> None:
+        for flat in self._zero.fp32_partitioned_groups_flat:
+            _make_moments(self._zero.optimizer, flat)
+
+    def shard(self, parameter: nn.Parameter, moment: str | None) -> FlatShard:
+        p: Any = parameter
+        size = p.partition_numel()
+        start = self._zero._get_param_partition_rank(p) * size
+        held = max(0, min(size, p.ds_numel - start))
+        whole, _ = self._zero._get_fp32_opt_state_partition(p, release_swap_buffers=False, optim_state_key=moment)
+        return FlatShard(whole.detach().narrow(0, 0, held), tuple(p.ds_shape), start)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        zero = self._zero
+        for i, fp32 in enumerate(zero.fp32_partitioned_groups_flat):
+            low = zero.fp16_partitioned_groups_flat[i]
+            low.data.copy_(fp32.data)
+            for part, new in zip(
+                zero.fp16_partitioned_groups[i], zero.unflatten(low, zero.fp16_partitioned_groups[i]), strict=True
+            ):
+                part.data = new.data
+        # The small ones stay whole on every rank: drop and gather them.
+        whole = [p for p in self._model.parameters() if p.ds_persist]  # type: ignore[attr-defined]
+        if whole:
+            first: Any = whole[0]
+            first.partition(param_list=whole, has_been_updated=False)
+            first.all_gather(whole)
+
+
+def _make_moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> None:
+    state = optimizer.state[flat]
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), device=flat.device)
+        state["exp_avg"] = torch.zeros_like(flat)
+        state["exp_avg_sq"] = torch.zeros_like(flat)

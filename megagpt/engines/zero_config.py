@@ -1,0 +1,193 @@
+"""DeepSpeed's config, generated from ours, with the user's `engine.deepspeed` section checked and merged over it."""
+
+from pathlib import Path
+from typing import Any
+
+from megagpt.config import Config
+from megagpt.errors import UserError, did_you_mean
+
+# Elements in a bucket of gradients or weights that travel together: 200 MB in fp32, where links are long saturated.
+# DeepSpeed's own 5e8 would take 2 GB each.
+_BUCKET = 50_000_000
+
+# Settings of DeepSpeed that change neither what is computed nor what this config decides.
+_PASSED_THROUGH = (
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "communication_data_type",
+    "csv_monitor",
+    "disable_allgather",
+    "dump_state",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "steps_per_print",
+    "wall_clock_breakdown",
+)
+
+# What this config decides, and where.
+_OWNED = {
+    "train_batch_size": "train.batch_tokens",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.batch_tokens and train.micro_batch",
+    "managed_gradient_accumulation": "train.batch_tokens and train.micro_batch",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "compile": "train.compile",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "seed": "run.seed",
+    "zero_allow_untested_optimizer": "optimizer",
+    "zero_force_ds_cpu_optimizer": "engine.offload",
+    "tensorboard": "the run's own TensorBoard events",
+    "checkpoint": "checkpoint",
+    "curriculum_learning": "data",
+    "data_efficiency": "data",
+    "elasticity": "train.batch_tokens: the batch is the same on any number of ranks",
+}  # fmt: skip
+_OWNED_ZERO = {
+    "stage": "engine.stage",
+    "offload_optimizer": "engine.offload and engine.nvme_path",
+    "offload_param": "engine.offload and engine.nvme_path",
+    "cpu_offload": "engine.offload",
+    "cpu_offload_param": "engine.offload",
+    "cpu_offload_use_pin_memory": "engine.offload",
+    # The one breaks gradients where activations are recomputed, the other the map from weights to their fp32 copies.
+    "memory_efficient_linear": "megagpt, as false: it adds biases twice under selective activation checkpointing",
+    "round_robin_gradients": "megagpt, as false: its order of the weights is not that of their optimizer state",
+    "elastic_checkpoint": "megagpt, whose checkpoints fit any number of ranks",
+    "load_from_fp32_weights": "megagpt, which always does",
+    "zenflow": "optimizer",
+}
+
+
+def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]:
+    """The whole DeepSpeed config of a run on `ranks` ranks. Raises UserError, naming the key, for what the pass-through
+    section may not hold."""
+    model, train, engine = config.model, config.train, config.engine
+    accumulation = config.accumulation(ranks)
+    precision = train.precision
+    bucket = min(_BUCKET, model.parameters)
+    zero: dict[str, Any] = {
+        "stage": engine.stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        # Races with contiguous gradients were found in it more than once.
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "round_robin_gradients": False,
+    }
+    if engine.stage == 3:
+        zero |= {
+            "memory_efficient_linear": False,
+            "stage3_prefetch_bucket_size": bucket,
+            # Biases and LayerNorm gains, the longest of them 4 widths long, stay whole on every rank; no matrix does.
+            "stage3_param_persistence_threshold": 4 * model.width,
+        }
+    device = "nvme" if engine.nvme_path else "cpu"
+    place = {"device": device, "pin_memory": on_gpu} | ({"nvme_path": engine.nvme_path} if engine.nvme_path else {})
+    if engine.offload != "none":
+        zero["offload_optimizer"] = place
+    if engine.offload == "all":
+        zero["offload_param"] = place
+    generated: dict[str, Any] = {
+        "train_batch_size": config.batch_samples,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.clip,
+        "steps_per_print": 1_000_000_000,
+        "zero_allow_untested_optimizer": True,
+        # PyTorch's fused AdamW updates on a CPU, too: the same one as under the other engines.
+        "zero_force_ds_cpu_optimizer": False,
+        # Sums of gradients, over micro-batches and over ranks.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+    }
+    if precision == "bf16":
+        generated["bf16"] = {"enabled": True}
+    if precision == "fp16":
+        # A constant scale here; the engine sets it before each step.
+        generated["fp16"] = {"enabled": True, "loss_scale": 1.0}
+    _check_passed_through(engine.deepspeed)
+    passed = dict(engine.deepspeed)
+    zero |= passed.pop("zero_optimization", {})
+    return generated | passed
+
+
+def _check_passed_through(section: dict[str, Any]) -> None:
+    for key in section:
+        _refuse_owned(f"engine.deepspeed.{key}", key, _OWNED)
+        if key not in _PASSED_THROUGH:
+            raise UserError(f"unknown key engine.deepspeed.{key}: {did_you_mean(key, (*_PASSED_THROUGH, *_OWNED))}")
+    if section.get("communication_data_type", "fp32") != "fp32":
+        raise UserError(
+            f"engine.deepspeed.communication_data_type {section['communication_data_type']!r}: gradients are summed in "
+            "fp32 under every engine; leave it out"
+        )
+    zero = section.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f"engine.deepspeed.zero_optimization: {zero!r} is not a section with keys of its own")
+    for key in zero:
+        _refuse_owned(f"engine.deepspeed.zero_optimization.{key}", key, _OWNED_ZERO)
+    if zero:
+        _check_zero_section(zero)
+
+
+def _refuse_owned(place: str, key: str, owned: dict[str, str]) -> None:
+    if key in owned:
+        raise UserError(f"{place} is decided by {owned[key]}; leave it out")
+
+
+def _check_zero_section(zero: dict[str, Any]) -> None:
+    """By DeepSpeed's own types."""
+    from pydantic import ValidationError
+
+    from megagpt.engines.deepspeed_library import load_deepspeed
+
+    load_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    known = [name for name in fields] + [f.alias for f in fields.values() if f.alias]
+    for key in zero:
+        if key not in known:
+            raise UserError(f"unknown key engine.deepspeed.zero_optimization.{key}: {did_you_mean(key, known)}")
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or ", ".join(zero)
+        raise UserError(f"engine.deepspeed.zero_optimization.{key}: {first['input']!r} {first['msg']}") from None
+
+
+def check_nvme(folder: str) -> None:
+    """Raises UserError where the folder cannot take offloaded state."""
+    import os
+    import tempfile
+
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"engine.nvme_path {folder}: no such folder on this machine; make it on each node's local disk")
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"engine.nvme_path {folder}: cannot be written to ({os.strerror(error.errno or 0)})") from None
+    from megagpt.engines.deepspeed_library import load_deepspeed
+
+    load_deepspeed()
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            f"engine.nvme_path {folder}: DeepSpeed needs libaio and a C++ compiler to use a disk; install them "
+            "(Debian: apt install libaio-dev g++), or leave engine.nvme_path out to offload to memory"
+        )
