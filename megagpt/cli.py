@@ -14,6 +14,7 @@ from megagpt.errors import Interrupted, Reported, UserError, disk_error
 if TYPE_CHECKING:
     import torch
 
+    from megagpt.config import Config
     from megagpt.models.gpt import GPT
 
 EXIT_USER_ERROR = 2
@@ -122,6 +123,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", help="the config, as an option")
     parser.add_argument("--resume", metavar="RUN", help="folder of the run to go on with")
+    # The deepspeed launcher and older ones of PyTorch pass it beside LOCAL_RANK, which is what is read.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(command=_train)
 
 
@@ -139,8 +142,20 @@ def _count(text: str) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from megagpt.distributed import fail_together, join
+
+    try:
+        config = _train_config(arguments)
+    except UserError as error:
+        fail_together(error)
+    with join(config.train.device) as world:
+        from megagpt.training.trainer import train
+
+        return train(config, world, resume=bool(arguments.resume))
+
+
+def _train_config(arguments: argparse.Namespace) -> "Config":
     from megagpt.config import load_config
-    from megagpt.distributed import join
 
     overrides = [a for a in arguments.arguments if "=" in a]
     names = [a for a in arguments.arguments if "=" not in a] + ([arguments.config] if arguments.config else [])
@@ -159,10 +174,7 @@ def _train(arguments: argparse.Namespace) -> int:
         config = dataclasses.replace(
             config, run=dataclasses.replace(config.run, name=run.name, folder=_relative(run.parent))
         )
-    with join(config.train.device) as world:
-        from megagpt.training.trainer import train
-
-        return train(config, world, resume=bool(arguments.resume))
+    return config
 
 
 def _relative(path: Path) -> str:

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -70,12 +71,7 @@ def join(device: str = "auto", tune_allocator: bool = True) -> Iterator[World]:
     if world.device.type == "cpu" and tune_allocator:
         keep_freed_memory()
     on_gpu = world.device.type == "cuda"
-    store: dist.Store = dist.HashStore()
-    if world.size > 1:
-        address = f"tcp://{place.address}:{place.port}?rank={world.rank}&world_size={world.size}"
-        # torchrun's agents hold the store for their workers, and say so in the environment.
-        url = "env://" if "TORCHELASTIC_RUN_ID" in os.environ else address
-        store, _, _ = next(iter(dist.rendezvous(url, world.rank, world.size, timeout=_TIMEOUT)))
+    store = _connect(place)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         timeout=_TIMEOUT,
@@ -95,18 +91,42 @@ def join(device: str = "auto", tune_allocator: bool = True) -> Iterator[World]:
     try:
         yield world
     except Exception as error:
-        known = disk_error(error) if isinstance(error, OSError) else error
-        # Most errors are seen by every rank, and a peer that left breaks this rank's collectives: the first to count
-        # itself reports, and does so before any rank leaves, because launchers kill the rest as soon as one has left.
-        if _count_failure(store) == 1:
-            if not isinstance(known, UserError):
-                traceback.print_exc()
-                known = first_line(error)
-            print(f"megagpt: error: [rank {world.rank} of {world.size}] {known}", file=sys.stderr, flush=True)
+        _report(error, place, store)
         raise Reported from None
     finally:
         _leave()
         left.set()
+
+
+def fail_together(error: UserError) -> NoReturn:
+    """Raise an error that came before `join`, perhaps on every rank, so that it is printed once and ends them all."""
+    place = find_place(os.environ)
+    if place.size == 1:
+        raise error
+    _report(error, place, _connect(place))
+    raise Reported from None
+
+
+def _connect(place: "Place") -> dist.Store:
+    if place.size == 1:
+        return dist.HashStore()
+    # torchrun's agents hold the store for their workers, and say so in the environment.
+    url = "env://" if "TORCHELASTIC_RUN_ID" in os.environ else f"tcp://{place.address}:{place.port}"
+    store: dist.Store
+    store, _, _ = next(iter(dist.rendezvous(url, place.rank, place.size, timeout=_TIMEOUT)))
+    return store
+
+
+def _report(error: Exception, place: "Place", store: dist.Store) -> None:
+    known = disk_error(error) if isinstance(error, OSError) else error
+    # Most errors are seen by every rank, and a peer that left breaks this rank's collectives: the first to count itself
+    # speaks, and does so before any rank leaves, because launchers kill the rest as soon as one has left.
+    if _count_failure(store) != 1:
+        return
+    if not isinstance(known, UserError):
+        traceback.print_exception(error)
+    text = known if isinstance(known, UserError) else first_line(error)
+    print(f"megagpt: error: [rank {place.rank} of {place.size}] {text}", file=sys.stderr, flush=True)
 
 
 def _leave() -> None:

@@ -18,7 +18,7 @@ from megagpt.engines.deepspeed_library import load_deepspeed
 from megagpt.engines.engine import DTYPES, Engine, build_optimizer, prepare_model, scaled
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.engines.zero_config import check_nvme, deepspeed_config
-from megagpt.models.gpt import GPT
+from megagpt.models.gpt import GPT, Block
 from megagpt.models.initialization import initial_values
 
 
@@ -52,6 +52,9 @@ class ZeroEngine(Engine):
             return model.to(DTYPES[config.train.precision]).to_empty(device=device).apply(_zero)
         with deepspeed.zero.Init(config_dict_or_path=self._settings):
             model = GPT(config.model)
+        # Gathered block by block, as under FSDP: nothing happens inside a block but its own arithmetic, which is what
+        # compiled graphs and selective recomputation need.
+        deepspeed.utils.set_z3_leaf_modules(model, [Block])
         # The decoder reads the embedding's weight itself, as the head.
         deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)
         return model
@@ -160,6 +163,7 @@ class _PartitionedWeights:
     @torch.no_grad()
     def publish(self) -> None:
         zero = self._zero
+        zero.invalidate_secondary_tensor()  # ZeRO++'s second copy of the weights
         for i, fp32 in enumerate(zero.fp32_partitioned_groups_flat):
             low = zero.fp16_partitioned_groups_flat[i]
             low.data.copy_(fp32.data)

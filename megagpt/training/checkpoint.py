@@ -101,6 +101,7 @@ def save(
         "tokens_seen": tokens,
         "samples_seen": samples_seen,
         "updates": engine.updates,
+        "loss_scale": {"value": engine.loss_scale.value, "good_steps": engine.loss_scale.good_steps},
         "milestone": milestone,
         "engine": config.engine.name,
         "world_size": world.size,
@@ -185,6 +186,8 @@ def load(checkpoint: Checkpoint, engine: Engine, fingerprints: list[str]) -> int
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: damaged: {first_line(error)}") from None
     engine.state_loaded(meta["updates"])
+    if engine.loss_scale.dynamic and meta["config"]["train"]["precision"] == engine.config.train.precision:
+        engine.loss_scale = dataclasses.replace(engine.loss_scale, **meta["loss_scale"])
     return int(meta["samples_seen"])
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -49,8 +50,8 @@ class FiniteGuard:
         self.skipped = 0
         self._in_a_row = 0
 
-    def check(self, updated: bool, step: int) -> None:
-        """Raises UserError after `limit` skipped updates in a row."""
+    def check(self, updated: bool, step: int, last_good: Callable[[], str]) -> None:
+        """Raises UserError after `limit` skipped updates in a row, with what `last_good` says of checkpoints."""
         if updated:
             self._in_a_row = 0
             return
@@ -59,5 +60,5 @@ class FiniteGuard:
         if self._in_a_row >= self.limit:
             raise UserError(
                 f"loss or gradient was not finite in {self._in_a_row} steps in a row, the last of them step {step}; "
-                "resume from an earlier checkpoint with a lower optimizer.lr"
+                f"{last_good()}: resume with a lower optimizer.lr"
             )

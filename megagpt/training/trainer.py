@@ -20,7 +20,7 @@ from megagpt.data.loader import Batch, open_corpus, read_ahead, train_batches, v
 from megagpt.data.shards import write_atomic
 from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
 from megagpt.distributed import World
-from megagpt.engines.engine import build_engine, seed_dropout
+from megagpt.engines.engine import StepResult, build_engine, seed_dropout
 from megagpt.errors import UserError
 from megagpt.evaluation.validation import unigram_loss, validation_loss
 from megagpt.generation import generate
@@ -102,6 +102,9 @@ class Trainer:
         """Leave the resolved config and the environment beside what the run will write."""
         self.run.mkdir(parents=True, exist_ok=True)
         write_atomic(self.run / "config.yaml", to_yaml(self.config).encode())
+        settings = self.engine.settings()
+        if settings:
+            write_atomic(self.run / "deepspeed.json", json.dumps(settings, indent=2).encode())
         environment = {
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": shlex.join(sys.argv),
@@ -110,6 +113,7 @@ class Trainer:
             "python": platform.python_version(),
             "megagpt": megagpt.__version__,
             "torch": torch.__version__,
+            "engine": self.engine.describe(),
             "device": device_name(self.world.device),
             "world_size": self.world.size,
             "from_tokens": self.tokens_seen,
@@ -228,8 +232,10 @@ class Trainer:
             if config.model.dropout:
                 seed_dropout(config, self.samples_seen, self.world.rank)
             result = self.engine.train_step(batch, lr)
-            self.guard.check(result.updated, step)
             done = time.monotonic()
+            if not result.updated:
+                self._skipped(result, step)
+            self.guard.check(result.updated, step, self._last_good)
 
             def crossed(every: int, before: int = tokens_before) -> bool:
                 return every > 0 and self.tokens_seen // every > before // every
@@ -250,6 +256,7 @@ class Trainer:
                     "mfu": self._mfu(speed),
                     "peak_memory_bytes": peak_memory(self.world.device),
                     "skipped_updates": self.guard.skipped,
+                    **({"loss_scale": self.engine.loss_scale.value} if self.engine.loss_scale.dynamic else {}),
                 })  # fmt: skip
             # Saved first: whoever sent the signal may not wait for a validation.
             stopping = self.world.any(stop.requested) and not last
@@ -262,6 +269,17 @@ class Trainer:
                 self.validate()
             if not last and crossed(config.sampling.every_tokens):
                 self.sample()
+
+    def _skipped(self, result: StepResult, step: int) -> None:
+        """Log a step whose update was left out, on any rank's account."""
+        scale = self.engine.loss_scale
+        then = f"; the loss scale is now {scale.value:g}" if scale.dynamic else ""
+        text = f"step {step}: loss {result.loss}, gradient norm {result.gradient_norm}: update skipped{then}"
+        self._record("skipped", {}, text)
+
+    def _last_good(self) -> str:
+        newest = checkpoints.newest_whole(self.run, lambda text: None)
+        return f"the last good checkpoint is {newest.path}" if newest else "no checkpoint was saved yet"
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         """Model FLOPs utilisation: the FLOPs of presets.flops_per_token over the devices' peak; None if unknown."""
