@@ -23,7 +23,14 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. What a user can cause ends with one line and code 2."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes no positional argument behind an option that follows the first ones: overrides may stand anywhere.
+    overrides = next((getattr(arguments, n) for n in ("overrides", "arguments") if hasattr(arguments, n)), None)
+    if rest and (overrides is None or any(text.startswith("-") or "=" not in text for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if overrides is not None:
+        overrides.extend(rest)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         return command(arguments)

@@ -57,7 +57,7 @@ class DataConfig:
 def _check_recomputation(value: Any) -> str | dict[str, int]:
     match value:
         case "none" | "full" | "selective":
-            return value  # type: ignore[no-any-return]
+            return value
         case {"every": int(k), **rest} if not rest and k > 0 and not isinstance(k, bool):
             return {"every": k}
     raise ValueError(f"{value!r} is none of: none, full, selective, {{every: k}} with a whole number k above 0")
@@ -246,6 +246,14 @@ class Config:
                 f"do not divide; use {ways}"
             )
         return self.batch_samples // unit
+
+    def sharing_ranks(self, world: int) -> int:
+        """Ranks that share one copy of the model under FSDP; raises UserError where they do not divide the world."""
+        shard = self.engine.shard_ranks or world
+        if world % shard:
+            fits = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+            raise UserError(f"engine.shard_ranks {shard} does not divide {world} ranks; these do: {fits}")
+        return shard
 
 
 def _check(config: Config) -> Iterator[str]:

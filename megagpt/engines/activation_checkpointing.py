@@ -40,7 +40,7 @@ def checkpoint_activations(model: GPT, mode: Mode) -> None:
     context = _keep_products if mode == "selective" else None
     for layer, block in enumerate(model.blocks):
         if layer % every == 0:
-            block.forward = _recomputing(block.forward, context, dropout=model.config.dropout > 0)  # type: ignore[method-assign]
+            block.forward = _recomputing(block.forward, context, dropout=model.config.dropout > 0)
 
 
 def _recomputing(forward: Forward, context: Callable[[], Any] | None, dropout: bool) -> Forward:

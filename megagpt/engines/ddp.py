@@ -31,6 +31,6 @@ class DDPEngine(NativeEngine):
             self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
-        silent = not last and isinstance(self.wrapped, DistributedDataParallel)
-        with self.wrapped.no_sync() if silent else contextlib.nullcontext():
+        local = not last and isinstance(self.wrapped, DistributedDataParallel)
+        with self.wrapped.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
             return self._backward(self.wrapped(tokens, targets), scale)

@@ -144,7 +144,7 @@ def prepare_model(model: GPT, config: Config, device: torch.device) -> None:
     checkpoint_activations(model, config.train.activation_checkpointing)
     if config.train.compile:
         for block in model.blocks:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward)
     # Inside the model, so that no engine's own wrapping can switch it off.
     model.forward = autocast(config, device)(model.forward)  # type: ignore[method-assign]
 

@@ -59,7 +59,7 @@ class FlatShard(Tensor):
         return shard
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise TypeError(f"{function}: a FlatShard holds a part of a tensor; compute with its `flat`")
 
     def boxes(self) -> list[Rectangle]:

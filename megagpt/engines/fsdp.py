@@ -16,7 +16,6 @@ from megagpt.config import Config
 from megagpt.distributed import World
 from megagpt.engines.engine import DTYPES, build_optimizer, prepare_model
 from megagpt.engines.native import NativeEngine
-from megagpt.errors import UserError
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initial_values
 
@@ -27,7 +26,7 @@ class FSDPEngine(NativeEngine):
     def __init__(self, config: Config, world: World) -> None:
         super().__init__(config, world)
         engine, device = config.engine, world.device
-        shard = shard_ranks(config, world.size)
+        shard = config.sharing_ranks(world.size)
         mesh = init_device_mesh(device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
         policy = MixedPrecisionPolicy(
             param_dtype=DTYPES[config.train.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -68,19 +67,10 @@ class FSDPEngine(NativeEngine):
         return self._backward(self.model(tokens, targets), scale)
 
     def describe(self) -> str:
-        shard = shard_ranks(self.config, self.world.size)
+        shard = self.config.sharing_ranks(self.world.size)
         copies = self.world.size // shard
         hybrid = f", {copies} copies of the model over {shard} ranks each" if copies > 1 else ""
         return super().describe() + hybrid
-
-
-def shard_ranks(config: Config, world: int) -> int:
-    """Ranks that share one copy of the model. Raises UserError where they do not divide the world."""
-    shard = config.engine.shard_ranks or world
-    if world % shard:
-        fits = [n for n in range(1, world + 1) if world % n == 0]
-        raise UserError(f"engine.shard_ranks {shard} does not divide {world} ranks; these do: {fits}")
-    return shard
 
 
 def _first_row(parameter: DTensor) -> int:

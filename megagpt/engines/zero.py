@@ -4,9 +4,7 @@ Weights of the compute precision, an fp32 copy of this rank's ranges, both Adam 
 updates; precision, batch, clipping and loss scale are decided by this project and handed to it.
 """
 
-import contextlib
 import os
-import warnings
 from typing import Any
 
 import torch

@@ -5,10 +5,11 @@ from typing import Any
 
 from megagpt.config import Config
 from megagpt.errors import UserError, did_you_mean
+from megagpt.models.presets import ModelConfig
 
-# Elements in a bucket of gradients or weights that travel together: 200 MB in fp32, where links are long saturated.
-# DeepSpeed's own 5e8 would take 2 GB each.
-_BUCKET = 50_000_000
+# Most elements in a bucket of gradients or weights that travel together: 200 MB in fp32, where links are long
+# saturated. DeepSpeed's own 5e8 would take 2 GB each.
+_LARGEST_BUCKET = 50_000_000
 
 # Settings of DeepSpeed that change neither what is computed nor what this config decides.
 _PASSED_THROUGH = (
@@ -68,13 +69,18 @@ _OWNED_ZERO = {
 }
 
 
+def bucket_elements(model: ModelConfig) -> int:
+    """Elements in a bucket: a block's weights, where they are not more than links need."""
+    return min(_LARGEST_BUCKET, model.block_parameters)
+
+
 def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]:
     """The whole DeepSpeed config of a run on `ranks` ranks. Raises UserError, naming the key, for what the pass-through
     section may not hold."""
     model, train, engine = config.model, config.train, config.engine
     accumulation = config.accumulation(ranks)
     precision = train.precision
-    bucket = min(_BUCKET, model.parameters)
+    bucket = bucket_elements(model)
     zero: dict[str, Any] = {
         "stage": engine.stage,
         "reduce_bucket_size": bucket,
@@ -156,7 +162,7 @@ def _check_zero_section(zero: dict[str, Any]) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     fields = DeepSpeedZeroConfig.model_fields
-    known = [name for name in fields] + [f.alias for f in fields.values() if f.alias]
+    known = list(fields) + [f.alias for f in fields.values() if f.alias]
     for key in zero:
         if key not in known:
             raise UserError(f"unknown key engine.deepspeed.zero_optimization.{key}: {did_you_mean(key, known)}")

@@ -61,14 +61,24 @@ class ModelConfig:
         return self.attention == "banded" and layer % 2 == 1
 
     @property
-    def parameters(self) -> int:
-        """Exact count with biases, LayerNorms and the tied head; padding rows of the vocabulary do not count."""
+    def block_parameters(self) -> int:
+        """Exact count of one block, with biases and LayerNorms."""
         c = self.width
         layer_norm = 2 * c
         attention = (c * 3 * c + 3 * c) + (c * c + c)
         mlp = (c * 4 * c + 4 * c) + (4 * c * c + c)
-        block = 2 * layer_norm + attention + mlp
-        return self.vocab_size * c + self.context * c + self.layers * block + layer_norm
+        return 2 * layer_norm + attention + mlp
+
+    @property
+    def parameters(self) -> int:
+        """Exact count with biases, LayerNorms and the tied head; padding rows of the vocabulary do not count."""
+        final_norm = 2 * self.width
+        return (self.vocab_size + self.context) * self.width + self.layers * self.block_parameters + final_norm
+
+    @property
+    def stored_parameters(self) -> int:
+        """What lies in memory: `parameters` and the padding rows of the vocabulary."""
+        return self.parameters + (self.padded_vocab_size - self.vocab_size) * self.width
 
     @property
     def flops_per_token(self) -> int:

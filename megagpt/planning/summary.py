@@ -1,16 +1,17 @@
 """What follows from a config: steps, micro-batches, memory."""
 
+import json
 from collections.abc import Iterator
 
 from megagpt.config import Config
+from megagpt.engines.zero_config import deepspeed_config
+from megagpt.planning.memory import state_bytes
 from megagpt.training.schedule import learning_rate, step_count
-
-# Bytes of fp32 weight, fp32 gradient and both fp32 Adam moments.
-_STATE_BYTES = 4 + 4 + 4 + 4
 
 
 def summarize(config: Config, ranks: int) -> Iterator[str]:
-    """Lines for people about a run on `ranks` ranks. Raises UserError where the batch does not divide over them."""
+    """Lines for people about a run on `ranks` ranks. Raises UserError where the batch does not divide over them, and
+    for engine settings that cannot be."""
     model, train, context = config.model, config.train, config.model.context
     dead = model.padded_vocab_size - model.vocab_size
     yield f"parameters: {model.parameters:,} ({dead} dead rows of the vocabulary not counted)"
@@ -28,5 +29,15 @@ def summarize(config: Config, ranks: int) -> Iterator[str]:
             f"batch ramp: {train.batch_ramp_start:,} to {train.batch_tokens:,} tokens over "
             f"{step_count(config, train.batch_ramp_tokens):,} steps"
         )
-    held = (model.parameters + dead * model.width) * _STATE_BYTES
-    yield f"memory for weights, gradients and optimizer on each rank: {held / 2**30:.2f} GiB, activations aside"
+    held = state_bytes(config, ranks)
+    yield (
+        f"memory on each rank: weights {_gib(held.weights)}, gradients {_gib(held.gradients)}, optimizer "
+        f"{_gib(held.optimizer)}, together {_gib(held.total)}; activations aside"
+    )
+    if config.engine.name == "zero":
+        yield "DeepSpeed config:"
+        yield from json.dumps(deepspeed_config(config, ranks, on_gpu=train.device != "cpu"), indent=2).splitlines()
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,53 @@
+"""Bytes of weights, gradients and optimizer state on each rank, by formula.
+
+Activations, gathered weights and buffers that live for one operation are not in it.
+"""
+
+from dataclasses import dataclass
+
+from megagpt.config import Config
+from megagpt.engines.zero_config import bucket_elements
+
+_FP32 = 4
+_MOMENTS = 2 * _FP32
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What one rank holds at the end of a step's last backward pass, before the update, in bytes."""
+
+    weights: float
+    """In the precision that an engine keeps for the forward pass."""
+    gradients: float
+    """Their sums, and the buckets that stay allocated for them."""
+    optimizer: float
+    """Both Adam moments; under ZeRO the fp32 weights, too."""
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer
+
+
+def state_bytes(config: Config, ranks: int) -> StateBytes:
+    """Per rank, for every engine. Wherever it lies: `engine.offload` moves it to the CPU's memory or to a disk.
+
+    DDP 4 + 4 + 8 a parameter. FSDP the same over the ranks that share a copy. ZeRO keeps weights in the compute
+    precision (2 bytes in bf16 and fp16) beside an fp32 copy that is part of the optimizer state; all sums of gradients
+    are fp32. Stage 1 sums the gradients of all weights on each rank until the step ends; in bf16 it keeps the bf16
+    gradient of the last micro-batch beside them.
+    """
+    engine, parameters = config.engine, config.model.stored_parameters
+    if engine.name == "ddp":
+        return StateBytes(_FP32 * parameters, _FP32 * parameters, _MOMENTS * parameters)
+    if engine.name == "fsdp":
+        held = parameters / config.sharing_ranks(ranks)
+        return StateBytes(_FP32 * held, _FP32 * held, _MOMENTS * held)
+    low = _FP32 if config.train.precision == "fp32" else 2
+    held = parameters / ranks
+    weights = low * (held if engine.stage == 3 else parameters)
+    gradients: float = _FP32 * held
+    if engine.stage == 1:
+        gradients = (_FP32 + (low if config.train.precision == "bf16" else 0)) * parameters
+    if engine.stage == 3:
+        gradients += _FP32 * bucket_elements(config.model)
+    return StateBytes(weights, gradients, (_FP32 + _MOMENTS) * held)
