@@ -98,7 +98,7 @@ def bench(arguments: argparse.Namespace) -> int:
 def _config(arguments: argparse.Namespace, precision: str) -> Config:
     context = [f"model.context={arguments.context}"] if arguments.context else []
     tree: dict[str, Any] = {"model": {"preset": arguments.model}, "engine": {"name": arguments.engine}}
-    for text in [*context, *arguments.overrides]:
+    for text in [*context, *(t for t in arguments.overrides if t.startswith("model."))]:
         tree = override(tree, text)
     tokens = arguments.batch * build_config(tree, "bench").model.context
     tree["train"] = {
@@ -109,6 +109,8 @@ def _config(arguments: argparse.Namespace, precision: str) -> Config:
         "compile": arguments.compile,
         "device": arguments.device,
     }
+    for text in arguments.overrides:
+        tree = override(tree, text)
     return build_config(tree, "bench")
 
 

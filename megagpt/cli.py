@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("bench", _bench, "Measure training steps: tokens/s, MFU and peak memory, beside other implementations.")
     sub.add_argument("model", help="a preset, such as gpt2-124m")
-    sub.add_argument("overrides", nargs="*", metavar="model.key=value")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as engine.stage=3")
     sub.add_argument("--batch", type=_count, default=4, help="sequences in a step (4)")
     sub.add_argument("--context", type=_count, help="tokens in a sequence (the preset's)")
     sub.add_argument("--precision", action="append", choices=("fp32", "bf16"), help="may be given twice (both)")
@@ -119,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--steps", type=_count, default=5, help="measured steps in each round (5)")
     sub.add_argument("--rounds", type=_count, default=2, help="rounds, alternating between implementations (2)")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+    sub = add("parity", _parity, "Compare every engine with one plain process, and measure what each holds in memory.")
+    sub.add_argument("--tables", default="fp32,bf16,memory", help="comma-separated: fp32, bf16, memory (all)")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser
 
@@ -374,6 +378,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     from megagpt.bench import bench
 
     return bench(arguments)
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from megagpt.parity.tables import parity
+
+    return parity(arguments)
 
 
 if __name__ == "__main__":

@@ -466,10 +466,10 @@ def build_config(tree: dict[str, Any], where: str) -> Config:
 
 def _other_engine(tree: dict[str, Any], text: str) -> dict[str, Any]:
     """Without the file's settings for another engine than the override names."""
-    engine = tree.get("engine")
-    if not isinstance(engine, dict) or engine.get("name", EngineConfig.name) == text.partition("=")[2]:
+    engine, over = tree.get("engine"), override({}, text).get("engine")
+    if not isinstance(engine, dict) or not isinstance(over, dict) or "name" not in over:
         return tree
-    return {**tree, "engine": {}}
+    return tree if over["name"] == engine.get("name", EngineConfig.name) else {**tree, "engine": {}}
 
 
 def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -477,8 +477,7 @@ def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     path = find_config(name)
     tree = _read_tree(path)
     for text in overrides:
-        if text.startswith("engine.name="):
-            tree = _other_engine(tree, text)
+        tree = _other_engine(tree, text)
     for text in overrides:
         tree = override(tree, text)
     where = str(path) + (f" with {' '.join(overrides)}" if overrides else "")

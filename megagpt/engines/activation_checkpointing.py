@@ -17,11 +17,8 @@ from megagpt.models.gpt import GPT
 
 _aten = torch.ops.aten
 # What `selective` keeps: the outputs of matrix products and of attention's kernels. Everything else is cheap to redo.
-_KEPT = {
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten.bmm.default,
-    _aten.baddbmm.default,
+_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
+_ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
@@ -37,10 +34,13 @@ def checkpoint_activations(model: GPT, mode: Mode) -> None:
     if mode == "none":
         return
     every = mode["every"] if isinstance(mode, dict) else 1
-    context = _keep_products if mode == "selective" else None
+    dropout = model.config.dropout > 0
+    # A kernel that draws dropout itself runs again, or what is drawn after it would differ from the forward pass.
+    kept = _PRODUCTS if dropout else _PRODUCTS | _ATTENTION
+    context = functools.partial(_keep, kept) if mode == "selective" else None
     for layer, block in enumerate(model.blocks):
         if layer % every == 0:
-            block.forward = _recomputing(block.forward, context, dropout=model.config.dropout > 0)
+            block.forward = _recomputing(block.forward, context, dropout)
 
 
 def _recomputing(forward: Forward, context: Callable[[], Any] | None, dropout: bool) -> Forward:
@@ -59,9 +59,9 @@ def _recomputing(forward: Forward, context: Callable[[], Any] | None, dropout: b
     return recomputing
 
 
-def _keep_products() -> Any:
-    return create_selective_checkpoint_contexts(_policy)
+def _keep(kept: set[Any]) -> Any:
+    return create_selective_checkpoint_contexts(functools.partial(_policy, kept))
 
 
-def _policy(context: Any, op: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kept: set[Any], context: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -16,6 +16,7 @@ from megagpt.engines.deepspeed_library import load_deepspeed
 from megagpt.engines.engine import DTYPES, Engine, build_optimizer, prepare_model, scaled
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.engines.zero_config import check_nvme, deepspeed_config
+from megagpt.errors import UserError
 from megagpt.models.gpt import GPT, Block
 from megagpt.models.initialization import initial_values
 
@@ -29,6 +30,13 @@ class ZeroEngine(Engine):
         if config.engine.nvme_path:
             check_nvme(config.engine.nvme_path)
         deepspeed = load_deepspeed()
+        accelerator = deepspeed.get_accelerator()
+        runs = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
+        if config.train.precision in runs and not runs[config.train.precision]():
+            raise UserError(
+                f"train.precision {config.train.precision}: DeepSpeed does not run it on this {world.device.type}; "
+                "use another precision, or another engine.name"
+            )
         os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed asks for it, whatever the launcher was
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.model = self._build(deepspeed)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.config import Config
-from megagpt.errors import UserError, did_you_mean
+from megagpt.errors import UserError, did_you_mean, first_line
 from megagpt.models.presets import ModelConfig
 
 # Most elements in a bucket of gradients or weights that travel together: 200 MB in fp32, where links are long
@@ -12,21 +12,20 @@ from megagpt.models.presets import ModelConfig
 _LARGEST_BUCKET = 50_000_000
 
 # Settings of DeepSpeed that change neither what is computed nor what this config decides.
-_PASSED_THROUGH = (
-    "zero_optimization",
-    "aio",
-    "comms_logger",
-    "communication_data_type",
-    "csv_monitor",
-    "disable_allgather",
-    "dump_state",
-    "flops_profiler",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "steps_per_print",
-    "wall_clock_breakdown",
-)
+_PASSED_THROUGH: dict[str, type | tuple[type, ...]] = {
+    "zero_optimization": dict,
+    "aio": dict,
+    "comms_logger": dict,
+    "communication_data_type": str,
+    "disable_allgather": bool,
+    "dump_state": bool,
+    "flops_profiler": dict,
+    "gradient_predivide_factor": (int, float),
+    "memory_breakdown": bool,
+    "prescale_gradients": bool,
+    "steps_per_print": int,
+    "wall_clock_breakdown": bool,
+}
 
 # What this config decides, and where.
 _OWNED = {
@@ -66,6 +65,9 @@ _OWNED_ZERO = {
     "elastic_checkpoint": "megagpt, whose checkpoints fit any number of ranks",
     "load_from_fp32_weights": "megagpt, which always does",
     "zenflow": "optimizer",
+    "compute_grad_norm": "optimizer.clip",
+    "stage3_gather_16bit_weights_on_model_save": "megagpt, whose checkpoints gather nothing",
+    "stage3_gather_fp16_weights_on_model_save": "megagpt, whose checkpoints gather nothing",
 }
 
 
@@ -124,27 +126,32 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
         generated["fp16"] = {"enabled": True, "loss_scale": 1.0}
     _check_passed_through(engine.deepspeed)
     passed = dict(engine.deepspeed)
-    zero |= passed.pop("zero_optimization", {})
+    if "zero_optimization" in passed:
+        zero |= passed.pop("zero_optimization")
+        _check_zero_section(zero)
     return generated | passed
 
 
 def _check_passed_through(section: dict[str, Any]) -> None:
-    for key in section:
-        _refuse_owned(f"engine.deepspeed.{key}", key, _OWNED)
+    for key, value in section.items():
+        place = f"engine.deepspeed.{key}"
+        _refuse_owned(place, key, _OWNED)
         if key not in _PASSED_THROUGH:
-            raise UserError(f"unknown key engine.deepspeed.{key}: {did_you_mean(key, (*_PASSED_THROUGH, *_OWNED))}")
+            raise UserError(f"unknown key {place}: {did_you_mean(key, (*_PASSED_THROUGH, *_OWNED))}")
+        kind = _PASSED_THROUGH[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            name = "a section with keys of its own" if kind is dict else f"a {getattr(kind, '__name__', 'number')}"
+            raise UserError(f"{place}: {value!r} is not {name}")
     if section.get("communication_data_type", "fp32") != "fp32":
         raise UserError(
             f"engine.deepspeed.communication_data_type {section['communication_data_type']!r}: gradients are summed in "
             "fp32 under every engine; leave it out"
         )
-    zero = section.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise UserError(f"engine.deepspeed.zero_optimization: {zero!r} is not a section with keys of its own")
-    for key in zero:
-        _refuse_owned(f"engine.deepspeed.zero_optimization.{key}", key, _OWNED_ZERO)
-    if zero:
-        _check_zero_section(zero)
+    for key, value in section.get("zero_optimization", {}).items():
+        place = f"engine.deepspeed.zero_optimization.{key}"
+        _refuse_owned(place, key, _OWNED_ZERO)
+        if value == "auto":
+            raise UserError(f"{place}: 'auto' is for other programs that fill it in; leave it out for megagpt's own")
 
 
 def _refuse_owned(place: str, key: str, owned: dict[str, str]) -> None:
@@ -153,7 +160,7 @@ def _refuse_owned(place: str, key: str, owned: dict[str, str]) -> None:
 
 
 def _check_zero_section(zero: dict[str, Any]) -> None:
-    """By DeepSpeed's own types."""
+    """The merged section, by DeepSpeed's own names and types."""
     from pydantic import ValidationError
 
     from megagpt.engines.deepspeed_library import load_deepspeed
@@ -161,17 +168,19 @@ def _check_zero_section(zero: dict[str, Any]) -> None:
     load_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    fields = DeepSpeedZeroConfig.model_fields
-    known = list(fields) + [f.alias for f in fields.values() if f.alias]
+    known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
     for key in zero:
         if key not in known:
             raise UserError(f"unknown key engine.deepspeed.zero_optimization.{key}: {did_you_mean(key, known)}")
     try:
         DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
+    except (ValidationError, AssertionError) as error:
+        if isinstance(error, AssertionError):
+            raise UserError(f"engine.deepspeed.zero_optimization: {first_line(error)}") from None
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or ", ".join(zero)
-        raise UserError(f"engine.deepspeed.zero_optimization.{key}: {first['input']!r} {first['msg']}") from None
+        key = ".".join(map(str, first["loc"]))
+        where = f".{key}: {first['input']!r}" if key else ":"
+        raise UserError(f"engine.deepspeed.zero_optimization{where} {first['msg']}") from None
 
 
 def check_nvme(folder: str) -> None:

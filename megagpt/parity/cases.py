@@ -1,0 +1,89 @@
+"""What is compared: engines, micro-batches in a step, activation checkpointing, precision."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megagpt.config import Config, build_config
+from megagpt.data.loader import Batch
+
+STEPS = 20
+_BATCH = 16
+_MODEL = {"layers": 3, "width": 64, "heads": 4, "context": 32, "vocab_size": 500}
+LR = 1e-3
+
+# Every parameter partitioned, the smallest bias, too.
+_ALL_PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """An engine with its settings, on so many ranks."""
+
+    name: str
+    ranks: int
+    engine: dict[str, Any]
+
+
+SETUPS = {
+    setup.name: setup
+    for setup in (
+        Setup("ddp", 2, {"name": "ddp"}),
+        Setup("fsdp", 2, {"name": "fsdp"}),
+        Setup("fsdp hybrid 2 x 2", 4, {"name": "fsdp", "shard_ranks": 2}),
+        Setup("zero-1", 2, {"name": "zero", "stage": 1}),
+        Setup("zero-2", 2, {"name": "zero", "stage": 2}),
+        Setup("zero-3", 2, {"name": "zero", "stage": 3, "deepspeed": _ALL_PARTITIONED}),
+    )
+}
+ACCUMULATIONS = (1, 4)
+RECOMPUTATIONS = ("none", "full", "selective")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run of `STEPS` steps."""
+
+    engine: dict[str, Any]
+    ranks: int
+    accumulation: int = 1
+    recomputation: str = "none"
+    precision: str = "fp32"
+    device: str = "cpu"
+    compile: bool = False
+
+    def config(self) -> Config:
+        """Clipping is active in every step: the gradient's norm stays above 1."""
+        context = _MODEL["context"]
+        tree = {
+            "model": _MODEL,
+            "engine": self.engine,
+            "optimizer": {"lr": LR},
+            "train": {
+                "tokens": STEPS * _BATCH * context,
+                "batch_tokens": _BATCH * context,
+                "micro_batch": _BATCH // self.ranks // self.accumulation,
+                "precision": self.precision,
+                "device": self.device,
+                "activation_checkpointing": self.recomputation,
+                "compile": self.compile,
+            },
+        }
+        return build_config(tree, "parity")
+
+
+def rows(step: int) -> Tensor:
+    """A step's whole batch, int64 (16, 33): each token is drawn, then repeated, so that there is something to learn."""
+    drawn = np.random.default_rng([step]).integers(_MODEL["vocab_size"], size=(_BATCH, 17))
+    return torch.from_numpy(drawn.repeat(2, axis=1)[:, :33])
+
+
+def share(step: int, rank: int, case: Case) -> Batch:
+    """A rank's share of a step's batch."""
+    mine = rows(step)[rank :: case.ranks]
+    pieces = mine.split(len(mine) // case.accumulation)
+    micro_batches = [(piece[:, :-1], piece[:, 1:].contiguous()) for piece in pieces]
+    return Batch(micro_batches, _BATCH, _BATCH * 32)

@@ -1,0 +1,154 @@
+"""One rank of the compared runs: `python -m megagpt.parity.worker KIND`, with the cases as JSON on standard input."""
+
+import dataclasses
+import gc
+import json
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from megagpt.config import Config
+from megagpt.data.loader import Batch
+from megagpt.distributed import World, join
+from megagpt.engines.engine import Engine, build_engine
+from megagpt.engines.flat_shard import FlatShard
+from megagpt.errors import Reported, UserError
+from megagpt.models.gpt import GPT
+from megagpt.models.initialization import initialize
+from megagpt.models.presets import ModelConfig
+from megagpt.parity.cases import LR, STEPS, Case, rows, share
+
+Curve = list[tuple[float, float]]
+
+
+def plain(case: Case) -> Curve:
+    """Loss and gradient norm of each step in one plain loop: the whole batch at once, all logits, PyTorch's
+    cross-entropy, clipping and AdamW."""
+    config = case.config()
+    model = GPT(config.model)
+    initialize(model, config.model, config.run.seed)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, LR, betas=(0.9, 0.95), eps=1e-8)
+    curve = []
+    for step in range(STEPS):
+        batch = rows(step)
+        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append((loss.item(), norm.item()))
+    return curve
+
+
+def curve(case: Case, world: World) -> Curve:
+    """The same of an engine."""
+    engine = build_engine(case.config(), world)
+    results = [engine.train_step(share(step, world.rank, case), LR) for step in range(STEPS)]
+    return [(r.loss, r.gradient_norm) for r in results]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+_CONTEXT = 64
+_MEMORY_MODEL: dict[str, Any] = {"layers": 6, "width": 256, "heads": 4, "context": _CONTEXT, "vocab_size": 4000}
+
+
+def memory_config(case: Case) -> Config:
+    """A model large enough that its matrices outweigh everything else."""
+    config = case.config()
+    train = dataclasses.replace(config.train, batch_tokens=16 * _CONTEXT, tokens=160 * _CONTEXT)
+    train = dataclasses.replace(train, micro_batch=16 // case.ranks // case.accumulation)
+    return dataclasses.replace(config, model=ModelConfig(**_MEMORY_MODEL), train=train)
+
+
+def memory(case: Case, world: World) -> dict[str, Any]:
+    """Bytes that this rank's tensors hold at the fullest point of a step outside its passes, by kind, and the median
+    time of a step. Counted on the live tensors of the process, by storage, not on what the engine says it holds."""
+    config = memory_config(case)
+    before = set(_storages(_live_tensors()))
+    engine = build_engine(config, world)
+    fullest: dict[str, int] = {}
+    accumulate = engine._accumulate
+
+    def watched(tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
+        nonlocal fullest
+        loss = accumulate(tokens, targets, scale, last)
+        held = {k: v for k, v in _storages(_live_tensors()).items() if k not in before}
+        if sum(held.values()) > sum(fullest.values()):
+            fullest = _by_kind(engine, held)
+        return loss
+
+    engine._accumulate = watched  # type: ignore[method-assign]
+    data = torch.randint(config.model.vocab_size, (16, _CONTEXT + 1), generator=torch.Generator().manual_seed(0))
+    pieces = data[world.rank :: world.size].split(config.train.micro_batch)
+    batch = Batch([(p[:, :-1], p[:, 1:].contiguous()) for p in pieces], 16, 16 * _CONTEXT)
+    for _ in range(2):  # the moments appear in the first
+        engine.train_step(batch, LR)
+    engine._accumulate = accumulate  # type: ignore[method-assign]
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        engine.train_step(batch, LR)
+        seconds.append(time.perf_counter() - start)
+    return {**fullest, "seconds": sorted(seconds)[3]}
+
+
+def _live_tensors() -> list[Tensor]:
+    gc.collect()
+    found = [o for o in gc.get_objects() if isinstance(o, Tensor)]
+    # Gradients hang on C++ objects that the collector does not see.
+    return found + [t.grad for t in found if t.is_leaf and t.grad is not None]
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes by address of each storage behind the tensors."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        if isinstance(tensor, FlatShard):
+            tensor = tensor.flat
+        local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+        if local.device.type == "meta" or type(local) not in (Tensor, torch.nn.Parameter):
+            continue
+        storage = local.untyped_storage()
+        if storage.nbytes():
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sizes
+
+
+def _by_kind(engine: Engine, held: dict[int, int]) -> dict[str, int]:
+    """Weights for the forward pass; optimizer state (under ZeRO with its fp32 weights); the rest is gradients."""
+    partitions = [getattr(p, "ds_tensor", p) for p in engine.model.parameters()]
+    weights = set(_storages([*engine.model.parameters(), *partitions])) & set(held)
+    optimizer = (set(_storages(engine.state().values())) & set(held)) - weights
+    rest = set(held) - weights - optimizer
+    kinds = {"weights": weights, "gradients": rest, "optimizer": optimizer}
+    return {kind: sum(held[k] for k in keys) for kind, keys in kinds.items()}
+
+
+def main() -> int:
+    """Run each case and print its result as a line of JSON, from the main rank."""
+    kind, cases = sys.argv[1], [Case(**case) for case in json.loads(sys.stdin.read())]
+    torch.set_num_threads(1)  # ranks share a machine here
+    with join(cases[0].device) as world:
+        for case in cases:
+            result = plain(case) if kind == "plain" else {"curve": curve, "memory": memory}[kind](case, world)
+            if world.is_main:
+                print(json.dumps(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(None if isinstance(error, Reported) else str(error))
