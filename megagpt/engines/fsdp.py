@@ -28,6 +28,7 @@ class FSDPEngine(NativeEngine):
         engine, device = config.engine, world.device
         shard = config.sharing_ranks(world.size)
         mesh = init_device_mesh(device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+        self.shard_group = mesh["shard"].get_group()
         policy = MixedPrecisionPolicy(
             param_dtype=DTYPES[config.train.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
         )

@@ -1,10 +1,10 @@
 """What DDP and FSDP share: the model's parameters are the fp32 weights, and PyTorch's AdamW updates them."""
 
 import math
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megagpt.engines.engine import Engine, scaled
@@ -13,18 +13,26 @@ from megagpt.engines.engine import Engine, scaled
 class NativeEngine(Engine):
     """An engine whose gradients and optimizer state lie where the parameters lie, whole or as DTensors."""
 
+    shard_group: dist.ProcessGroup | None = None
+    """Ranks over which gradients are sharded; None where each rank has them whole."""
+
     def _backward(self, loss: Tensor, scale: float) -> Tensor:
         scaled(loss, scale * self.loss_scale.value).backward()
         return loss.detach()
 
     def _update(self) -> float:
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        if self.loss_scale.dynamic:
-            for p in parameters:
-                cast(Tensor, p.grad).div_(self.loss_scale.value)
-        total = nn.utils.clip_grad_norm_(parameters, self.config.optimizer.clip)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        # In fp64: on a CPU, PyTorch's fp32 norm of a large tensor is off by up to a thousandth.
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in local]
+        square = torch.stack(norms).square().sum().to(self.world.device)
+        if self.shard_group is not None:
+            dist.all_reduce(square, group=self.shard_group)
+        norm = math.sqrt(square) / self.loss_scale.value
         if math.isfinite(norm):
+            factor = min(1.0, self.config.optimizer.clip / (norm + 1e-6)) / self.loss_scale.value
+            if factor != 1.0:
+                torch._foreach_mul_(local, factor)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

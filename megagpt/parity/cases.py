@@ -13,7 +13,8 @@ from megagpt.data.loader import Batch
 STEPS = 20
 _BATCH = 16
 _MODEL = {"layers": 3, "width": 64, "heads": 4, "context": 32, "vocab_size": 500}
-LR = 1e-3
+LR = 3e-3
+CLIP = 0.2
 
 # Every parameter partitioned, the smallest bias, too.
 _ALL_PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -56,12 +57,12 @@ class Case:
     compile: bool = False
 
     def config(self) -> Config:
-        """Clipping is active in every step: the gradient's norm stays above 1."""
+        """Clipping is active in every step: the norm of the gradient stays above `CLIP`."""
         context = _MODEL["context"]
         tree = {
             "model": _MODEL,
             "engine": self.engine,
-            "optimizer": {"lr": LR},
+            "optimizer": {"lr": LR, "clip": CLIP},
             "train": {
                 "tokens": STEPS * _BATCH * context,
                 "batch_tokens": _BATCH * context,

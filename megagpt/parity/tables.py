@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ def curves(setups: Sequence[Setup], precision: str, device: str) -> Differences:
     found: Differences = {}
     with tqdm(total=len(grid), unit="run", desc=precision, disable=None) as bar:
         for setup in setups:
+            _say(f"{setup.name}, {precision}")
             keys = [(a, r) for s, a, r in grid if s is setup]
             cases = [Case(setup.engine, setup.ranks, a, r, precision, device) for a, r in keys]
             for (a, r), curve in zip(keys, run_cases("curve", cases, bar.update), strict=True):
@@ -89,8 +91,10 @@ def curve_table(setups: Sequence[Setup], precision: str, results: Differences) -
 def memory_rows() -> Iterator[tuple[Setup, str, dict[str, Any], Any]]:
     """Measured and predicted bytes on the main rank, for each engine, precision and number of ranks."""
     names = [name for name in SETUPS if "hybrid" not in name]
-    grid = [(SETUPS[name], ranks, p) for p in ("fp32", "bf16") for name in names for ranks in (1, 2, 4)]
+    grid = [(SETUPS[name], ranks, "bf16") for name in names for ranks in (1, 2, 4)]
+    grid += [(SETUPS[name], 2, "fp32") for name in names]
     for setup, ranks, precision in tqdm(grid, unit="run", desc="memory", disable=None):
+        _say(f"{setup.name}, {precision}, {ranks} rank(s)")
         case = Case(setup.engine, ranks, 2, "none", precision)
         (measured,) = run_cases("memory", [case])
         yield dataclasses.replace(setup, ranks=ranks), precision, measured, case
@@ -109,6 +113,12 @@ def memory_table() -> Iterator[list[str]]:
         cells = [f"{measured[k] / count:.2f} / {getattr(formula, k) / count:.2f}" for k in kinds]
         together = f"{sum(measured[k] for k in kinds) / count:.2f} / {formula.total / count:.2f}"
         yield [setup.name, precision, str(setup.ranks), *cells, together, f"{measured['seconds'] * 1e3:.0f}"]
+
+
+def _say(text: str) -> None:
+    """A line of progress in a log; a terminal has the bar."""
+    if not sys.stderr.isatty():
+        print(f"parity: {text}", file=sys.stderr, flush=True)
 
 
 def _print(rows: Iterator[list[str]]) -> None:

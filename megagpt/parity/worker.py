@@ -59,15 +59,16 @@ def curve(case: Case, world: World) -> Curve:
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-_CONTEXT = 64
+_CONTEXT = 32
+_SEQUENCES = 8
 _MEMORY_MODEL: dict[str, Any] = {"layers": 6, "width": 256, "heads": 4, "context": _CONTEXT, "vocab_size": 4000}
 
 
 def memory_config(case: Case) -> Config:
     """A model large enough that its matrices outweigh everything else."""
     config = case.config()
-    train = dataclasses.replace(config.train, batch_tokens=16 * _CONTEXT, tokens=160 * _CONTEXT)
-    train = dataclasses.replace(train, micro_batch=16 // case.ranks // case.accumulation)
+    train = dataclasses.replace(config.train, batch_tokens=_SEQUENCES * _CONTEXT, tokens=160 * _CONTEXT)
+    train = dataclasses.replace(train, micro_batch=_SEQUENCES // case.ranks // case.accumulation)
     return dataclasses.replace(config, model=ModelConfig(**_MEMORY_MODEL), train=train)
 
 
@@ -89,9 +90,11 @@ def memory(case: Case, world: World) -> dict[str, Any]:
         return loss
 
     engine._accumulate = watched  # type: ignore[method-assign]
-    data = torch.randint(config.model.vocab_size, (16, _CONTEXT + 1), generator=torch.Generator().manual_seed(0))
+    data = torch.randint(
+        config.model.vocab_size, (_SEQUENCES, _CONTEXT + 1), generator=torch.Generator().manual_seed(0)
+    )
     pieces = data[world.rank :: world.size].split(config.train.micro_batch)
-    batch = Batch([(p[:, :-1], p[:, 1:].contiguous()) for p in pieces], 16, 16 * _CONTEXT)
+    batch = Batch([(p[:, :-1], p[:, 1:].contiguous()) for p in pieces], _SEQUENCES, _SEQUENCES * _CONTEXT)
     for _ in range(2):  # the moments appear in the first
         engine.train_step(batch, LR)
     engine._accumulate = accumulate  # type: ignore[method-assign]

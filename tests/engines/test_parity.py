@@ -1,0 +1,199 @@
+"""Every engine on real gloo ranks beside one plain process: losses, gradient norms, bytes held, skipped steps."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megagpt.distributed import World, join
+from megagpt.engines.engine import Engine, build_engine
+from megagpt.parity.cases import ACCUMULATIONS, CLIP, LR, RECOMPUTATIONS, SETUPS, STEPS, Case, share
+from megagpt.parity.launch import run_cases
+from megagpt.parity.tables import LOSS_TOLERANCE, NORM_TOLERANCE, difference
+from megagpt.parity.worker import memory_config
+from megagpt.planning.memory import state_bytes
+from tests.ranks import run_ranks
+
+Curve = list[list[float]]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def plain() -> Curve:
+    """Loss and gradient norm of 20 steps in one plain process."""
+    (curve,) = run_cases("plain", [Case({}, 1)])
+    assert len(curve) == STEPS
+    assert all(norm > CLIP for _, norm in curve), "clipping is not active in every step"
+    assert curve[-1][0] < curve[0][0] - 0.1, "nothing is learned"
+    return list(curve)
+
+
+def assert_same(curve: Curve, plain: Curve, precision: str, what: object) -> None:
+    loss, norm = difference(curve, plain)
+    assert loss <= LOSS_TOLERANCE[precision], what
+    assert norm <= NORM_TOLERANCE[precision], what
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_fp32_is_the_plain_loop(name: str, plain: Curve) -> None:
+    """Whatever the micro-batches in a step and the activation checkpointing."""
+    setup = SETUPS[name]
+    grid = [(a, r) for a in ACCUMULATIONS for r in RECOMPUTATIONS]
+    cases = [Case(setup.engine, setup.ranks, a, r) for a, r in grid]
+    for key, curve in zip(grid, run_cases("curve", cases), strict=True):
+        assert_same(curve, plain, "fp32", key)
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_bf16_stays_close(name: str, plain: Curve) -> None:
+    setup = SETUPS[name]
+    cases = [Case(setup.engine, setup.ranks, a, r, "bf16") for a, r in ((1, "none"), (4, "selective"))]
+    for case, curve in zip(cases, run_cases("curve", cases), strict=True):
+        assert difference(curve, plain)[0] > 1e-5, "bf16 computed in fp32"
+        assert_same(curve, plain, "bf16", case)
+
+
+OTHERS: dict[str, tuple[dict[str, Any], int]] = {
+    "fsdp, gathered once": ({"name": "fsdp", "reshard_after_forward": False}, 2),
+    "fsdp, offload all": ({"name": "fsdp", "offload": "all"}, 2),
+    "zero-1, offload optimizer": ({"name": "zero", "stage": 1, "offload": "optimizer"}, 2),
+    "zero-2, offload optimizer": ({"name": "zero", "stage": 2, "offload": "optimizer"}, 2),
+    "zero-3, offload all": ({"name": "zero", "stage": 3, "offload": "all"}, 2),
+    "zero-3, vectors whole": ({"name": "zero", "stage": 3}, 2),
+    "zero-3, ZeRO++ hpZ": (
+        {"name": "zero", "stage": 3, "deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}},
+        4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_options_do_not_change_the_curve(name: str, plain: Curve) -> None:
+    engine, ranks = OTHERS[name]
+    cases = [Case(engine, ranks, accumulation) for accumulation in (1, 2)]
+    for case, curve in zip(cases, run_cases("curve", cases), strict=True):
+        assert_same(curve, plain, "fp32", case)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero-1", "zero-3"])
+def test_compiled_blocks_do_not_change_the_curve(name: str, plain: Curve) -> None:
+    setup = SETUPS[name]
+    (curve,) = run_cases("curve", [Case(setup.engine, setup.ranks, 1, "selective", compile=True)])
+    assert_same(curve, plain, "fp32", name)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "ranks"),
+    [(n, p, 2) for n in ("ddp", "fsdp", "zero-1", "zero-2", "zero-3") for p in ("fp32", "bf16")]
+    + [("zero-2", "bf16", 1), ("fsdp", "bf16", 4), ("zero-3", "bf16", 4)],
+)
+def test_a_rank_holds_what_the_formula_says(name: str, precision: str, ranks: int) -> None:
+    """Counted on the process's live tensors, against the closed form, kind by kind."""
+    case = Case(SETUPS[name].engine, ranks, 2, "none", precision)
+    (measured,) = run_cases("memory", [case])
+    formula = state_bytes(memory_config(case), ranks)
+    for kind in ("weights", "gradients", "optimizer"):
+        assert measured[kind] == pytest.approx(getattr(formula, kind), rel=0.05), kind
+
+
+# --- inside a rank ---
+
+
+def small(name: str, **changes: Any) -> Case:
+    return dataclasses.replace(Case(SETUPS[name].engine, SETUPS[name].ranks), **changes)
+
+
+def stage_3_partitions(case: Case) -> list[str]:
+    """Names of the parameters of which this rank holds more than its part."""
+    with join("cpu") as world:
+        engine = build_engine(case.config(), world)
+        engine.train_step(share(0, world.rank, case), LR)
+        return [
+            name
+            for name, p in engine.model.named_parameters()
+            if p.numel() or p.ds_persist or p.ds_tensor.numel() > -(-p.ds_numel // world.size)  # type: ignore[attr-defined]
+        ]
+
+
+def test_stage_3_partitions_every_parameter() -> None:
+    assert run_ranks(2, stage_3_partitions, small("zero-3")) == [[], []]
+
+
+class _BadGradient(torch.autograd.Function):
+    """The same value; the gradient is not a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        return grad[0] * math.nan
+
+
+def _step(engine: Engine, world: World, case: Case, step: int, bad: str = "") -> tuple[float, float, bool]:
+    """One step, in which rank 1's loss or gradient is bad if asked for."""
+    forward = engine.model.forward
+    if bad and world.rank == 1:
+        spoil = (lambda loss: loss * math.inf) if bad == "loss" else _BadGradient.apply
+        engine.model.forward = lambda *arguments: spoil(forward(*arguments))  # type: ignore[method-assign]
+    result = engine.train_step(share(step, world.rank, case), LR)
+    engine.model.forward = forward  # type: ignore[method-assign]
+    return result.loss, result.gradient_norm, result.updated
+
+
+def skipping(case: Case, bad: list[str]) -> list[tuple[float, float, bool]]:
+    """Three steps, before the second of which the `bad` ones are tried."""
+    with join("cpu") as world:
+        engine = build_engine(case.config(), world)
+        results = [_step(engine, world, case, 0)]
+        results += [_step(engine, world, case, 1, kind) for kind in bad]
+        return results + [_step(engine, world, case, step) for step in (1, 2)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero-1", "zero-2", "zero-3"])
+def test_a_bad_rank_skips_the_step_on_every_rank(name: str, precision: str) -> None:
+    """And the steps after it are those of a run that never saw it."""
+    case = small(name, precision=precision, accumulation=2)
+    ranks = run_ranks(2, skipping, case, ["loss", "gradient"])
+    (clean, _) = run_ranks(2, skipping, case, [])
+    for results in ranks:
+        assert [updated for *_, updated in results] == [True, False, False, True, True]
+        assert not math.isfinite(results[1][0])
+        assert math.isfinite(results[2][0])
+        assert [results[0], *results[3:]] == clean
+
+
+def half_precision(case: Case) -> tuple[list[tuple[float, float, bool]], list[float]]:
+    """Six steps in fp16 from a loss scale that overflows at first; the results, and the scale after each step."""
+    with join("cpu") as world:
+        if case.engine["name"] == "zero":
+            from megagpt.engines.deepspeed_library import load_deepspeed
+
+            # CPUs without fp16 instructions do it all the same, slowly.
+            load_deepspeed().get_accelerator().is_fp16_supported = lambda: True
+        engine = build_engine(case.config(), world)
+        engine.loss_scale.value = 2.0**24
+        results, scales = [], []
+        for _ in range(14):
+            results.append(_step(engine, world, case, sum(updated for *_, updated in results)))
+            scales.append(engine.loss_scale.value)
+        return results, scales
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero-1", "zero-2", "zero-3"])
+def test_fp16_scales_the_loss(name: str, plain: Curve) -> None:
+    (results, scales), other = run_ranks(2, half_precision, small(name, precision="fp16", accumulation=2))
+    assert (results, scales) == other
+    skipped = [not updated for *_, updated in results]
+    assert skipped[0]
+    assert not skipped[-1]
+    for i, scale in enumerate(scales):
+        assert scale == 2.0**24 / 2 ** sum(skipped[: i + 1])
+    kept = [[loss, norm] for loss, norm, updated in results if updated]
+    assert_same(kept, plain[: len(kept)], "bf16", name)
