@@ -5,14 +5,14 @@ import os
 import warnings
 from types import ModuleType
 
-import torch
 
+def load_deepspeed(on_gpu: bool) -> ModuleType:
+    """The `deepspeed` module, without its banner, for GPUs or for CPUs, where it then needs no compiler.
 
-def load_deepspeed() -> ModuleType:
-    """The `deepspeed` module, set up for this machine: no banner, and no compiler needed on a machine without GPUs."""
+    The first call in a process decides which.
+    """
     # Its collectives call names that PyTorch has renamed, once per call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
-    on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -6,8 +6,11 @@ sharding, groups of `shard_ranks` neighbouring ranks hold one copy of the model 
 summed over the copies once a step.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -66,6 +69,14 @@ class FSDPEngine(NativeEngine):
         self.model.set_is_last_backward(last)
         self.model.set_requires_all_reduce(last)
         return self._backward(self.model(tokens, targets), scale)
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[nn.Module]:
+        with super().evaluation() as model:
+            yield model
+        # Only a backward pass would drop the root's gathered weights.
+        assert isinstance(self.model, FSDPModule)
+        self.model.reshard()
 
     def describe(self) -> str:
         shard = self.config.sharing_ranks(self.world.size)

@@ -26,10 +26,11 @@ class ZeroEngine(Engine):
 
     def __init__(self, config: Config, world: World) -> None:
         super().__init__(config, world)
-        self._settings = deepspeed_config(config, world.size, world.device.type == "cuda")
+        on_gpu = world.device.type == "cuda"
+        self._settings = deepspeed_config(config, world.size, on_gpu)
         if config.engine.nvme_path:
-            check_nvme(config.engine.nvme_path)
-        deepspeed = load_deepspeed()
+            check_nvme(config.engine.nvme_path, on_gpu)
+        deepspeed = load_deepspeed(on_gpu)
         accelerator = deepspeed.get_accelerator()
         runs = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
         if config.train.precision in runs and not runs[config.train.precision]():

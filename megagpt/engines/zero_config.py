@@ -128,7 +128,7 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
     passed = dict(engine.deepspeed)
     if "zero_optimization" in passed:
         zero |= passed.pop("zero_optimization")
-        _check_zero_section(zero)
+        _check_zero_section(zero, on_gpu)
     return generated | passed
 
 
@@ -159,13 +159,13 @@ def _refuse_owned(place: str, key: str, owned: dict[str, str]) -> None:
         raise UserError(f"{place} is decided by {owned[key]}; leave it out")
 
 
-def _check_zero_section(zero: dict[str, Any]) -> None:
+def _check_zero_section(zero: dict[str, Any], on_gpu: bool) -> None:
     """The merged section, by DeepSpeed's own names and types."""
     from pydantic import ValidationError
 
     from megagpt.engines.deepspeed_library import load_deepspeed
 
-    load_deepspeed()
+    load_deepspeed(on_gpu)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
@@ -183,7 +183,7 @@ def _check_zero_section(zero: dict[str, Any]) -> None:
         raise UserError(f"engine.deepspeed.zero_optimization{where} {first['msg']}") from None
 
 
-def check_nvme(folder: str) -> None:
+def check_nvme(folder: str, on_gpu: bool) -> None:
     """Raises UserError where the folder cannot take offloaded state."""
     import os
     import tempfile
@@ -198,7 +198,7 @@ def check_nvme(folder: str) -> None:
         raise UserError(f"engine.nvme_path {folder}: cannot be written to ({os.strerror(error.errno or 0)})") from None
     from megagpt.engines.deepspeed_library import load_deepspeed
 
-    load_deepspeed()
+    load_deepspeed(on_gpu)
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):

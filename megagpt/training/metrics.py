@@ -98,7 +98,7 @@ class Metrics:
 def _panel(name: str) -> str:
     if "loss" in name:
         return "loss"
-    if name in ("lr", "gradient_norm", "batch_tokens", "skipped_updates"):
+    if name in ("lr", "gradient_norm", "batch_tokens", "skipped_updates", "loss_scale"):
         return "optimizer"
     return "progress" if name.endswith("seen") else "speed"
 

@@ -123,6 +123,28 @@ def test_stage_3_partitions_every_parameter() -> None:
     assert run_ranks(2, stage_3_partitions, small("zero-3")) == [[], []]
 
 
+def evaluating(case: Case) -> tuple[list[float], list[str]]:
+    """The loss of a batch as evaluation sees it, and names of the weights that stayed gathered afterwards."""
+    with join("cpu") as world:
+        engine = build_engine(case.config(), world)
+        before = {key: (type(t), t.shape) for key, t in engine.state().items()}
+        with engine.evaluation() as model:
+            ((tokens, targets),) = share(0, 0, dataclasses.replace(case, ranks=1)).micro_batches
+            losses = [float(model(tokens, targets)) for _ in range(2)]
+        after = {key: (type(t), t.shape) for key, t in engine.state().items()}
+        engine.train_step(share(0, world.rank, case), LR)
+        return losses, [key for key in before if before[key] != after[key]]
+
+
+def test_evaluation_is_the_same_and_leaves_nothing_gathered() -> None:
+    """Under each engine, with compiled blocks that it goes around."""
+    (expected, _), _ = run_ranks(2, evaluating, small("ddp"))
+    for name in ("fsdp", "zero-2", "zero-3"):
+        for losses, gathered in run_ranks(2, evaluating, small(name, compile=True)):
+            assert losses == pytest.approx(expected, abs=1e-3)  # a sum of 512 losses
+            assert gathered == [], name
+
+
 class _BadGradient(torch.autograd.Function):
     """The same value; the gradient is not a number."""
 
@@ -176,7 +198,7 @@ def half_precision(case: Case) -> tuple[list[tuple[float, float, bool]], list[fl
             from megagpt.engines.deepspeed_library import load_deepspeed
 
             # CPUs without fp16 instructions do it all the same, slowly.
-            load_deepspeed().get_accelerator().is_fp16_supported = lambda: True
+            load_deepspeed(on_gpu=False).get_accelerator().is_fp16_supported = lambda: True
         engine = build_engine(case.config(), world)
         engine.loss_scale.value = 2.0**24
         results, scales = [], []

@@ -267,7 +267,7 @@ def read_by_deepspeed(trees: list[Tree]) -> list[Tree]:
     from megagpt.distributed import join
     from megagpt.engines.deepspeed_library import load_deepspeed
 
-    load_deepspeed()
+    load_deepspeed(on_gpu=False)
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig
 
@@ -353,7 +353,7 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "missing", tmp_path / "file"):
         with pytest.raises(UserError) as caught:
-            check_nvme(str(path))
+            check_nvme(str(path), on_gpu=False)
         assert f"engine.nvme_path {path}: no such folder" in str(caught.value)
 
 
@@ -365,14 +365,14 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     if not folder.is_dir():
         pytest.skip("root may write everywhere here")
     with pytest.raises(UserError) as caught:
-        check_nvme(str(folder))
+        check_nvme(str(folder), on_gpu=False)
     assert f"engine.nvme_path {folder}: cannot be written to" in str(caught.value)
 
 
 def test_a_good_folder_passes_where_libaio_is_installed(tmp_path: Path) -> None:
     message = ""
     try:
-        check_nvme(str(tmp_path))
+        check_nvme(str(tmp_path), on_gpu=False)
     except UserError as error:
         message = str(error)
     assert message == "" or ("libaio" in message and message.startswith(f"engine.nvme_path {tmp_path}: "))
@@ -383,15 +383,15 @@ def test_a_good_folder_passes_where_libaio_is_installed(tmp_path: Path) -> None:
 def test_a_good_folder_needs_libaio(installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megagpt.engines.deepspeed_library import load_deepspeed
 
-    load_deepspeed()
+    load_deepspeed(on_gpu=False)
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: installed)
     if installed:
-        check_nvme(str(tmp_path))
+        check_nvme(str(tmp_path), on_gpu=False)
     else:
         with pytest.raises(UserError, match="libaio"):
-            check_nvme(str(tmp_path))
+            check_nvme(str(tmp_path), on_gpu=False)
 
 
 # --- contradictions in the engine section ---
