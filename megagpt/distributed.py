@@ -67,11 +67,39 @@ def join(device: str = "auto", tune_allocator: bool = True) -> Iterator[World]:
     Raises UserError for an incomplete or impossible environment.
     """
     place = find_place(os.environ)
-    world = World(place.rank, place.size, place.local_rank, _device(device, place.local_rank))
+    try:
+        world = World(place.rank, place.size, place.local_rank, _device(device, place.local_rank))
+    except UserError as error:
+        fail_together(error)
     if world.device.type == "cpu" and tune_allocator:
         keep_freed_memory()
-    on_gpu = world.device.type == "cuda"
     store = _connect(place)
+    if world.size == 1:
+        _init_group(world, store)
+        try:
+            yield world
+        finally:
+            _leave()
+        return
+    left = threading.Event()
+    # Over a connection of its own: one that waits for a peer blocks all who share it.
+    watch = threading.Thread(target=_follow_failed_peers, args=(store.clone(), left), daemon=True)  # type: ignore[attr-defined]
+    watch.start()
+    try:
+        _init_group(world, store)
+        yield world
+        # The rank that holds the store leaves with the others: its going means a failure to those who watch.
+        dist.barrier()
+    except Exception as error:
+        _report(error, place, store)
+        raise Reported from None
+    finally:
+        _leave()
+        left.set()
+
+
+def _init_group(world: World, store: dist.Store) -> None:
+    on_gpu = world.device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         timeout=_TIMEOUT,
@@ -80,22 +108,6 @@ def join(device: str = "auto", tune_allocator: bool = True) -> Iterator[World]:
         world_size=world.size,
         device_id=world.device if on_gpu else None,
     )
-    if world.size == 1:
-        try:
-            yield world
-        finally:
-            _leave()
-        return
-    left = threading.Event()
-    threading.Thread(target=_follow_failed_peers, args=(store, left), name="watch-peers", daemon=True).start()
-    try:
-        yield world
-    except Exception as error:
-        _report(error, place, store)
-        raise Reported from None
-    finally:
-        _leave()
-        left.set()
 
 
 def fail_together(error: UserError) -> NoReturn:
@@ -130,7 +142,8 @@ def _report(error: Exception, place: "Place", store: dist.Store) -> None:
 
 
 def _leave() -> None:
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     # gloo's threads may still hold a tensor; if the last reference falls while Python exits, the process aborts.
     time.sleep(0.2)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from megagpt.distributed import first_host
 from tests.conftest import metrics
@@ -130,11 +131,19 @@ def test_the_local_rank_of_older_launchers_is_accepted(
     assert_same_run(python([option, *shrunk(corpus, tmp_path, "run")], tmp_path), tmp_path / "run", expected)
 
 
-# Found before the ranks meet, and after.
+# Found before the ranks meet, after, and while they do.
 @pytest.mark.parametrize(
     ("overrides", "parts"),
-    [(["train.tokns=1"], ["train.tokns", "did you mean"]), (["train.micro_batch=3"], ["micro_batch"])],
-    ids=["unknown key", "batch that does not divide"],
+    [
+        (["train.tokns=1"], ["train.tokns", "did you mean"]),
+        (["train.micro_batch=3"], ["micro_batch"]),
+        pytest.param(
+            ["train.device=cuda"],
+            ["train.device", "train.device=cpu"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+    ids=["unknown key", "batch that does not divide", "absent device"],
 )
 class TestImpossibleConfigIsOneLine:
     def test_torchrun(self, overrides: list[str], parts: list[str], corpus: Path, tmp_path: Path) -> None:
@@ -152,7 +161,7 @@ class TestImpossibleConfigIsOneLine:
 
 @pytest.mark.parametrize(
     "nodes",
-    ["n1", "n1,n2", "n[3-5,9]", "n[007-012,020]-ib,login", "login,n[007-012]", "rack[2-3]node[08-10]", "a-b[1]"],
+    ["n1", "n1,n2", "n[3-5,9]", "n[007-012,020],login", "login,n[007-012]", "rack[2-3]node[08-10]", "a-b[1]"],
 )
 def test_the_first_host_is_the_one_that_slurm_names(nodes: str, cluster: dict[str, str]) -> None:
     shown = subprocess.run(

@@ -66,7 +66,6 @@ class FSDPEngine(NativeEngine):
 
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         assert isinstance(self.model, FSDPModule)
-        self.model.set_is_last_backward(last)
         self.model.set_requires_all_reduce(last)
         return self._backward(self.model(tokens, targets), scale)
 

@@ -46,7 +46,12 @@ class ZeroEngine(Engine):
         self._engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=self._settings, dist_init_required=False
         )
-        self._shards = (_PartitionedWeights if config.engine.stage == 3 else _WholeWeights)(self._engine, self.model)
+        self._shards: _WholeWeights | _PartitionedWeights | _SwappedWeights
+        if config.engine.stage < 3:
+            self._shards = _WholeWeights(self._engine, self.model)
+        else:
+            kind = _SwappedWeights if config.engine.nvme_path else _PartitionedWeights
+            self._shards = kind(self._engine, self.model)
         self.optimizer = self._engine.optimizer.optimizer
         self._initialize()
 
@@ -103,9 +108,9 @@ class ZeroEngine(Engine):
         return state
 
     def state_loaded(self, updates: int) -> None:
+        self._shards.publish()
         for moments in self.optimizer.state.values():
             moments["step"] = torch.full((), float(updates), device=moments["exp_avg"].device)
-        self._shards.publish()
 
     def describe(self) -> str:
         return f"{super().describe()}, stage {self.config.engine.stage}"
@@ -178,12 +183,52 @@ class _PartitionedWeights:
                 zero.fp16_partitioned_groups[i], zero.unflatten(low, zero.fp16_partitioned_groups[i]), strict=True
             ):
                 part.data = new.data
+        self._refresh_whole()
+
+    def _refresh_whole(self) -> None:
         # The small ones stay whole on every rank: drop and gather them.
         whole = [p for p in self._model.parameters() if p.ds_persist]  # type: ignore[attr-defined]
         if whole:
             first: Any = whole[0]
             first.partition(param_list=whole, has_been_updated=False)
             first.all_gather(whole)
+
+
+class _SwappedWeights(_PartitionedWeights):
+    """Stage 3 with optimizer state on a disk: read from it into memory, and written back by `publish`."""
+
+    def __init__(self, engine: Any, model: GPT) -> None:
+        super().__init__(engine, model)
+        self._copies: list[tuple[nn.Parameter, str | None, Tensor]] = []
+
+    def make_moments(self) -> None:
+        self._copies = []
+        zero = self._zero
+        for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            swapped = zero._swappable_optimizer_subgroup(i)  # small ones stay in memory
+            if swapped and "exp_avg" not in zero.optimizer.state[flat]:
+                zero._optimizer_states_and_gradient_swap_in(i)
+                _make_moments(zero.optimizer, flat)
+                zero._optimizer_states_and_gradient_swap_out(i)
+            elif not swapped:
+                _make_moments(zero.optimizer, flat)
+
+    def shard(self, parameter: nn.Parameter, moment: str | None) -> FlatShard:
+        p: Any = parameter
+        size = p.partition_numel()
+        start = self._zero._get_param_partition_rank(p) * size
+        copy = self._zero.get_local_fp32_param(p, moment).detach().clone()
+        self._copies.append((parameter, moment, copy))
+        return FlatShard(copy.narrow(0, 0, max(0, min(size, p.ds_numel - start))), tuple(p.ds_shape), start)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        for parameter, moment, copy in self._copies:
+            self._zero.set_local_hp_param(copy, parameter, moment)
+            if moment is None:
+                parameter.ds_tensor.data.copy_(copy)  # type: ignore[attr-defined]
+        self._copies = []
+        self._refresh_whole()
 
 
 def _make_moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> None:

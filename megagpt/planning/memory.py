@@ -34,7 +34,7 @@ def state_bytes(config: Config, ranks: int) -> StateBytes:
     DDP 4 + 4 + 8 a parameter. FSDP the same over the ranks that share a copy. ZeRO keeps weights in the compute
     precision (2 bytes in bf16 and fp16) beside an fp32 copy that is part of the optimizer state; all sums of gradients
     are fp32. Stage 1 sums the gradients of all weights on each rank until the step ends; in bf16 it keeps the bf16
-    gradient of the last micro-batch beside them.
+    gradient of the last micro-batch beside them. Where a bucket stays allocated, it counts as gradients.
     """
     engine, parameters = config.engine, config.model.stored_parameters
     if engine.name == "ddp":
@@ -45,9 +45,9 @@ def state_bytes(config: Config, ranks: int) -> StateBytes:
     low = _FP32 if config.train.precision == "fp32" else 2
     held = parameters / ranks
     weights = low * (held if engine.stage == 3 else parameters)
-    gradients: float = _FP32 * held
-    if engine.stage == 1:
-        gradients = (_FP32 + (low if config.train.precision == "bf16" else 0)) * parameters
-    if engine.stage == 3:
+    gradients: float = _FP32 * (parameters if engine.stage == 1 else held)
+    if engine.stage == 1 and config.train.precision == "bf16":
+        gradients += low * parameters
+    elif engine.stage != 2:
         gradients += _FP32 * bucket_elements(config.model)
     return StateBytes(weights, gradients, (_FP32 + _MOMENTS) * held)
