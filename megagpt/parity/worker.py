@@ -61,7 +61,7 @@ def curve(case: Case, world: World) -> Curve:
 
 _CONTEXT = 32
 _SEQUENCES = 8
-_MEMORY_MODEL: dict[str, Any] = {"layers": 6, "width": 256, "heads": 4, "context": _CONTEXT, "vocab_size": 4000}
+_MEMORY_MODEL: dict[str, Any] = {"layers": 4, "width": 128, "heads": 4, "context": _CONTEXT, "vocab_size": 1000}
 
 
 def memory_config(case: Case) -> Config:
