@@ -74,8 +74,9 @@ OTHERS: dict[str, tuple[dict[str, Any], int]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_options_do_not_change_the_curve(name: str, plain: Curve) -> None:
     engine, ranks = OTHERS[name]
-    cases = [Case(engine, ranks, accumulation) for accumulation in (1, 2)]
-    for case, curve in zip(cases, run_cases("curve", cases), strict=True):
+    for accumulation in (1, 2):  # each in processes of its own: DeepSpeed makes hpZ's groups once
+        case = Case(engine, ranks, accumulation)
+        (curve,) = run_cases("curve", [case])
         assert_same(curve, plain, "fp32", case)
 
 
