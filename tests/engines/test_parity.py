@@ -218,7 +218,7 @@ def half_precision(case: Case) -> tuple[list[tuple[float, float, bool]], list[fl
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "zero-1", "zero-2", "zero-3"])
 def test_fp16_scales_the_loss(name: str, plain: Curve) -> None:
     (results, scales), other = run_ranks(2, half_precision, small(name, precision="fp16", accumulation=2))
-    assert (results, scales) == other
+    assert (str(results), scales) == (str(other[0]), other[1])  # as text: not-a-number equals itself
     skipped = [not updated for *_, updated in results]
     assert skipped[0]
     assert not skipped[-1]
