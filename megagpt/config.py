@@ -63,6 +63,23 @@ def _check_recomputation(value: Any) -> str | dict[str, int]:
     raise ValueError(f"{value!r} is none of: none, full, selective, {{every: k}} with a whole number k above 0")
 
 
+def _check_seconds(value: Any) -> float:
+    if isinstance(value, str):
+        days, dash, clock = value.rpartition("-")
+        parts = clock.split(":")
+        if dash:  # hours come first then
+            parts += ["0"] * (3 - len(parts))
+        if all(p.isdigit() for p in [*parts, *([days] if dash else [])]) and len(parts) <= 3:
+            seconds = 0
+            for part in parts:
+                seconds = 60 * seconds + int(part)
+            return seconds + 86_400 * int(days or 0)
+    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f"{value!r} is no time: use seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")
+
+
+Seconds = Annotated[float, PlainValidator(_check_seconds)]
 Recomputation = Annotated[str | dict[str, int], PlainValidator(_check_recomputation)]
 
 
@@ -90,6 +107,9 @@ class TrainConfig:
     block in k; selective: everything but the outputs of matrix products and attention."""
     nonfinite_limit: int = Field(default=10, gt=0)
     """A step whose loss or gradient is not finite on any rank is skipped on all; so many in a row end the run."""
+    time_limit: Seconds = 0
+    """Wall-clock time of a start, counted from the process's beginning, after which it has saved and ended as after a
+    signal: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS as in Slurm; 0: none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
 
@@ -187,6 +207,9 @@ class SamplingConfig:
 class CheckpointConfig:
     """What is kept of the run."""
 
+    asynchronous: bool = True
+    """Training stops only for a copy of each rank's share into CPU memory, which a thread then writes. false, or where
+    memory is short: training waits until all is written."""
     every_tokens: int = Field(default=524_288_000, ge=0)
     """Interval; 0: only at the end and when stopped. The default is 1,000 steps of 0.5M tokens."""
     keep: int = Field(default=3, ge=1)

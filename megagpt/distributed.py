@@ -8,9 +8,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ _FAILURES = "megagpt/failures"
 _WATCH_SECONDS = 1.0
 _GRACE_SECONDS = 5.0
 EXIT_FAILED = 2
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,40 @@ class World:
 
     def sum(self, value: float) -> float:
         """The sum over all ranks, on every rank."""
+        return self._reduce([value], dist.ReduceOp.SUM)[0]
+
+    def _reduce(self, values: list[float], operation: Any) -> list[float]:
         if self.size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return float(tensor)
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, operation)
+        return tensor.tolist()
+
+    def max(self, value: float) -> float:
+        """The largest of all ranks' values, on every rank."""
+        return self._reduce([value], dist.ReduceOp.MAX)[0]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank, on every rank."""
-        return self.sum(float(flag)) > 0
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is set on some rank, on every rank, in one exchange."""
+        return [value > 0 for value in self._reduce(list(map(float, flags)), dist.ReduceOp.MAX)]
+
+    def from_main(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """What the function gives on the main rank, on every rank; or raises on every rank what it raises there."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                outcome[1] = error
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0, group=group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def barrier(self) -> None:
         if self.size > 1:

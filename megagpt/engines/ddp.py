@@ -34,3 +34,7 @@ class DDPEngine(NativeEngine):
         local = not last and isinstance(self.wrapped, DistributedDataParallel)
         with self.wrapped.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
             return self._backward(self.wrapped(tokens, targets), scale)
+
+    @property
+    def replica(self) -> tuple[int, int]:
+        return self.world.rank, self.world.size

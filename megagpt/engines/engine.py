@@ -22,6 +22,7 @@ from megagpt.config import Config
 from megagpt.data.loader import Batch
 from megagpt.distributed import World
 from megagpt.engines.activation_checkpointing import checkpoint_activations
+from megagpt.engines.flat_shard import FlatShard
 from megagpt.engines.loss_scale import loss_scale
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import is_decayed
@@ -89,10 +90,15 @@ class Engine(abc.ABC):
         before clipping."""
 
     @abc.abstractmethod
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, FlatShard]:
         """Weights and both Adam moments in fp32, keyed `model.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`: on each rank
-        its shard, in a form that PyTorch's distributed checkpoints take. The tensors are the engine's own: writing into
-        them and then calling `state_loaded` resumes from them."""
+        the range that it holds. The memory is the engine's own: writing into it and then calling `state_loaded`
+        resumes from what was written."""
+
+    @property
+    def replica(self) -> tuple[int, int]:
+        """Which one of how many equal copies of the state this rank's ranges belong to."""
+        return 0, 1
 
     @abc.abstractmethod
     def state_loaded(self, updates: int) -> None:

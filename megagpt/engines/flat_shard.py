@@ -1,8 +1,9 @@
 """A rank's contiguous range of a flattened parameter, as PyTorch's distributed checkpoints take it.
 
-DeepSpeed cuts parameters into flat ranges. A range of a row-major matrix is at most three rectangles (the end of a
-row, whole rows, the start of a row), and a checkpoint takes several rectangles of one tensor from one rank: so nothing
-is gathered, and the file holds the tensor in its true shape.
+What a rank holds of a parameter is such a range under every engine: all of it, some rows, or DeepSpeed's cut through
+the flattened parameter. A range of a row-major matrix is at most three rectangles (the end of a row, whole rows, the
+start of a row), and a checkpoint takes several rectangles of one tensor from one rank: so nothing is gathered, and the
+file holds the tensor in its true shape.
 """
 
 from collections.abc import Iterator

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from megagpt.config import Config
 from megagpt.distributed import World
 from megagpt.engines.engine import DTYPES, build_optimizer, prepare_model
-from megagpt.engines.native import NativeEngine
+from megagpt.engines.native import NativeEngine, first_row
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initial_values
 
@@ -31,6 +31,7 @@ class FSDPEngine(NativeEngine):
         engine, device = config.engine, world.device
         shard = config.sharing_ranks(world.size)
         mesh = init_device_mesh(device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+        self._replica = mesh.get_local_rank("replicate"), mesh.size(0)
         self.shard_group = mesh["shard"].get_group()
         policy = MixedPrecisionPolicy(
             param_dtype=DTYPES[config.train.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -58,7 +59,7 @@ class FSDPEngine(NativeEngine):
         for name, parameter in self.model.named_parameters():
             assert isinstance(parameter, DTensor)
             local, columns = parameter.to_local(), parameter[0].numel()
-            start = _first_row(parameter) * columns
+            start = first_row(parameter) * columns
             values = initial_values(
                 name, tuple(parameter.shape), self.config.model, self.config.run.seed, start, start + local.numel()
             )
@@ -77,17 +78,12 @@ class FSDPEngine(NativeEngine):
         assert isinstance(self.model, FSDPModule)
         self.model.reshard()
 
+    @property
+    def replica(self) -> tuple[int, int]:
+        return self._replica
+
     def describe(self) -> str:
         shard = self.config.sharing_ranks(self.world.size)
         copies = self.world.size // shard
         hybrid = f", {copies} copies of the model over {shard} ranks each" if copies > 1 else ""
         return super().describe() + hybrid
-
-
-def _first_row(parameter: DTensor) -> int:
-    """Row of the whole parameter at which this rank's shard begins: FSDP deals rows in equal chunks, the last short."""
-    dimension = parameter.placements.index(Shard(0))
-    mesh = parameter.device_mesh
-    rank, size = mesh.get_local_rank(dimension), mesh.size(dimension)
-    rows = parameter.shape[0]
-    return min(rows, rank * -(-rows // size))

@@ -1,13 +1,15 @@
 """What DDP and FSDP share: the model's parameters are the fp32 weights, and PyTorch's AdamW updates them."""
 
 import math
+from math import prod
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from megagpt.engines.engine import Engine, scaled
+from megagpt.engines.flat_shard import FlatShard
 
 
 class NativeEngine(Engine):
@@ -37,19 +39,34 @@ class NativeEngine(Engine):
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def state(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {}
+    def state(self) -> dict[str, FlatShard]:
+        state = {}
         for name, parameter in self.model.named_parameters():
             moments = self.optimizer.state[parameter]
             if not moments:
                 moments["step"] = torch.zeros((), device=parameter.device)
                 moments["exp_avg"] = torch.zeros_like(parameter)
                 moments["exp_avg_sq"] = torch.zeros_like(parameter)
-            state[f"model.{name}"] = parameter.detach()
-            state[f"exp_avg.{name}"] = moments["exp_avg"]
-            state[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+            state[f"model.{name}"] = _held(parameter.detach())
+            state[f"exp_avg.{name}"] = _held(moments["exp_avg"])
+            state[f"exp_avg_sq.{name}"] = _held(moments["exp_avg_sq"])
         return state
 
     def state_loaded(self, updates: int) -> None:
         for moments in self.optimizer.state.values():
             moments["step"].fill_(updates)
+
+
+def first_row(tensor: DTensor) -> int:
+    """Row of the whole tensor at which this rank's shard begins: FSDP deals rows in equal chunks, the last short."""
+    dimension = tensor.placements.index(Shard(0))
+    rank, size = tensor.device_mesh.get_local_rank(dimension), tensor.device_mesh.size(dimension)
+    rows = tensor.shape[0]
+    return min(rows, rank * -(-rows // size))
+
+
+def _held(tensor: Tensor) -> FlatShard:
+    """What this rank has of a tensor, as a flat range."""
+    if not isinstance(tensor, DTensor):
+        return FlatShard(tensor.view(-1), tuple(tensor.shape), 0)
+    return FlatShard(tensor.to_local().view(-1), tuple(tensor.shape), first_row(tensor) * prod(tensor.shape[1:]))

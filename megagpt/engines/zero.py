@@ -5,6 +5,7 @@ updates; precision, batch, clipping and loss scale are decided by this project a
 """
 
 import os
+import weakref
 from typing import Any
 
 import torch
@@ -73,9 +74,9 @@ class ZeroEngine(Engine):
 
     @torch.no_grad()
     def _initialize(self) -> None:
-        for key, shard in self.state().items():
+        state = self.state()
+        for key, shard in state.items():
             kind, _, name = key.partition(".")
-            assert isinstance(shard, FlatShard)
             if kind == "model":
                 stop = shard.start + shard.flat.numel()
                 values = initial_values(
@@ -99,9 +100,9 @@ class ZeroEngine(Engine):
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, FlatShard]:
         self._shards.make_moments()
-        state: dict[str, Tensor] = {}
+        state: dict[str, FlatShard] = {}
         for name, parameter in self.model.named_parameters():
             for kind in ("model", "exp_avg", "exp_avg_sq"):
                 state[f"{kind}.{name}"] = self._shards.shard(parameter, None if kind == "model" else kind)
@@ -195,14 +196,15 @@ class _PartitionedWeights:
 
 
 class _SwappedWeights(_PartitionedWeights):
-    """Stage 3 with optimizer state on a disk: read from it into memory, and written back by `publish`."""
+    """Stage 3 with optimizer state on a disk: read from it into memory, and written back by `publish` while its reader
+    still holds it."""
 
     def __init__(self, engine: Any, model: GPT) -> None:
         super().__init__(engine, model)
-        self._copies: list[tuple[nn.Parameter, str | None, Tensor]] = []
+        self._read: list[tuple[nn.Parameter, str | None, weakref.ref[FlatShard]]] = []
 
     def make_moments(self) -> None:
-        self._copies = []
+        self._read = []
         zero = self._zero
         for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
             swapped = zero._swappable_optimizer_subgroup(i)  # small ones stay in memory
@@ -218,16 +220,21 @@ class _SwappedWeights(_PartitionedWeights):
         size = p.partition_numel()
         start = self._zero._get_param_partition_rank(p) * size
         copy = self._zero.get_local_fp32_param(p, moment).detach().clone()
-        self._copies.append((parameter, moment, copy))
-        return FlatShard(copy.narrow(0, 0, max(0, min(size, p.ds_numel - start))), tuple(p.ds_shape), start)
+        shard = FlatShard(copy.narrow(0, 0, max(0, min(size, p.ds_numel - start))), tuple(p.ds_shape), start)
+        self._read.append((parameter, moment, weakref.ref(shard)))
+        return shard
 
     @torch.no_grad()
     def publish(self) -> None:
-        for parameter, moment, copy in self._copies:
-            self._zero.set_local_hp_param(copy, parameter, moment)
+        for parameter, moment, reference in self._read:
+            shard = reference()
+            if shard is None:
+                continue
+            whole = shard.flat._base  # with the padding of the last range
+            self._zero.set_local_hp_param(whole, parameter, moment)
             if moment is None:
-                parameter.ds_tensor.data.copy_(copy)  # type: ignore[attr-defined]
-        self._copies = []
+                parameter.ds_tensor.data.copy_(whole)  # type: ignore[attr-defined]
+        self._read = []
         self._refresh_whole()
 
 

@@ -1,5 +1,7 @@
 """Validation loss, and the unigram cross-entropy to read it against."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -10,13 +12,20 @@ from megagpt.engines.engine import Engine
 _UNIGRAM_TOKENS = 2**24
 
 
-def validation_loss(engine: Engine, corpus: Corpus, samples: int) -> float:
-    """Mean loss in nats over the first `samples` samples of the validation split, the same set on any world size."""
+def validation_loss(
+    engine: Engine, corpus: Corpus, samples: int, interrupted: Callable[[], bool] = lambda: False
+) -> float | None:
+    """Mean loss in nats over the first `samples` samples of the validation split, the same set on any world size.
+
+    None where `interrupted`, which answers the same on every rank, became true on the way.
+    """
     world, micro_batch = engine.world, engine.config.train.micro_batch
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     chunk = world.size * micro_batch
     with engine.evaluation() as model:
         for first in range(0, samples, chunk):
+            if interrupted():
+                return None
             here = min(chunk, samples - first)
             batch = corpus.batch(
                 first, here, world.rank, world.size, micro_batch, rounds(here, world.size, micro_batch)

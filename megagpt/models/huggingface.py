@@ -1,18 +1,26 @@
 """Weights to and from the GPT-2 layout of `transformers`: a folder with config.json and safetensors."""
 
 import json
+import shutil
+from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megagpt.errors import UserError, first_line
 from megagpt.models.gpt import GPT
 from megagpt.models.presets import ModelConfig
 
+# Gives parameters by our name, fp32 on the CPU, of the shapes asked for.
+ReadWeights = Callable[[dict[str, tuple[int, ...]]], dict[str, Tensor]]
+_INDEX = "model.safetensors.index.json"
 # GPT-2's release keeps its linear weights as (in, out); torch.nn.Linear has (out, in).
 _TRANSPOSED = ("qkv.weight", "out.weight", "up.weight", "down.weight")
 _BLOCK = {
@@ -78,21 +86,59 @@ def their_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def export(model: GPT, folder: str | Path) -> None:
-    """Write config.json and safetensors that `transformers` loads. Raises UserError rather than overwrite."""
-    from huggingface_hub import save_torch_state_dict
+def export(
+    folder: str | Path,
+    config: ModelConfig,
+    read: ReadWeights,
+    files: Mapping[str, str] = MappingProxyType({}),
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write config.json, safetensors of at most `shard_bytes` each, and further text `files` by name.
 
+    `read` gives parameters by name and shape, fp32 on the CPU; it is asked for one safetensors file's at a time. The
+    folder appears when all of it is written. Raises UserError rather than overwrite.
+    """
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not empty; nothing was written, choose another folder")
-    description = their_config(model.config)
-    state = {
-        f"transformer.{their_name(name)}": to_theirs(name, parameter.detach().cpu(), model.config)
-        for name, parameter in model.named_parameters()
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(state, folder)
-    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    description = their_config(config)
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    shards = _cut(shapes, shard_bytes)
+    index: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        weights = read({name: shapes[name] for name in names})
+        theirs = {f"transformer.{their_name(name)}": to_theirs(name, weights.pop(name), config) for name in names}
+        save_file(theirs, partial / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(theirs, file)
+    if len(shards) > 1:
+        size = sum(4 * prod(shape) for shape in shapes.values()) - 4 * config.width * (
+            config.padded_vocab_size - config.vocab_size
+        )
+        text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1)
+        (partial / _INDEX).write_text(text + "\n")
+    for name, text in {"config.json": json.dumps(description, indent=2) + "\n", **files}.items():
+        (partial / name).write_text(text, encoding="utf-8")
+    for path in partial.glob("*.safetensors"):  # which come readable by their owner only
+        shutil.copymode(partial / "config.json", path)
+    partial.rename(folder)
+
+
+def _cut(shapes: dict[str, tuple[int, ...]], most: int) -> list[list[str]]:
+    """Names in order, in lists whose fp32 tensors take at most so many bytes; a larger tensor is alone in its list."""
+    lists: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        if lists[-1] and size + 4 * prod(shape) > most:
+            lists.append([])
+            size = 0
+        lists[-1].append(name)
+        size += 4 * prod(shape)
+    return lists
 
 
 def is_pretrained(folder: Path) -> bool:
@@ -130,36 +176,58 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 def load_pretrained(folder: str | Path) -> GPT:
     """A model, fp32 on the CPU, with the weights of a GPT-2 folder. Raises UserError where a tensor does not fit."""
-    folder = Path(folder).expanduser()
-    config = read_config(folder)
-    where = _tensor_files(folder)
+    pretrained = Pretrained(folder)
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPT(pretrained.config)
     model = model.to_empty(device="cpu")
-    for name, parameter in model.named_parameters():
-        theirs = their_name(name)
-        key = next((k for k in (f"transformer.{theirs}", theirs) if k in where), None)
-        if key is None:
-            raise UserError(f"{folder}: tensor {theirs!r} is missing")
-        try:
-            with safe_open(where[key], framework="pt") as file:
-                tensor = file.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{where[key]}: cannot be read: {first_line(error)}") from None
-        tensor = tensor.T if name.endswith(_TRANSPOSED) else tensor
-        rows = config.vocab_size if name == "token_embedding.weight" else parameter.shape[0]
-        needed = (rows, *parameter.shape[1:])
-        if tensor.shape != needed:
-            raise UserError(f"{folder}: tensor {key!r} has shape {tuple(tensor.shape)}, config.json needs {needed}")
-        with torch.no_grad():
-            parameter.zero_()  # the vocabulary's padding
-            parameter[:rows].copy_(tensor)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(pretrained.read(name, tuple(parameter.shape)))
     return model
+
+
+class Pretrained:
+    """A GPT-2 folder whose tensors are read one by one."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.config = read_config(self.folder)
+        self._where = _tensor_files(self.folder)
+
+    def find(self, name: str, shape: tuple[int, ...]) -> str:
+        """The folder's key for a parameter of ours. Raises UserError where it is missing or does not fit."""
+        theirs = their_name(name)
+        key = next((k for k in (f"transformer.{theirs}", theirs) if k in self._where), None)
+        if key is None:
+            raise UserError(f"{self.folder}: tensor {theirs!r} is missing")
+        try:
+            with safe_open(self._where[key], framework="pt") as file:
+                found = tuple(file.get_slice(key).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self._where[key]}: cannot be read: {first_line(error)}") from None
+        needed = (self._rows(name, shape), *shape[1:])
+        needed = needed[::-1] if name.endswith(_TRANSPOSED) else needed
+        if found != needed:
+            raise UserError(f"{self.folder}: tensor {key!r} has shape {found}, config.json needs {needed}")
+        return key
+
+    def _rows(self, name: str, shape: tuple[int, ...]) -> int:
+        """Without the vocabulary's padding."""
+        return self.config.vocab_size if name == "token_embedding.weight" else shape[0]
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A parameter by our name, fp32 on the CPU, padded to our shape. Raises UserError where it does not fit."""
+        key = self.find(name, shape)
+        with safe_open(self._where[key], framework="pt") as file:
+            tensor = file.get_tensor(key)
+        padded = torch.zeros(shape)
+        padded[: self._rows(name, shape)] = tensor.T if name.endswith(_TRANSPOSED) else tensor
+        return padded
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     single = folder / "model.safetensors"
     try:
         if index.exists():

@@ -11,6 +11,8 @@ from megagpt.config import Config, build_config
 from megagpt.data.loader import Batch
 
 STEPS = 20
+# Steps before the save, where one is made.
+SAVED_AT = 10
 _BATCH = 16
 _MODEL = {"layers": 3, "width": 64, "heads": 4, "context": 32, "vocab_size": 500}
 LR = 3e-3
@@ -55,6 +57,8 @@ class Case:
     precision: str = "fp32"
     device: str = "cpu"
     compile: bool = False
+    runs: tuple[str, ...] = ()
+    """Folders of runs: where to save, or what to resume."""
 
     def config(self) -> Config:
         """Clipping is active in every step: the norm of the gradient stays above `CLIP`."""

@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from megagpt.errors import UserError
 from megagpt.parity.cases import ACCUMULATIONS, RECOMPUTATIONS, SETUPS, STEPS, Case, Setup
+from megagpt.parity.crossings import crossing_table
 from megagpt.parity.launch import run_cases
 from megagpt.planning.memory import state_bytes
 
-TABLES = ("fp32", "bf16", "memory")
+TABLES = ("fp32", "bf16", "memory", "crossings")
 # Largest differences over the compared steps, see docs/engines.md.
 LOSS_TOLERANCE = {"fp32": 5e-6, "bf16": 5e-3}
 NORM_TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}
@@ -41,6 +42,11 @@ def parity(arguments: argparse.Namespace) -> int:
         if name == "memory":
             _print(memory_table())
             continue
+        if name == "crossings":
+            table, same = crossing_table()
+            _print(table)
+            within = within and same
+            continue
         results = curves(setups, name, device)
         _print(curve_table(setups, name, results))
         within = within and all(_within(name, r) for r in results.values())
@@ -54,7 +60,7 @@ def curves(setups: Sequence[Setup], precision: str, device: str) -> Differences:
     """Largest difference of loss and of gradient norm from the plain fp32 loop over all steps, for each
     (setup, accumulation, recomputation)."""
     grid = [(s, a, r) for s in setups for a in ACCUMULATIONS for r in RECOMPUTATIONS]
-    (reference,) = run_cases("plain", [Case({}, 1)])
+    reference = run_cases("plain", [Case({}, 1)])[0][:STEPS]
     found: Differences = {}
     with tqdm(total=len(grid), unit="run", desc=precision, disable=None) as bar:
         for setup in setups:

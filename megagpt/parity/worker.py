@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from megagpt.config import Config
+from megagpt.checkpoints.compatibility import Allowed
+from megagpt.checkpoints.loading import resume
+from megagpt.checkpoints.saving import Saver, describe
+from megagpt.config import CheckpointConfig, Config
 from megagpt.data.loader import Batch
 from megagpt.distributed import World, join
 from megagpt.engines.engine import Engine, build_engine
@@ -22,12 +26,12 @@ from megagpt.errors import Reported, UserError
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
 from megagpt.models.presets import ModelConfig
-from megagpt.parity.cases import LR, STEPS, Case, rows, share
+from megagpt.parity.cases import LR, SAVED_AT, STEPS, Case, rows, share
 
 Curve = list[tuple[float, float]]
 
 
-def plain(case: Case) -> Curve:
+def plain(case: Case, steps: int = STEPS) -> Curve:
     """Loss and gradient norm of each step in one plain loop: the whole batch at once, all logits, PyTorch's
     cross-entropy, clipping and AdamW."""
     config = case.config()
@@ -39,7 +43,7 @@ def plain(case: Case) -> Curve:
     ]
     optimizer = torch.optim.AdamW(groups, LR, betas=(0.9, 0.95), eps=1e-8)
     curve = []
-    for step in range(STEPS):
+    for step in range(steps):
         batch = rows(step)
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
@@ -55,6 +59,40 @@ def curve(case: Case, world: World) -> Curve:
     engine = build_engine(case.config(), world)
     results = [engine.train_step(share(step, world.rank, case), LR) for step in range(STEPS)]
     return [(r.loss, r.gradient_norm) for r in results]
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def saved(case: Case, world: World) -> Curve:
+    """An engine's curve over `SAVED_AT` steps, a save in the background, and `STEPS` more."""
+    engine = build_engine(case.config(), world)
+    (run,) = case.runs
+    saver = Saver(Path(run), CheckpointConfig(), world)
+    results = []
+    for step in range(SAVED_AT + STEPS):
+        if step == SAVED_AT:
+            meta = describe(engine, _position(SAVED_AT), [], milestone=False)
+            saver.save(engine.state(), engine.replica, meta, print)
+        results.append(engine.train_step(share(step, world.rank, case), LR))
+    saver.finish()
+    return [(r.loss, r.gradient_norm) for r in results]
+
+
+def resumed(case: Case, world: World) -> list[Curve]:
+    """Of each run the `STEPS` that follow its checkpoint, under this engine."""
+    engine = build_engine(case.config(), world)
+    curves = []
+    for run in case.runs:
+        resume(Path(run), engine, [], Allowed(), print)
+        steps = range(SAVED_AT, SAVED_AT + STEPS)
+        results = [engine.train_step(share(step, world.rank, case), LR) for step in steps]
+        curves.append([(r.loss, r.gradient_norm) for r in results])
+    return curves
+
+
+def _position(step: int) -> int:
+    return step * len(rows(step))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -144,7 +182,10 @@ def main() -> int:
     torch.set_num_threads(1)  # ranks share a machine here
     with join(cases[0].device) as world:
         for case in cases:
-            result = plain(case) if kind == "plain" else {"curve": curve, "memory": memory}[kind](case, world)
+            if kind == "plain":
+                result: Any = plain(case, SAVED_AT + STEPS)
+            else:
+                result = {"curve": curve, "memory": memory, "saved": saved, "resumed": resumed}[kind](case, world)
             if world.is_main:
                 print(json.dumps(result), flush=True)
     return 0

@@ -2,31 +2,41 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
+import psutil
+
 from megagpt.errors import UserError
+
+# What asks a run to save and end: Ctrl-C, and what schedulers send before they take a machine away.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM instead of dying of them; the trainer asks `requested` between steps.
+    """Notes SIGNALS instead of dying of them, and the end of a time limit; the trainer asks between steps.
 
-    A second Ctrl-C is taken at its word and interrupts at once. SIGTERM may come any number of times: launchers and
-    schedulers send it more than once.
+    Signals may come any number of times: launchers and schedulers send them more than once. Only a second Ctrl-C is
+    taken at its word and interrupts at once. `time_limit`: seconds since this process began; 0: none.
     """
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+    def __init__(self, time_limit: float = 0) -> None:
+        self.reason: str | None = None
+        """What came first."""
+        self._limit = time_limit
         self._previous: dict[int, object] = {}
 
-    @property
-    def requested(self) -> bool:
-        return self.received is not None
+    def requested(self, reserve: float = 0) -> bool:
+        """Whether a signal came, or less than `reserve` seconds of the time limit are left."""
+        if self.reason is None and self._limit and seconds_since_start() > self._limit - reserve:
+            self.reason = "train.time_limit"
+        return self.reason is not None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
@@ -37,9 +47,16 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        name = signal.Signals(number).name
+        if number == signal.SIGINT and self.reason == name:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        if self.reason is None:
+            self.reason = name
+
+
+def seconds_since_start() -> float:
+    """Age of this process."""
+    return time.time() - psutil.Process().create_time()
 
 
 class FiniteGuard:
@@ -60,5 +77,5 @@ class FiniteGuard:
         if self._in_a_row >= self.limit:
             raise UserError(
                 f"loss or gradient was not finite in {self._in_a_row} steps in a row, the last of them step {step}; "
-                f"{last_good()}: resume with a lower optimizer.lr"
+                f"{last_good()}: resume with a lower optimizer.lr and --allow-recipe-change"
             )

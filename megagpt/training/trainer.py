@@ -14,6 +14,10 @@ from typing import Any
 import torch
 
 import megagpt
+from megagpt.checkpoints.compatibility import Allowed
+from megagpt.checkpoints.folder import newest_whole
+from megagpt.checkpoints.loading import resume as resume_from
+from megagpt.checkpoints.saving import Saved, Saver, describe
 from megagpt.config import Config, to_yaml
 from megagpt.data.builtin import prepare_builtin
 from megagpt.data.loader import Batch, open_corpus, read_ahead, train_batches, validation_samples
@@ -25,19 +29,18 @@ from megagpt.errors import UserError
 from megagpt.evaluation.validation import unigram_loss, validation_loss
 from megagpt.generation import generate
 from megagpt.hardware import device_name, peak_flops
-from megagpt.training import checkpoint as checkpoints
 from megagpt.training.metrics import Metrics, duration, peak_memory
-from megagpt.training.safety import FiniteGuard, StopRequest
+from megagpt.training.safety import FiniteGuard, StopRequest, seconds_since_start
 from megagpt.training.schedule import batch_samples, learning_rate, step_count
 
-# Exit code of a run that was stopped by a signal, saved, and can be resumed (EX_TEMPFAIL of sysexits.h).
+# Exit code of a run that a signal or its time limit ended, saved and resumable (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
 
 
 class Trainer:
     """One run on one rank; every rank makes one and calls the same methods."""
 
-    def __init__(self, config: Config, world: World, resume: bool) -> None:
+    def __init__(self, config: Config, world: World, resume: bool, allowed: Allowed = Allowed()) -> None:  # noqa: B008
         self.config, self.world = config, world
         self.run = Path(config.run.folder) / config.run.name
         config.accumulation(world.size)  # refuses what does not divide, before anything is written
@@ -54,9 +57,13 @@ class Trainer:
         self.validation_size = validation_samples(self.validation_data, config.validation.tokens)
         self.fingerprints = [s.fingerprint for s in self.train_data.streams]
         self.engine = build_engine(config, world)
-        self.samples_seen = self._resume() if resume else 0
+        self.resumed = resume
+        self.samples_seen = self._resume(allowed) if resume else 0
         self.guard = FiniteGuard(config.train.nonfinite_limit)
+        self.longest_step = 0.0
         world.barrier()
+        self.saver = Saver(self.run, config.checkpoint, world)
+        self.saver.probe(self._checkpoint_bytes)
         self.metrics: Metrics | None = None
         if world.is_main:
             self._describe_run()
@@ -89,14 +96,20 @@ class Trainer:
 
     # --- the run's folder ---
 
-    def _resume(self) -> int:
-        newest = checkpoints.newest_whole(self.run, self.say)
-        if newest is None:
-            self.say(f"{self.run}: no whole checkpoint; starting from the first token")
+    @property
+    def _checkpoint_bytes(self) -> int:
+        """fp32 weights and two moments."""
+        return 12 * self.config.model.stored_parameters
+
+    def _resume(self, allowed: Allowed) -> int:
+        meta = resume_from(self.run, self.engine, self.fingerprints, allowed, self.say)
+        if meta is None:
+            self.say(f"{self.run}: no checkpoint was completed; starting from the first token")
             return 0
-        samples = checkpoints.load(newest, self.engine, self.fingerprints)
-        self.say(f"resuming from {newest.path} at {newest.tokens:,} tokens")
-        return samples
+        self.say(
+            f"resuming at {meta['tokens_seen']:,} tokens, saved by {meta['engine']} on {meta['world_size']} rank(s)"
+        )
+        return int(meta["samples_seen"])
 
     def _describe_run(self) -> None:
         """Leave the resolved config and the environment beside what the run will write."""
@@ -131,11 +144,11 @@ class Trainer:
     def unigram(self) -> float:
         return unigram_loss(self.train_data, self.validation_data, self.validation_size)
 
-    def validate(self) -> None:
+    def validate(self, stop: StopRequest) -> None:
         if not self.validation_size:
             return
-        loss = validation_loss(self.engine, self.validation_data, self.validation_size)
-        if self.world.is_main:
+        loss = validation_loss(self.engine, self.validation_data, self.validation_size, lambda: self._agree(stop))
+        if loss is not None and self.world.is_main:
             self._record(
                 "validation",
                 {"validation_loss": loss, "unigram_loss": self.unigram},
@@ -159,21 +172,28 @@ class Trainer:
             self.metrics.text(self.step, "samples", "\n\n---\n\n".join(texts))
 
     def save(self, milestone: bool = False) -> None:
-        start = time.monotonic()
         if self.metrics is not None:
             self.metrics.flush()
-        saved = checkpoints.save(self.run, self.engine, self.samples_seen, self.fingerprints, milestone, self.world)
-        if self.world.is_main:
-            checkpoints.rotate(self.run, self.config.checkpoint.keep)
-        seconds = time.monotonic() - start
+        meta = describe(self.engine, self.samples_seen, self.fingerprints, milestone)
+        self._tell(self.saver.save(self.engine.state(), self.engine.replica, meta, self.say))
+
+    def _tell(self, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        seconds, stall = saved.save_seconds, saved.stall_seconds
         self._record(
-            "checkpoint", {"path": str(saved.path), "save_seconds": seconds}, f"saved {saved.path} ({seconds:.1f} s)"
-        )
+            "checkpoint",
+            {
+                "tokens_seen": saved.checkpoint.tokens, "path": str(saved.checkpoint.path), "save_seconds": seconds,
+                "stall_seconds": stall,
+            },
+            f"saved {saved.checkpoint.path} in {seconds:.1f} s; training stood still for {stall:.2f} s of them",
+        )  # fmt: skip
 
     # --- the loop ---
 
-    def fit(self) -> int:
-        """Train to the end, or until a signal; returns the exit code."""
+    def fit(self, stop: StopRequest) -> int:
+        """Train to the end, or until asked to stop; returns the exit code."""
         config = self.config
         if config.validation.tokens and not self.validation_size:
             self.say("no validation: the corpus holds less than one sample of held-out text")
@@ -191,25 +211,37 @@ class Trainer:
         )  # fmt: skip
         began = time.monotonic()
         try:
-            with StopRequest() as stop:
-                if not self._loop(batches, stop):
-                    name = stop.received.name if stop.received else "a signal on another rank"
-                    text = f"stopped by {name}; resume with: megagpt train --resume {self.run}"
-                    self._record("stopped", {"signal": name}, text)
-                    return EXIT_STOPPED
-                if self._finished():
-                    self.say(f"{self.run}: finished already, at {self.tokens_seen:,} tokens")
-                    return 0
-                self.validate()
-                self.sample()
-                done = f"done in {duration(time.monotonic() - began)}: {self.tokens_seen:,} tokens in {self.run}"
-                self._record("finished", {}, done)
-                self.say(f"see it with: tensorboard --logdir {config.run.folder}")
+            last = self._loop(batches, stop)
+            if last and self._finished():
+                self.say(f"{self.run}: finished already, at {self.tokens_seen:,} tokens")
                 return 0
+            if last:
+                self.validate(stop)
+                self.sample()
+            self._tell(self.saver.finish())
+            if not last or self._agree(stop):
+                reason = stop.reason or "a signal on another rank"
+                text = f"stopped by {reason}; resume with: megagpt train --resume {self.run}"
+                self._record("stopped", {"reason": reason}, text)
+                return EXIT_STOPPED
+            done = f"done in {duration(time.monotonic() - began)}: {self.tokens_seen:,} tokens in {self.run}"
+            self._record("finished", {}, done)
+            self.say(f"see it with: tensorboard --logdir {config.run.folder}")
+            return 0
         finally:
             batches.close()
             if self.metrics is not None:
                 self.metrics.close()
+
+    def _agree(self, stop: StopRequest) -> bool:
+        """Whether some rank was asked to stop, or has too little of its time left for another step and a save."""
+        return self.world.any(stop.requested(self._reserve))
+
+    @property
+    def _reserve(self) -> float:
+        """Seconds from the end of a step to the end of the run, if the next step is the last: that step, what is left
+        of a save in flight, and a save."""
+        return self.longest_step + 2 * self.saver.expected_seconds
 
     def _finished(self) -> bool:
         """Whether an earlier start got past the last step's validation and samples."""
@@ -217,8 +249,8 @@ class Trainer:
         return self.world.any(recorded)
 
     def _loop(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
-        """Every remaining step; False where a signal ended it early, with everything saved."""
-        config, step = self.config, self.step
+        """Every remaining step; False where it was asked to stop before the last, with a save under way."""
+        config, step, first = self.config, self.step, self.step + 1
         while True:
             before = time.monotonic()
             batch = next(batches, None)
@@ -240,6 +272,13 @@ class Trainer:
             def crossed(every: int, before: int = tokens_before) -> bool:
                 return every > 0 and self.tokens_seen // every > before // every
 
+            if step == first and self.resumed:
+                since = seconds_since_start()
+                self._record("resumed", {"seconds_to_first_step": since}, f"first step {since:.1f} s after the start")
+            elif step == first + 1:
+                self._tell_bound(done - before)
+            if step > first:
+                self.longest_step = max(self.longest_step, done - before)
             last = self.samples_seen >= config.total_samples
             if self.metrics is not None and (last or not config.log.every_tokens or crossed(config.log.every_tokens)):
                 speed = batch.tokens / (done - before)
@@ -259,16 +298,28 @@ class Trainer:
                     **({"loss_scale": self.engine.loss_scale.value} if self.engine.loss_scale.dynamic else {}),
                 })  # fmt: skip
             # Saved first: whoever sent the signal may not wait for a validation.
-            stopping = self.world.any(stop.requested) and not last
+            stopping, failed = self.world.any_of(stop.requested(self._reserve), self.saver.failed)
+            if failed:
+                self.saver.finish()
+            self._tell(self.saver.poll())
+            stopping = stopping and not last
             milestone = crossed(config.checkpoint.milestone_every_tokens)
             if last or stopping or milestone or crossed(config.checkpoint.every_tokens):
                 self.save(milestone)
             if stopping:
                 return False
             if not last and crossed(config.validation.every_tokens):
-                self.validate()
+                self.validate(stop)
             if not last and crossed(config.sampling.every_tokens):
                 self.sample()
+
+    def _tell_bound(self, step_seconds: float) -> None:
+        save = self.saver.expected_seconds
+        self.say(
+            f"Ctrl-C, SIGTERM or SIGUSR1 ends this run within about {step_seconds + save:.1f} s: one step of "
+            f"{step_seconds:.2f} s and one save of {self._checkpoint_bytes / 1e9:.2f} GB ({save:.1f} s), after a save "
+            f"in flight; it exits with code {EXIT_STOPPED}"
+        )
 
     def _skipped(self, result: StepResult, step: int) -> None:
         """Log a step whose update was left out, on any rank's account."""
@@ -278,7 +329,8 @@ class Trainer:
         self._record("skipped", {}, text)
 
     def _last_good(self) -> str:
-        newest = checkpoints.newest_whole(self.run, lambda text: None)
+        self._tell(self.saver.finish())
+        newest = newest_whole(self.run, lambda text: None)
         return f"the last good checkpoint is {newest.path}" if newest else "no checkpoint was saved yet"
 
     def _mfu(self, tokens_per_second: float) -> float | None:
@@ -289,6 +341,7 @@ class Trainer:
         return self.config.model.flops_per_token * tokens_per_second / (peak * self.world.size)
 
 
-def train(config: Config, world: World, resume: bool) -> int:
+def train(config: Config, world: World, resume: bool, allowed: Allowed = Allowed()) -> int:  # noqa: B008
     """Run or resume; returns the exit code. Raises UserError."""
-    return Trainer(config, world, resume).fit()
+    with StopRequest(config.train.time_limit) as stop:
+        return Trainer(config, world, resume, allowed).fit(stop)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megagpt.cli import main
-from megagpt.training.checkpoint import list_checkpoints
+from megagpt.checkpoints.folder import list_checkpoints
 from tests.conftest import metrics
 from tests.ranks import megagpt, torchrun
 

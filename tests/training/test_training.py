@@ -22,7 +22,7 @@ from megagpt.config import load_config
 from megagpt.data.loader import open_corpus
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
-from megagpt.training.checkpoint import list_checkpoints
+from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.training.trainer import EXIT_STOPPED
 from tests.conftest import metrics
 from tests.ranks import environment, megagpt, run_ranks, torchrun

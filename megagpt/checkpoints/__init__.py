@@ -1,0 +1,1 @@
+"""One checkpoint for every engine and world size: written, verified, found, read."""

@@ -1,0 +1,106 @@
+"""Loading: a checkpoint into an engine, or single tensors of it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megagpt.checkpoints.compatibility import Allowed, check
+from megagpt.checkpoints.folder import Checkpoint, list_checkpoints
+from megagpt.checkpoints.saving import hush
+from megagpt.checkpoints.storage import DamagedError, FileSum, Reader
+from megagpt.engines.engine import Engine
+from megagpt.errors import UserError, first_line
+
+
+def resume(
+    run: Path, engine: Engine, fingerprints: list[str], allowed: Allowed, say: Callable[[str], Any]
+) -> dict[str, Any] | None:
+    """Fill the engine from the run's newest whole checkpoint; its meta.json, or None where none was ever completed.
+
+    Every rank calls it. A damaged checkpoint is named and set aside, and the next older one is taken. Raises UserError
+    where there are only damaged ones, and where the checkpoint is of another run than the engine's config.
+    """
+    world, damaged = engine.world, 0
+    while True:
+        # As the main rank sees it: file systems may show ranks different states.
+        path = world.from_main(lambda: max((c.path for c in list_checkpoints(run)), default=None))
+        if path is None:
+            break
+        checkpoint = Checkpoint(path)
+        try:
+            return _load(checkpoint, engine, fingerprints, allowed, say)
+        except DamagedError as error:
+            damaged += 1
+            aside = world.from_main(checkpoint.set_aside)
+            if aside == path:
+                raise UserError(f"{error}; move {path} away, and an older checkpoint is taken") from None
+            say(f"{error}; set aside as {aside.name}")
+    if damaged:
+        raise UserError(
+            f"{run}: none of its {damaged} checkpoint(s) is whole; restore one from a copy, or start another run"
+        )
+    return None
+
+
+def _load(
+    checkpoint: Checkpoint, engine: Engine, fingerprints: list[str], allowed: Allowed, say: Callable[[str], Any]
+) -> dict[str, Any]:
+    config, world = engine.config, engine.world
+
+    def whole() -> tuple[dict[str, Any], dict[str, FileSum]]:
+        checkpoint.check_sizes()
+        return checkpoint.meta(), checkpoint.sums()
+
+    meta, sums = world.from_main(whole)
+    for difference in check(checkpoint, meta, config, fingerprints, allowed):
+        say(f"going on with a change: {difference}")
+    if config.model.dropout and meta["world_size"] != world.size:
+        say(
+            f"dropout draws by rank: on {world.size} ranks instead of {meta['world_size']}, other elements are dropped "
+            "from here on, at the same rate"
+        )
+    state = engine.state()
+    _read(checkpoint.path, sums, state, no_dist=world.size == 1)
+    engine.state_loaded(meta["updates"])
+    if (
+        engine.loss_scale.dynamic
+        and "loss_scale" in meta
+        and meta["config"]["train"]["precision"] == config.train.precision
+    ):
+        engine.loss_scale = dataclasses.replace(engine.loss_scale, **meta["loss_scale"])
+    return meta
+
+
+def read_weights(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Parameters by name, fp32 on the CPU. Raises UserError for one that is missing or of another shape."""
+    state = {f"model.{name}": torch.empty(shape) for name, shape in shapes.items()}
+    _read(checkpoint.path, checkpoint.sums(), state, no_dist=True)
+    return {name: state[f"model.{name}"] for name in shapes}
+
+
+def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint by its key, such as `exp_avg.blocks.0.mlp.up.weight`."""
+    metadata = Reader(checkpoint.path, checkpoint.sums()).read_metadata()
+    return {
+        key: tuple(tensor.size)
+        for key, tensor in metadata.state_dict_metadata.items()
+        if isinstance(tensor, TensorStorageMetadata)
+    }
+
+
+def _read(folder: Path, sums: dict[str, FileSum], state: Mapping[str, Tensor], no_dist: bool) -> None:
+    hush()
+    try:
+        dcp.load(dict(state), storage_reader=Reader(folder, sums), no_dist=no_dist)
+    except CheckpointException as error:
+        causes = [failure[0] for failure in error.failures.values()]
+        raise next((c for c in causes if isinstance(c, UserError)), None) or UserError(
+            f"{folder}: cannot be read: {first_line(causes[0])}"
+        ) from None

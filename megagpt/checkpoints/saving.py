@@ -1,0 +1,297 @@
+"""Saving: a copy of this rank's share of the state, written by a thread while training goes on."""
+
+import dataclasses
+import datetime
+import errno
+import importlib.metadata
+import os
+import platform
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+
+import megagpt
+from megagpt.checkpoints.folder import (
+    FORMAT,
+    SAVING,
+    Checkpoint,
+    at_tokens,
+    checkpoints_folder,
+    remove_unfinished,
+    rotate,
+)
+from megagpt.checkpoints.storage import Writer
+from megagpt.config import CheckpointConfig, Config
+from megagpt.distributed import World
+from megagpt.engines.engine import Engine
+from megagpt.engines.flat_shard import FlatShard
+from megagpt.errors import UserError, first_line
+
+# How long ranks wait for the slowest writer of a save.
+_TIMEOUT = datetime.timedelta(hours=3)
+# Written once at the start to learn how fast the disk is, bytes of each rank.
+_PROBE_BYTES = 2**24
+# Of the memory that is free, what a copy of the state may take.
+_MEMORY_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete."""
+
+    checkpoint: Checkpoint
+    stall_seconds: float
+    """How long training stood still for it."""
+    save_seconds: float
+    """From its start to its marker."""
+
+
+class Saver:
+    """Saves of one run, one at a time. Every rank has one and calls it in the same steps.
+
+    `save` returns as soon as the state is copied; `poll` and `finish` give what was saved. Where the disk did not take
+    it, `failed` is set on every rank.
+    """
+
+    def __init__(self, run: Path, config: CheckpointConfig, world: World) -> None:
+        self._run, self._config, self._world = run, config, world
+        # Of their own: collectives of the training step and of a save in the background must not meet in one group.
+        self._group: dist.ProcessGroup | None = None
+        self._ranks_here = 1
+        if world.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+            hosts: list[Any] = [None] * world.size
+            dist.all_gather_object(hosts, platform.node(), group=self._group)
+            self._ranks_here = hosts.count(platform.node())
+        self._thread: threading.Thread | None = None
+        self._outcome: Saved | BaseException | None = None
+        self._seconds = 0.0
+        self._told_of_memory = False
+
+    @property
+    def expected_seconds(self) -> float:
+        """How long the next save will take, by the longest so far or by the disk's speed at the start."""
+        return self._seconds
+
+    def probe(self, size: int) -> None:
+        """Write a little where checkpoints go, to learn whether that can be done and how long one of `size` bytes will
+        take. Raises UserError where the folder cannot be written."""
+        share = size // self._world.size
+        data = memoryview(bytearray(os.urandom(min(share, _PROBE_BYTES) or 1)))
+        folder = checkpoints_folder(self._run)
+        path = folder / f"probe.{self._world.rank}"
+        start = time.monotonic()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            seconds = time.monotonic() - start
+            path.unlink()
+        except OSError as error:
+            raise UserError(f"{folder}: checkpoints cannot be written there: {_disk_reason(error)}") from None
+        self._seconds = self._world.max(seconds * share / len(data))
+
+    def save(
+        self,
+        state: dict[str, FlatShard],
+        replica: tuple[int, int],
+        meta: dict[str, Any],
+        say: Callable[[str], Any],
+    ) -> Saved | None:
+        """Begin a save, after the one before it has ended: what that one saved is returned, or raised.
+
+        `replica`: which one of how many copies of the state this rank holds; each copy writes its share. `meta`: what
+        `describe` gives.
+        """
+        begin = time.monotonic()
+        previous = self.finish()
+        state = share_of(state, *replica)
+        copied = self._config.asynchronous and self._room_for(state, say)
+        if copied:
+            state = {key: _copy(shard) for key, shard in state.items()}
+            if self._world.device.type == "cuda":
+                torch.cuda.synchronize(self._world.device)
+        checkpoint = at_tokens(self._run, meta["tokens_seen"])
+        stall = time.monotonic() - begin
+
+        def work() -> None:
+            try:
+                self._write(state, checkpoint, meta)
+                seconds = time.monotonic() - begin
+                self._outcome = Saved(checkpoint, stall if copied else seconds, seconds)
+            except BaseException as error:
+                self._outcome = error
+
+        if copied:
+            self._thread = threading.Thread(target=work, name="save", daemon=True)
+            self._thread.start()
+        else:
+            work()
+        return previous
+
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed on this rank: `finish` raises it."""
+        return isinstance(self._outcome, BaseException)
+
+    def poll(self) -> Saved | None:
+        """What was saved since the last call, if anything was; never waits."""
+        return self.finish() if isinstance(self._outcome, Saved) else None
+
+    def finish(self) -> Saved | None:
+        """Wait for the save in flight; what it saved, unless that was given before. Raises UserError if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, Saved):
+            self._seconds = max(self._seconds, outcome.save_seconds)
+            return outcome
+        if isinstance(outcome, OSError | CheckpointException | RuntimeError):
+            raise UserError(
+                f"{checkpoints_folder(self._run)}: the checkpoint could not be written: {_disk_reason(outcome)}"
+            ) from None
+        if outcome is not None:
+            raise outcome
+        return None
+
+    def _room_for(self, state: dict[str, FlatShard], say: Callable[[str], Any]) -> bool:
+        """Whether every rank has memory for a copy beside what it uses."""
+        needed = sum(s.flat.nbytes for s in state.values())
+        on_host = needed * self._ranks_here
+        free = psutil.virtual_memory().available
+        short = self._world.any(on_host > _MEMORY_SHARE * free)
+        if short and not self._told_of_memory:
+            self._told_of_memory = True
+            say(
+                f"training waits for its saves: a copy of the state takes {on_host / 2**30:.1f} GiB of each host, "
+                f"and {free / 2**30:.1f} GiB are free"
+            )
+        return not short
+
+    def _write(self, state: dict[str, FlatShard], checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
+        saving = checkpoint.path.with_name(checkpoint.path.name + SAVING)
+
+        def begin() -> None:
+            remove_unfinished(self._run)
+            saving.mkdir(parents=True)
+
+        self._world.from_main(begin, self._group)
+        writer = Writer(saving)
+        hush()
+        dcp.save(dict(state), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        gathered = self._gather(writer.sums)
+
+        def complete() -> None:
+            checkpoint.complete(saving, meta, {name: s for sums in gathered for name, s in sums.items()})
+            rotate(self._run, checkpoint, self._config.keep)
+
+        self._world.from_main(complete, self._group)
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on the main rank."""
+        if self._group is None:
+            return [value]
+        values: list[Any] | None = [None] * self._world.size if self._world.is_main else None
+        dist.gather_object(value, values, dst=0, group=self._group)
+        return values or []
+
+
+def describe(engine: Engine, samples_seen: int, fingerprints: list[str], milestone: bool) -> dict[str, Any]:
+    """What meta.json says of an engine's save."""
+    config, scale = engine.config, engine.loss_scale
+    return {
+        **describe_position(
+            config, config.engine.name, engine.world.size, samples_seen, engine.updates, fingerprints, milestone
+        ),
+        "loss_scale": {"value": scale.value, "good_steps": scale.good_steps},
+    }
+
+
+def describe_position(
+    config: Config,
+    writer: str,
+    world_size: int,
+    samples_seen: int,
+    updates: int,
+    fingerprints: list[str] | None,
+    milestone: bool,
+) -> dict[str, Any]:
+    """What meta.json says of any save. No generator's state is in it: initial weights, data order, dropout and samples
+    are functions of the seed and the position."""
+    return {
+        "format": FORMAT,
+        "tokens_seen": samples_seen * config.model.context,
+        "samples_seen": samples_seen,
+        "updates": updates,
+        "milestone": milestone,
+        "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "engine": writer,
+        "world_size": world_size,
+        "config": dataclasses.asdict(config),
+        "data": fingerprints,
+        "versions": {
+            "megagpt": megagpt.__version__,
+            "torch": torch.__version__,
+            "deepspeed": importlib.metadata.version("deepspeed"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def share_of(state: dict[str, FlatShard], replica: int, replicas: int) -> dict[str, FlatShard]:
+    """What one of several equal copies of a state writes.
+
+    The tensors are laid end to end and cut into equal ranges, so that most tensors are written in one piece.
+    """
+    if replicas == 1:
+        return state
+    total = sum(s.flat.numel() for s in state.values())
+    first, last = total * replica // replicas, total * (replica + 1) // replicas
+    share, position = {}, 0
+    for key, shard in state.items():
+        count = shard.flat.numel()
+        start, stop = max(first - position, 0), min(last - position, count)
+        if start < stop:
+            share[key] = FlatShard(shard.flat[start:stop], tuple(shard.shape), shard.start + start)
+        position += count
+    return share
+
+
+def _copy(shard: FlatShard) -> FlatShard:
+    """In CPU memory; from a GPU without waiting for it."""
+    on_gpu = shard.flat.device.type == "cuda"
+    copy = torch.empty(shard.flat.shape, dtype=shard.flat.dtype, pin_memory=on_gpu)
+    copy.copy_(shard.flat, non_blocking=on_gpu)
+    return FlatShard(copy, tuple(shard.shape), shard.start)
+
+
+def hush() -> None:
+    """No more of PyTorch's warning that a process alone saves and loads alone."""
+    warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
+
+
+def _disk_reason(error: BaseException) -> str:
+    causes = [error]
+    if isinstance(error, CheckpointException):
+        causes += [failure[0] for failure in error.failures.values()]
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "disk full; free some space and resume"
+    text = " ".join(str(c) for c in causes)
+    # PyTorch's writer reports a full disk as a failed write of its zip container, without the error number.
+    if "No space left" in text or "PytorchStreamWriter" in text or "unexpected pos" in text:
+        return "disk full; free some space and resume"
+    return first_line(causes[-1])

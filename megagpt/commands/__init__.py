@@ -1,0 +1,1 @@
+"""`megagpt <command>`: a module for each door. Rooms are imported on use, so that help is instant."""

@@ -1,0 +1,53 @@
+"""prepare, verify: token shards."""
+
+import argparse
+
+from megagpt.commands.options import Add, count
+from megagpt.errors import UserError
+
+
+def register(add: Add) -> None:
+    sub = add("prepare", _prepare, "Turn text into token shards. Run again after an interruption, it goes on.")
+    sub.add_argument("source", help="stdlib; a file, folder or glob of .txt .jsonl(.gz/.zst) .parquet; a hub data set")
+    sub.add_argument("--out", required=True, help="folder of the shards")
+    sub.add_argument("--text-key", default="text", help="key or column that holds the text (text)")
+    sub.add_argument("--subset", help="configuration of a hub data set, such as sample-10BT")
+    sub.add_argument("--split", default="train", help="split of a hub data set (train)")
+    sub.add_argument("--val-fraction", type=float, default=0.005, help="share of documents held out (0.005)")
+    sub.add_argument("--shard-tokens", type=count, default=100_000_000, help="tokens in a shard (1e8)")
+    sub.add_argument("--workers", type=int, help="encoding processes (one per core)")
+
+    sub = add("verify", _verify, "Read a folder of token shards from end to end against its checksums.")
+    sub.add_argument("folder")
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from megagpt.data.prepare import prepare
+    from megagpt.data.progress import PrepareProgress
+    from megagpt.data.sources import open_source
+
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError("--workers must be at least 1")
+    source = open_source(arguments.source, arguments.text_key, arguments.subset, arguments.split)
+    with PrepareProgress() as progress:
+        manifest = prepare(
+            source,
+            arguments.out,
+            val_fraction=arguments.val_fraction,
+            shard_tokens=arguments.shard_tokens,
+            workers=arguments.workers,
+            report=progress.report,
+        )
+    splits = manifest["splits"]
+    print(
+        f"{arguments.out}: {manifest['documents']:,} documents, {splits['train']['tokens']:,} training and "
+        f"{splits['val']['tokens']:,} validation tokens; train with data.sources='[{{path: {arguments.out}}}]'"
+    )
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from megagpt.data.shards import verify
+
+    print(f"{arguments.folder}: {verify(arguments.folder):,} tokens, all whole")
+    return 0

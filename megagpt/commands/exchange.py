@@ -1,0 +1,40 @@
+"""export, import: to and from `transformers`."""
+
+import argparse
+from pathlib import Path
+
+from megagpt.commands.options import Add, count
+
+
+def register(add: Add) -> None:
+    sub = add("export", _export, "Write a run's newest weights as a folder for transformers.")
+    sub.add_argument("run", metavar="RUN_OR_CHECKPOINT")
+    sub.add_argument("--to", required=True, metavar="DIR")
+    sub.add_argument("--shard-bytes", type=count, default=5_000_000_000, help="largest safetensors file (5e9)")
+
+    sub = add("import", _import, "Start a run from a transformers GPT-2 folder: its weights, the config's recipe.")
+    sub.add_argument("folder", metavar="FOLDER")
+    sub.add_argument("config", metavar="CONFIG")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from megagpt.checkpoints.folder import find_checkpoint
+    from megagpt.exchange.exporting import export_checkpoint
+
+    checkpoint = find_checkpoint(Path(arguments.run), print)
+    export_checkpoint(checkpoint, arguments.to, arguments.shard_bytes)
+    print(
+        f"wrote {arguments.to} from {checkpoint.path}; load it with "
+        f"transformers.AutoModelForCausalLM.from_pretrained({arguments.to!r})"
+    )
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from megagpt.config import load_config
+    from megagpt.exchange.importing import import_run
+
+    run = import_run(arguments.folder, load_config(arguments.config, arguments.overrides))
+    print(f"{run}: starts from {arguments.folder}; train it with: megagpt train --resume {run}")
+    return 0

@@ -1,0 +1,41 @@
+"""bench, parity: measurements of this machine."""
+
+import argparse
+
+from megagpt.commands.options import Add, count
+
+
+def register(add: Add) -> None:
+    sub = add("bench", _bench, "Measure training steps: tokens/s, MFU and peak memory, beside other implementations.")
+    sub.add_argument("model", help="a preset, such as gpt2-124m")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as engine.stage=3")
+    sub.add_argument("--batch", type=count, default=4, help="sequences in a step (4)")
+    sub.add_argument("--context", type=count, help="tokens in a sequence (the preset's)")
+    sub.add_argument("--precision", action="append", choices=("fp32", "bf16"), help="may be given twice (both)")
+    sub.add_argument("--compile", action="store_true", help="torch.compile")
+    sub.add_argument("--engine", default="ddp", help="engine of megagpt's own row (ddp)")
+    sub.add_argument("--against", default="", help="comma-separated: plain, transformers")
+    sub.add_argument(
+        "--same-allocator", action="store_true", help="give the others megagpt's CPU allocator setting too"
+    )
+    sub.add_argument("--steps", type=count, default=5, help="measured steps in each round (5)")
+    sub.add_argument("--rounds", type=count, default=2, help="rounds, alternating between implementations (2)")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+    sub = add("parity", _parity, "Compare every engine with one plain process, and measure what each holds in memory.")
+    sub.add_argument(
+        "--tables", default="fp32,bf16,memory", help="comma-separated: fp32, bf16, memory, crossings (the first three)"
+    )
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from megagpt.bench import bench
+
+    return bench(arguments)
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from megagpt.parity.tables import parity
+
+    return parity(arguments)

@@ -1,0 +1,121 @@
+"""sample: text from a model."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megagpt.commands.options import Add
+from megagpt.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from megagpt.models.gpt import GPT
+
+
+def register(add: Add) -> None:
+    sub = add("sample", _sample, "Continue prompts with a run's newest checkpoint or a transformers GPT-2 folder.")
+    sub.add_argument("model", metavar="RUN_OR_FOLDER", help="a run, one of its checkpoints, or a GPT-2 folder")
+    sub.add_argument("--prompt", action="append", help="may be given several times")
+    sub.add_argument("--samples", type=int, default=1, help="continuations of each prompt (1)")
+    sub.add_argument("--max-tokens", type=int, default=64, help="new tokens in each (64)")
+    sub.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1.0)")
+    sub.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: all (50)")
+    sub.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass (1.0)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--stream", action="store_true", help="print tokens as they come, one continuation after another")
+    sub.add_argument("--slide", action="store_true", help="of a prompt longer than the context, keep the end")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _load_model(name: str) -> "GPT":
+    """The model of a GPT-2 folder, of a checkpoint, or of a run's newest whole one; fp32 on the CPU."""
+    import torch
+
+    from megagpt.checkpoints.folder import find_checkpoint
+    from megagpt.checkpoints.loading import read_weights
+    from megagpt.config import build_config
+    from megagpt.models.gpt import GPT
+    from megagpt.models.huggingface import is_pretrained, load_pretrained
+
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UserError(f"{name}: no such folder")
+    if is_pretrained(folder):
+        return load_pretrained(folder)
+    checkpoint = find_checkpoint(folder, lambda text: print(text, file=sys.stderr))
+    with torch.device("meta"):
+        model = GPT(build_config(checkpoint.meta()["config"], str(checkpoint.path)).model)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    model.load_state_dict(read_weights(checkpoint, shapes), assign=True)
+    return model
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
+    from megagpt.distributed import join
+    from megagpt.generation import generate
+
+    checks = [
+        (arguments.temperature >= 0, "--temperature must not be negative"),
+        (arguments.top_k >= 0, "--top-k must not be negative"),
+        (0 < arguments.top_p <= 1, "--top-p must be above 0 and at most 1"),
+        (arguments.samples > 0, "--samples must be at least 1"),
+        (arguments.max_tokens > 0, "--max-tokens must be at least 1"),
+        (arguments.seed >= 0, "--seed must not be negative"),
+    ]
+    for holds, message in checks:
+        if not holds:
+            raise UserError(message)
+    with join(arguments.device) as world:
+        model = _load_model(arguments.model).to(world.device).eval()
+        context = model.config.context
+        if model.config.vocab_size < VOCAB_SIZE:
+            raise UserError(f"{arguments.model}: a vocabulary of {model.config.vocab_size} is not GPT-2's {VOCAB_SIZE}")
+        texts = [p for p in arguments.prompt or ["Hello, I'm a language model,"] for _ in range(arguments.samples)]
+        prompts = []
+        for text in texts:
+            tokens = gpt2().encode_ordinary(text) or [gpt2().eot_token]
+            if len(tokens) > context:
+                if not arguments.slide:
+                    raise UserError(
+                        f"the prompt has {len(tokens)} tokens, the model's context is {context}: "
+                        f"shorten it, or let --slide keep its last {context}"
+                    )
+                print(f"the prompt has {len(tokens)} tokens: its last {context} are used", file=sys.stderr)
+                tokens = tokens[-context:]
+            prompts.append(tokens)
+        if max(map(len, prompts)) + arguments.max_tokens > context:
+            print(f"past the context of {context} tokens the window slides by half of it", file=sys.stderr)
+        settings: dict[str, Any] = {
+            "temperature": arguments.temperature,
+            "top_k": arguments.top_k,
+            "top_p": arguments.top_p,
+        }
+        if arguments.stream:
+            for i, (text, tokens) in enumerate(zip(texts, prompts, strict=True)):
+                _stream(model, text, tokens, arguments.max_tokens, arguments.seed + i, settings)
+            return 0
+        rows = generate(model, model.config, prompts, arguments.max_tokens, seed=arguments.seed, **settings)
+        print("\n---\n".join(text + gpt2().decode(row) for text, row in zip(texts, rows, strict=True)))
+    return 0
+
+
+def _stream(
+    model: "torch.nn.Module", text: str, tokens: list[int], count: int, seed: int, settings: dict[str, Any]
+) -> None:
+    import codecs
+
+    from megagpt.data.tokenizer import gpt2
+    from megagpt.generation import generate
+
+    # A character may span several tokens: print it when its last byte is there.
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def show(row: int, token: int) -> None:
+        print(decoder.decode(gpt2().decode_single_token_bytes(token)), end="", flush=True)
+
+    print(text, end="", flush=True)
+    generate(model, model.config, [tokens], count, seed=seed, on_token=show, **settings)  # type: ignore[arg-type]
+    print(decoder.decode(b"", final=True), flush=True)

@@ -1,0 +1,95 @@
+"""A run's checkpoint as a folder that `transformers` loads: model, tokenizer, generation settings, model card."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from megagpt.checkpoints.folder import Checkpoint
+from megagpt.checkpoints.loading import read_weights
+from megagpt.config import build_config
+from megagpt.data.tokenizer import END_OF_TEXT
+from megagpt.exchange.tokenizer_files import tokenizer_files
+from megagpt.models.huggingface import export
+from megagpt.models.presets import ModelConfig
+
+_GENERATION = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "do_sample": True, "top_k": 50}
+
+
+def export_checkpoint(checkpoint: Checkpoint, folder: str | Path, shard_bytes: int) -> None:
+    """Write the folder, one safetensors file in memory at a time. Raises UserError."""
+    meta = checkpoint.meta()
+    model = build_config(meta["config"], str(checkpoint.path / "meta.json")).model
+    files = {
+        **tokenizer_files(model.context),
+        "generation_config.json": json.dumps(_GENERATION, indent=2) + "\n",
+        "README.md": _card(checkpoint, meta, model),
+    }
+    export(folder, model, functools.partial(read_weights, checkpoint), files, shard_bytes)
+
+
+def _card(checkpoint: Checkpoint, meta: dict[str, Any], model: ModelConfig) -> str:
+    config, versions = meta["config"], meta["versions"]
+    optimizer, train = config["optimizer"], config["train"]
+    validation = _validation_loss(checkpoint)
+    sources = "\n".join(
+        f"| data | `{source['path']}`, weight {source['weight']:g}, fingerprint `{fingerprint}` |"
+        for source, fingerprint in zip(config["data"]["sources"], meta["data"] or [], strict=False)
+    )
+    rows = [
+        ("run", f"`{config['run']['name']}`, seed {config['run']['seed']}"),
+        ("trained on", f"{meta['tokens_seen']:,} tokens in {meta['updates']:,} updates"),
+        ("validation loss", f"{validation:.4f} nats a token" if validation is not None else "not measured"),
+        ("parameters", f"{model.parameters:,}"),
+        (
+            "shape",
+            f"{model.layers} layers, width {model.width}, {model.heads} heads, context {model.context}, "
+            f"dropout {model.dropout:g}",
+        ),
+        ("batch", f"{train['batch_tokens']:,} tokens"),
+        (
+            "AdamW",
+            f"peak learning rate {optimizer['lr']:g}, betas {optimizer['beta1']:g} and {optimizer['beta2']:g}, "
+            f"weight decay {optimizer['weight_decay']:g}, gradient clipping at {optimizer['clip']:g}",
+        ),
+        ("precision", train["precision"]),
+        ("saved by", f"{meta['engine']} on {meta['world_size']} rank(s), {meta['saved']}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+language: en
+tags: [gpt2, megagpt]
+---
+
+# {config["run"]["name"]}
+
+A GPT-2 trained from scratch with megagpt.
+
+| | |
+|---|---|
+{table}
+{sources}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+```
+"""
+
+
+def _validation_loss(checkpoint: Checkpoint) -> float | None:
+    """The run's last one up to the checkpoint."""
+    try:
+        lines = (checkpoint.path.parent.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        events = [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return None
+    found = [
+        e["validation_loss"] for e in events if e["event"] == "validation" and e["tokens_seen"] <= checkpoint.tokens
+    ]
+    return float(found[-1]) if found else None
