@@ -11,7 +11,9 @@ from megagpt.parity.cases import SAVED_AT, SETUPS, STEPS, Case
 from megagpt.parity.launch import run_cases
 
 WORLDS = (1, 2, 4)
+TOLERANCE = 5e-6  # of the loss, in fp32
 Curve = list[list[float]]
+
 
 
 class Place(NamedTuple):
@@ -88,14 +90,11 @@ def crossing_table() -> tuple[Iterator[list[str]], bool]:
     return _rows(results), within
 
 
-TOLERANCE = 5e-6
-
-
 def _rows(results: dict[Crossing, Result]) -> Iterator[list[str]]:
     yield [
         f"checkpoints: largest difference of the loss from one plain process over the {STEPS} steps after a resume; "
-        "rows saved it, columns resumed it, each on 1, 2 and 4 ranks (the largest of 9 crossings); = means that the same "
-        "engine on the same number of ranks went on bit for bit"
+        "rows saved it, columns resumed it, each on 1, 2 and 4 ranks (the largest of 9 crossings); = says that the "
+        "same engine on the same number of ranks went on bit for bit"
     ]
     yield ["saved by", *SETUPS]
     for source in SETUPS:

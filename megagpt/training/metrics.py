@@ -79,10 +79,10 @@ class Metrics:
             if isinstance(value, int | float):
                 self.board.add_scalar(f"{_panel(name)}/{name}", value, step)
 
-    def has(self, event: str) -> bool:
-        """Whether an event of that kind stands in the run's metrics."""
-        lines = self.file.read_text(encoding="utf-8").splitlines()
-        return any(json.loads(line)["event"] == event for line in lines)
+    def has(self, event: str, tokens: int) -> bool:
+        """Whether an event of that kind and position stands in the run's metrics."""
+        lines = map(json.loads, self.file.read_text(encoding="utf-8").splitlines())
+        return any(line["event"] == event and line["tokens_seen"] == tokens for line in lines)
 
     def flush(self) -> None:
         """Put on disk what a checkpoint's position claims to be there."""

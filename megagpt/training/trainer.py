@@ -245,7 +245,7 @@ class Trainer:
 
     def _finished(self) -> bool:
         """Whether an earlier start got past the last step's validation and samples."""
-        recorded = self.metrics is not None and self.metrics.has("finished")
+        recorded = self.metrics is not None and self.metrics.has("finished", self.tokens_seen)
         return self.world.any(recorded)
 
     def _loop(self, batches: Iterator[Batch], stop: StopRequest) -> bool:

@@ -128,11 +128,11 @@ def evaluating(case: Case) -> tuple[list[float], list[str]]:
     """The loss of a batch as evaluation sees it, and names of the weights that stayed gathered afterwards."""
     with join("cpu") as world:
         engine = build_engine(case.config(), world)
-        before = {key: (type(t), t.shape) for key, t in engine.state().items()}
+        before = {key: s.flat.numel() for key, s in engine.state().items()}
         with engine.evaluation() as model:
             ((tokens, targets),) = share(0, 0, dataclasses.replace(case, ranks=1)).micro_batches
             losses = [float(model(tokens, targets)) for _ in range(2)]
-        after = {key: (type(t), t.shape) for key, t in engine.state().items()}
+        after = {key: s.flat.numel() for key, s in engine.state().items()}
         engine.train_step(share(0, world.rank, case), LR)
         return losses, [key for key in before if before[key] != after[key]]
 

@@ -59,7 +59,7 @@ def test_a_run_under_an_engine_and_its_checkpoint_under_another(name: str, tiny:
     arguments = ["--resume", str(runs / "ddp-to-engine"), "train.micro_batch=1", *ENGINES[name]]
     done = torchrun(2, arguments, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "resuming from" in done.stdout
+    assert "resuming at" in done.stdout
     assert_same_run(runs / "ddp-to-engine", runs / "one")
 
 
@@ -101,7 +101,7 @@ def test_a_run_of_bad_steps_names_the_last_good_checkpoint(tiny: Tiny, tmp_path:
     run = tmp_path / "runs" / "tiny"
     last = list_checkpoints(run)[-1].path
     shutil.rmtree(last)
-    lr = ["optimizer.lr=1e30", "train.nonfinite_limit=2", "schedule.warmup_tokens=0"]
+    lr = ["--allow-recipe-change", "optimizer.lr=1e30", "train.nonfinite_limit=2", "schedule.warmup_tokens=0"]
     done = megagpt("train", "--resume", str(run), *lr, cwd=tmp_path)
     assert done.returncode == 2
     assert "not finite in 2 steps in a row" in done.stderr

@@ -251,7 +251,7 @@ def test_a_run_leaves_config_environment_metrics_and_events(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = tiny(checkpoint={"every_tokens": 640, "keep": 2, "milestone_every_tokens": 1280})
+    config = tiny(checkpoint={"every_tokens": 640, "keep": 1, "milestone_every_tokens": 1280})
     assert train(str(config)) == 0
     output = capsys.readouterr().out
     run = tmp_path / "runs" / "tiny"
@@ -272,7 +272,7 @@ def test_a_run_leaves_config_environment_metrics_and_events(
     events.Reload()
     assert [e.value for e in events.Scalars("loss/loss")] == pytest.approx(losses(run))
     assert {"config/text_summary", "samples/text_summary"} <= set(events.Tags()["tensors"])
-    # keep=2 newest, and the milestones at 1,280 and 2,560.
+    # The newest interval save, and beside it the milestones at 1,280 and 2,560.
     assert [c.tokens for c in list_checkpoints(run)] == [1280, 1920, 2560]
 
 
@@ -347,15 +347,43 @@ def test_a_checkpoint_of_another_model_or_of_other_data(
     assert train(str(tiny())) == 0
     run = tmp_path / "runs" / "tiny"
     capsys.readouterr()
-    refused(capsys, ["--resume", str(run), "model.width=64"], "another model", "model.width 32 there, 64 here")
-    refused(capsys, ["--resume", str(run), "run.seed=1"], "order of the data", "run.seed 0 there, 1 here")
-    refused(capsys, ["--resume", str(run), "train.batch_tokens=256"], "train.batch_tokens 128 there, 256 here")
+    wider = ["--resume", str(run), "model.width=64"]
+    refused(capsys, wider, "model.width 32 there, 64 here", "another run.name")
+    recipe = ["--allow-recipe-change", "--allow-data-change"]
+    refused(capsys, [*wider, *recipe], "model.width 32 there, 64 here")
+    refused(capsys, ["--resume", str(run), "run.seed=1"], "run.seed 0 there, 1 here", "--allow-recipe-change")
+    both = ["train.batch_tokens=256", "optimizer.lr=1e-4"]
+    refused(capsys, ["--resume", str(run), *both], "train.batch_tokens 128 there, 256 here", "optimizer.lr 0.0006 there")
     from megagpt.data.prepare import prepare
     from megagpt.data.sources import open_source
 
     (tmp_path / "other.jsonl").write_text("\n".join(json.dumps({"text": f"other {i}" * 99}) for i in range(100)))
     prepare(open_source(str(tmp_path / "other.jsonl")), tmp_path / "other", val_fraction=0.1, workers=1)
-    refused(capsys, ["--resume", str(run), f"data.sources=[{{path: {tmp_path / 'other'}}}]"], "other data")
+    other = ["--resume", str(run), f"data.sources=[{{path: {tmp_path / 'other'}}}]"]
+    refused(capsys, other, "data ", "--allow-data-change")
+    refused(capsys, [*other, "--allow-recipe-change"], "--allow-data-change")
+
+
+def test_a_change_that_is_meant_goes_on(
+    tiny: Tiny, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the saved position with the new recipe and the new data, which the next resume takes for its own."""
+    config = str(tiny(train={"tokens": 1280}, schedule={"decay_end_tokens": 2560}))
+    assert train(config) == 0
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(corpus, tmp_path / "moved")
+    sources = [{"path": str(tmp_path / "moved"), "weight": 1}, {"path": str(corpus), "weight": 3}]
+    changes = [f"data.sources={json.dumps(sources)}", "optimizer.lr=1e-5", "model.dropout=0.1", "train.tokens=1920"]
+    capsys.readouterr()
+    assert train("--resume", str(run), "--allow-data-change", "--allow-recipe-change", *changes) == 0
+    output = capsys.readouterr().out
+    for difference in ("optimizer.lr 0.0006 there, 1e-05 here", "model.dropout 0.0 there, 0.1 here", "data"):
+        assert f"going on with a change: {difference}" in output
+    steps = metrics(run)
+    assert [line["step"] for line in steps] == list(range(1, 16))
+    assert max(line["lr"] for line in steps[10:]) <= 1e-5 < min(line["lr"] for line in steps[3:10])
+    assert train("--resume", str(run), "train.tokens=2560") == 0
+    assert [line["step"] for line in metrics(run)] == list(range(1, 21))
 
 
 def test_half_written_checkpoints_are_skipped_and_said(
@@ -374,10 +402,11 @@ def test_half_written_checkpoints_are_skipped_and_said(
     capsys.readouterr()
     assert train("--resume", str(run)) == 0
     output = capsys.readouterr().out
-    assert f"skipping {fourth.path}: its marker is missing" in output
-    assert f"skipping {third.path}: {shard.name} has" in output
-    assert f"skipping {second.path}: meta.json is missing" in output
-    assert f"resuming from {first.path}" in output
+    for damaged, reason in ((fourth, "COMPLETE is missing"), (third, f"{shard.name} has"), (second, "meta.json is")):
+        (line,) = (line for line in output.splitlines() if f"{damaged.path.name}.damaged" in line)
+        assert str(damaged.path) in line
+        assert reason in line
+    assert f"resuming at {first.tokens:,} tokens" in output
     assert losses(run) == expected
 
 
@@ -437,4 +466,4 @@ def initial_sum(path: str) -> float:
 
     with join("cpu") as world:
         engine = build_engine(load_config(path), world)
-        return sum(float(t.double().abs().sum()) for t in engine.state().values())
+        return sum(float(s.flat.double().abs().sum()) for s in engine.state().values())
