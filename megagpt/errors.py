@@ -42,6 +42,16 @@ def disk_error(error: OSError) -> UserError | None:
     return UserError(f"{where}{os.strerror(error.errno)}; mend that and go on")
 
 
+def disk_reason(*causes: BaseException) -> str:
+    """Why a disk did not take something, for a sentence about it: one cause, or one from each rank."""
+    text = " ".join(map(str, causes))
+    full = any(isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EDQUOT) for c in causes)
+    # PyTorch's writer reports a full disk as a failed write of its zip container, without the error number.
+    if full or "No space left" in text or "PytorchStreamWriter" in text or "unexpected pos" in text:
+        return "disk full; free some space and resume"
+    return first_line(causes[0])
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A sentence that names the nearest known words, or all of them where none is near."""
     known = list(known)

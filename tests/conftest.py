@@ -18,8 +18,17 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def tiny(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a tiny run's config and gives its path."""
+    return lambda **sections: write_tiny(tmp_path, corpus, **sections)
+
+
+def make_corpus(folder: Path) -> Path:
     """A prepared corpus of about 60,000 tokens in 200 documents."""
-    folder = tmp_path_factory.mktemp("corpus")
     rows = [
         json.dumps({"text": f"Document {i}: " + " ".join(str(i * j % 997) for j in range(150))}) for i in range(200)
     ]
@@ -28,28 +37,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
-@pytest.fixture
-def tiny(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a tiny run's config, 20 steps of 4 sequences of 32 tokens, and gives its path."""
-
-    def write(**sections: Any) -> Path:
-        tree: dict[str, Any] = {
-            "model": {"layers": 2, "width": 32, "heads": 2, "context": 32},
-            "run": {"folder": str(tmp_path / "runs"), "name": "tiny"},
-            "data": {"sources": [{"path": str(corpus)}]},
-            "train": {"tokens": 2560, "batch_tokens": 128, "micro_batch": 4, "precision": "fp32", "device": "cpu"},
-            "schedule": {"warmup_tokens": 512, "decay_end_tokens": 2560},
-            "validation": {"every_tokens": 0, "tokens": 640},
-            "sampling": {"samples": 1, "max_tokens": 4, "every_tokens": 0},
-            "checkpoint": {"every_tokens": 0},
-        }
-        for name, values in sections.items():
-            tree[name] = {**tree.get(name, {}), **values}
-        path = tmp_path / "tiny.yaml"
-        path.write_text(json.dumps(tree))  # JSON is YAML
-        return path
-
-    return write
+def write_tiny(folder: Path, corpus: Path, **sections: Any) -> Path:
+    """The config of a tiny run below `folder`: 20 steps of 4 sequences of 32 tokens, but for what `sections` say."""
+    tree: dict[str, Any] = {
+        "model": {"layers": 2, "width": 32, "heads": 2, "context": 32},
+        "run": {"folder": str(folder / "runs"), "name": "tiny"},
+        "data": {"sources": [{"path": str(corpus)}]},
+        "train": {"tokens": 2560, "batch_tokens": 128, "micro_batch": 4, "precision": "fp32", "device": "cpu"},
+        "schedule": {"warmup_tokens": 512, "decay_end_tokens": 2560},
+        "validation": {"every_tokens": 0, "tokens": 640},
+        "sampling": {"samples": 1, "max_tokens": 4, "every_tokens": 0},
+        "checkpoint": {"every_tokens": 0},
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    path = folder / "tiny.yaml"
+    path.write_text(json.dumps(tree))  # JSON is YAML
+    return path
 
 
 def metrics(run: Path, event: str = "step") -> list[dict[str, Any]]:

@@ -68,6 +68,21 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
+def start_ranks(world: int, arguments: Sequence[str], cwd: Path) -> list[subprocess.Popen[str]]:
+    """Start `megagpt train` on each rank of a new world, without a launcher, so that a test may kill any of them.
+
+    What they print goes to `rank_N.log` below `cwd`.
+    """
+    place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in range(world):
+        variables = {**environment(), **place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, "-m", "megagpt", "train", *arguments]
+        with (cwd / f"rank_{rank}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, cwd=cwd, env=variables, stdout=log, stderr=log, text=True))
+    return processes
+
+
 def megagpt(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "megagpt", *arguments]

@@ -22,6 +22,7 @@ from megagpt.errors import UserError, first_line
 
 MARKER = "COMPLETE"
 META = "meta.json"
+INDEX = ".metadata"
 FORMAT = 2
 SAVING = ".saving"
 DAMAGED = ".damaged"
@@ -63,6 +64,12 @@ class Checkpoint:
         except (UserError, OSError) as error:
             return str(error)
         return None
+
+    def check_index(self) -> None:
+        """Raises DamagedError where `.metadata` is not what was written: PyTorch hides what its reader raises there."""
+        with CheckedReader(self.path / INDEX, self.sums()[INDEX]) as file:
+            while file.read(BLOCK_BYTES):
+                pass
 
     def verify(self, progress: Callable[[int], Any] = lambda count: None) -> list[str]:
         """Read all of it; what is wrong, file by file. `progress` is told of bytes read."""

@@ -56,6 +56,7 @@ def _load(
 
     def whole() -> tuple[dict[str, Any], dict[str, FileSum]]:
         checkpoint.check_sizes()
+        checkpoint.check_index()
         return checkpoint.meta(), checkpoint.sums()
 
     meta, sums = world.from_main(whole)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import errno
 import importlib.metadata
 import os
 import platform
@@ -35,7 +34,7 @@ from megagpt.config import CheckpointConfig, Config
 from megagpt.distributed import World
 from megagpt.engines.engine import Engine
 from megagpt.engines.flat_shard import FlatShard
-from megagpt.errors import UserError, first_line
+from megagpt.errors import UserError, disk_reason
 
 # How long ranks wait for the slowest writer of a save.
 _TIMEOUT = datetime.timedelta(hours=3)
@@ -86,6 +85,7 @@ class Saver:
     def probe(self, size: int) -> None:
         """Write a little where checkpoints go, to learn whether that can be done and how long one of `size` bytes will
         take. Raises UserError where the folder cannot be written."""
+        self._world.from_main(lambda: remove_unfinished(self._run))
         share = size // self._world.size
         data = memoryview(bytearray(os.urandom(min(share, _PROBE_BYTES) or 1)))
         folder = checkpoints_folder(self._run)
@@ -100,7 +100,7 @@ class Saver:
             seconds = time.monotonic() - start
             path.unlink()
         except OSError as error:
-            raise UserError(f"{folder}: checkpoints cannot be written there: {_disk_reason(error)}") from None
+            raise UserError(f"{folder}: checkpoints cannot be written there: {disk_reason(error)}") from None
         self._seconds = self._world.max(seconds * share / len(data))
 
     def save(
@@ -160,9 +160,8 @@ class Saver:
             self._seconds = max(self._seconds, outcome.save_seconds)
             return outcome
         if isinstance(outcome, OSError | CheckpointException | RuntimeError):
-            raise UserError(
-                f"{checkpoints_folder(self._run)}: the checkpoint could not be written: {_disk_reason(outcome)}"
-            ) from None
+            reason = disk_reason(*_causes(outcome))
+            raise UserError(f"{checkpoints_folder(self._run)}: the checkpoint could not be written: {reason}") from None
         if outcome is not None:
             raise outcome
         return None
@@ -185,7 +184,7 @@ class Saver:
         saving = checkpoint.path.with_name(checkpoint.path.name + SAVING)
 
         def begin() -> None:
-            remove_unfinished(self._run)
+            remove_unfinished(self._run)  # of a save that failed
             saving.mkdir(parents=True)
 
         self._world.from_main(begin, self._group)
@@ -283,15 +282,6 @@ def hush() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
 
 
-def _disk_reason(error: BaseException) -> str:
-    causes = [error]
-    if isinstance(error, CheckpointException):
-        causes += [failure[0] for failure in error.failures.values()]
-    for cause in causes:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return "disk full; free some space and resume"
-    text = " ".join(str(c) for c in causes)
-    # PyTorch's writer reports a full disk as a failed write of its zip container, without the error number.
-    if "No space left" in text or "PytorchStreamWriter" in text or "unexpected pos" in text:
-        return "disk full; free some space and resume"
-    return first_line(causes[-1])
+def _causes(error: BaseException) -> list[BaseException]:
+    """What failed on the ranks, behind an error that PyTorch made of it."""
+    return [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else [error]

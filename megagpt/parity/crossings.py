@@ -15,7 +15,6 @@ TOLERANCE = 5e-6  # of the loss, in fp32
 Curve = list[list[float]]
 
 
-
 class Place(NamedTuple):
     """An engine on so many ranks."""
 

@@ -1,8 +1,10 @@
 """What is measured, and the places it is written: console, TensorBoard, JSON lines."""
 
+import contextlib
 import json
 import math
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from megagpt.errors import UserError, disk_reason
 
 _PLAIN_SECONDS = 10.0
 
@@ -25,6 +29,7 @@ class Metrics:
         self.file = run / "metrics.jsonl"
         _drop_lines_after(self.file, tokens)
         self.lines = self.file.open("a", encoding="utf-8")
+        _leave_disk_errors_to_the_next_write()
         self.board = SummaryWriter(str(run), purge_step=step + 1 if resumed else None)
         self.total_tokens = total_tokens
         self._start = time.monotonic()
@@ -73,11 +78,15 @@ class Metrics:
         sys.stdout.flush()
 
     def _write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        self.lines.write(json.dumps({"event": kind, "step": step, **{k: _json(v) for k, v in values.items()}}) + "\n")
-        self.lines.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.board.add_scalar(f"{_panel(name)}/{name}", value, step)
+        line = json.dumps({"event": kind, "step": step, **{k: _json(v) for k, v in values.items()}})
+        try:
+            self.lines.write(line + "\n")
+            self.lines.flush()
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(f"{_panel(name)}/{name}", value, step)
+        except OSError as error:
+            raise UserError(f"{self.file.parent}: metrics cannot be written: {disk_reason(error)}") from None
 
     def has(self, event: str, tokens: int) -> bool:
         """Whether an event of that kind and position stands in the run's metrics."""
@@ -91,8 +100,20 @@ class Metrics:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.lines.close()
-        self.board.close()
+        for writer in (self.lines, self.board):
+            with contextlib.suppress(OSError):  # what could not be written was said when it was written
+                writer.close()
+
+
+def _leave_disk_errors_to_the_next_write() -> None:
+    """TensorBoard's thread hands its error to whoever writes next; Python would print it as a traceback before."""
+    usual = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if not (type(arguments.thread).__name__ == "_AsyncWriterThread" and isinstance(arguments.exc_value, OSError)):
+            usual(arguments)
+
+    threading.excepthook = hook
 
 
 def _panel(name: str) -> str:

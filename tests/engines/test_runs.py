@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.cli import main
 from megagpt.checkpoints.folder import list_checkpoints
+from megagpt.cli import main
 from tests.conftest import metrics
 from tests.ranks import megagpt, torchrun
 

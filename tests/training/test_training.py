@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
 from megagpt.config import load_config
 from megagpt.data.loader import open_corpus
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
-from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.training.trainer import EXIT_STOPPED
 from tests.conftest import metrics
 from tests.ranks import environment, megagpt, run_ranks, torchrun
@@ -353,7 +353,9 @@ def test_a_checkpoint_of_another_model_or_of_other_data(
     refused(capsys, [*wider, *recipe], "model.width 32 there, 64 here")
     refused(capsys, ["--resume", str(run), "run.seed=1"], "run.seed 0 there, 1 here", "--allow-recipe-change")
     both = ["train.batch_tokens=256", "optimizer.lr=1e-4"]
-    refused(capsys, ["--resume", str(run), *both], "train.batch_tokens 128 there, 256 here", "optimizer.lr 0.0006 there")
+    refused(
+        capsys, ["--resume", str(run), *both], "train.batch_tokens 128 there, 256 here", "optimizer.lr 0.0006 there"
+    )
     from megagpt.data.prepare import prepare
     from megagpt.data.sources import open_source
 

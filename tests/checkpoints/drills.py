@@ -1,0 +1,284 @@
+"""Fault drills: real processes, really killed, on disks that really fail; each ends with the uninterrupted curve.
+
+The tests run them in their short form. The long form prints a report:
+
+    python -m tests.checkpoints.drills --kills 24
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from megagpt.checkpoints.folder import list_checkpoints
+from megagpt.cli import main as command_line
+from megagpt.training.trainer import EXIT_STOPPED
+from tests.conftest import make_corpus, metrics, write_tiny
+from tests.ranks import start_ranks
+
+# How long ranks may take to start, to make progress, to notice that a peer is gone: generous, to find what hangs.
+PATIENCE = 120.0
+SETUPS = {
+    "ddp": ["engine.name=ddp"],
+    "fsdp": ["engine.name=fsdp"],
+    "zero-1": ["engine.name=zero", "engine.stage=1"],
+    "zero-3": ["engine.name=zero", "engine.stage=3"],
+}
+Ranks = list[subprocess.Popen[str]]
+
+
+class Drill:
+    """A run on two ranks that saves after every step, and the losses that it must have in the end."""
+
+    def __init__(self, folder: Path, corpus: Path, steps: int, tolerance: float = 0.0) -> None:
+        self.folder, self.corpus, self.steps, self.tolerance = folder, corpus, steps, tolerance
+        self.done: Counter[str] = Counter()
+        """What was done to runs, by kind."""
+        self.differing = 0
+        """Steps whose loss was not that of the uninterrupted run."""
+        tokens = {"tokens": 128 * steps, "micro_batch": 2}
+        self.config = write_tiny(folder, corpus, train=tokens, checkpoint={"every_tokens": 128, "keep": 2})
+        ranks = self.start("whole", "checkpoint.every_tokens=0")
+        self.wait(ranks, [0, 0])
+        self.expected = self.losses("whole")
+        assert len(self.expected) == steps
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def losses(self, name: str) -> list[float]:
+        assert [line["step"] for line in metrics(self.run(name))] == list(range(1, self.steps + 1))
+        return [line["loss"] for line in metrics(self.run(name))]
+
+    def compare(self, name: str) -> None:
+        """Count the steps of a finished run that are not those of the uninterrupted one; none may be."""
+        pairs = zip(self.losses(name), self.expected, strict=True)
+        differing = sum(abs(a - b) > self.tolerance for a, b in pairs)
+        self.differing += differing
+        assert differing == 0, f"{name}: {differing} steps differ"
+
+    def start(self, name: str, *overrides: str) -> Ranks:
+        """Start the run on two ranks, or resume it."""
+        run = self.run(name)
+        if (run / "config.yaml").exists():
+            return start_ranks(2, ["--resume", str(run), *overrides], self.folder)
+        return start_ranks(2, [str(self.config), f"run.name={name}", *overrides], self.folder)
+
+    def wait(self, ranks: Ranks, codes: Sequence[int] | None = None) -> None:
+        """Until all have ended, each with its code if given."""
+        try:
+            found = [rank.wait(PATIENCE) for rank in ranks]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"a rank hangs:\n{self.log()}") from None
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        assert codes is None or found == list(codes), f"exit codes {found}:\n{self.log()}"
+
+    def log(self) -> str:
+        return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(self.folder.glob("rank_*.log")))
+
+    def wait_for_progress(self, ranks: Ranks, name: str, starts: int, steps: int = 3) -> None:
+        """Until the run's start of that number has taken so many steps."""
+        run, deadline = self.run(name), time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                lines = (run / "environment.jsonl").read_text().splitlines()
+                if len(lines) >= starts:
+                    position = json.loads(lines[-1])["from_tokens"]
+                    if metrics(run)[-1]["tokens_seen"] >= position + 128 * steps:
+                        return
+            assert all(rank.poll() is None for rank in ranks), f"ended early:\n{self.log()}"
+            time.sleep(0.01)
+        raise AssertionError(f"no progress:\n{self.log()}")
+
+    # --- what is done to runs ---
+
+    def kill(self, kills: int, moments: random.Random, setups: Sequence[str] = ("ddp",)) -> None:
+        """SIGKILL one rank, or all, at random moments, most of them inside a save."""
+        name = "killed"
+        for kill in range(kills):
+            ranks = self.start(name, *SETUPS[moments.choice(setups)])
+            self.wait_for_progress(ranks, name, kill + 1)
+            time.sleep(moments.random() * 0.4)
+            saving = any((self.run(name) / "checkpoints").glob("*.saving"))
+            one = moments.random() < 0.5
+            victims = [moments.choice(ranks)] if one else ranks
+            for rank in victims:
+                rank.kill()
+            self.wait(ranks)
+            self.done[
+                f"SIGKILL of {'one rank' if one else 'all ranks'}, {'inside' if saving else 'outside'} a save"
+            ] += 1
+        self.wait(self.start(name, *SETUPS["ddp"]), [0, 0])
+        self.compare(name)
+
+    def signals(self) -> None:
+        """Each signal, sent to one rank only: all of them save and end with the code for it."""
+        name = "stopped"
+        for i, number in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)):
+            ranks = self.start(name, "checkpoint.every_tokens=0")
+            self.wait_for_progress(ranks, name, i + 1)
+            ranks[1].send_signal(number)
+            if number != signal.SIGINT:  # schedulers send them more than once
+                time.sleep(0.005)
+                ranks[1].send_signal(number)
+            self.wait(ranks, [EXIT_STOPPED] * 2)
+            newest = list_checkpoints(self.run(name))[-1]
+            assert newest.verify() == []
+            assert newest.tokens == metrics(self.run(name))[-1]["tokens_seen"]
+            assert len(metrics(self.run(name), "stopped")) == i + 1
+            assert "Traceback" not in self.log()
+            self.done[signal.Signals(number).name] += 1
+        self.wait(self.start(name, "checkpoint.every_tokens=0"), [0, 0])
+        self.compare(name)
+
+    def full_disk(self) -> None:
+        """A file system that takes two checkpoints of 20 MB and not the third."""
+        disk = self.folder / "runs"
+        with mounted(["-t", "tmpfs", "-o", "size=50m", "tmpfs"], disk):
+            ranks = self.start("full", "checkpoint.keep=9")
+            self.wait(ranks, [2, 2])
+            self._assert_one_error("disk full")
+            assert [c.verify() for c in list_checkpoints(self.run("full"))] == [[], []]
+            subprocess.run(["mount", "-o", "remount,size=4000m", str(disk)], check=True)
+            self.wait(self.start("full", "checkpoint.keep=1"), [0, 0])
+            self.compare("full")
+        self.done["full disk"] += 1
+
+    def read_only(self) -> None:
+        """The checkpoints' folder becomes read-only while the run saves."""
+        ranks = self.start("read-only")
+        self.wait_for_progress(ranks, "read-only", 1)
+        folder = self.run("read-only") / "checkpoints"
+        with mounted(["--bind", str(folder)], folder):
+            subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+            self.wait(ranks, [2, 2])
+        self._assert_one_error("Read-only file system")
+        assert list_checkpoints(self.run("read-only"))[-1].verify() == []
+        self.wait(self.start("read-only"), [0, 0])
+        self.compare("read-only")
+        self.done["read-only folder"] += 1
+
+    def _assert_one_error(self, text: str) -> None:
+        errors = [line for line in self.log().splitlines() if "megagpt: error:" in line]
+        assert len(errors) == 1, self.log()
+        assert text in errors[0], errors[0]
+        assert "Traceback" not in self.log()
+
+    def damage(self) -> None:
+        """A flipped byte, a lost end and a lost file, in every kind of file of the newest checkpoint."""
+        ranks = self.start("sound", f"checkpoint.every_tokens={128 * (self.steps // 3)}", "checkpoint.keep=9")
+        self.wait(ranks, [0, 0])
+        last = list_checkpoints(self.run("sound"))[-1].path.name
+        kinds = ["__0_0.distcp", "__1_0.distcp", ".metadata", "meta.json", "COMPLETE"]
+        harms: dict[str, Callable[[Path], None]] = {
+            "flipped byte": flip, "truncated file": truncate, "missing file": Path.unlink,
+        }  # fmt: skip
+        for harm, apply in harms.items():
+            for kind in kinds:
+                self._resume_damaged("sound", last, kind, apply)
+                self.done[f"{harm}: {kind.replace('1', '0')}"] += 1
+        self._resume_damaged("sound", last, ".metadata", lambda path: empty_but_for(path.parent, "COMPLETE"))
+        self.done["marker without data"] += 1
+
+    def _resume_damaged(self, source: str, checkpoint: str, kind: str, apply: Callable[[Path], None]) -> None:
+        run = self.run("damaged")
+        shutil.copytree(self.run(source), run)
+        apply(run / "checkpoints" / checkpoint / kind)
+        output = resume_here(run)
+        (line,) = (line for line in output.splitlines() if f"set aside as {checkpoint}.damaged" in line)
+        assert str(run / "checkpoints" / checkpoint) in line
+        assert kind in line or ".distcp" in line
+        assert (run / "checkpoints" / f"{checkpoint}.damaged").is_dir()
+        self.compare("damaged")
+        shutil.rmtree(run)
+
+
+def resume_here(run: Path) -> str:
+    """Resume a two-rank run in this process, as a world of one; what it prints."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = command_line(["train", "--resume", str(run)])
+    assert code == 0, output.getvalue()
+    return output.getvalue()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty_but_for(folder: Path, kept: str) -> None:
+    for path in folder.iterdir():
+        if path.name != kept:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def mounted(options: list[str], folder: Path) -> Iterator[None]:
+    """A mount for a while. Raises PermissionError where this machine does not let us."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["mount", *options, str(folder)], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise PermissionError(f"mount {' '.join(options)}: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def main() -> int:
+    """The long form: every drill, kills under engines that change from start to start, and the report."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    began, moments, done, differing = time.monotonic(), random.Random(arguments.seed), Counter[str](), 0
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = make_corpus(Path(folder))
+        parts: list[tuple[str, int, float, Callable[[Drill], None]]] = [
+            ("kills", 30 + 12 * arguments.kills, 5e-6, lambda d: d.kill(arguments.kills, moments, list(SETUPS))),
+            ("signals", 60, 0.0, Drill.signals),
+            ("full disk", 20, 0.0, Drill.full_disk),
+            ("read-only folder", 40, 0.0, Drill.read_only),
+            ("damage", 12, 5e-6, Drill.damage),
+        ]
+        for name, steps, tolerance, part in parts:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            (Path(folder) / name).mkdir()
+            drill = Drill(Path(folder) / name, corpus, steps, tolerance)
+            part(drill)
+            done += drill.done
+            differing += drill.differing
+    width = max(map(len, done))
+    for kind, count in sorted(done.items()):
+        print(f"{kind:{width}} {count:4}")
+    print(f"{'together':{width}} {done.total():4} in {time.monotonic() - began:.0f} s")
+    print(
+        f"lost: {'nothing' if not differing else f'{differing} steps'}; every run ended with the uninterrupted losses"
+    )
+    return 1 if differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
