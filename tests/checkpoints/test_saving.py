@@ -1,0 +1,324 @@
+"""Saves in the background, what rotation keeps, and what the disk holds afterwards."""
+
+import ctypes
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megagpt.checkpoints.compatibility import Allowed
+from megagpt.checkpoints.folder import Checkpoint, find_checkpoint, list_checkpoints, newest_whole
+from megagpt.checkpoints.loading import read_weights, resume, tensor_shapes
+from megagpt.checkpoints.saving import Saver, describe, describe_position, share_of
+from megagpt.checkpoints.storage import DamagedError, Writer
+from megagpt.config import CheckpointConfig, Config, build_config
+from megagpt.distributed import World, join
+from megagpt.engines.engine import build_engine
+from megagpt.engines.flat_shard import FlatShard
+from megagpt.errors import UserError
+from megagpt.parity.cases import SETUPS, Case
+from tests.ranks import run_ranks
+
+CONFIG = build_config(
+    {"model": {"layers": 1, "width": 8, "heads": 1, "context": 4}, "train": {"batch_tokens": 8, "tokens": 800}}, "test"
+)
+ALONE = World(0, 1, 0, torch.device("cpu"))
+SHAPES = {"model.matrix": (3, 5), "model.vector": (7,), "exp_avg.matrix": (3, 5)}
+
+
+def state_of(value: float) -> dict[str, FlatShard]:
+    return {
+        key: FlatShard(torch.arange(torch.Size(shape).numel()) + torch.tensor(value), shape, 0)
+        for key, shape in SHAPES.items()
+    }
+
+
+def meta(samples: int, milestone: bool = False) -> dict[str, Any]:
+    return describe_position(CONFIG, "test", 1, samples, samples, [], milestone)
+
+
+def save(saver: Saver, samples: int, milestone: bool = False) -> None:
+    saver.save(state_of(samples), (0, 1), meta(samples, milestone), print)
+
+
+def saved_value(checkpoint: Checkpoint) -> float:
+    return float(read_weights(checkpoint, {"vector": (7,)})["vector"][0])
+
+
+# --- who writes what ---
+
+
+@given(
+    sizes=st.lists(st.integers(0, 20), min_size=1, max_size=8),
+    starts=st.integers(0, 5),
+    replicas=st.integers(1, 6),
+)
+def test_equal_copies_write_every_element_once_in_equal_shares(sizes: list[int], starts: int, replicas: int) -> None:
+    state = {str(i): FlatShard(torch.arange(float(n)), (n + starts,), starts) for i, n in enumerate(sizes)}
+    written: dict[str, list[tuple[int, float]]] = {key: [] for key in state}
+    counts = []
+    for replica in range(replicas):
+        share = share_of(state, replica, replicas)
+        counts.append(sum(s.flat.numel() for s in share.values()))
+        for key, shard in share.items():
+            assert shard.shape == state[key].shape
+            written[key] += [(shard.start + i, value) for i, value in enumerate(shard.flat.tolist())]
+    assert max(counts) - min(counts) <= 1
+    for key, shard in state.items():
+        assert written[key] == [(starts + i, value) for i, value in enumerate(shard.flat.tolist())]
+
+
+# --- in the background ---
+
+
+class Gate:
+    """Holds every save at its first byte until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened, self.entered = threading.Event(), threading.Event()
+        self.inside = self.most = 0
+        write = Writer.write_data
+
+        def gated(writer: Writer, *arguments: Any) -> Any:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            self.entered.set()
+            assert self.opened.wait(60)
+            result = write(writer, *arguments)
+            self.inside -= 1
+            return result
+
+        monkeypatch.setattr(Writer, "write_data", gated)
+
+
+def test_training_goes_on_while_its_state_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes to the disk is the state as it was when the save began."""
+    gate = Gate(monkeypatch)
+    saver = Saver(tmp_path, CheckpointConfig(), ALONE)
+    state = state_of(1)
+    saver.save(state, (0, 1), meta(1), print)
+    assert gate.entered.wait(60)
+    for shard in state.values():
+        shard.flat.zero_()
+    assert saver.poll() is None
+    assert not saver.failed
+    assert list_checkpoints(tmp_path) == []
+    gate.opened.set()
+    saved = saver.finish()
+    assert saved is not None
+    assert saved.stall_seconds <= saved.save_seconds
+    assert (saved.checkpoint.tokens, saved_value(saved.checkpoint)) == (4, 1.0)
+    assert saver.finish() is None
+
+
+def test_one_save_is_in_flight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    saver = Saver(tmp_path, CheckpointConfig(keep=9), ALONE)
+    save(saver, 1)
+    assert gate.entered.wait(60)
+    second = threading.Thread(target=save, args=(saver, 2))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive(), "the second save did not wait for the first"
+    gate.opened.set()
+    second.join(60)
+    save(saver, 3)
+    saver.finish()
+    assert gate.most == 1
+    assert [saved_value(c) for c in list_checkpoints(tmp_path)] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_an_error_of_the_disk_is_told_and_the_last_checkpoint_stays(
+    asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = Saver(tmp_path, CheckpointConfig(asynchronous=asynchronous, keep=1), ALONE)
+    save(saver, 1)
+    saver.finish()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "write_data", full)
+        save(saver, 2)
+        with pytest.raises(UserError, match=f"{tmp_path}.*disk full; free some space"):
+            saver.finish()
+    assert [c.verify() for c in list_checkpoints(tmp_path)] == [[]]
+    save(saver, 3)
+    saver.finish()
+    assert [c.tokens for c in list_checkpoints(tmp_path)] == [12]
+    assert not list((tmp_path / "checkpoints").glob("*.saving"))
+
+
+def test_where_memory_is_short_training_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = type("Memory", (), {"available": 10})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    said: list[str] = []
+    saver = Saver(tmp_path, CheckpointConfig(), ALONE)
+    for samples in (1, 2):
+        saver.save(state_of(samples), (0, 1), meta(samples), said.append)
+        assert list_checkpoints(tmp_path)[-1].tokens == 4 * samples, "it did not wait"
+    saved = saver.finish()
+    assert saved is not None
+    assert saved.stall_seconds == saved.save_seconds
+    assert len(said) == 1
+    assert "training waits for its saves" in said[0]
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(UserError, match="checkpoints cannot be written there"):
+        Saver(tmp_path, CheckpointConfig(), ALONE).probe(1000)
+
+
+# --- what stays ---
+
+
+def test_the_newest_and_the_milestones_stay(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, CheckpointConfig(keep=2), ALONE)
+    for samples in range(1, 10):
+        save(saver, samples, milestone=samples % 4 == 0)
+    saver.finish()
+    assert [c.tokens // 4 for c in list_checkpoints(tmp_path)] == [4, 7, 8, 9]
+
+
+def test_rotation_never_removes_the_only_whole_one(tmp_path: Path) -> None:
+    """Nor does it count one of a future that was given up, or one that is not whole."""
+    saver = Saver(tmp_path, CheckpointConfig(keep=9), ALONE)
+    for samples in (1, 2, 5):
+        save(saver, samples)
+    saver.finish()
+    (list_checkpoints(tmp_path)[1].path / "COMPLETE").unlink()
+    again = Saver(tmp_path, CheckpointConfig(keep=1), ALONE)
+    save(again, 3)
+    again.finish()
+    assert [c.tokens // 4 for c in list_checkpoints(tmp_path)] == [2, 3, 5]
+    assert [c.tokens // 4 for c in list_checkpoints(tmp_path) if c.problem() is None] == [3, 5]
+
+
+def test_a_save_that_was_cut_off_is_no_checkpoint_and_is_cleared(tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints" / "000000000000008.saving"
+    left.mkdir(parents=True)
+    (left / "__0_0.distcp").write_bytes(b"half")
+    assert list_checkpoints(tmp_path) == []
+    saver = Saver(tmp_path, CheckpointConfig(), ALONE)
+    saver.probe(1000)
+    assert not left.exists()
+
+
+def test_the_same_position_may_be_saved_again(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, CheckpointConfig(), ALONE)
+    for value in (1.0, 2.0):
+        saver.save(state_of(value), (0, 1), meta(1), print)
+    saver.finish()
+    (checkpoint,) = list_checkpoints(tmp_path)
+    assert saved_value(checkpoint) == 2.0
+
+
+def test_finding_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        find_checkpoint(tmp_path, print)
+    saver = Saver(tmp_path, CheckpointConfig(keep=9), ALONE)
+    for samples in (1, 2):
+        save(saver, samples)
+    saver.finish()
+    first, second = list_checkpoints(tmp_path)
+    assert find_checkpoint(tmp_path, print) == second
+    assert find_checkpoint(first.path, print).tokens == first.tokens
+    (second.path / "meta.json").unlink()
+    said: list[str] = []
+    assert newest_whole(tmp_path, said.append) == first
+    assert "meta.json is missing" in said[0]
+    with pytest.raises(DamagedError, match="is missing"):
+        find_checkpoint(second.path, print)
+
+
+def test_other_tools_read_it(tmp_path: Path) -> None:
+    """PyTorch's own reader, into whole tensors of the true shapes."""
+    saver = Saver(tmp_path, CheckpointConfig(), ALONE)
+    save(saver, 1)
+    saver.finish()
+    (checkpoint,) = list_checkpoints(tmp_path)
+    assert tensor_shapes(checkpoint) == SHAPES
+    state = {key: torch.zeros(shape) for key, shape in SHAPES.items()}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
+    for key, shard in state_of(1).items():
+        assert torch.equal(state[key], shard.flat.view(SHAPES[key]))
+
+
+def test_a_marker_covers_every_file(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, CheckpointConfig(), ALONE)
+    save(saver, 1)
+    saver.finish()
+    (checkpoint,) = list_checkpoints(tmp_path)
+    on_disk = {path.name for path in checkpoint.path.iterdir()}
+    assert set(checkpoint.sums()) | {"COMPLETE"} == on_disk
+    assert checkpoint.size == sum(p.stat().st_size for p in checkpoint.path.iterdir() if p.name != "COMPLETE")
+
+
+# --- memory ---
+
+LAYERS, WIDTH = 10, 512
+LARGEST = 4 * WIDTH * 4 * WIDTH  # bytes of an MLP's matrix in fp32
+
+
+def large_config(name: str) -> Config:
+    case = Case(SETUPS[name].engine, 2)
+    model = {"layers": LAYERS, "width": WIDTH, "heads": 8, "context": 32, "vocab_size": 500}
+    tree = {
+        "model": model,
+        "engine": case.engine,
+        "train": {"precision": "fp32", "batch_tokens": 512, "micro_batch": 1},
+    }
+    return build_config(tree, "test")
+
+
+def growth(function: Any) -> int:
+    """Bytes by which this process's memory grows while the function runs, at its highest point."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    before = int(status["VmRSS"].split()[0])
+    function()
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * (int(status["VmHWM"].split()[0]) - before)
+
+
+def save_and_load(folder: str, names: list[str]) -> dict[str, tuple[int, int]]:
+    """Growth of this rank's memory in a save that training waits for, and in a load."""
+    grown = {}
+    with join("cpu", tune_allocator=False) as world:
+        for name in names:
+            engine = build_engine(large_config(name), world)
+            saver = Saver(Path(folder) / name, CheckpointConfig(asynchronous=False), world)
+            state = engine.state()
+            description = describe(engine, 1, [], milestone=False)
+            written = growth(lambda: saver.save(state, engine.replica, description, print))  # noqa: B023
+            assert saver.finish() is not None
+            # What ZeRO does with what was read, it does after every step: it gathers the weights.
+            engine.state_loaded = lambda updates: None  # type: ignore[method-assign]
+            read = growth(lambda: resume(Path(folder) / name, engine, [], Allowed(), print))  # noqa: B023
+            grown[name] = written, read
+    return grown
+
+
+@pytest.mark.slow
+def test_memory_grows_by_a_few_of_the_largest_parameters(tmp_path: Path) -> None:
+    """Not by a rank's share of the state, which is more than 40 of them here, nor by the whole model."""
+    names = ["ddp", "fsdp", "zero-1", "zero-2", "zero-3"]
+    share = 12 * large_config("ddp").model.stored_parameters // 2
+    assert share > 40 * LARGEST
+    for grown in run_ranks(2, save_and_load, str(tmp_path), names):
+        for name, (written, read) in grown.items():
+            print(f"{name}: {written / LARGEST:.1f} of the largest in a save, {read / LARGEST:.1f} in a load")
+            assert written <= 4 * LARGEST, name
+            assert read <= 6 * LARGEST, name

@@ -1,0 +1,100 @@
+"""A checkpoint's files: every byte is covered by a checksum, and none that differs is handed out."""
+
+import io
+from pathlib import Path
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagpt.checkpoints import storage
+from megagpt.checkpoints.storage import CheckedReader, DamagedError, FileSum, _HashingWriter, sum_bytes
+
+BLOCK = 16
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "BLOCK_BYTES", BLOCK)
+
+
+def reference(data: bytes) -> FileSum:
+    return FileSum(len(data), [xxhash.xxh3_64(data[i : i + BLOCK]).hexdigest() for i in range(0, len(data), BLOCK)])
+
+
+def write(path: Path, pieces: list[bytes]) -> FileSum:
+    result = FileSum()
+    with path.open("wb") as file, _HashingWriter(file, result) as writer:
+        for piece in pieces:
+            position = writer.tell()
+            assert writer.write(piece) == len(piece)
+            assert writer.tell() == position + len(piece)
+    return result
+
+
+pieces_of_bytes = st.lists(st.binary(max_size=3 * BLOCK), max_size=6)
+
+
+@given(pieces=pieces_of_bytes)
+def test_checksums_do_not_depend_on_how_bytes_are_written(
+    pieces: list[bytes], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("sums") / "file"
+    data = b"".join(pieces)
+    assert write(path, pieces) == reference(data) == sum_bytes(data)
+    assert path.read_bytes() == data
+
+
+@given(data=st.data(), pieces=pieces_of_bytes)
+@settings(max_examples=50)
+def test_reads_are_those_of_a_plain_file(
+    data: st.DataObject, pieces: list[bytes], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("reads") / "file"
+    expected = write(path, pieces)
+    plain = io.BytesIO(b"".join(pieces))
+    with CheckedReader(path, expected) as reader:
+        for _ in range(8):
+            whence = data.draw(st.sampled_from([0, 1, 2]))
+            base = {0: 0, 1: plain.tell(), 2: expected.size}[whence]
+            target = data.draw(st.integers(0, expected.size + 3))
+            count = data.draw(st.integers(0, 3 * BLOCK))
+            assert reader.seek(target - base, whence) == plain.seek(target - base, whence)
+            assert reader.read(count) == plain.read(count)
+            assert reader.tell() == plain.tell()
+
+
+@given(pieces=pieces_of_bytes.filter(lambda p: any(p)), data=st.data())
+@settings(max_examples=50)
+def test_a_flipped_bit_is_found_by_whoever_reads_its_block(
+    pieces: list[bytes], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("flips") / "file"
+    expected = write(path, pieces)
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    with CheckedReader(path, expected) as reader:
+        for start in range(0, len(content), BLOCK):
+            reader.seek(start)
+            if start <= place < start + BLOCK:
+                with pytest.raises(DamagedError, match=f"{path.name} is damaged between its bytes {start} and"):
+                    reader.read(1)
+            else:
+                assert reader.read(BLOCK) == bytes(content[start : start + BLOCK])
+
+
+def test_missing_short_and_long_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    expected = write(path, [b"x" * 40])
+    path.write_bytes(b"x" * 39)
+    with pytest.raises(DamagedError, match="file has 39 bytes instead of 40"):
+        CheckedReader(path, expected)
+    path.write_bytes(b"x" * 41)
+    with pytest.raises(DamagedError, match="file has 41 bytes instead of 40"):
+        CheckedReader(path, expected)
+    path.unlink()
+    with pytest.raises(DamagedError, match="file is missing"):
+        CheckedReader(path, expected)
