@@ -1,0 +1,214 @@
+"""Runs that become folders of `transformers`, which itself reads them here, and such folders that become runs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+from megagpt.checkpoints.folder import list_checkpoints
+from megagpt.checkpoints.loading import read_weights
+from megagpt.cli import main
+from megagpt.config import load_config
+from megagpt.data.loader import open_corpus
+from megagpt.data.tokenizer import encode, gpt2
+from megagpt.exchange.tokenizer_files import tokenizer_files
+from megagpt.models.gpt import GPT
+from megagpt.models.huggingface import export
+from megagpt.models.presets import ModelConfig
+from tests.conftest import metrics
+
+Tiny = Callable[..., Path]
+
+
+@pytest.fixture
+def run(tiny: Tiny, tmp_path: Path) -> Path:
+    config = tiny(checkpoint={"every_tokens": 1280, "keep": 9})
+    assert main(["train", str(config), "optimizer.lr=1e-2"]) == 0
+    return tmp_path / "runs" / "tiny"
+
+
+def our_logits(run: Path, which: int, tokens: Tensor) -> Tensor:
+    checkpoint = list_checkpoints(run)[which]
+    model = GPT(load_config(str(run / "config.yaml")).model)
+    weights = read_weights(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        return model.eval()(tokens)
+
+
+def test_transformers_loads_an_exported_run(run: Path, tmp_path: Path) -> None:
+    tokens = torch.randint(50257, (2, 32), generator=torch.Generator().manual_seed(0))
+    for which, name in ((-1, str(run)), (0, str(list_checkpoints(run)[0].path))):
+        out = tmp_path / f"out{which}"
+        assert main(["export", name, "--to", str(out)]) == 0
+        model, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, local_files_only=True)
+        assert not any(report.values()), report
+        assert isinstance(model, GPT2LMHeadModel)
+        with torch.no_grad():
+            difference = (model.eval()(tokens).logits - our_logits(run, which, tokens)).abs().max()
+        assert difference <= 1e-5
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out-1", local_files_only=True)
+    prompt = tokenizer("Hello, I'm a language model,", return_tensors="pt")
+    settings = GenerationConfig.from_pretrained(tmp_path / "out-1")
+    assert (settings.bos_token_id, settings.eos_token_id) == (50256, 50256)
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=3, pad_token_id=50256)[0])
+    assert text.startswith("Hello, I'm a language model,")
+
+
+def test_the_card_has_the_runs_facts(run: Path, tmp_path: Path) -> None:
+    assert main(["export", str(run), "--to", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    validation = metrics(run, "validation")[-1]["validation_loss"]
+    for fact in ("2,560 tokens in 20 updates", f"{validation:.4f} nats", "peak learning rate 0.01", "128 tokens"):
+        assert fact in card
+    (fingerprint,) = list_checkpoints(run)[-1].meta()["data"]
+    assert fingerprint in card
+    assert all(path.stat().st_mode & 0o044 for path in (tmp_path / "out").iterdir()), "others cannot read it"
+
+
+def test_a_large_model_is_read_and_written_piece_by_piece(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = load_config(str(run / "config.yaml")).model
+    checkpoint = list_checkpoints(run)[-1]
+    most, asked = 20_000, []
+
+    def read(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        asked.append({name: 4 * torch.Size(shape).numel() for name, shape in shapes.items()})
+        return read_weights(checkpoint, shapes)
+
+    export(out, config, read, shard_bytes=most)
+    assert len(asked) > 4
+    assert all(len(sizes) == 1 or sum(sizes.values()) <= most for sizes in asked)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    found = {}
+    for path in out.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= dict.fromkeys(file.keys(), path.name)
+    assert index["weight_map"] == found
+    assert len(set(found.values())) == len(asked)
+    assert index["metadata"]["total_size"] == 4 * config.parameters
+    assert main(["export", str(run), "--to", str(tmp_path / "command"), "--shard-bytes", "2e4"]) == 0
+    tokens = torch.arange(32)[None]
+    for folder in (out, tmp_path / "command"):
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        with torch.no_grad():
+            assert (model.eval()(tokens).logits - our_logits(run, -1, tokens)).abs().max() <= 1e-5
+
+
+def test_an_export_that_was_cut_off_is_no_folder(run: Path, tmp_path: Path) -> None:
+    config = load_config(str(run / "config.yaml")).model
+
+    def fail(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(tmp_path / "out", config, fail)
+    assert not (tmp_path / "out").exists()
+    assert main(["export", str(run), "--to", str(tmp_path / "out")]) == 0
+    assert not list(tmp_path.glob("*.partial"))
+
+
+# --- the tokenizer ---
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    for name, text in tokenizer_files(1024).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@given(text=st.text(max_size=60))
+def test_their_tokenizer_encodes_as_ours(text: str, tokenizer: Any) -> None:
+    assert tokenizer(text).input_ids == encode(text).tolist()
+
+
+def test_their_tokenizer_has_our_vocabulary(tokenizer: Any) -> None:
+    assert len(tokenizer) == 50257
+    assert tokenizer.model_max_length == 1024
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == 50256
+    for token in (*range(0, 50256, 97), 50255):
+        assert tokenizer.decode([token]).encode("utf-8", "replace").decode() == gpt2().decode([token])
+    merges = tokenizer_files(8)["merges.txt"].splitlines()
+    # The first and the last of GPT-2's release.
+    assert merges[1:4] == ["Ġ t", "Ġ a", "h e"]
+    assert len(merges) == 1 + 50_000
+
+
+# --- in ---
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> GPT2LMHeadModel:
+    torch.manual_seed(3)
+    model = GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=32, n_layer=2, n_head=2)).eval()
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="3MB")
+    return model
+
+
+def test_a_run_starts_from_their_weights(theirs: GPT2LMHeadModel, tiny: Tiny, tmp_path: Path) -> None:
+    """Its first loss is what their model has on the first batch, and its weights go back as they came."""
+    config = str(tiny())
+    assert main(["import", str(tmp_path / "theirs"), config, "run.name=tuned"]) == 0
+    run = tmp_path / "runs" / "tuned"
+    (checkpoint,) = list_checkpoints(run)
+    assert checkpoint.verify() == []
+    assert (checkpoint.tokens, checkpoint.meta()["updates"]) == (0, 0)
+    assert main(["export", str(run), "--to", str(tmp_path / "back")]) == 0
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", local_files_only=True)
+    for (name, ours), (_, wanted) in zip(back.named_parameters(), theirs.named_parameters(), strict=True):
+        assert torch.equal(ours, wanted), name
+
+    assert main(["train", "--resume", str(run)]) == 0
+    loaded = load_config(config)
+    corpus = open_corpus(loaded.data, "train", 32, 0)
+    ((tokens, targets),) = corpus.batch(0, 4, 0, 1, 4, 1).micro_batches
+    with torch.no_grad():
+        expected = F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten())
+    steps = metrics(run)
+    assert steps[0]["loss"] == pytest.approx(expected.item(), abs=1e-5)
+    assert [line["step"] for line in steps] == list(range(1, 21))
+
+
+def test_what_an_import_is_refused_for(
+    theirs: GPT2LMHeadModel, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, config = str(tmp_path / "theirs"), str(tiny())
+
+    def refused(arguments: list[str], *parts: str) -> None:
+        assert main(["import", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        for part in parts:
+            assert part in error
+
+    refused([folder, config, "model.layers=3", "model.width=64"], "model.layers 2 there, 3", "model.width 32 there, 64")
+    refused([str(tmp_path / "nowhere"), config], "nowhere")
+    refused([folder, "nowhere.yaml"], "nowhere.yaml")
+    with_file = next(Path(folder).glob("*.safetensors"))
+    content = with_file.read_bytes()
+    with_file.write_bytes(b"")
+    refused([folder, config], "safetensors")
+    with_file.write_bytes(content)
+    assert not (tmp_path / "runs").exists()
+    assert main(["import", folder, config]) == 0
+    capsys.readouterr()
+    refused([folder, config], "already holds a run", "run.name")
+
+
+def test_banded_attention_has_no_folder(tmp_path: Path) -> None:
+    config = ModelConfig(layers=2, width=32, heads=2, context=32, attention="banded", window=8)
+    with pytest.raises(Exception, match="banded"):
+        export(tmp_path / "out", config, lambda shapes: {})
+    assert not (tmp_path / "out").exists()

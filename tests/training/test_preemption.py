@@ -1,0 +1,119 @@
+"""What asks a run to stop: signals and time limits, noticed between steps and inside validations."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megagpt.checkpoints.folder import list_checkpoints
+from megagpt.config import load_config
+from megagpt.errors import UserError
+from megagpt.training import safety
+from megagpt.training.safety import StopRequest
+from megagpt.training.trainer import EXIT_STOPPED
+from tests.conftest import metrics
+from tests.ranks import megagpt
+
+Tiny = Callable[..., Path]
+
+
+@pytest.mark.parametrize("number", safety.SIGNALS)
+def test_signals_are_noted_however_often(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.requested()
+        for _ in range(1 if number == signal.SIGINT else 5):
+            os.kill(os.getpid(), number)
+        assert stop.requested()
+        assert stop.reason == number.name
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reason == number.name, "not the first"
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_interrupts() -> None:
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_time_limit_leaves_time_for_a_step_and_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    age = [0.0]
+    monkeypatch.setattr(safety, "seconds_since_start", lambda: age[0])
+    stop = StopRequest(time_limit=100)
+    for seconds, asked in ((0.0, False), (69.0, False), (71.0, True), (0.0, True)):
+        age[0] = seconds
+        assert stop.requested(reserve=30) is asked
+    assert stop.reason == "train.time_limit"
+    age[0] = 1e9
+    assert not StopRequest().requested(reserve=30)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 90), ("1.5", 1.5), ("1e3", 1000), ("02:30", 150), ("2:30", 150), ("01:00:00", 3600),
+        ("12:00:00", 43_200), ("1-00:00:00", 86_400), ("2-12", 216_000), ("1-06:30", 109_800), ("0", 0),
+    ],
+)  # fmt: skip
+def test_time_limits_are_read_as_slurm_writes_them(text: str, seconds: float, tiny: Tiny) -> None:
+    config = load_config(str(tiny()), [f"train.time_limit={text}"])
+    assert config.train.time_limit == seconds
+
+
+@pytest.mark.parametrize("text", ["-1", "soon", "01:2:3:4", "true", "1-", "'12 h'", "[1]"])
+def test_other_time_limits_are_refused(text: str, tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"train\.time_limit.*HH:MM:SS"):
+        load_config(str(tiny()), [f"train.time_limit={text}"])
+
+
+@pytest.mark.slow
+def test_a_run_ends_itself_in_time_and_goes_on(tiny: Tiny, tmp_path: Path) -> None:
+    config = str(tiny(train={"tokens": 128 * 100_000}))
+    done = megagpt("train", config, "train.time_limit=12", cwd=tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    assert done.returncode == EXIT_STOPPED, done.stderr
+    assert f"stopped by train.time_limit; resume with: megagpt train --resume {run}" in done.stdout
+    (checkpoint,) = list_checkpoints(run)
+    assert checkpoint.tokens == metrics(run)[-1]["tokens_seen"]
+    total = checkpoint.tokens + 256
+    done = megagpt("train", "--resume", str(run), "train.time_limit=0", f"train.tokens={total}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert metrics(run)[-1]["tokens_seen"] == total
+    assert metrics(run, "resumed")[0]["seconds_to_first_step"] > 0
+
+
+@pytest.mark.slow
+def test_the_bound_is_printed_and_a_validation_does_not_stretch_it(tiny: Tiny, tmp_path: Path) -> None:
+    """A signal that comes while a validation runs ends it."""
+    config = str(tiny(train={"tokens": 128 * 1000}, validation={"every_tokens": 1280, "tokens": 5000}))
+    script = (
+        "import os, signal, megagpt.training.trainer as t\n"
+        "count = 0\n"
+        "whole = t.validation_loss\n"
+        "def during(engine, corpus, samples, interrupted):\n"
+        "    def ask():\n"
+        "        global count\n"
+        "        count += 1\n"
+        "        if count == 3: os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "        return interrupted()\n"
+        "    loss = whole(engine, corpus, samples, ask)\n"
+        "    print('validation', loss, 'after', count, flush=True)\n"
+        "    return loss\n"
+        "t.validation_loss = during\n"
+        "from megagpt.cli import main\n"
+        f"raise SystemExit(main(['train', {config!r}]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_STOPPED, done.stderr
+    assert "validation None after 3" in done.stdout
+    assert "SIGTERM or SIGUSR1 ends this run within about" in done.stdout
+    assert f"exits with code {EXIT_STOPPED}" in done.stdout
+    run = tmp_path / "runs" / "tiny"
+    assert metrics(run, "validation") == []
+    assert metrics(run)[-1]["step"] == list_checkpoints(run)[-1].meta()["updates"] == 11
