@@ -281,8 +281,7 @@ def errors(stderr: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("peer", ["collective", "sleep", "loop"])
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(("failing", "peer"), [(0, "collective"), (1, "sleep"), (1, "loop")])
 def test_an_exception_ends_a_job_of_torchrun(job: Path, failing: int, peer: str) -> None:
     codes, stderr = under_torchrun(job, failing, "raise", peer)
     assert codes[0] not in (0, None)
@@ -290,8 +289,8 @@ def test_an_exception_ends_a_job_of_torchrun(job: Path, failing: int, peer: str)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("peer", ["collective", "sleep", "loop"])
-@pytest.mark.parametrize("failing", [0, 1])  # rank 0 holds the store by which the others learn of failures
+# Rank 0 holds the store by which the others learn of failures.
+@pytest.mark.parametrize(("failing", "peer"), [(0, "collective"), (0, "sleep"), (1, "collective"), (1, "loop")])
 def test_an_exception_ends_ranks_that_no_launcher_watches(job: Path, failing: int, peer: str) -> None:
     codes, stderr = without_launcher(job, failing, "raise", peer)
     assert codes == [2, 2], stderr

@@ -142,6 +142,7 @@ class Drill:
             assert newest.tokens == metrics(self.run(name))[-1]["tokens_seen"]
             assert len(metrics(self.run(name), "stopped")) == i + 1
             assert "Traceback" not in self.log()
+            assert f"megagpt train --resume {self.run(name)}" in self.log()
             self.done[signal.Signals(number).name] += 1
         self.wait(self.start(name, "checkpoint.every_tokens=0"), [0, 0])
         self.compare(name)

@@ -1,6 +1,7 @@
 """Every engine on real gloo ranks beside one plain process: losses, gradient norms, bytes held, skipped steps."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -38,46 +39,58 @@ def assert_same(curve: Curve, plain: Curve, precision: str, what: object) -> Non
     assert norm <= NORM_TOLERANCE[precision], what
 
 
+# Ranks are started once for all curves on as many of them: most of a start is imports.
+OTHERS: dict[str, dict[str, Any]] = {
+    "fsdp, gathered once": {"name": "fsdp", "reshard_after_forward": False},
+    "fsdp, offload all": {"name": "fsdp", "offload": "all"},
+    "zero-1, offload optimizer": {"name": "zero", "stage": 1, "offload": "optimizer"},
+    "zero-2, offload optimizer": {"name": "zero", "stage": 2, "offload": "optimizer"},
+    "zero-3, offload all": {"name": "zero", "stage": 3, "offload": "all"},
+    "zero-3, vectors whole": {"name": "zero", "stage": 3},
+}
+FP32 = [Case(s.engine, s.ranks, a, r) for s in SETUPS.values() for a in ACCUMULATIONS for r in RECOMPUTATIONS]
+BF16 = [Case(s.engine, s.ranks, a, r, "bf16") for s in SETUPS.values() for a, r in ((1, "none"), (4, "selective"))]
+OPTIONS = [Case(engine, 2, accumulation) for engine in OTHERS.values() for accumulation in (1, 2)]
+
+
+@functools.cache
+def curves(ranks: int) -> list[tuple[Case, Curve]]:
+    """The curves of all of these on so many ranks."""
+    cases = [case for case in FP32 + BF16 + OPTIONS if case.ranks == ranks]
+    return list(zip(cases, run_cases("curve", cases), strict=True))
+
+
+def curves_of(engine: dict[str, Any], ranks: int, precision: str) -> list[tuple[Case, Curve]]:
+    found = [(c, curve) for c, curve in curves(ranks) if (c.engine, c.precision) == (engine, precision)]
+    assert found
+    return found
+
+
 @pytest.mark.parametrize("name", SETUPS)
 def test_fp32_is_the_plain_loop(name: str, plain: Curve) -> None:
     """Whatever the micro-batches in a step and the activation checkpointing."""
-    setup = SETUPS[name]
-    grid = [(a, r) for a in ACCUMULATIONS for r in RECOMPUTATIONS]
-    cases = [Case(setup.engine, setup.ranks, a, r) for a, r in grid]
-    for key, curve in zip(grid, run_cases("curve", cases), strict=True):
-        assert_same(curve, plain, "fp32", key)
+    for case, curve in curves_of(SETUPS[name].engine, SETUPS[name].ranks, "fp32"):
+        assert_same(curve, plain, "fp32", case)
 
 
 @pytest.mark.parametrize("name", SETUPS)
 def test_bf16_stays_close(name: str, plain: Curve) -> None:
-    setup = SETUPS[name]
-    cases = [Case(setup.engine, setup.ranks, a, r, "bf16") for a, r in ((1, "none"), (4, "selective"))]
-    for case, curve in zip(cases, run_cases("curve", cases), strict=True):
+    for case, curve in curves_of(SETUPS[name].engine, SETUPS[name].ranks, "bf16"):
         assert difference(curve, plain)[0] > 1e-5, "bf16 computed in fp32"
         assert_same(curve, plain, "bf16", case)
 
 
-OTHERS: dict[str, tuple[dict[str, Any], int]] = {
-    "fsdp, gathered once": ({"name": "fsdp", "reshard_after_forward": False}, 2),
-    "fsdp, offload all": ({"name": "fsdp", "offload": "all"}, 2),
-    "zero-1, offload optimizer": ({"name": "zero", "stage": 1, "offload": "optimizer"}, 2),
-    "zero-2, offload optimizer": ({"name": "zero", "stage": 2, "offload": "optimizer"}, 2),
-    "zero-3, offload all": ({"name": "zero", "stage": 3, "offload": "all"}, 2),
-    "zero-3, vectors whole": ({"name": "zero", "stage": 3}, 2),
-    "zero-3, ZeRO++ hpZ": (
-        {"name": "zero", "stage": 3, "deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}},
-        4,
-    ),
-}
-
-
 @pytest.mark.parametrize("name", OTHERS)
 def test_options_do_not_change_the_curve(name: str, plain: Curve) -> None:
-    engine, ranks = OTHERS[name]
-    for accumulation in (1, 2):  # each in processes of its own: DeepSpeed makes hpZ's groups once
-        case = Case(engine, ranks, accumulation)
-        (curve,) = run_cases("curve", [case])
+    for case, curve in curves_of(OTHERS[name], 2, "fp32"):
         assert_same(curve, plain, "fp32", case)
+
+
+def test_hpz_does_not_change_the_curve(plain: Curve) -> None:
+    """ZeRO++'s second copy of the weights, in processes of its own: DeepSpeed makes its groups once."""
+    engine = {"name": "zero", "stage": 3, "deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
+    (curve,) = run_cases("curve", [Case(engine, 4, 2)])
+    assert_same(curve, plain, "fp32", engine)
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero-3"])
@@ -87,16 +100,21 @@ def test_compiled_blocks_do_not_change_the_curve(name: str, plain: Curve) -> Non
     assert_same(curve, plain, "fp32", name)
 
 
-@pytest.mark.parametrize(
-    ("name", "precision", "ranks"),
-    [(n, p, 2) for n in ("ddp", "fsdp", "zero-1", "zero-2", "zero-3") for p in ("fp32", "bf16")]
-    + [("zero-2", "bf16", 1), ("fsdp", "bf16", 4), ("zero-3", "bf16", 4)],
-)
-def test_a_rank_holds_what_the_formula_says(name: str, precision: str, ranks: int) -> None:
+MEMORY = [Case(SETUPS[n].engine, 2, 2, "none", p) for n in SETUPS if "hybrid" not in n for p in ("fp32", "bf16")] + [
+    Case(SETUPS[n].engine, ranks, 2, "none", "bf16") for n, ranks in (("zero-2", 1), ("fsdp", 4), ("zero-3", 4))
+]
+
+
+@functools.cache
+def memory(ranks: int) -> list[dict[str, Any]]:
+    return run_cases("memory", [case for case in MEMORY if case.ranks == ranks])
+
+
+@pytest.mark.parametrize("case", MEMORY, ids=lambda c: f"{c.engine}, {c.precision}, {c.ranks} rank(s)")
+def test_a_rank_holds_what_the_formula_says(case: Case) -> None:
     """Counted on the process's live tensors, against the closed form, kind by kind."""
-    case = Case(SETUPS[name].engine, ranks, 2, "none", precision)
-    (measured,) = run_cases("memory", [case])
-    formula = state_bytes(memory_config(case), ranks)
+    measured = memory(case.ranks)[[c for c in MEMORY if c.ranks == case.ranks].index(case)]
+    formula = state_bytes(memory_config(case), case.ranks)
     for kind in ("weights", "gradients", "optimizer"):
         assert measured[kind] == pytest.approx(getattr(formula, kind), rel=0.05), kind
 

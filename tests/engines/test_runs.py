@@ -1,4 +1,4 @@
-"""Whole runs under each engine: the same metrics, validation and samples as one process, and one checkpoint for all."""
+"""Whole runs under each engine: the same metrics, validation and samples as one process."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
-from tests.conftest import metrics
+from tests.conftest import metrics, write_tiny
 from tests.ranks import megagpt, torchrun
 
 Tiny = Callable[..., Path]
@@ -34,48 +34,35 @@ def assert_same_run(run: Path, expected: Path) -> None:
     assert metrics(run, "samples")[-1]["samples"] == metrics(expected, "samples")[-1]["samples"]
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_run_under_an_engine_and_its_checkpoint_under_another(name: str, tiny: Tiny, tmp_path: Path) -> None:
-    """Two ranks under the engine are one process under DDP; half of it under the engine and the rest under DDP, and the
-    other way round, too."""
-    config = tiny(
-        checkpoint={"every_tokens": 640, "keep": 9}, validation={"every_tokens": 640}, optimizer={"clip": 0.5}
-    )
-    runs = tmp_path / "runs"
+@pytest.fixture(scope="module")
+def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A config, and its run in one process under DDP."""
+    folder = tmp_path_factory.mktemp("one")
+    config = write_tiny(folder, corpus, validation={"every_tokens": 640}, optimizer={"clip": 0.5})
     assert main(["train", str(config), "run.name=one"]) == 0
-    done = torchrun(2, ["--config", str(config), "run.name=two", "train.micro_batch=2", *ENGINES[name]], tmp_path)
+    return config, folder / "runs" / "one"
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_run_on_two_ranks_is_the_run_of_one_process(name: str, one: tuple[Path, Path], tmp_path: Path) -> None:
+    """Losses, gradient norms, validations and samples."""
+    config, expected = one
+    done = torchrun(2, ["--config", str(config), f"run.name={name}", "train.micro_batch=2", *ENGINES[name]], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert_same_run(runs / "two", runs / "one")
+    run = expected.parent / name
+    assert_same_run(run, expected)
     if "zero" in name:
-        settings = json.loads((runs / "two" / "deepspeed.json").read_text())
+        settings = json.loads((run / "deepspeed.json").read_text())
         assert settings["zero_optimization"]["stage"] == int(name[-1])
 
-    for source, target in (("two", "engine-to-ddp"), ("one", "ddp-to-engine")):
-        shutil.copytree(runs / source, runs / target)
-        for checkpoint in list_checkpoints(runs / target)[2:]:
-            shutil.rmtree(checkpoint.path)
-    assert main(["train", "--resume", str(runs / "engine-to-ddp"), "engine.name=ddp", "train.micro_batch=1"]) == 0
-    assert_same_run(runs / "engine-to-ddp", runs / "one")
-    arguments = ["--resume", str(runs / "ddp-to-engine"), "train.micro_batch=1", *ENGINES[name]]
-    done = torchrun(2, arguments, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "resuming at" in done.stdout
-    assert_same_run(runs / "ddp-to-engine", runs / "one")
-
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_one_process_alone_trains_under_every_engine(name: str, tiny: Tiny, tmp_path: Path) -> None:
-    """And goes on bit for bit from the middle of itself."""
-    config = str(tiny(checkpoint={"every_tokens": 1280, "keep": 9}, train={"micro_batch": 2}))
-    done = megagpt("train", config, *ENGINES[name], cwd=tmp_path)
+def test_one_process_alone_trains_under_every_engine(name: str, one: tuple[Path, Path], tmp_path: Path) -> None:
+    config, expected = one
+    arguments = [str(config), f"run.name={name}-alone", "train.micro_batch=2", *ENGINES[name]]
+    done = megagpt("train", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / "tiny"
-    shutil.copytree(run, tmp_path / "runs" / "cut")
-    shutil.rmtree(list_checkpoints(tmp_path / "runs" / "cut")[-1].path)
-    done = megagpt("train", "--resume", str(tmp_path / "runs" / "cut"), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for key in ("loss", "gradient_norm"):
-        assert [line[key] for line in metrics(tmp_path / "runs" / "cut")] == [line[key] for line in metrics(run)]
+    assert_same_run(expected.parent / f"{name}-alone", expected)
 
 
 def test_what_engines_refuse_is_one_line(tiny: Tiny, tmp_path: Path) -> None:

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -23,9 +20,8 @@ from megagpt.config import load_config
 from megagpt.data.loader import open_corpus
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
-from megagpt.training.trainer import EXIT_STOPPED
 from tests.conftest import metrics
-from tests.ranks import environment, megagpt, run_ranks, torchrun
+from tests.ranks import environment, run_ranks, torchrun
 
 Tiny = Callable[..., Path]
 
@@ -162,48 +158,6 @@ def wait_for_steps(run: Path, count: int, process: subprocess.Popen[str]) -> Non
             return
         time.sleep(0.02)
     raise AssertionError("the run made no progress")
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tiny: Tiny, tmp_path: Path) -> None:
-    """Real SIGKILLs, most of them inside or right after a save: every step saves."""
-    config = str(tiny(train={"tokens": 128 * 60}, checkpoint={"every_tokens": 128, "keep": 2}))
-    whole = megagpt("train", config, "run.name=whole", cwd=tmp_path)  # as many threads as the killed ones
-    assert whole.returncode == 0, whole.stderr
-    run = tmp_path / "runs" / "killed"
-    moments = random.Random(0)
-    process = start([config, "run.name=killed"], tmp_path)
-    for kill in range(3):
-        wait_for_steps(run, 8 + 15 * kill, process)
-        time.sleep(moments.random() * 0.3)
-        process.kill()
-        process.communicate()
-        process = start(["--resume", str(run)], tmp_path)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert losses(run) == losses(tmp_path / "runs" / "whole")
-    assert [line["step"] for line in metrics(run)] == list(range(1, 61))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
-    number: signal.Signals, tiny: Tiny, tmp_path: Path
-) -> None:
-    config = str(tiny(train={"tokens": 128 * 5000}))
-    run = tmp_path / "runs" / "tiny"
-    process = start([config], tmp_path)
-    wait_for_steps(run, 5, process)
-    process.send_signal(number)
-    if number == signal.SIGTERM:
-        process.send_signal(number)  # schedulers send it more than once
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == EXIT_STOPPED, output
-    assert "Traceback" not in output
-    assert f"megagpt train --resume {run}" in output
-    (checkpoint,) = list_checkpoints(run)
-    assert checkpoint.problem() is None
-    assert checkpoint.tokens == metrics(run)[-1]["tokens_seen"]
 
 
 @pytest.mark.slow
@@ -422,30 +376,6 @@ def test_altered_shard_is_found_while_training(
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     refused(capsys, [str(tiny()), f"data.sources=[{{path: {copy}}}]"], "train_00000.npy", "checksums")
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(tiny: Tiny, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", str(disk)], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        # A checkpoint has 3 x 1.6M numbers of 4 bytes, 20 MB: two fit, the third does not.
-        config = str(tiny(run={"folder": str(disk)}, checkpoint={"every_tokens": 640, "keep": 9}))
-        done = megagpt("train", config, cwd=tmp_path)
-        assert done.returncode == 2, done.stderr
-        assert "Traceback" not in done.stderr
-        assert "disk full" in done.stderr
-        assert [c.problem() for c in list_checkpoints(disk / "tiny")] == [None, None]
-        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
-        assert megagpt("train", "--resume", str(disk / "tiny"), cwd=tmp_path).returncode == 0
-        assert [line["step"] for line in metrics(disk / "tiny")] == list(range(1, 21))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.slow
