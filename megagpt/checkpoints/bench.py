@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.checkpoints.compatibility import Allowed
-from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.checkpoints.loading import resume
 from megagpt.checkpoints.saving import Saver, describe
 from megagpt.config import CheckpointConfig, Config
@@ -23,13 +22,15 @@ _PIECE = 2**24
 def bench(config: Config, world: World, folder: Path, rounds: int) -> None:
     """Measure and print, on the main rank; every rank calls it. Raises UserError where the folder is not empty.
 
-    Rounds take turns: the raw writes, a save that training waits for, one that it does not, the raw reads, a load.
-    Every rank writes and reads its share of the bytes; files are dropped from the page cache before they are read.
+    Every rank writes and reads its share of the bytes, and what was written is dropped from the page cache before it is
+    read, and removed before the next is written: each finds the same free memory.
     """
     if world.from_main(lambda: folder.exists() and any(folder.iterdir())):
         raise UserError(f"{folder}: is not empty; name a folder that the measurement may fill and remove")
     engine = build_engine(config, world)
     size = 12 * config.model.stored_parameters
+    raw = folder / f"raw.{world.rank}"
+    data = memoryview(np.random.default_rng(world.rank).bytes(min(_PIECE, size // world.size)))
     results: dict[str, list[float]] = {}
 
     def timed(name: str, function: Callable[[], object]) -> None:
@@ -39,53 +40,65 @@ def bench(config: Config, world: World, folder: Path, rounds: int) -> None:
         world.barrier()
         results.setdefault(name, []).append(time.perf_counter() - start)
 
+    def saver(asynchronous: bool) -> Saver:
+        return Saver(folder, CheckpointConfig(asynchronous=asynchronous), world)
+
+    def save(saver: Saver) -> None:
+        saver.save(engine.state(), engine.replica, describe(engine, 0, [], milestone=False), print)
+
+    def load() -> None:
+        resume(folder, engine, [], Allowed(), print)
+
     try:
         for _ in range(rounds):
-            world.from_main(lambda: shutil.rmtree(folder, ignore_errors=True))
-            world.from_main(lambda: folder.mkdir(parents=True))
-            raw = folder / f"raw.{world.rank}"
-            data = memoryview(np.random.default_rng(0).bytes(size // world.size)).cast("B")
-            timed("raw write", lambda raw=raw, data=data: _write(raw, data))  # type: ignore[misc]
-            for name, asynchronous in (("save", False), ("save in the background", True)):
-                saver = Saver(folder, CheckpointConfig(asynchronous=asynchronous), world)
-                meta = describe(engine, 0, [], milestone=False)
-                timed(
-                    f"{name}: stall" if asynchronous else name,
-                    lambda saver=saver, meta=meta: saver.save(engine.state(), engine.replica, meta, print),  # type: ignore[misc]
-                )
-                saved = saver.finish()
-                assert saved is not None
-                if asynchronous:
-                    results.setdefault(name, []).append(saved.save_seconds)
+            _empty(folder, world)
+            timed("raw write", lambda: _write(raw, data, size // world.size))
             world.from_main(lambda: _forget(folder))
-            timed("raw read", lambda raw=raw: _read(raw))  # type: ignore[misc]
+            timed("raw read", lambda: _read(raw))
+
+            _empty(folder, world)
+            waiting = saver(asynchronous=False)
+            timed("save", lambda: save(waiting))  # noqa: B023
+            waiting.finish()
             world.from_main(lambda: _forget(folder))
-            timed("load", lambda: resume(folder, engine, [], Allowed(), print))
-            world.from_main(lambda: list_checkpoints(folder)[-1].remove())
+            timed("load", load)
+
+            _empty(folder, world)
+            background = saver(asynchronous=True)
+            timed("save in the background: stall", lambda: save(background))  # noqa: B023
+            timed("save in the background: the rest", background.finish)
     finally:
         world.from_main(lambda: shutil.rmtree(folder, ignore_errors=True))
     if world.is_main:
         _print(config, world, size, {name: min(seconds) for name, seconds in results.items()})
 
 
+def _empty(folder: Path, world: World) -> None:
+    def begin() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    world.from_main(begin)
+
+
 def _print(config: Config, world: World, size: int, best: dict[str, float]) -> None:
     print(f"{config.run.name}, {config.engine.name} on {world.size} rank(s), {size / 1e9:.2f} GB, best of the rounds")
-    raw = {"save": "raw write", "save in the background": "raw write", "load": "raw read"}
+    raw = {"save": "raw write", "load": "raw read"}
     for name, seconds in best.items():
-        line = f"{name:24} {seconds:7.2f} s"
-        if not name.endswith("stall"):
-            line += f" {size / seconds / 1e6:8.0f} MB/s"
+        line = f"{name:33} {seconds:6.2f} s"
+        if "background" not in name:
+            line += f" {size / seconds / 1e6:6.0f} MB/s"
         if name in raw:
-            line += f" = {best[raw[name]] / seconds:4.0%} of the {raw[name]}"
+            line += f" = {best[raw[name]] / seconds:.0%} of the {raw[name]}"
         print(line)
-    share = best["save in the background: stall"] / best["save in the background"]
-    print(f"training stands still for {share:.0%} of a save in the background")
+    stall, rest = (best[f"save in the background: {part}"] for part in ("stall", "the rest"))
+    print(f"training stands still for {stall / (stall + rest):.0%} of a save in the background")
 
 
-def _write(path: Path, data: memoryview) -> None:
+def _write(path: Path, data: memoryview, size: int) -> None:
     with path.open("wb", buffering=0) as file:
-        for start in range(0, len(data), _PIECE):
-            file.write(data[start : start + _PIECE])
+        for start in range(0, size, len(data)):
+            file.write(data[: size - start])
         os.fsync(file.fileno())
 
 
