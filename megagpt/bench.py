@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagpt.config import Config, build_config, override
+from megagpt.config import Config
+from megagpt.config_file import build_config, override
 from megagpt.data.loader import Batch
 from megagpt.distributed import join
 from megagpt.engines.engine import build_engine, build_optimizer

@@ -1,24 +1,16 @@
-"""One run = one Config: nested dataclasses, read from YAML, overridden on the command line.
+"""One run = one Config: nested dataclasses, each key with its default and its unit.
 
-    config = load_config("gpt3_xl.yaml", ["train.tokens=1e9", "model.layers=2"])
-
-A file may name another as its `base` (beside itself, or by bare name) and then holds only what differs from it.
-Quantities that the papers give in tokens stay in tokens. Every error names file, key and value.
+Quantities that the papers give in tokens stay in tokens. `config_file` reads one from YAML.
 """
 
-import dataclasses
-import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
-from megagpt.errors import UserError, did_you_mean
-from megagpt.models.presets import SECTION, ModelConfig, preset_fields
+from megagpt.errors import UserError
+from megagpt.models.presets import SECTION, ModelConfig
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -279,7 +271,7 @@ class Config:
         return shard
 
 
-def _check(config: Config) -> Iterator[str]:
+def contradictions(config: Config) -> Iterator[str]:
     """What no single field can know; yields one sentence for each contradiction."""
     train, schedule, context = config.train, config.schedule, config.model.context
     for key in ("batch_tokens", "batch_ramp_start"):
@@ -330,187 +322,3 @@ def _check_engine(engine: EngineConfig) -> Iterator[str]:
             yield f"engine.nvme_path needs engine.stage 3, and it is {engine.stage}"
         if engine.offload == "none":
             yield "engine.nvme_path is where offloaded state goes: set engine.offload to optimizer or all"
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are numbers (`5e8`, `1_000`) and whose duplicate keys are errors."""
-
-
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
-    value = float(loader.construct_scalar(node).replace("_", ""))
-    # 5e8 tokens are a whole number; 1.0e-4 is not, and 2.0 without an exponent is meant as a fraction.
-    return int(value) if value.is_integer() and "e" in node.value.lower() else value
-
-
-def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$|^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)$"),
-    list("-+0123456789."),
-)
-_Loader.add_constructor("tag:yaml.org,2002:float", _number)
-_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: {getattr(error, 'problem', None) or 'not valid YAML'}") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def config_folders() -> list[Path]:
-    """Where a bare config name is looked for, in order."""
-    package = Path(__file__).resolve().parent
-    return [Path(), Path("configs"), package / "configs", package.parent / "configs"]
-
-
-def find_config(name: str) -> Path:
-    """The file of that path or bare name (`gpt3_xl.yaml`); raises UserError with the nearest names."""
-    for folder in config_folders():
-        for candidate in (folder / name, folder / f"{name}.yaml"):
-            if candidate.is_file():
-                return candidate
-    known = sorted({p.name for folder in config_folders()[1:] for p in folder.glob("*.yaml")})
-    raise UserError(f"config {name!r} not found: {did_you_mean(name, known)}")
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    path = path.resolve()
-    if path in seen:
-        raise UserError(f"{path}: `base` leads back to itself")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    tree = _parse_yaml(text, str(path)) or {}
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds a {type(tree).__name__}, not sections such as `model:` and `train:`")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base {base!r} is not a file's name")
-    beside = path.parent / base
-    try:
-        base_path = beside if beside.is_file() else find_config(base)
-    except UserError as error:
-        raise UserError(f"{path}: base: {error}") from None
-    return _merge(_read_tree(base_path, (*seen, path)), tree)
-
-
-def override(tree: dict[str, Any], text: str) -> dict[str, Any]:
-    """The tree with one `section.key=value` applied. Raises UserError where the text is not of that form."""
-    key, equals, value = text.partition("=")
-    if not equals or not key or not all(key.split(".")):
-        raise UserError(f"override {text!r} is not of the form section.key=value, such as train.tokens=1e9")
-    over: Any = _parse_yaml(value, f"override {text!r}")
-    for part in reversed(key.split(".")):
-        over = {part: over}
-    return _merge(tree, over)
-
-
-def _valid_names(location: tuple[str | int, ...]) -> list[str]:
-    """The keys that are valid beside the one at `location`."""
-    kind: Any = Config
-    for part in location[:-1]:
-        if isinstance(part, str):
-            fields = {f.name: f.type for f in dataclasses.fields(kind)}
-            kind = fields.get(part)
-        else:
-            kind = SourceConfig  # the only list of sections
-    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-
-
-def _describe(error: Any) -> str:
-    location, value = error["loc"], error["input"]
-    key = ".".join(map(str, location)) or "config"
-    match error["type"]:
-        case "unexpected_keyword_argument":
-            return f"unknown key {key}: {did_you_mean(str(location[-1]), _valid_names(location))}"
-        case "missing":
-            return f"{key} is missing"
-        case "dataclass_type" | "dataclass_exact_type":
-            return f"{key}: {value!r} is not a section with keys of its own"
-        case "value_error":
-            return f"{key}: {error['ctx']['error']}"
-    message = error["msg"].replace("Input should be", "should be")
-    return f"{key}: {value!r} {message}"
-
-
-def build_config(tree: dict[str, Any], where: str) -> Config:
-    """Check a tree of plain values and make the Config; `where` names it in errors."""
-    model = tree.get("model")
-    if isinstance(model, dict) and model.get("preset"):
-        try:
-            tree = {**tree, "model": {**preset_fields(str(model["preset"])), **model}}
-        except UserError as error:
-            raise UserError(f"{where}: model.preset: {error}") from None
-    try:
-        # JSON mode is pydantic's strict mode for parsed files: no string passes for a number, no bool for an int.
-        config = TypeAdapter(Config).validate_json(json.dumps(tree))
-    except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_describe(e) for e in error.errors())) from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from None
-    problems = list(_check(config))
-    if problems:
-        raise UserError(f"{where}: " + "; ".join(problems))
-    return config
-
-
-def _other_engine(tree: dict[str, Any], text: str) -> dict[str, Any]:
-    """Without the file's settings for another engine than the override names."""
-    engine, over = tree.get("engine"), override({}, text).get("engine")
-    if not isinstance(engine, dict) or not isinstance(over, dict) or "name" not in over:
-        return tree
-    return tree if over["name"] == engine.get("name", EngineConfig.name) else {**tree, "engine": {}}
-
-
-def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a config by path or bare name, apply `section.key=value` overrides, check it. Raises UserError."""
-    path = find_config(name)
-    tree = _read_tree(path)
-    for text in overrides:
-        tree = _other_engine(tree, text)
-    for text in overrides:
-        tree = override(tree, text)
-    where = str(path) + (f" with {' '.join(overrides)}" if overrides else "")
-    config = build_config(tree, where)
-    if not config.run.name:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=path.stem))
-    return config
-
-
-def to_yaml(config: Config) -> str:
-    """The resolved run, every value spelled out; `load_config` reads it back to an equal Config."""
-    tree = json.loads(json.dumps(dataclasses.asdict(config)))
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

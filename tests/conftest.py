@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from megagpt.data.prepare import prepare
 from megagpt.data.sources import open_source
 
 
 def pytest_configure() -> None:
+    settings.register_profile("any machine", deadline=None)  # a busy one takes its time
+    settings.load_profile("any machine")
     torch.set_num_threads(1)  # two threads of a busy machine wait for each other
 
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt.cli import main
-from megagpt.config import Config, build_config, find_config, load_config, to_yaml
+from megagpt.config import Config
+from megagpt.config_file import build_config, find_config, load_config, to_yaml
 from megagpt.errors import UserError
 from megagpt.models.presets import PRESETS
 from tests.ranks import REPOSITORY

@@ -101,7 +101,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from megagpt.checkpoints.bench import bench
-    from megagpt.config import load_config
+    from megagpt.config_file import load_config
     from megagpt.distributed import join
 
     config = load_config(arguments.config, arguments.overrides)

@@ -32,7 +32,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from megagpt.config import load_config
+    from megagpt.config_file import load_config
     from megagpt.exchange.importing import import_run
 
     run = import_run(arguments.folder, load_config(arguments.config, arguments.overrides))

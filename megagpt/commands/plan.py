@@ -15,7 +15,7 @@ def register(add: Add) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from megagpt.config import load_config, to_yaml
+    from megagpt.config_file import load_config, to_yaml
     from megagpt.planning.summary import summarize
 
     config = load_config(arguments.config, arguments.overrides)

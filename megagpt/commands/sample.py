@@ -35,7 +35,7 @@ def _load_model(name: str) -> "GPT":
 
     from megagpt.checkpoints.folder import find_checkpoint
     from megagpt.checkpoints.loading import read_weights
-    from megagpt.config import build_config
+    from megagpt.config_file import build_config
     from megagpt.models.gpt import GPT
     from megagpt.models.huggingface import is_pretrained, load_pretrained
 

@@ -45,7 +45,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _train_config(arguments: argparse.Namespace) -> "Config":
-    from megagpt.config import load_config
+    from megagpt.config_file import load_config
 
     overrides = [a for a in arguments.arguments if "=" in a]
     names = [a for a in arguments.arguments if "=" not in a] + ([arguments.config] if arguments.config else [])

@@ -7,7 +7,7 @@ from typing import Any
 
 from megagpt.checkpoints.folder import Checkpoint
 from megagpt.checkpoints.loading import read_weights
-from megagpt.config import build_config
+from megagpt.config_file import build_config
 from megagpt.data.tokenizer import END_OF_TEXT
 from megagpt.exchange.tokenizer_files import tokenizer_files
 from megagpt.models.huggingface import export

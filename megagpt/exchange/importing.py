@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megagpt.checkpoints.saving import Saver, describe_position
-from megagpt.config import CheckpointConfig, Config, to_yaml
+from megagpt.config import CheckpointConfig, Config
+from megagpt.config_file import to_yaml
 from megagpt.data.shards import write_atomic
 from megagpt.distributed import World
 from megagpt.engines.flat_shard import FlatShard

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megagpt.config import Config, build_config
+from megagpt.config import Config
+from megagpt.config_file import build_config
 from megagpt.data.loader import Batch
 
 STEPS = 20

@@ -18,7 +18,8 @@ from megagpt.checkpoints.compatibility import Allowed
 from megagpt.checkpoints.folder import newest_whole
 from megagpt.checkpoints.loading import resume as resume_from
 from megagpt.checkpoints.saving import Saved, Saver, describe
-from megagpt.config import Config, to_yaml
+from megagpt.config import Config
+from megagpt.config_file import to_yaml
 from megagpt.data.builtin import prepare_builtin
 from megagpt.data.loader import Batch, open_corpus, read_ahead, train_batches, validation_samples
 from megagpt.data.shards import write_atomic

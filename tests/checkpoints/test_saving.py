@@ -19,7 +19,8 @@ from megagpt.checkpoints.folder import Checkpoint, find_checkpoint, list_checkpo
 from megagpt.checkpoints.loading import read_weights, resume, tensor_shapes
 from megagpt.checkpoints.saving import Saver, describe, describe_position, share_of
 from megagpt.checkpoints.storage import DamagedError, Writer
-from megagpt.config import CheckpointConfig, Config, build_config
+from megagpt.config import CheckpointConfig, Config
+from megagpt.config_file import build_config
 from megagpt.distributed import World, join
 from megagpt.engines.engine import build_engine
 from megagpt.engines.flat_shard import FlatShard

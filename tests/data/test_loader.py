@@ -16,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.config import Config, DataConfig, SourceConfig, build_config
+from megagpt.config import Config, DataConfig, SourceConfig
+from megagpt.config_file import build_config
 from megagpt.data.loader import Batch, Corpus, open_corpus, read_ahead, rounds, train_batches, validation_samples
 from megagpt.data.sampler import locate
 from megagpt.data.shards import TokenStream

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt.cli import main
-from megagpt.config import Config, EngineConfig, build_config, load_config, to_yaml
+from megagpt.config import Config, EngineConfig
+from megagpt.config_file import build_config, load_config, to_yaml
 from megagpt.engines.zero_config import check_nvme, deepspeed_config
 from megagpt.errors import UserError
 from tests.ranks import run_ranks

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.checkpoints.loading import read_weights
 from megagpt.cli import main
-from megagpt.config import load_config
+from megagpt.config_file import load_config
 from megagpt.data.loader import open_corpus
 from megagpt.data.tokenizer import encode, gpt2
 from megagpt.exchange.tokenizer_files import tokenizer_files

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megagpt.checkpoints.folder import list_checkpoints
-from megagpt.config import load_config
+from megagpt.config_file import load_config
 from megagpt.errors import UserError
 from megagpt.training import safety
 from megagpt.training.safety import StopRequest

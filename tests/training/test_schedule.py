@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.config import Config, build_config, load_config
+from megagpt.config import Config
+from megagpt.config_file import build_config, load_config
 from megagpt.training.schedule import batch_samples, learning_rate, step_count
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
-from megagpt.config import load_config
+from megagpt.config_file import load_config
 from megagpt.data.loader import open_corpus
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
