@@ -41,6 +41,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def under_torchrun(self) -> bool:
+        return "TORCHELASTIC_RUN_ID" in os.environ
+
     def sum(self, value: float) -> float:
         """The sum over all ranks, on every rank."""
         return self._reduce([value], dist.ReduceOp.SUM)[0]

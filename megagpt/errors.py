@@ -44,10 +44,7 @@ def disk_error(error: OSError) -> UserError | None:
 
 def disk_reason(*causes: BaseException) -> str:
     """Why a disk did not take something, for a sentence about it: one cause, or one from each rank."""
-    text = " ".join(map(str, causes))
-    full = any(isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EDQUOT) for c in causes)
-    # PyTorch's writer reports a full disk as a failed write of its zip container, without the error number.
-    if full or "No space left" in text or "PytorchStreamWriter" in text or "unexpected pos" in text:
+    if any(isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EDQUOT) for c in causes):
         return "disk full; free some space and resume"
     return first_line(causes[0])
 

@@ -4,7 +4,9 @@ import ctypes
 import functools
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -57,3 +59,18 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take of the host: what is available, or what its cgroups leave of it."""
+    free = psutil.virtual_memory().available
+    try:
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")
+        for folder in (group, *group.parents):
+            if (folder / "memory.max").exists() and (limit := (folder / "memory.max").read_text().strip()) != "max":
+                statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / "memory.current").read_text()) - int(statistics["inactive_file"])
+                free = min(free, int(limit) - used)
+    except (OSError, ValueError, KeyError):
+        pass  # no cgroups of version 2 here
+    return max(0, free)

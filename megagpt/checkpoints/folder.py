@@ -1,12 +1,13 @@
 """A checkpoint's folder: when it is whole, where a run keeps it, and which ones stay.
 
-RUN/checkpoints/000000524288/   named by tokens seen; while it is written, with `.saving` behind the name
+RUN/checkpoints/000000000524288/    named by tokens seen; while it is written, with `.saving` behind the name
     __0_0.distcp, ...           fp32 weights and both Adam moments by name, a file from each rank
     .metadata                   which part of which tensor lies where
     meta.json                   position, config, engine, world size, versions, data fingerprint
     COMPLETE                    size and checksums of all of them; written last, when they are on the disk
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagpt.checkpoints.storage import BLOCK_BYTES, CheckedReader, DamagedError, FileSum, sum_bytes
+from megagpt.checkpoints.storage import BLOCK_BYTES, CheckedReader, DamagedError, FileSum, check_size, sum_bytes
 from megagpt.data.shards import write_atomic
 from megagpt.errors import UserError, first_line
 
@@ -26,6 +27,8 @@ INDEX = ".metadata"
 FORMAT = 2
 SAVING = ".saving"
 DAMAGED = ".damaged"
+REMOVED = ".removed"
+SHARE = "run.folder must be one that all hosts share"
 
 
 @dataclass(frozen=True)
@@ -40,36 +43,58 @@ class Checkpoint:
 
     def sums(self) -> dict[str, FileSum]:
         """File name -> its checksums. Raises DamagedError where the marker is missing or not as it was written."""
+        marker = self.path / MARKER
         try:
-            tree = json.loads((self.path / MARKER).read_bytes())
+            tree = json.loads(marker.read_bytes())
+            if tree and all(isinstance(size, int) for size in tree.values()):
+                raise UserError(f"{self.path}: a checkpoint of format 1; this version reads {FORMAT}")
             checksum = tree.pop("checksum")
             if checksum != _checksum(tree):
                 raise ValueError("wrong checksum")
             return {name: FileSum(**value) for name, value in tree["files"].items()}
         except FileNotFoundError:
-            raise DamagedError(f"{self.path / MARKER} is missing") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DamagedError(f"{self.path / MARKER} is damaged ({first_line(error)})") from None
+            raise DamagedError(marker, "is missing") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DamagedError(marker, f"is damaged ({first_line(error)})") from None
 
-    def check_sizes(self) -> None:
-        """Raises DamagedError for a file that is missing or of another size: what can be told without reading all."""
-        for name, expected in self.sums().items():
-            CheckedReader(self.path / name, expected).close()
+    def whole(self) -> tuple[dict[str, Any], dict[str, FileSum]]:
+        """What stands in meta.json, and the checksums of all files.
+
+        Raises DamagedError for a file that is missing or of another size, and for a damaged marker or meta.json: what
+        can be told without reading all.
+        """
+        sums = self.sums()
+        for name, expected in sums.items():
+            check_size(self.path / name, expected)
+        data = (self.path / META).read_bytes()
+        if META not in sums or sum_bytes(data) != sums[META]:
+            raise DamagedError(self.path / META, "is damaged (wrong checksum)")
+        meta: dict[str, Any] = json.loads(data)
+        if meta.get("format") != FORMAT:
+            raise UserError(f"{self.path}: checkpoint format {meta.get('format')}, this version reads {FORMAT}")
+        return meta, sums
+
+    def meta(self) -> dict[str, Any]:
+        """What stands in meta.json. Raises DamagedError as `whole` does."""
+        return self.whole()[0]
 
     def problem(self) -> str | None:
-        """Why this checkpoint is not whole, as far as file sizes tell; None where they are right."""
+        """Why this checkpoint is not whole, as far as can be told without reading all; None where it is."""
         try:
-            self.check_sizes()
-            self.meta()
+            self.whole()
         except (UserError, OSError) as error:
             return str(error)
         return None
 
-    def check_index(self) -> None:
-        """Raises DamagedError where `.metadata` is not what was written: PyTorch hides what its reader raises there."""
-        with CheckedReader(self.path / INDEX, self.sums()[INDEX]) as file:
-            while file.read(BLOCK_BYTES):
-                pass
+    def check_file(self, name: str, progress: Callable[[int], Any] = lambda count: None) -> None:
+        """Read a file of it against its checksums. `progress` is told of bytes read. Raises DamagedError."""
+        sums = self.sums()
+        if name not in sums:  # the marker itself
+            return
+        buffer = bytearray(BLOCK_BYTES)
+        with CheckedReader(self.path / name, sums[name]) as file:
+            while count := file.readinto(buffer):
+                progress(count)
 
     def verify(self, progress: Callable[[int], Any] = lambda count: None) -> list[str]:
         """Read all of it; what is wrong, file by file. `progress` is told of bytes read."""
@@ -78,12 +103,9 @@ class Checkpoint:
         except DamagedError as error:
             return [str(error)]
         problems = []
-        buffer = bytearray(BLOCK_BYTES)
-        for name, expected in sums.items():
+        for name in sums:
             try:
-                with CheckedReader(self.path / name, expected) as file:
-                    while count := file.readinto(buffer):
-                        progress(count)
+                self.check_file(name, progress)
             except DamagedError as error:
                 problems.append(str(error))
             except OSError as error:
@@ -95,22 +117,13 @@ class Checkpoint:
         """Bytes of all files."""
         return sum(s.size for s in self.sums().values())
 
-    def meta(self) -> dict[str, Any]:
-        """What stands in meta.json. Raises DamagedError where it is not as it was written."""
-        sums = self.sums()
-        try:
-            data = (self.path / META).read_bytes()
-        except OSError as error:
-            raise DamagedError(f"{self.path / META}: not readable ({first_line(error)})") from None
-        if META not in sums or sum_bytes(data) != sums[META]:
-            raise DamagedError(f"{self.path / META} is damaged (wrong checksum)")
-        meta: dict[str, Any] = json.loads(data)
-        if meta.get("format") != FORMAT:
-            raise UserError(f"{self.path}: checkpoint format {meta.get('format')}, this version reads {FORMAT}")
-        return meta
-
     def complete(self, saving: Path, meta: dict[str, Any], sums: dict[str, FileSum]) -> None:
-        """Make the folder `saving`, whose files are on the disk, this checkpoint."""
+        """Make the folder `saving`, whose files are on the disk, this checkpoint. Raises UserError where one is not."""
+        for name, expected in sums.items():
+            try:
+                check_size(saving / name, expected)
+            except DamagedError as error:
+                raise UserError(f"{error} for the main rank: {SHARE}") from None
         data = json.dumps(meta, indent=1).encode()
         write_atomic(saving / META, data)
         files = {name: dataclasses.asdict(s) for name, s in sorted({**sums, META: sum_bytes(data)}.items())}
@@ -124,9 +137,12 @@ class Checkpoint:
         _flush_folder(self.path.parent)
 
     def remove(self) -> None:
-        # Marker first: a removal that is cut off leaves no checkpoint that looks whole.
-        (self.path / MARKER).unlink(missing_ok=True)
-        shutil.rmtree(self.path)
+        """It loses its name first: a removal that is cut off, or delayed by others' open files, leaves none that looks
+        whole."""
+        gone = self.path.with_name(self.path.name + REMOVED)
+        shutil.rmtree(gone, ignore_errors=True)
+        self.path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     def set_aside(self) -> Path:
         """Rename a damaged checkpoint, so that none takes it for a whole one; where the disk does not let us, leave
@@ -189,7 +205,7 @@ def find_checkpoint(path: Path, say: Callable[[str], Any]) -> Checkpoint:
     """A checkpoint's own folder, or a run's newest whole one. Raises UserError where there is none."""
     if is_checkpoint(path):
         checkpoint = Checkpoint(path.resolve())
-        checkpoint.check_sizes()
+        checkpoint.whole()
         return checkpoint
     newest = newest_whole(path, say)
     if newest is None:
@@ -202,14 +218,22 @@ def rotate(run: Path, newest: Checkpoint, keep: int) -> None:
     what is not whole is left for people to look at."""
     interval = []
     for checkpoint in list_checkpoints(run):
-        if checkpoint.tokens <= newest.tokens and checkpoint.problem() is None and not checkpoint.meta()["milestone"]:
-            interval.append(checkpoint)
+        with contextlib.suppress(UserError, OSError):
+            if checkpoint.tokens <= newest.tokens and not checkpoint.meta()["milestone"]:
+                interval.append(checkpoint)
     for checkpoint in interval[:-keep]:
         if checkpoint != newest:
-            checkpoint.remove()
+            with contextlib.suppress(OSError):  # it stays until the next time
+                checkpoint.remove()
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what saves that were cut off have left."""
-    for path in checkpoints_folder(run).glob(f"*{SAVING}"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what saves and removals that were cut off have left."""
+    for ending in (SAVING, REMOVED):
+        for path in checkpoints_folder(run).glob(f"*{ending}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def damaged(run: Path) -> list[Path]:
+    """The run's damaged checkpoints that were set aside."""
+    return sorted(checkpoints_folder(run).glob(f"*{DAMAGED}"))

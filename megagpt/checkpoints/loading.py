@@ -1,6 +1,8 @@
 """Loading: a checkpoint into an engine, or single tensors of it."""
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megagpt.checkpoints.compatibility import Allowed, check
-from megagpt.checkpoints.folder import Checkpoint, list_checkpoints
+from megagpt.checkpoints.folder import INDEX, Checkpoint, damaged, list_checkpoints
 from megagpt.checkpoints.saving import hush
 from megagpt.checkpoints.storage import DamagedError, FileSum, Reader
 from megagpt.engines.engine import Engine
@@ -27,7 +29,7 @@ def resume(
     Every rank calls it. A damaged checkpoint is named and set aside, and the next older one is taken. Raises UserError
     where there are only damaged ones, and where the checkpoint is of another run than the engine's config.
     """
-    world, damaged = engine.world, 0
+    world = engine.world
     while True:
         # As the main rank sees it: file systems may show ranks different states.
         path = world.from_main(lambda: max((c.path for c in list_checkpoints(run)), default=None))
@@ -37,16 +39,27 @@ def resume(
         try:
             return _load(checkpoint, engine, fingerprints, allowed, say)
         except DamagedError as error:
-            damaged += 1
-            aside = world.from_main(checkpoint.set_aside)
-            if aside == path:
-                raise UserError(f"{error}; move {path} away, and an older checkpoint is taken") from None
+            aside = world.from_main(functools.partial(_set_aside, checkpoint, error))
             say(f"{error}; set aside as {aside.name}")
-    if damaged:
+    found = world.from_main(lambda: damaged(run))
+    if found:
         raise UserError(
-            f"{run}: none of its {damaged} checkpoint(s) is whole; restore one from a copy, or start another run"
+            f"{found[-1]}: no checkpoint of this run is whole; restore one from a copy, or start another run. To start "
+            "this one over, remove what was set aside"
         )
     return None
+
+
+def _set_aside(checkpoint: Checkpoint, error: DamagedError) -> Path:
+    """Rename a damaged checkpoint. Raises UserError where this rank finds it whole, and where it cannot be renamed."""
+    with contextlib.suppress(DamagedError):
+        checkpoint.whole()
+        checkpoint.check_file(error.file.name)
+        raise UserError(f"{error}, as one rank reads it, and the main rank finds it whole: look at that rank's host")
+    aside = checkpoint.set_aside()
+    if aside == checkpoint.path:
+        raise UserError(f"{error}; move {checkpoint.path} away, and an older checkpoint is taken")
+    return aside
 
 
 def _load(
@@ -54,12 +67,7 @@ def _load(
 ) -> dict[str, Any]:
     config, world = engine.config, engine.world
 
-    def whole() -> tuple[dict[str, Any], dict[str, FileSum]]:
-        checkpoint.check_sizes()
-        checkpoint.check_index()
-        return checkpoint.meta(), checkpoint.sums()
-
-    meta, sums = world.from_main(whole)
+    meta, sums = world.from_main(lambda: _whole(checkpoint))
     for difference in check(checkpoint, meta, config, fingerprints, allowed):
         say(f"going on with a change: {difference}")
     if config.model.dropout and meta["world_size"] != world.size:
@@ -79,10 +87,20 @@ def _load(
     return meta
 
 
+def _whole(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, FileSum]]:
+    """Its meta.json and checksums, with the index read: PyTorch hides what a reader of that raises."""
+    try:
+        meta, sums = checkpoint.whole()
+        checkpoint.check_file(INDEX)
+    except OSError as error:
+        raise UserError(f"{checkpoint.path}: cannot be read: {first_line(error)}") from None
+    return meta, sums
+
+
 def read_weights(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Parameters by name, fp32 on the CPU. Raises UserError for one that is missing or of another shape."""
     state = {f"model.{name}": torch.empty(shape) for name, shape in shapes.items()}
-    _read(checkpoint.path, checkpoint.sums(), state, no_dist=True)
+    _read(checkpoint.path, _whole(checkpoint)[1], state, no_dist=True)
     return {name: state[f"model.{name}"] for name in shapes}
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -23,6 +22,7 @@ import megagpt
 from megagpt.checkpoints.folder import (
     FORMAT,
     SAVING,
+    SHARE,
     Checkpoint,
     at_tokens,
     checkpoints_folder,
@@ -35,6 +35,7 @@ from megagpt.distributed import World
 from megagpt.engines.engine import Engine
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.errors import UserError, disk_reason
+from megagpt.hardware import free_memory
 
 # How long ranks wait for the slowest writer of a save.
 _TIMEOUT = datetime.timedelta(hours=3)
@@ -50,7 +51,7 @@ class Saved:
 
     checkpoint: Checkpoint
     stall_seconds: float
-    """How long training stood still for it."""
+    """How long training stood still for it, and for the end of the one before."""
     save_seconds: float
     """From its start to its marker."""
 
@@ -74,8 +75,8 @@ class Saver:
             self._ranks_here = hosts.count(platform.node())
         self._thread: threading.Thread | None = None
         self._outcome: Saved | BaseException | None = None
-        self._seconds = 0.0
-        self._told_of_memory = False
+        self._seconds, self._measured = 0.0, False
+        self._room: bool | None = None
 
     @property
     def expected_seconds(self) -> float:
@@ -98,10 +99,18 @@ class Saver:
                 file.flush()
                 os.fsync(file.fileno())
             seconds = time.monotonic() - start
-            path.unlink()
         except OSError as error:
             raise UserError(f"{folder}: checkpoints cannot be written there: {disk_reason(error)}") from None
-        self._seconds = self._world.max(seconds * share / len(data))
+        self._seconds = self._world.max(seconds * share / len(data))  # and waits for all ranks' files
+
+        def see_all() -> None:
+            for rank in range(self._world.size):
+                other = folder / f"probe.{rank}"
+                if not other.exists():
+                    raise UserError(f"{other} was written and is missing for the main rank: {SHARE}")
+                other.unlink()
+
+        self._world.from_main(see_all)
 
     def save(
         self,
@@ -115,8 +124,9 @@ class Saver:
         `replica`: which one of how many copies of the state this rank holds; each copy writes its share. `meta`: what
         `describe` gives.
         """
-        begin = time.monotonic()
+        called = time.monotonic()
         previous = self.finish()
+        begin = time.monotonic()
         state = share_of(state, *replica)
         copied = self._config.asynchronous and self._room_for(state, say)
         if copied:
@@ -124,14 +134,14 @@ class Saver:
             if self._world.device.type == "cuda":
                 torch.cuda.synchronize(self._world.device)
         checkpoint = at_tokens(self._run, meta["tokens_seen"])
-        stall = time.monotonic() - begin
+        stall = time.monotonic() - called
 
         def work() -> None:
             try:
                 self._write(state, checkpoint, meta)
                 seconds = time.monotonic() - begin
-                self._outcome = Saved(checkpoint, stall if copied else seconds, seconds)
-            except BaseException as error:
+                self._outcome = Saved(checkpoint, stall if copied else stall + seconds, seconds)
+            except (Exception, CheckpointException) as error:  # which is no Exception
                 self._outcome = error
 
         if copied:
@@ -157,28 +167,34 @@ class Saver:
             self._thread = None
         outcome, self._outcome = self._outcome, None
         if isinstance(outcome, Saved):
-            self._seconds = max(self._seconds, outcome.save_seconds)
+            # The first real one tells more than the probe.
+            self._seconds = max(self._seconds, outcome.save_seconds) if self._measured else outcome.save_seconds
+            self._measured = True
             return outcome
-        if isinstance(outcome, OSError | CheckpointException | RuntimeError):
-            reason = disk_reason(*_causes(outcome))
+        if outcome is None:
+            return None
+        of_disk = [cause for cause in _causes(outcome) if isinstance(cause, OSError)]
+        if of_disk:
+            reason = disk_reason(*of_disk)
             raise UserError(f"{checkpoints_folder(self._run)}: the checkpoint could not be written: {reason}") from None
-        if outcome is not None:
-            raise outcome
-        return None
+        raise outcome
 
     def _room_for(self, state: dict[str, FlatShard], say: Callable[[str], Any]) -> bool:
-        """Whether every rank has memory for a copy beside what it uses."""
-        needed = sum(s.flat.nbytes for s in state.values())
-        on_host = needed * self._ranks_here
-        free = psutil.virtual_memory().available
-        short = self._world.any(on_host > _MEMORY_SHARE * free)
-        if short and not self._told_of_memory:
-            self._told_of_memory = True
+        """Whether every rank has memory for a copy beside what it uses. Asked once: PyTorch and the C library keep the
+        memory of a copy for the next one."""
+        if self._room is not None:
+            return self._room
+        sizes = [s.flat.nbytes for s in state.values()]
+        if self._world.device.type == "cuda":
+            sizes = [1 << (size - 1).bit_length() for size in sizes if size]  # as PyTorch allocates pinned memory
+        on_host, free = self._world.max(sum(sizes) * self._ranks_here), -self._world.max(-float(free_memory()))
+        self._room = on_host <= _MEMORY_SHARE * free
+        if not self._room:
             say(
-                f"training waits for its saves: a copy of the state takes {on_host / 2**30:.1f} GiB of each host, "
+                f"training waits for its saves: a copy of the state takes {on_host / 2**30:.1f} GiB of a host, "
                 f"and {free / 2**30:.1f} GiB are free"
             )
-        return not short
+        return self._room
 
     def _write(self, state: dict[str, FlatShard], checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
         saving = checkpoint.path.with_name(checkpoint.path.name + SAVING)

@@ -43,6 +43,13 @@ _AHEAD_BYTES = 2**24
 class DamagedError(UserError):
     """A file of a checkpoint is missing, too short, or not what was written."""
 
+    def __init__(self, file: Path, what: str) -> None:
+        super().__init__(file, what)  # both, so that it can be sent to other ranks
+        self.file, self.what = file, what
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.what}"
+
 
 @dataclass
 class FileSum:
@@ -58,6 +65,16 @@ def sum_bytes(data: bytes) -> FileSum:
     view = memoryview(data)
     blocks = [xxhash.xxh3_64_hexdigest(view[i : i + BLOCK_BYTES]) for i in range(0, len(data), BLOCK_BYTES)]
     return FileSum(len(data), blocks)
+
+
+def check_size(path: Path, expected: FileSum) -> None:
+    """Raises DamagedError where a file is missing or of another size."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise DamagedError(path, "is missing") from None
+    if size != expected.size:
+        raise DamagedError(path, f"has {size} bytes instead of {expected.size}")
 
 
 class _HashingWriter(io.RawIOBase):
@@ -113,15 +130,9 @@ class CheckedReader(io.RawIOBase):
     """
 
     def __init__(self, path: Path, expected: FileSum) -> None:
+        check_size(path, expected)
         self._path, self._expected = path, expected
-        try:
-            self._file = path.open("rb", buffering=0)
-        except FileNotFoundError:
-            raise DamagedError(f"{path} is missing") from None
-        size = os.fstat(self._file.fileno()).st_size
-        if size != expected.size:
-            self._file.close()
-            raise DamagedError(f"{path} has {size} bytes instead of {expected.size}")
+        self._file = path.open("rb", buffering=0)
         self._position = 0
         self._kept: dict[int, memoryview] = {}
 
@@ -169,14 +180,14 @@ class CheckedReader(io.RawIOBase):
         while filled < size:
             read = os.preadv(self._file.fileno(), [content[filled:]], start + filled)
             if not read:
-                raise DamagedError(f"{self._path} ends before its byte {start + size}")
+                raise DamagedError(self._path, f"ends before its byte {start + size}")
             filled += read
         if xxhash.xxh3_64_hexdigest(content) != self._expected.blocks[block]:
-            raise DamagedError(f"{self._path} is damaged between its bytes {start} and {start + size} (wrong checksum)")
+            raise DamagedError(self._path, f"is damaged between its bytes {start} and {start + size} (wrong checksum)")
         return content
 
     def close(self) -> None:
-        if not self.closed:
+        if hasattr(self, "_file"):
             self._file.close()
         super().close()
 
@@ -192,7 +203,7 @@ class _ChecksummedFiles(FileSystem):
         path = Path(path)
         if mode == "rb":
             if path.name not in self.sums:
-                raise DamagedError(f"{path} is not in the list of the checkpoint's files")
+                raise DamagedError(path, "is not in the list of the checkpoint's files")
             # Buffered for the sake of pickle, which asks for single bytes.
             with io.BufferedReader(CheckedReader(path, self.sums[path.name])) as reader:
                 yield cast(io.IOBase, reader)
@@ -225,7 +236,12 @@ class Writer(FileSystemWriter):
                 # Through numpy, a part of a tensor becomes a tensor of its own without a copy.
                 tensor = torch.from_numpy(planner.resolve_data(item).detach().cpu().numpy())  # type: ignore[union-attr]
                 offset = stream.tell()
-                torch.save(tensor, cast(Any, stream))
+                try:
+                    torch.save(tensor, cast(Any, stream))
+                except RuntimeError as error:
+                    if isinstance(error.__context__, OSError):  # of the disk, which PyTorch hides
+                        raise error.__context__ from None
+                    raise
                 length = stream.tell() - offset
                 results.append(WriteResult(item.index, length, _StorageInfo(name, offset, length)))
             stream.flush()

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt.commands.options import Add
+from megagpt.commands.options import Add, count
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def register(add: Add) -> None:
     sub.add_argument("config", metavar="CONFIG")
     sub.add_argument("overrides", nargs="*", metavar="section.key=value")
     sub.add_argument("--in", dest="folder", required=True, metavar="DIR", help="a folder on the disk to measure")
-    sub.add_argument("--rounds", type=int, default=3, help="the best of so many counts (3)")
+    sub.add_argument("--rounds", type=count, default=3, help="the best of so many counts (3)")
     sub.set_defaults(command=_bench)
 
 

@@ -1,5 +1,6 @@
 """A run's checkpoint as a folder that `transformers` loads: model, tokenizer, generation settings, model card."""
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -84,12 +85,11 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER)
 
 def _validation_loss(checkpoint: Checkpoint) -> float | None:
     """The run's last one up to the checkpoint."""
-    try:
-        lines = (checkpoint.path.parent.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        events = [json.loads(line) for line in lines]
-    except (OSError, ValueError):
-        return None
-    found = [
-        e["validation_loss"] for e in events if e["event"] == "validation" and e["tokens_seen"] <= checkpoint.tokens
-    ]
-    return float(found[-1]) if found else None
+    loss = None
+    with contextlib.suppress(OSError):
+        for line in (checkpoint.path.parent.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, KeyError):  # a line that a kill cut off
+                event = json.loads(line)
+                if event["event"] == "validation" and event["tokens_seen"] <= checkpoint.tokens:
+                    loss = float(event["validation_loss"])
+    return loss

@@ -1,5 +1,6 @@
 """A run that starts from the weights of a GPT-2 folder."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,13 @@ def import_run(folder: str | Path, config: Config) -> Path:
         state[f"exp_avg.{name}"] = FlatShard(nothing, shape, 0)
         state[f"exp_avg_sq.{name}"] = FlatShard(nothing, shape, 0)
     meta: dict[str, Any] = describe_position(config, "import", 1, 0, 0, None, milestone=False)
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / "config.yaml", to_yaml(config).encode())
     saver = Saver(run, CheckpointConfig(asynchronous=False), World(0, 1, 0, torch.device("cpu")))
-    saver.save(state, (0, 1), meta, print)
-    saver.finish()
+    try:
+        saver.save(state, (0, 1), meta, print)
+        saver.finish()
+        # Last: a folder without it is no run.
+        write_atomic(run / "config.yaml", to_yaml(config).encode())
+    except BaseException:
+        shutil.rmtree(run, ignore_errors=True)
+        raise
     return run

@@ -104,7 +104,8 @@ def export(
     description = their_config(config)
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
-    partial = folder.with_name(folder.name + ".partial")
+    folder = folder.resolve()
+    partial = folder.with_name(f".{folder.name}.megagpt-export")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     shards = _cut(shapes, shard_bytes)

@@ -26,6 +26,7 @@ class StopRequest:
         self.reason: str | None = None
         """What came first."""
         self._limit = time_limit
+        self._interrupted = False
         self._previous: dict[int, object] = {}
 
     def requested(self, reserve: float = 0) -> bool:
@@ -48,8 +49,9 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if number == signal.SIGINT and self.reason == name:
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
+        self._interrupted = self._interrupted or number == signal.SIGINT
         if self.reason is None:
             self.reason = name
 

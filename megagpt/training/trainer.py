@@ -61,7 +61,7 @@ class Trainer:
         self.resumed = resume
         self.samples_seen = self._resume(allowed) if resume else 0
         self.guard = FiniteGuard(config.train.nonfinite_limit)
-        self.longest_step = 0.0
+        self.longest_step = self.longest_samples = 0.0
         world.barrier()
         self.saver = Saver(self.run, config.checkpoint, world)
         self.saver.probe(self._checkpoint_bytes)
@@ -157,16 +157,18 @@ class Trainer:
                 f"(a model that knows only how common each token is: {self.unigram:.4f})",
             )
 
-    def sample(self) -> None:
+    def sample(self, stop: StopRequest) -> None:
         s = self.config.sampling
-        if not s.samples:
+        if not s.samples or self._agree(stop):
             return
+        start = time.monotonic()
         prompt = gpt2().encode_ordinary(s.prompt)
         with self.engine.evaluation() as model:
             rows = generate(
                 model, self.config.model, [prompt] * s.samples, s.max_tokens,
                 temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=self.config.run.seed,
             )  # fmt: skip
+        self.longest_samples = max(self.longest_samples, time.monotonic() - start)
         texts = [s.prompt + gpt2().decode(row) for row in rows]
         self._record("samples", {"samples": texts}, "\n".join(f"> {text}" for text in texts))
         if self.metrics is not None:
@@ -218,10 +220,10 @@ class Trainer:
                 return 0
             if last:
                 self.validate(stop)
-                self.sample()
+                self.sample(stop)
             self._tell(self.saver.finish())
             if not last or self._agree(stop):
-                reason = stop.reason or "a signal on another rank"
+                reason = stop.reason or "a signal or the time limit of another rank"
                 text = f"stopped by {reason}; resume with: megagpt train --resume {self.run}"
                 self._record("stopped", {"reason": reason}, text)
                 return EXIT_STOPPED
@@ -240,9 +242,9 @@ class Trainer:
 
     @property
     def _reserve(self) -> float:
-        """Seconds from the end of a step to the end of the run, if the next step is the last: that step, what is left
-        of a save in flight, and a save."""
-        return self.longest_step + 2 * self.saver.expected_seconds
+        """Seconds from the end of a step to the end of the run, if the next step is the last: samples, that step, what
+        is left of a save in flight, and a save."""
+        return self.longest_samples + self.longest_step + 2 * self.saver.expected_seconds
 
     def _finished(self) -> bool:
         """Whether an earlier start got past the last step's validation and samples."""
@@ -312,7 +314,7 @@ class Trainer:
             if not last and crossed(config.validation.every_tokens):
                 self.validate(stop)
             if not last and crossed(config.sampling.every_tokens):
-                self.sample()
+                self.sample(stop)
 
     def _tell_bound(self, step_seconds: float) -> None:
         save = self.saver.expected_seconds
@@ -321,6 +323,15 @@ class Trainer:
             f"{step_seconds:.2f} s and one save of {self._checkpoint_bytes / 1e9:.2f} GB ({save:.1f} s), after a save "
             f"in flight; it exits with code {EXIT_STOPPED}"
         )
+        if self.world.under_torchrun:
+            self.say(
+                "torchrun ends its ranks 30 s after it passes a signal on: give it --shutdown-timeout to wait longer"
+            )
+        if 0 < self.config.train.time_limit < self._reserve:
+            self.say(
+                f"train.time_limit {self.config.train.time_limit:g} s is shorter than the {self._reserve:.0f} s that a "
+                "step and its save may take: each start will make one step"
+            )
 
     def _skipped(self, result: StepResult, step: int) -> None:
         """Log a step whose update was left out, on any rank's account."""

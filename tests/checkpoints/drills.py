@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -142,7 +143,7 @@ class Drill:
             assert newest.tokens == metrics(self.run(name))[-1]["tokens_seen"]
             assert len(metrics(self.run(name), "stopped")) == i + 1
             assert "Traceback" not in self.log()
-            assert f"megagpt train --resume {self.run(name)}" in self.log()
+            assert re.search(rf"resume with: megagpt train --resume \S*{name}\n", self.log()), self.log()
             self.done[signal.Signals(number).name] += 1
         self.wait(self.start(name, "checkpoint.every_tokens=0"), [0, 0])
         self.compare(name)
@@ -195,6 +196,23 @@ class Drill:
                 self.done[f"{harm}: {kind.replace('1', '0')}"] += 1
         self._resume_damaged("sound", last, ".metadata", lambda path: empty_but_for(path.parent, "COMPLETE"))
         self.done["marker without data"] += 1
+
+        self._all_damaged("sound")
+
+    def _all_damaged(self, source: str) -> None:
+        """Nothing is started, the first time and later: a run of days would begin anew."""
+        run = self.run("damaged")
+        shutil.copytree(self.run(source), run)
+        before = (run / "metrics.jsonl").read_text()
+        for checkpoint in list_checkpoints(run):
+            flip(checkpoint.path / "__0_0.distcp")
+        for _ in range(2):
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+                assert command_line(["train", "--resume", str(run)]) == 2
+            assert "no checkpoint of this run is whole" in errors.getvalue()
+        assert (run / "metrics.jsonl").read_text() == before
+        shutil.rmtree(run)
+        self.done["every checkpoint damaged"] += 1
 
     def _resume_damaged(self, source: str, checkpoint: str, kind: str, apply: Callable[[Path], None]) -> None:
         run = self.run("damaged")

@@ -114,7 +114,7 @@ def test_an_export_that_was_cut_off_is_no_folder(run: Path, tmp_path: Path) -> N
         export(tmp_path / "out", config, fail)
     assert not (tmp_path / "out").exists()
     assert main(["export", str(run), "--to", str(tmp_path / "out")]) == 0
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.megagpt-export"))
 
 
 # --- the tokenizer ---

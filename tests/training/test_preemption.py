@@ -37,6 +37,7 @@ def test_signals_are_noted_however_often(number: signal.Signals) -> None:
 
 def test_a_second_ctrl_c_interrupts() -> None:
     with StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
