@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.checkpoints import saving
+from megagpt.checkpoints import saving, storage
 from megagpt.checkpoints.compatibility import Allowed
 from megagpt.checkpoints.folder import Checkpoint, find_checkpoint, list_checkpoints, newest_whole
 from megagpt.checkpoints.loading import read_weights, resume, tensor_shapes
@@ -313,6 +313,7 @@ def test_a_marker_covers_every_file(tmp_path: Path) -> None:
 
 LAYERS, WIDTH = 10, 512
 LARGEST = 4 * WIDTH * 4 * WIDTH  # bytes of an MLP's matrix in fp32
+BUFFERS = storage._KEPT_BLOCKS * storage.BLOCK_BYTES + storage._AHEAD_BYTES  # of a reader, whatever it reads
 
 
 def large_config(name: str) -> Config:
@@ -365,4 +366,4 @@ def test_memory_grows_by_a_few_of_the_largest_parameters(tmp_path: Path) -> None
         for name, (written, read) in grown.items():
             print(f"{name}: {written / LARGEST:.1f} of the largest in a save, {read / LARGEST:.1f} in a load")
             assert written <= 4 * LARGEST, name
-            assert read <= 6 * LARGEST, name
+            assert read <= BUFFERS + 4 * LARGEST, name
