@@ -190,7 +190,7 @@ class Trainer:
                 "tokens_seen": saved.checkpoint.tokens, "path": str(saved.checkpoint.path), "save_seconds": seconds,
                 "stall_seconds": stall,
             },
-            f"saved {saved.checkpoint.path} in {seconds:.1f} s; training stood still for {stall:.2f} s of them",
+            f"saved {saved.checkpoint.path} in {seconds:.1f} s; training stood still for {stall:.2f} s",
         )  # fmt: skip
 
     # --- the loop ---
