@@ -145,9 +145,10 @@ class Trainer:
     def unigram(self) -> float:
         return unigram_loss(self.train_data, self.validation_data, self.validation_size)
 
-    def validate(self, stop: StopRequest) -> None:
+    def validate(self, stop: StopRequest) -> bool:
+        """False where it was asked to stop on the way; the same on every rank."""
         if not self.validation_size:
-            return
+            return True
         loss = validation_loss(self.engine, self.validation_data, self.validation_size, lambda: self._agree(stop))
         if loss is not None and self.world.is_main:
             self._record(
@@ -156,11 +157,15 @@ class Trainer:
                 f"validation loss {loss:.4f} over {self.validation_size * self.config.model.context:,} held-out tokens "
                 f"(a model that knows only how common each token is: {self.unigram:.4f})",
             )
+        return loss is not None
 
-    def sample(self, stop: StopRequest) -> None:
+    def sample(self, stop: StopRequest) -> bool:
+        """False where it was asked to stop before; the same on every rank."""
         s = self.config.sampling
-        if not s.samples or self._agree(stop):
-            return
+        if not s.samples:
+            return True
+        if self._agree(stop):
+            return False
         start = time.monotonic()
         prompt = gpt2().encode_ordinary(s.prompt)
         with self.engine.evaluation() as model:
@@ -173,6 +178,7 @@ class Trainer:
         self._record("samples", {"samples": texts}, "\n".join(f"> {text}" for text in texts))
         if self.metrics is not None:
             self.metrics.text(self.step, "samples", "\n\n---\n\n".join(texts))
+        return True
 
     def save(self, milestone: bool = False) -> None:
         if self.metrics is not None:
@@ -218,11 +224,9 @@ class Trainer:
             if last and self._finished():
                 self.say(f"{self.run}: finished already, at {self.tokens_seen:,} tokens")
                 return 0
-            if last:
-                self.validate(stop)
-                self.sample(stop)
+            whole = last and self.validate(stop) and self.sample(stop)
             self._tell(self.saver.finish())
-            if not last or self._agree(stop):
+            if not whole:
                 reason = stop.reason or "a signal or the time limit of another rank"
                 text = f"stopped by {reason}; resume with: megagpt train --resume {self.run}"
                 self._record("stopped", {"reason": reason}, text)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from megagpt.checkpoints.folder import list_checkpoints
+from megagpt.cli import main
 from megagpt.config_file import load_config
 from megagpt.errors import UserError
-from megagpt.training import safety
+from megagpt.training import safety, trainer
 from megagpt.training.safety import StopRequest
 from megagpt.training.trainer import EXIT_STOPPED
 from tests.conftest import metrics
@@ -87,6 +88,28 @@ def test_a_run_ends_itself_in_time_and_goes_on(tiny: Tiny, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert metrics(run)[-1]["tokens_seen"] == total
     assert metrics(run, "resumed")[0]["seconds_to_first_step"] > 0
+
+
+def test_a_signal_during_the_last_validation_is_made_up_on_resume(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything is saved by then; the run is not finished, and the next start finishes it."""
+    config = str(tiny())
+    run = tmp_path / "runs" / "tiny"
+
+    def signalled(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "validation_loss", signalled)
+        assert main(["train", config]) == EXIT_STOPPED
+    assert metrics(run, "finished") == metrics(run, "samples") == []
+    assert main(["train", "--resume", str(run)]) == 0
+    for event in ("validation", "samples", "finished"):
+        assert len(metrics(run, event)) == 1
+    assert [line["step"] for line in metrics(run)] == list(range(1, 21))
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "finished already" in capsys.readouterr().out
 
 
 @pytest.mark.slow
