@@ -366,4 +366,4 @@ def test_memory_grows_by_a_few_of_the_largest_parameters(tmp_path: Path) -> None
         for name, (written, read) in grown.items():
             print(f"{name}: {written / LARGEST:.1f} of the largest in a save, {read / LARGEST:.1f} in a load")
             assert written <= 4 * LARGEST, name
-            assert read <= BUFFERS + 4 * LARGEST, name
+            assert read <= BUFFERS + 10 * LARGEST, name
