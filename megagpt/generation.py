@@ -23,19 +23,23 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    first_row: int = 0,
     on_token: Callable[[int, int], None] = lambda row, token: None,
 ) -> list[list[int]]:
     """Continue each prompt by at most `max_tokens` tokens, ending before end-of-text; returns the new tokens only.
 
-    A row's draws depend on (seed, its number) alone, so it is the same beside any other prompts. When a row fills the
-    context, the window slides: the row goes on from its last context // 2 tokens. `on_token(row, token)` is called as
-    tokens come. Raises UserError for an empty prompt and for one longer than the context.
+    A row's draws depend on (seed, its number) alone, so it is the same beside any other prompts; numbers count from
+    `first_row`. When a row fills the context, the window slides: the row goes on from its last context // 2 tokens.
+    `on_token(row, token)` is called as tokens come. Raises UserError for an empty prompt and for one longer than the
+    context.
     """
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= config.context:
             raise UserError(f"prompt {row + 1} has {len(prompt)} tokens; the model takes 1 to {config.context}")
     device = next(model.parameters()).device
-    uniform = np.stack([np.random.default_rng([seed, row]).random(max_tokens) for row in range(len(prompts))])
+    uniform = np.stack(
+        [np.random.default_rng([seed, first_row + row]).random(max_tokens) for row in range(len(prompts))]
+    )
     windows = [list(p) for p in prompts]
     new: list[list[int]] = [[] for _ in prompts]
     alive = [True] * len(prompts)

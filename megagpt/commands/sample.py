@@ -95,16 +95,14 @@ def _sample(arguments: argparse.Namespace) -> int:
         }
         if arguments.stream:
             for i, (text, tokens) in enumerate(zip(texts, prompts, strict=True)):
-                _stream(model, text, tokens, arguments.max_tokens, arguments.seed + i, settings)
+                _stream(model, text, tokens, arguments.max_tokens, {**settings, "seed": arguments.seed, "first_row": i})
             return 0
         rows = generate(model, model.config, prompts, arguments.max_tokens, seed=arguments.seed, **settings)
         print("\n---\n".join(text + gpt2().decode(row) for text, row in zip(texts, rows, strict=True)))
     return 0
 
 
-def _stream(
-    model: "torch.nn.Module", text: str, tokens: list[int], count: int, seed: int, settings: dict[str, Any]
-) -> None:
+def _stream(model: "torch.nn.Module", text: str, tokens: list[int], count: int, settings: dict[str, Any]) -> None:
     import codecs
 
     from megagpt.data.tokenizer import gpt2
@@ -117,5 +115,5 @@ def _stream(
         print(decoder.decode(gpt2().decode_single_token_bytes(token)), end="", flush=True)
 
     print(text, end="", flush=True)
-    generate(model, model.config, [tokens], count, seed=seed, on_token=show, **settings)  # type: ignore[arg-type]
+    generate(model, model.config, [tokens], count, on_token=show, **settings)  # type: ignore[arg-type]
     print(decoder.decode(b"", final=True), flush=True)

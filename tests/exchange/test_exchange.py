@@ -117,6 +117,16 @@ def test_an_export_that_was_cut_off_is_no_folder(run: Path, tmp_path: Path) -> N
     assert not list(tmp_path.glob("*.megagpt-export"))
 
 
+def test_streamed_samples_are_the_same_samples(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["sample", str(run), "--prompt", "One", "--prompt", "Two", "--samples", "2", "--max-tokens", "5"]
+    capsys.readouterr()
+    assert main(arguments) == 0
+    together = capsys.readouterr().out[:-1].split("\n---\n")
+    assert len(set(together)) == 4
+    assert main([*arguments, "--stream"]) == 0
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in together)
+
+
 # --- the tokenizer ---
 
 
