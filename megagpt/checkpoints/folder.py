@@ -89,10 +89,12 @@ class Checkpoint:
     def check_file(self, name: str, progress: Callable[[int], Any] = lambda count: None) -> None:
         """Read a file of it against its checksums. `progress` is told of bytes read. Raises DamagedError."""
         sums = self.sums()
-        if name not in sums:  # the marker itself
-            return
+        if name in sums:  # all but the marker itself
+            self._read(name, sums[name], progress)
+
+    def _read(self, name: str, expected: FileSum, progress: Callable[[int], Any]) -> None:
         buffer = bytearray(BLOCK_BYTES)
-        with CheckedReader(self.path / name, sums[name]) as file:
+        with CheckedReader(self.path / name, expected) as file:
             while count := file.readinto(buffer):
                 progress(count)
 
@@ -103,9 +105,9 @@ class Checkpoint:
         except DamagedError as error:
             return [str(error)]
         problems = []
-        for name in sums:
+        for name, expected in sums.items():
             try:
-                self.check_file(name, progress)
+                self._read(name, expected, progress)
             except DamagedError as error:
                 problems.append(str(error))
             except OSError as error:
