@@ -150,8 +150,9 @@ class Checkpoint:
         """Rename a damaged checkpoint, so that none takes it for a whole one; where the disk does not let us, leave
         it. Returns where it is."""
         aside = self.path.with_name(self.path.name + DAMAGED)
+        while aside.exists():  # an earlier one of this position
+            aside = aside.with_name(aside.name + DAMAGED)
         try:
-            shutil.rmtree(aside, ignore_errors=True)
             return self.path.rename(aside)
         except OSError:
             return self.path

@@ -268,6 +268,18 @@ def test_an_older_format_is_named_and_left_alone(tmp_path: Path) -> None:
     assert not isinstance(raised.value, DamagedError)
 
 
+def test_setting_aside_loses_nothing(tmp_path: Path) -> None:
+    """Not even what was set aside at the same position before."""
+    for value in (1.0, 2.0):
+        saver = Saver(tmp_path, CheckpointConfig(), ALONE)
+        saver.save(state_of(value), (0, 1), meta(1), print)
+        saver.finish()
+        list_checkpoints(tmp_path)[0].set_aside()
+    assert list_checkpoints(tmp_path) == []
+    aside = sorted((tmp_path / "checkpoints").iterdir())
+    assert [saved_value(Checkpoint(path)) for path in aside] == [1.0, 2.0]
+
+
 def test_finding_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no whole checkpoint"):
         find_checkpoint(tmp_path, print)
