@@ -99,6 +99,8 @@ def _position(step: int) -> int:
 
 _CONTEXT = 32
 _SEQUENCES = 8
+# gloo's threads let go of what they sent a moment after the collective has ended.
+_SETTLE_SECONDS = 0.3
 _MEMORY_MODEL: dict[str, Any] = {"layers": 4, "width": 128, "heads": 4, "context": _CONTEXT, "vocab_size": 1000}
 
 
@@ -122,6 +124,7 @@ def memory(case: Case, world: World) -> dict[str, Any]:
     def watched(tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         nonlocal fullest
         loss = accumulate(tokens, targets, scale, last)
+        time.sleep(_SETTLE_SECONDS)
         held = {k: v for k, v in _storages(_live_tensors()).items() if k not in before}
         if sum(held.values()) > sum(fullest.values()):
             fullest = _by_kind(engine, held)
