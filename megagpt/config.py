@@ -102,6 +102,9 @@ class TrainConfig:
     time_limit: Seconds = 0
     """Wall-clock time of a start, counted from the process's beginning, after which it has saved and ended as after a
     signal: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS as in Slurm; 0: none."""
+    collective_timeout: Annotated[Seconds, Field(gt=0)] = 900
+    """How long a rank may go without a step, a validation batch or a sampled token; then the stacks of all ranks are
+    left in the run's folder and the run ends with code 3, resumable. Written as `time_limit`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
 
@@ -216,6 +219,11 @@ class LogConfig:
 
     every_tokens: int = Field(default=0, ge=0)
     """Interval; 0: every step."""
+    pace_steps: int = Field(default=50, ge=0)
+    """Steps after which the ranks compare how long each works by itself; 0: never."""
+    slow_rank: float = Field(default=1.2, gt=1)
+    """A rank that works longer than so many times the median, three comparisons in a row, is named in the log and in
+    TensorBoard."""
 
 
 @dataclass(frozen=True, config=SECTION)

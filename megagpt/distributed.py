@@ -1,8 +1,10 @@
 """The process's place among its peers. The only room that reads launchers' environment variables."""
 
 import contextlib
+import dataclasses
 import datetime
 import os
+import platform
 import re
 import sys
 import threading
@@ -20,6 +22,7 @@ from megagpt.hardware import keep_freed_memory
 
 # Sets the upper bound on how long a rank waits for peers that never come.
 _TIMEOUT = datetime.timedelta(minutes=30)
+_REMEMBERED_COLLECTIVES = 2000
 # Where ranks that failed count themselves, how often the others look, and how long they then wait for a clean end.
 _FAILURES = "megagpt/failures"
 _WATCH_SECONDS = 1.0
@@ -36,6 +39,13 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    store: dist.Store | None = None
+    """Where the ranks can leave each other notes; None in a world of one that was not joined."""
+
+    @property
+    def host(self) -> str:
+        """This machine's name."""
+        return platform.node()
 
     @property
     def is_main(self) -> bool:
@@ -82,18 +92,40 @@ class World:
             raise outcome[1]
         return outcome[0]
 
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """Every rank's values, by rank, on every rank."""
+        if self.size == 1:
+            return [values]
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        every = torch.empty(self.size * len(values), dtype=torch.float64, device=self.device)
+        dist.all_gather_into_tensor(every, mine)
+        return every.view(self.size, len(values)).tolist()
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on every rank."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def hosts(self) -> list[str]:
+        """The machine of each rank."""
+        return self.gather_objects(self.host)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
 
 @contextlib.contextmanager
-def join(device: str = "auto", tune_allocator: bool = True) -> Iterator[World]:
+def join(device: str = "auto", tune_allocator: bool = True, collective_timeout: float = 0) -> Iterator[World]:
     """Join the process group that the launcher describes, and leave it at the end.
 
     torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; for the tasks of
     an `srun` they follow from SLURM_*; with neither this is a world of one. `tune_allocator` lets a process on a CPU
     keep the memory that it frees. An error on any rank ends all of them within seconds, printed once, with the rank.
+    `collective_timeout`: seconds after which someone else (a Watchdog) ends ranks that hang; the process group waits
+    longer than that.
     Raises UserError for an incomplete or impossible environment.
     """
     place = find_place(os.environ)
@@ -104,8 +136,10 @@ def join(device: str = "auto", tune_allocator: bool = True) -> Iterator[World]:
     if world.device.type == "cpu" and tune_allocator:
         keep_freed_memory()
     store = _connect(place)
+    world = dataclasses.replace(world, store=store)
+    timeout = max(_TIMEOUT, datetime.timedelta(seconds=collective_timeout + 60))
     if world.size == 1:
-        _init_group(world, store)
+        _init_group(world, store, timeout)
         try:
             yield world
         finally:
@@ -116,7 +150,7 @@ def join(device: str = "auto", tune_allocator: bool = True) -> Iterator[World]:
     watch = threading.Thread(target=_follow_failed_peers, args=(store.clone(), left), daemon=True)  # type: ignore[attr-defined]
     watch.start()
     try:
-        _init_group(world, store)
+        _init_group(world, store, timeout)
         yield world
         # The rank that holds the store leaves with the others: its going means a failure to those who watch.
         dist.barrier()
@@ -128,11 +162,14 @@ def join(device: str = "auto", tune_allocator: bool = True) -> Iterator[World]:
         left.set()
 
 
-def _init_group(world: World, store: dist.Store) -> None:
+def _init_group(world: World, store: dist.Store, timeout: datetime.timedelta) -> None:
     on_gpu = world.device.type == "cuda"
+    # The last collectives, for whoever has to find out why one hangs.
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        os.environ.setdefault(name, str(_REMEMBERED_COLLECTIVES))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        timeout=_TIMEOUT,
+        timeout=timeout,
         store=store,
         rank=world.rank,
         world_size=world.size,
@@ -245,6 +282,12 @@ def find_place(environment: Mapping[str, str]) -> Place:
         environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
         number("MASTER_PORT") if environment.get("MASTER_PORT") else port,
     )
+
+
+def launched_by(environment: Mapping[str, str]) -> str | None:
+    """The Slurm job, and how often it was requeued: 4711.2; None outside of Slurm."""
+    job = environment.get("SLURM_JOB_ID")
+    return f"{job}.{environment.get('SLURM_RESTART_COUNT', '0')}" if job else None
 
 
 def first_host(nodes: str) -> str:

@@ -1,6 +1,6 @@
 """A checkpoint's folder: when it is whole, where a run keeps it, and which ones stay.
 
-RUN/checkpoints/000000000524288/    named by tokens seen; while it is written, with `.saving` behind the name
+RUN/checkpoints/000000000524288/    named by tokens seen; while incarnation 3 writes it, with `.saving-3` behind
     __0_0.distcp, ...           fp32 weights and both Adam moments by name, a file from each rank
     .metadata                   which part of which tensor lies where
     meta.json                   position, config, engine, world size, versions, data fingerprint
@@ -9,6 +9,7 @@ RUN/checkpoints/000000000524288/    named by tokens seen; while it is written, w
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -119,8 +120,11 @@ class Checkpoint:
         """Bytes of all files."""
         return sum(s.size for s in self.sums().values())
 
-    def complete(self, saving: Path, meta: dict[str, Any], sums: dict[str, FileSum]) -> None:
-        """Make the folder `saving`, whose files are on the disk, this checkpoint. Raises UserError where one is not."""
+    def complete(
+        self, saving: Path, meta: dict[str, Any], sums: dict[str, FileSum], fence: Callable[[], Any] = lambda: None
+    ) -> None:
+        """Make the folder `saving`, whose files are on the disk, this checkpoint. Raises UserError where one is not,
+        and what `fence` raises where another has taken over."""
         for name, expected in sums.items():
             try:
                 check_size(saving / name, expected)
@@ -133,9 +137,15 @@ class Checkpoint:
         marker = {"files": files}
         write_atomic(saving / MARKER, json.dumps({**marker, "checksum": _checksum(marker)}).encode())
         _flush_folder(saving)
-        if self.path.exists():
+        fence()
+        try:
+            saving.rename(self.path)  # never over one that is there
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            fence()
             self.remove()
-        saving.rename(self.path)
+            saving.rename(self.path)
         _flush_folder(self.path.parent)
 
     def remove(self) -> None:
@@ -216,6 +226,12 @@ def find_checkpoint(path: Path, say: Callable[[str], Any]) -> Checkpoint:
     return newest
 
 
+def saving_folder(checkpoint: Checkpoint, incarnation: int) -> Path:
+    """Where a checkpoint is written. Each incarnation of a run has its own: a rank that was left over from an older
+    one cannot write into it."""
+    return checkpoint.path.with_name(f"{checkpoint.path.name}{SAVING}-{incarnation}")
+
+
 def rotate(run: Path, newest: Checkpoint, keep: int) -> None:
     """After `newest` was saved: of the interval checkpoints up to it, leave the last `keep`. Milestones stay, and
     what is not whole is left for people to look at."""
@@ -230,11 +246,14 @@ def rotate(run: Path, newest: Checkpoint, keep: int) -> None:
                 checkpoint.remove()
 
 
-def remove_unfinished(run: Path) -> None:
-    """Remove what saves and removals that were cut off have left."""
-    for ending in (SAVING, REMOVED):
-        for path in checkpoints_folder(run).glob(f"*{ending}"):
-            shutil.rmtree(path, ignore_errors=True)
+def remove_unfinished(run: Path, incarnation: int) -> None:
+    """Remove what saves and removals that were cut off have left, up to those of an incarnation."""
+    left = list(checkpoints_folder(run).glob(f"*{REMOVED}"))
+    for path in checkpoints_folder(run).glob(f"*{SAVING}-*"):
+        if int(path.name.rpartition("-")[2]) <= incarnation:
+            left.append(path)
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def damaged(run: Path) -> list[Path]:

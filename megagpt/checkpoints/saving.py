@@ -21,13 +21,13 @@ from torch.distributed.checkpoint import CheckpointException
 import megagpt
 from megagpt.checkpoints.folder import (
     FORMAT,
-    SAVING,
     SHARE,
     Checkpoint,
     at_tokens,
     checkpoints_folder,
     remove_unfinished,
     rotate,
+    saving_folder,
 )
 from megagpt.checkpoints.storage import Writer
 from megagpt.config import CheckpointConfig, Config
@@ -36,6 +36,7 @@ from megagpt.engines.engine import Engine
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.errors import UserError, disk_reason
 from megagpt.hardware import free_memory
+from megagpt.incarnations import Incarnation
 
 # How long ranks wait for the slowest writer of a save.
 _TIMEOUT = datetime.timedelta(hours=3)
@@ -63,16 +64,17 @@ class Saver:
     it, `failed` is set on every rank.
     """
 
-    def __init__(self, run: Path, config: CheckpointConfig, world: World) -> None:
-        self._run, self._config, self._world = run, config, world
+    def __init__(
+        self, run: Path, config: CheckpointConfig, world: World, incarnation: Incarnation | None = None
+    ) -> None:
+        """`incarnation`: once a newer one has started, saves raise Superseded and leave what is there as it is."""
+        self._run, self._config, self._world, self._incarnation = run, config, world, incarnation
         # Of their own: collectives of the training step and of a save in the background must not meet in one group.
         self._group: dist.ProcessGroup | None = None
         self._ranks_here = 1
         if world.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-            hosts: list[Any] = [None] * world.size
-            dist.all_gather_object(hosts, platform.node(), group=self._group)
-            self._ranks_here = hosts.count(platform.node())
+            self._ranks_here = world.hosts().count(world.host)
         self._thread: threading.Thread | None = None
         self._outcome: Saved | BaseException | None = None
         self._seconds, self._measured = 0.0, False
@@ -86,7 +88,7 @@ class Saver:
     def probe(self, size: int) -> None:
         """Write a little where checkpoints go, to learn whether that can be done and how long one of `size` bytes will
         take. Raises UserError where the folder cannot be written."""
-        self._world.from_main(lambda: remove_unfinished(self._run))
+        self._world.from_main(self._clear)
         share = size // self._world.size
         data = memoryview(bytearray(os.urandom(min(share, _PROBE_BYTES) or 1)))
         folder = checkpoints_folder(self._run)
@@ -197,10 +199,10 @@ class Saver:
         return self._room
 
     def _write(self, state: dict[str, FlatShard], checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
-        saving = checkpoint.path.with_name(checkpoint.path.name + SAVING)
+        saving = saving_folder(checkpoint, self._number)
 
         def begin() -> None:
-            remove_unfinished(self._run)  # of a save that failed
+            self._clear()  # of a save that failed
             saving.mkdir(parents=True)
 
         self._world.from_main(begin, self._group)
@@ -210,10 +212,23 @@ class Saver:
         gathered = self._gather(writer.sums)
 
         def complete() -> None:
-            checkpoint.complete(saving, meta, {name: s for sums in gathered for name, s in sums.items()})
+            sums = {name: s for sums in gathered for name, s in sums.items()}
+            checkpoint.complete(saving, meta, sums, self._fence)
             rotate(self._run, checkpoint, self._config.keep)
 
         self._world.from_main(complete, self._group)
+
+    @property
+    def _number(self) -> int:
+        return self._incarnation.number if self._incarnation else 0
+
+    def _fence(self) -> None:
+        if self._incarnation:
+            self._incarnation.check()
+
+    def _clear(self) -> None:
+        self._fence()
+        remove_unfinished(self._run, self._number)
 
     def _gather(self, value: Any) -> list[Any]:
         """Every rank's value, on the main rank."""

@@ -18,6 +18,9 @@ def register(add: Add) -> None:
     sub.add_argument("--config", help="the config, as an option")
     sub.add_argument("--resume", metavar="RUN", help="folder of the run to go on with")
     sub.add_argument(
+        "--auto-resume", action="store_true", help="go on with the config's run where it was begun; else begin it"
+    )
+    sub.add_argument(
         "--allow-data-change", action="store_true", help="resume on other data than the run was trained on"
     )
     sub.add_argument(
@@ -30,18 +33,26 @@ def register(add: Add) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from megagpt.distributed import fail_together, join
+    from megagpt.training.safety import StopRequest
 
-    try:
-        config = _train_config(arguments)
-    except UserError as error:
-        fail_together(error)
-    with join(config.train.device) as world:
-        from megagpt.checkpoints.compatibility import Allowed
-        from megagpt.training.trainer import train
+    with StopRequest() as stop:  # first of all: a scheduler may send its signal while we still import
+        from megagpt.distributed import fail_together, join
 
-        allowed = Allowed(data=arguments.allow_data_change, recipe=arguments.allow_recipe_change)
-        return train(config, world, bool(arguments.resume), allowed)
+        try:
+            config = _train_config(arguments)
+        except UserError as error:
+            fail_together(error)
+        stop.time_limit = config.train.time_limit
+        with join(config.train.device, collective_timeout=config.train.collective_timeout) as world:
+            from megagpt.checkpoints.compatibility import Allowed
+            from megagpt.training.run_folder import holds_run, run_folder
+            from megagpt.training.trainer import train
+
+            allowed = Allowed(data=arguments.allow_data_change, recipe=arguments.allow_recipe_change)
+            resume = bool(arguments.resume)
+            if arguments.auto_resume:
+                resume = world.from_main(lambda: holds_run(run_folder(config)))
+            return train(config, world, resume, allowed, stop)
 
 
 def _train_config(arguments: argparse.Namespace) -> "Config":

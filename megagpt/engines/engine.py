@@ -22,6 +22,7 @@ from megagpt.config import Config
 from megagpt.data.loader import Batch
 from megagpt.distributed import World
 from megagpt.engines.activation_checkpointing import checkpoint_activations
+from megagpt.engines.clock import StepClock
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.engines.loss_scale import loss_scale
 from megagpt.models.gpt import GPT
@@ -56,6 +57,8 @@ class Engine(abc.ABC):
     """The model itself, whatever is wrapped around it."""
     optimizer: torch.optim.AdamW
     """Over two groups, whose learning rate each step sets."""
+    clock: StepClock | None = None
+    """Told of the step's milestones, where someone measures."""
 
     def __init__(self, config: Config, world: World) -> None:
         self.config = config
@@ -74,6 +77,8 @@ class Engine(abc.ABC):
             total += self._accumulate(tokens, targets, scale, last=i == len(batch.micro_batches) - 1)
         if self.world.size > 1:
             dist.all_reduce(total)
+        if self.clock is not None:
+            self.clock.summed()
         gradient_norm = self._update()
         finite = math.isfinite(gradient_norm)
         self.loss_scale.update(finite)

@@ -68,6 +68,10 @@ class Metrics:
         self._write(step, kind, values)
         self.say(text)
 
+    def note(self, step: int, kind: str, values: dict[str, Any]) -> None:
+        """Something for machines only."""
+        self._write(step, kind, values)
+
     def text(self, step: int, name: str, text: str) -> None:
         """A text panel of TensorBoard."""
         self.board.add_text(name, text, step)
@@ -117,11 +121,13 @@ def _leave_disk_errors_to_the_next_write() -> None:
 
 
 def _panel(name: str) -> str:
+    if name.startswith("ranks_"):
+        return "ranks"
     if "loss" in name:
         return "loss"
     if name in ("lr", "gradient_norm", "batch_tokens", "skipped_updates", "loss_scale"):
         return "optimizer"
-    return "progress" if name.endswith("seen") else "speed"
+    return "progress" if name.endswith("seen") or name == "incarnation" else "speed"
 
 
 def _json(value: Any) -> Any:

@@ -25,13 +25,13 @@ class StopRequest:
     def __init__(self, time_limit: float = 0) -> None:
         self.reason: str | None = None
         """What came first."""
-        self._limit = time_limit
+        self.time_limit = time_limit
         self._interrupted = False
         self._previous: dict[int, object] = {}
 
     def requested(self, reserve: float = 0) -> bool:
         """Whether a signal came, or less than `reserve` seconds of the time limit are left."""
-        if self.reason is None and self._limit and seconds_since_start() > self._limit - reserve:
+        if self.reason is None and self.time_limit and seconds_since_start() > self.time_limit - reserve:
             self.reason = "train.time_limit"
         return self.reason is not None
 

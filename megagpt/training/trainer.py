@@ -1,19 +1,10 @@
 """The loop: draw a batch, step the engine, and at token intervals validate, sample, log and save."""
 
-import datetime
 import functools
-import json
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import torch
-
-import megagpt
 from megagpt.checkpoints.compatibility import Allowed
 from megagpt.checkpoints.folder import newest_whole
 from megagpt.checkpoints.loading import resume as resume_from
@@ -22,20 +13,26 @@ from megagpt.config import Config
 from megagpt.config_file import to_yaml
 from megagpt.data.builtin import prepare_builtin
 from megagpt.data.loader import Batch, open_corpus, read_ahead, train_batches, validation_samples
-from megagpt.data.shards import write_atomic
 from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
 from megagpt.distributed import World
+from megagpt.engines.clock import StepClock
 from megagpt.engines.engine import StepResult, build_engine, seed_dropout
-from megagpt.errors import UserError
+from megagpt.errors import UserError, first_line
 from megagpt.evaluation.validation import unigram_loss, validation_loss
 from megagpt.generation import generate
-from megagpt.hardware import device_name, peak_flops
+from megagpt.hardware import peak_flops
+from megagpt.incarnations import Incarnation
 from megagpt.training.metrics import Metrics, duration, peak_memory
+from megagpt.training.pace import Comparison, Pace
+from megagpt.training.run_folder import begin, check_free, describe_start, run_folder
 from megagpt.training.safety import FiniteGuard, StopRequest, seconds_since_start
 from megagpt.training.schedule import batch_samples, learning_rate, step_count
+from megagpt.training.watchdog import Watchdog
 
 # Exit code of a run that a signal or its time limit ended, saved and resumable (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
+# How often the main rank looks whether a newer start has taken the run over.
+_FENCE_SECONDS = 5.0
 
 
 class Trainer:
@@ -43,13 +40,10 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, resume: bool, allowed: Allowed = Allowed()) -> None:  # noqa: B008
         self.config, self.world = config, world
-        self.run = Path(config.run.folder) / config.run.name
+        self.run = run_folder(config)
         config.accumulation(world.size)  # refuses what does not divide, before anything is written
-        if not resume and any((self.run / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints")):
-            raise UserError(
-                f"{self.run}: already holds a run; go on with `megagpt train --resume {self.run}`, "
-                "or choose another run.name"
-            )
+        if not resume:
+            check_free(self.run)
         self._check_vocabulary()
         data = prepare_builtin(config.data, world, self.say)
         seed = config.run.seed
@@ -63,13 +57,19 @@ class Trainer:
         self.guard = FiniteGuard(config.train.nonfinite_limit)
         self.longest_step = self.longest_samples = 0.0
         world.barrier()
-        self.saver = Saver(self.run, config.checkpoint, world)
+        number = world.from_main(lambda: begin(self.run, self.engine, self.tokens_seen).number)
+        self.incarnation = Incarnation(self.run, number)
+        self.saver = Saver(self.run, config.checkpoint, world, self.incarnation)
         self.saver.probe(self._checkpoint_bytes)
+        self.engine.clock = self.clock = StepClock(self.engine.model, world.device)
+        self.pace = Pace(world, world.hosts(), config.log.pace_steps, config.log.slow_rank)
+        hangs = self.run / "hangs" / f"{number:06d}"
+        self.watchdog = Watchdog(world, hangs, config.train.collective_timeout, self.hung)
         self.metrics: Metrics | None = None
         if world.is_main:
-            self._describe_run()
             self.metrics = Metrics(self.run, config.train.tokens, self.tokens_seen, self.step, resume)
             self.metrics.text(self.step, "config", f"```yaml\n{to_yaml(config)}```")
+            self.metrics.text(self.step, "start", describe_start(self.run, self.incarnation))
 
     @property
     def tokens_seen(self) -> int:
@@ -112,29 +112,6 @@ class Trainer:
         )
         return int(meta["samples_seen"])
 
-    def _describe_run(self) -> None:
-        """Leave the resolved config and the environment beside what the run will write."""
-        self.run.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.run / "config.yaml", to_yaml(self.config).encode())
-        settings = self.engine.settings()
-        if settings:
-            write_atomic(self.run / "deepspeed.json", json.dumps(settings, indent=2).encode())
-        environment = {
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(sys.argv),
-            "host": platform.node(),
-            "platform": platform.platform(),
-            "python": platform.python_version(),
-            "megagpt": megagpt.__version__,
-            "torch": torch.__version__,
-            "engine": self.engine.describe(),
-            "device": device_name(self.world.device),
-            "world_size": self.world.size,
-            "from_tokens": self.tokens_seen,
-        }
-        with (self.run / "environment.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(environment) + "\n")
-
     def _record(self, kind: str, values: dict[str, Any], text: str) -> None:
         if self.metrics is not None:
             self.metrics.event(self.step, kind, {"tokens_seen": self.tokens_seen, **values}, text)
@@ -149,7 +126,12 @@ class Trainer:
         """False where it was asked to stop on the way; the same on every rank."""
         if not self.validation_size:
             return True
-        loss = validation_loss(self.engine, self.validation_data, self.validation_size, lambda: self._agree(stop))
+
+        def interrupted() -> bool:
+            self.watchdog.phase("validation")
+            return self._agree(stop)
+
+        loss = validation_loss(self.engine, self.validation_data, self.validation_size, interrupted)
         if loss is not None and self.world.is_main:
             self._record(
                 "validation",
@@ -172,6 +154,7 @@ class Trainer:
             rows = generate(
                 model, self.config.model, [prompt] * s.samples, s.max_tokens,
                 temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=self.config.run.seed,
+                on_token=lambda row, token: self.watchdog.phase("sampling"),
             )  # fmt: skip
         self.longest_samples = max(self.longest_samples, time.monotonic() - start)
         texts = [s.prompt + gpt2().decode(row) for row in rows]
@@ -184,7 +167,8 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.flush()
         meta = describe(self.engine, self.samples_seen, self.fingerprints, milestone)
-        self._tell(self.saver.save(self.engine.state(), self.engine.replica, meta, self.say))
+        with self.watchdog.patient("a save"):
+            self._tell(self.saver.save(self.engine.state(), self.engine.replica, meta, self.say))
 
     def _tell(self, saved: Saved | None) -> None:
         if saved is None:
@@ -221,24 +205,47 @@ class Trainer:
         began = time.monotonic()
         try:
             last = self._loop(batches, stop)
+            self.watchdog.phase("the end of the run")
             if last and self._finished():
                 self.say(f"{self.run}: finished already, at {self.tokens_seen:,} tokens")
+                self._ended("finished", "the last token")
                 return 0
             whole = last and self.validate(stop) and self.sample(stop)
-            self._tell(self.saver.finish())
+            with self.watchdog.patient("the last save"):
+                self._tell(self.saver.finish())
             if not whole:
-                reason = stop.reason or "a signal or the time limit of another rank"
+                # What a rank was stopped by, on every rank: a scheduler may have told one of them only.
+                reasons = [reason for reason in self.world.gather_objects(stop.reason) if reason]
+                reason = reasons[0] if reasons else "a signal"
                 text = f"stopped by {reason}; resume with: megagpt train --resume {self.run}"
                 self._record("stopped", {"reason": reason}, text)
+                self._ended("stopped", reason)
                 return EXIT_STOPPED
             done = f"done in {duration(time.monotonic() - began)}: {self.tokens_seen:,} tokens in {self.run}"
             self._record("finished", {}, done)
+            self._ended("finished", "the last token")
             self.say(f"see it with: tensorboard --logdir {config.run.folder}")
             return 0
         finally:
             batches.close()
             if self.metrics is not None:
                 self.metrics.close()
+
+    def _ended(self, outcome: str, reason: str) -> None:
+        if self.world.is_main:
+            self.incarnation.end(outcome, reason, self.tokens_seen)
+
+    def hung(self, reason: str) -> None:
+        """Note that this start hung, on the rank that noticed first."""
+        self.incarnation.end("failed", reason, self.tokens_seen, rank=self.world.rank, host=self.world.host)
+
+    def failed(self, error: Exception) -> None:
+        """Note what this start failed of, on whichever rank sees it first. `mend`: going on would fail again."""
+        mend = isinstance(error, UserError)
+        self.incarnation.end(
+            "failed", str(error) if mend else first_line(error), self.tokens_seen,
+            rank=self.world.rank, host=self.world.host, mend=mend,
+        )  # fmt: skip
 
     def _agree(self, stop: StopRequest) -> bool:
         """Whether some rank was asked to stop, or has too little of its time left for another step and a save."""
@@ -258,8 +265,10 @@ class Trainer:
     def _loop(self, batches: Iterator[Batch], stop: StopRequest) -> bool:
         """Every remaining step; False where it was asked to stop before the last, with a save under way."""
         config, step, first = self.config, self.step, self.step + 1
+        looked = time.monotonic()
         while True:
             before = time.monotonic()
+            self.watchdog.phase(f"step {step + 1}, waiting for data")
             batch = next(batches, None)
             if batch is None:
                 return True
@@ -270,8 +279,10 @@ class Trainer:
             lr = learning_rate(config, self.tokens_seen)
             if config.model.dropout:
                 seed_dropout(config, self.samples_seen, self.world.rank)
+            self.watchdog.phase(f"step {step}")
             result = self.engine.train_step(batch, lr)
             done = time.monotonic()
+            spent = self.clock.read()
             if not result.updated:
                 self._skipped(result, step)
             self.guard.check(result.updated, step, self._last_good)
@@ -281,7 +292,8 @@ class Trainer:
 
             if step == first and self.resumed:
                 since = seconds_since_start()
-                self._record("resumed", {"seconds_to_first_step": since}, f"first step {since:.1f} s after the start")
+                values = {"seconds_to_first_step": since, "incarnation": self.incarnation.number}
+                self._record("resumed", values, f"first step {since:.1f} s after the start")
             elif step == first + 1:
                 self._tell_bound(done - before)
             if step > first:
@@ -299,13 +311,22 @@ class Trainer:
                     "tokens_per_second": speed,
                     "step_seconds": done - before,
                     "data_wait_seconds": ready - before,
+                    "communication_wait_seconds": spent.wait,
                     "mfu": self._mfu(speed),
                     "peak_memory_bytes": peak_memory(self.world.device),
                     "skipped_updates": self.guard.skipped,
                     **({"loss_scale": self.engine.loss_scale.value} if self.engine.loss_scale.dynamic else {}),
                 })  # fmt: skip
+            self._compare(self.pace.add(done - before, ready - before, spent), step)
+            superseded = False
+            if self.world.is_main and done - looked > _FENCE_SECONDS:
+                looked, superseded = done, self.incarnation.is_superseded()
             # Saved first: whoever sent the signal may not wait for a validation.
-            stopping, failed = self.world.any_of(stop.requested(self._reserve), self.saver.failed)
+            stopping, failed, superseded = self.world.any_of(
+                stop.requested(self._reserve), self.saver.failed, superseded
+            )
+            if superseded:
+                self.incarnation.check()
             if failed:
                 self.saver.finish()
             self._tell(self.saver.poll())
@@ -337,6 +358,16 @@ class Trainer:
                 "step and its save may take: each start will make one step"
             )
 
+    def _compare(self, found: Comparison | None, step: int) -> None:
+        """Log how the ranks' own work compares, and who holds the others up."""
+        if found is None or self.metrics is None:
+            return
+        numbers = {f"ranks_{key}": value for key, value in found._asdict().items() if key != "slow"}
+        self.metrics.note(step, "pace", {"tokens_seen": self.tokens_seen, **numbers})
+        for sentence in found.slow:
+            self._record("slow_rank", {"text": sentence}, sentence)
+            self.metrics.text(step, "slow ranks", sentence)
+
     def _skipped(self, result: StepResult, step: int) -> None:
         """Log a step whose update was left out, on any rank's account."""
         scale = self.engine.loss_scale
@@ -357,7 +388,22 @@ class Trainer:
         return self.config.model.flops_per_token * tokens_per_second / (peak * self.world.size)
 
 
-def train(config: Config, world: World, resume: bool, allowed: Allowed = Allowed()) -> int:  # noqa: B008
-    """Run or resume; returns the exit code. Raises UserError."""
-    with StopRequest(config.train.time_limit) as stop:
-        return Trainer(config, world, resume, allowed).fit(stop)
+def train(
+    config: Config,
+    world: World,
+    resume: bool,
+    allowed: Allowed = Allowed(),  # noqa: B008
+    stop: StopRequest | None = None,
+) -> int:
+    """Run or resume; returns the exit code. `stop`: set up by the caller, who wants signals noted from earlier on.
+    Raises UserError."""
+    if stop is None:
+        with StopRequest(config.train.time_limit) as stop:
+            return train(config, world, resume, allowed, stop)
+    trainer = Trainer(config, world, resume, allowed)
+    try:
+        with trainer.watchdog:
+            return trainer.fit(stop)
+    except Exception as error:
+        trainer.failed(error)
+        raise

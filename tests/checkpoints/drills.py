@@ -8,7 +8,6 @@ The tests run them in their short form. The long form prints a report:
 import argparse
 import contextlib
 import io
-import json
 import random
 import re
 import shutil
@@ -25,6 +24,7 @@ import torch
 
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main as command_line
+from megagpt.incarnations import list_incarnations
 from megagpt.training.trainer import EXIT_STOPPED
 from tests.conftest import make_corpus, metrics, write_tiny
 from tests.ranks import start_ranks
@@ -97,9 +97,9 @@ class Drill:
         run, deadline = self.run(name), time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, ValueError, IndexError):
-                lines = (run / "environment.jsonl").read_text().splitlines()
-                if len(lines) >= starts:
-                    position = json.loads(lines[-1])["from_tokens"]
+                found = list_incarnations(run)
+                if len(found) >= starts:
+                    position = found[-1].start()["from_tokens"]
                     if metrics(run)[-1]["tokens_seen"] >= position + 128 * steps:
                         return
             assert all(rank.poll() is None for rank in ranks), f"ended early:\n{self.log()}"
@@ -115,7 +115,7 @@ class Drill:
             ranks = self.start(name, *SETUPS[moments.choice(setups)])
             self.wait_for_progress(ranks, name, kill + 1)
             time.sleep(moments.random() * 0.4)
-            saving = any((self.run(name) / "checkpoints").glob("*.saving"))
+            saving = any((self.run(name) / "checkpoints").glob("*.saving-*"))
             one = moments.random() < 0.5
             victims = [moments.choice(ranks)] if one else ranks
             for rank in victims:

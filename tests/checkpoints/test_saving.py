@@ -158,7 +158,7 @@ def test_an_error_of_the_disk_is_told_and_the_last_checkpoint_stays(
     save(saver, 3)
     saver.finish()
     assert [c.tokens for c in list_checkpoints(tmp_path)] == [12]
-    assert not list((tmp_path / "checkpoints").glob("*.saving"))
+    assert not list((tmp_path / "checkpoints").glob("*.saving-*"))
 
 
 def test_where_memory_is_short_training_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +207,7 @@ def test_rotation_never_removes_the_only_whole_one(tmp_path: Path) -> None:
 
 
 def test_a_save_that_was_cut_off_is_no_checkpoint_and_is_cleared(tmp_path: Path) -> None:
-    left = tmp_path / "checkpoints" / "000000000000008.saving"
+    left = tmp_path / "checkpoints" / "000000000000008.saving-0"
     left.mkdir(parents=True)
     (left / "__0_0.distcp").write_bytes(b"half")
     assert list_checkpoints(tmp_path) == []

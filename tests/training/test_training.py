@@ -18,6 +18,7 @@ from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
 from megagpt.config_file import load_config
 from megagpt.data.loader import open_corpus
+from megagpt.incarnations import list_incarnations
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
 from tests.conftest import metrics
@@ -210,7 +211,7 @@ def test_a_run_leaves_config_environment_metrics_and_events(
     output = capsys.readouterr().out
     run = tmp_path / "runs" / "tiny"
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["tokens"] == 2560
-    environment_line = json.loads((run / "environment.jsonl").read_text())
+    environment_line = list_incarnations(run)[0].start()
     assert environment_line["torch"] == torch.__version__
     (step, *_) = metrics(run)
     expected = {

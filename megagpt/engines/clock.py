@@ -1,0 +1,81 @@
+"""What one rank itself spends on a step: measured where it waits for nobody.
+
+Ranks end each step together, so the step's time is the slowest rank's. Inside a block's forward pass no engine
+communicates: its time tells ranks apart.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megagpt.models.gpt import GPT
+
+# Enough for a steady number; each costs two events in each pass.
+_BLOCKS = 4
+
+
+class Spent(NamedTuple):
+    """Seconds of one rank since the last reading."""
+
+    compute: float
+    """Inside the forward passes of a few blocks, up to four, the same on every rank."""
+    wait: float
+    """From the end of the last backward pass through the blocks until the gradients' sum and the loss of all ranks were
+    there."""
+
+
+class StepClock:
+    """Times the forward passes of a few blocks, and the wait for the other ranks. On a GPU by events, which cost the
+    host nothing; they are read when the step is over."""
+
+    def __init__(self, model: GPT, device: torch.device) -> None:
+        self._now: Callable[[], Any] = time.perf_counter
+        if device.type == "cuda":
+            self._now = _event
+        self._passes: list[tuple[Any, Any]] = []
+        self._backward_end: Any = None
+        self._waits: list[tuple[Any, Any]] = []
+        for i in range(0, len(model.blocks), -(-len(model.blocks) // _BLOCKS)):
+            block: Any = model.blocks[i]
+            block.forward = self._timed(block.forward, first=i == 0)
+
+    def _timed(self, forward: Callable[..., Tensor], first: bool) -> Callable[..., Tensor]:
+        def timed(x: Tensor, *more: Any) -> Tensor:
+            if not torch.is_grad_enabled():  # evaluation
+                return forward(x, *more)
+            if first and x.requires_grad:
+                x.register_hook(self._backward_ended)
+            begin = self._now()
+            y = forward(x, *more)
+            self._passes.append((begin, self._now()))
+            return y
+
+        return timed
+
+    def _backward_ended(self, gradient: Tensor) -> None:
+        self._backward_end = self._now()
+
+    def summed(self) -> None:
+        """The gradients and the loss of all ranks are summed."""
+        if self._backward_end is not None:
+            self._waits.append((self._backward_end, self._now()))
+
+    def read(self) -> Spent:
+        """What was spent since the last reading. The step must be over on the device."""
+        spent = Spent(sum(map(_seconds, self._passes)), sum(map(_seconds, self._waits)))
+        self._passes, self._waits = [], []
+        return spent
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(span: tuple[Any, Any]) -> float:
+    begin, end = span
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
