@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from megagpt import __version__
-from megagpt.commands import checkpoint, data, exchange, measure, plan, sample, train
+from megagpt.commands import checkpoint, data, exchange, launch, measure, plan, sample, status, train
 from megagpt.commands.options import Command
 from megagpt.errors import Interrupted, Reported, UserError, disk_error
 
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    for room in (train, sample, exchange, checkpoint, data, plan, measure):
+    for room in (train, launch, status, sample, exchange, checkpoint, data, plan, measure):
         room.register(add)
     return parser
 

@@ -29,6 +29,8 @@ _ACCELERATORS = {
     "A100": Accelerator(312e12, 19.5e12),
     "L40S": Accelerator(362e12, 91.6e12),
 }
+# GB of memory of the largest of them, an H200.
+LARGEST_GPU_GB = 141.0
 
 
 @functools.cache

@@ -1,0 +1,1 @@
+"""Runs on several machines: checks before, the command that starts them, and the verdict after."""

@@ -1,0 +1,51 @@
+"""Ranks on hosts that ssh reaches: DeepSpeed's launcher, its hostfile, and the environment that it leaves behind."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megagpt.errors import UserError
+
+_LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
+# The launcher carries over only NCCL_*, PYTHON* and what a .deepspeed_env file says. These decide how ranks find each
+# other and what they compute with.
+_CARRIED = (
+    "CUDA_DEVICE_MAX_CONNECTIONS", "DS_ACCELERATOR", "FI_", "GLOO_", "HF_", "LD_LIBRARY_PATH", "LD_PRELOAD", "MKL_",
+    "NCCL_", "OMP_", "TORCH", "TRITON_", "UCX_", "XDG_CACHE_HOME",
+)  # fmt: skip
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Host -> ranks on it. Raises UserError with the line that is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        found = _LINE.fullmatch(line.strip())
+        if not found or int(found["slots"]) < 1:
+            raise UserError(f"{path} line {number}: {line!r} is not of the form `HOST slots=RANKS`")
+        if found["host"] in hosts:
+            raise UserError(f"{path} line {number}: {found['host']} is named twice")
+        hosts[found["host"]] = int(found["slots"])
+    if not hosts:
+        raise UserError(f"{path}: names no host")
+    return hosts
+
+
+def carried(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of the environment the ranks of other hosts need, too."""
+    return {k: v for k, v in sorted(environment.items()) if k.startswith(_CARRIED) and "\n" not in v}
+
+
+def deepspeed_command(
+    deepspeed: str, hostfile: Path, hosts: Mapping[str, int], master: str, port: int, arguments: Sequence[str]
+) -> list[str]:
+    """DeepSpeed's launcher over pdsh and ssh. It starts one host's ranks where it stands, unless it is told not to."""
+    return [
+        deepspeed, f"--hostfile={hostfile}", "--force_multi", f"--master_addr={master or next(iter(hosts))}",
+        f"--master_port={port}", "--module", "megagpt", "train", *arguments,
+    ]  # fmt: skip

@@ -1,0 +1,149 @@
+"""Looks at a job's nodes before they are spent: name and port of the head node, the shared folder, clocks, versions,
+GPUs, and one collective."""
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megagpt.errors import UserError
+
+# Until a node's first word: Python's start and the import of torch from a cold file system that all nodes read.
+_ANSWER_SECONDS = 300.0
+_COLLECTIVE_SECONDS = 120.0
+# Of a clock: what comes later than this is no delay of the message.
+_CLOCK_SECONDS = 5.0
+# Of a GPU: below it are drivers and monitors.
+_IDLE_MIB = 1024
+Line = dict[str, Any]
+
+
+def preflight(
+    nodes: Sequence[str], gpus: int, folder: Path, port: int, say: Callable[[str], Any], answer_seconds: float = 0
+) -> None:
+    """Ask each node of the job for its facts, through srun. `gpus`: how many each must have, 0 on CPUs. Raises
+    UserError with every node that is not fit and why."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "preflight").write_text("head")
+    command = [
+        "srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--cpu-bind=none", "--wait=0",
+        "--kill-on-bad-exit=0", sys.executable, "-m", "megagpt", "launch", "node", str(folder), "--port", str(port),
+        *(["--gpu"] if gpus else []),
+    ]  # fmt: skip
+    facts, collectives, errors = _ask(command, len(nodes), answer_seconds or _ANSWER_SECONDS)
+    problems = judge(nodes, gpus, port, facts, collectives)
+    for node in nodes:
+        mark = folder / f"preflight.{node}"
+        if node in facts and not facts[node]["folder"] and not mark.exists():
+            problems[node] = f"{mark} was written there and is not here: run.folder must be one that all nodes share"
+        mark.unlink(missing_ok=True)
+    (folder / "preflight").unlink(missing_ok=True)
+    if problems:
+        lines = "".join(f"\n  {node}: {problem}" for node, problem in sorted(problems.items()))
+        hint = f"\nsrun said: {errors}" if errors and len(facts) < len(nodes) else ""
+        raise UserError(
+            f"{len(problems)} of {len(nodes)} node(s) are not fit for this run:{lines}{hint}\n"
+            "leave them out with sbatch --exclude, or mend them"
+        )
+    speeds = [c["bytes"] / c["seconds"] / 1e9 for c in collectives.values()]
+    speed = f"; an all-reduce over all of them moves {min(speeds):.2f} GB/s" if speeds else ""
+    say(f"{len(nodes)} node(s) are fit: {', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''}{speed}")
+
+
+def _ask(command: list[str], count: int, answer_seconds: float) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Facts and collectives by node, as far as nodes answered in time; and what srun complained of."""
+    asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert asking.stdout is not None
+    assert asking.stderr is not None
+    lines: queue.Queue[tuple[float, str] | None] = queue.Queue()
+    complaints: list[str] = []
+
+    def read() -> None:
+        for line in asking.stdout or ():
+            lines.put((time.time(), line))
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    complainer = threading.Thread(target=lambda: complaints.extend(asking.stderr or ()), daemon=True)
+    complainer.start()
+    facts: dict[str, Any] = {}
+    collectives: dict[str, Any] = {}
+    deadline = time.monotonic() + answer_seconds
+    with contextlib.suppress(queue.Empty):
+        while len(collectives) < count:
+            entry = lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            if entry is None:
+                break
+            arrived, text = entry
+            with contextlib.suppress(ValueError):
+                line: Line = json.loads(text)
+                if "facts" in line:
+                    facts[line["node"]] = {**line["facts"], "arrived": arrived}
+                    if len(facts) == count:
+                        deadline = time.monotonic() + _COLLECTIVE_SECONDS
+                else:
+                    collectives[line["node"]] = line["collective"]
+    asking.terminate()
+    try:
+        asking.wait(10)
+    except subprocess.TimeoutExpired:
+        asking.kill()
+    complainer.join(5)
+    said = [line.strip() for line in complaints if "srun: error" in line]
+    return facts, collectives, said[0] if said else ""
+
+
+def judge(
+    nodes: Sequence[str], gpus: int, port: int, facts: dict[str, Any], collectives: dict[str, Any]
+) -> dict[str, str]:
+    """Node -> why it is not fit."""
+    problems: dict[str, str] = {}
+    head = nodes[0]
+    versions = [json.dumps(facts[node]["versions"]) for node in nodes if node in facts]
+    usual = json.loads(max(set(versions), key=versions.count)) if versions else {}
+    for node in nodes:
+        found = facts.get(node)
+        if found is None:
+            problems[node] = "no answer"
+            continue
+        late = found["time"] - found["arrived"]
+        differing = [f"{k} {v} where others have {usual[k]}" for k, v in found["versions"].items() if v != usual[k]]
+        seen = found["gpus"] or {"count": 0, "used": []}
+        busy = [f"{i} ({used} MiB in use)" for i, used in enumerate(seen["used"]) if used > _IDLE_MIB]
+        if found["head"]:
+            problems[node] = f"does not know the head node's name {head} ({found['head']}): mend DNS or /etc/hosts"
+        elif found["port"]:
+            problems[node] = f"port {port} is taken there ({found['port']}): set MASTER_PORT"
+        elif found["folder"]:
+            problems[node] = f"cannot use the run's folder ({found['folder']}): run.folder must be a shared one"
+        elif abs(late) > _CLOCK_SECONDS:
+            problems[node] = f"its clock is {abs(late):.0f} s {'ahead of' if late > 0 else 'behind'} the head node's"
+        elif differing:
+            problems[node] = "; ".join(differing)
+        elif seen["count"] < gpus:
+            problems[node] = f"PyTorch sees {seen['count']} GPU(s) there, the job has {gpus}"
+        elif busy:
+            problems[node] = f"in use by someone else: GPU {', '.join(busy)}"
+    if not problems and len(nodes) > 1:
+        failed = {node: collectives.get(node, {"error": "did not end"}) for node in nodes}
+        problems = {n: f"the all-reduce failed: {c['error']}" for n, c in failed.items() if "error" in c}
+    return problems
+
+
+def job_nodes() -> list[str]:
+    """The nodes of this Slurm job, in its order."""
+    try:
+        shown = subprocess.run(
+            ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (KeyError, OSError, subprocess.CalledProcessError):
+        raise UserError("not inside a Slurm job: submit launch/multinode.sh with sbatch") from None
+    return shown.stdout.split()

@@ -1,0 +1,68 @@
+"""The sbatch command of a run, with the resources that its config needs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megagpt.config import Config
+from megagpt.errors import UserError
+from megagpt.hardware import LARGEST_GPU_GB
+from megagpt.planning.memory import state_bytes
+
+# Seconds ahead of the limit: Slurm may be a minute late, and a step goes first.
+_SIGNAL_SECONDS = 120
+# Of a checkpoint, what a node writes a second on a poor shared disk.
+_DISK_BYTES = 250e6
+
+
+def check_fits(config: Config, ranks: int, gpu_gb: float | None) -> str:
+    """What each rank holds, as a sentence. Raises UserError where that is more than a GPU has: `gpu_gb`, or, where that
+    is not said, the largest one that there is; and where the batch does not divide over the ranks."""
+    config.accumulation(ranks)
+    held = _on_gpu(config, ranks) / 1e9
+    limit = gpu_gb or LARGEST_GPU_GB
+    sentence = f"weights, gradients and optimizer take {held:.1f} GB of each GPU; activations come on top"
+    if held <= limit:
+        return sentence
+    of = f"{limit:g} GB" if gpu_gb else f"{limit:g} GB that the largest known one has"
+    raise UserError(f"{config.run.name} does not fit on {ranks} GPU(s): {sentence}, of {of}; {_way_out(config, ranks)}")
+
+
+def _on_gpu(config: Config, ranks: int) -> float:
+    held = state_bytes(config, ranks)
+    if config.engine.offload == "all":
+        return 0.0
+    return held.total - (held.optimizer if config.engine.offload == "optimizer" else 0.0)
+
+
+def _way_out(config: Config, ranks: int) -> str:
+    if config.engine.name == "ddp":
+        return "shard it: engine.name=fsdp, or engine.name=zero engine.stage=3"
+    if config.engine.name == "zero" and config.engine.stage < 3:
+        return "shard more of it with engine.stage=3, or take more nodes"
+    if config.engine.name == "fsdp" and config.sharing_ranks(ranks) < ranks:
+        return "let more ranks share a copy (engine.shard_ranks), or take more nodes"
+    return "take more nodes, or engine.offload"
+
+
+def sbatch_command(
+    config: Config, script: Path, arguments: Sequence[str], nodes: int, gpus_per_node: int, options: Sequence[str]
+) -> list[str]:
+    """`options` are sbatch's own and come last, so that they win."""
+    save = 12 * config.model.stored_parameters / (nodes * _DISK_BYTES)
+    ahead = max(300, _SIGNAL_SECONDS + int(save))
+    return [
+        "sbatch", f"--job-name={config.run.name}",
+        # Two jobs of one run would take it from each other: the second waits for the first.
+        "--dependency=singleton",
+        f"--nodes={nodes}", f"--gpus-per-node={gpus_per_node}", f"--signal=USR1@{ahead}",
+        *options, str(script), *arguments,
+    ]  # fmt: skip
+
+
+def find_script(name: str) -> Path:
+    """A script of `launch/`, beside the package or in it."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package.parent / "launch", package / "launch"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"launch/{name} is neither beside the package nor in it: install megagpt again")
