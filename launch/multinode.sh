@@ -41,14 +41,14 @@ run=$("$python" -m megagpt launch check "$@")
 # torchrun is deaf to signals: its ranks get them from Slurm, save, and end it by ending. It would die of SIGUSR1, and
 # kill its ranks 30 s after a SIGTERM.
 export PET_SIGNALS_TO_HANDLE=SIGHUP
-export logs=$run/logs/$job python
+export logs=$run/logs/$job python job
 srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
   bash -c '
     trap "" USR1 TERM
     mkdir -p "$logs/$SLURMD_NODENAME"
     exec "$python" -m torch.distributed.run \
       --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$RANKS_PER_NODE" \
-      --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --max-restarts=0 \
+      --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --rdzv-id="$job" --max-restarts=0 \
       --log-dir="$logs/$SLURMD_NODENAME" --redirects=3 --tee=0:3 \
       --module megagpt train --auto-resume "$@" 2>> "$logs/$SLURMD_NODENAME.torchrun.log"
   ' train "$@" || true # the verdict tells

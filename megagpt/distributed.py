@@ -52,8 +52,10 @@ class World:
         return self.rank == 0
 
     @property
-    def under_torchrun(self) -> bool:
-        return "TORCHELASTIC_RUN_ID" in os.environ
+    def torchrun_passes_sigterm_on(self) -> bool:
+        """Whether torchrun started this rank and handles SIGTERM: it then kills the rank some time later."""
+        handled = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")
+        return "TORCHELASTIC_RUN_ID" in os.environ and "SIGTERM" in handled
 
     def sum(self, value: float) -> float:
         """The sum over all ranks, on every rank."""

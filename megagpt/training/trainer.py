@@ -348,7 +348,7 @@ class Trainer:
             f"{step_seconds:.2f} s and one save of {self._checkpoint_bytes / 1e9:.2f} GB ({save:.1f} s), after a save "
             f"in flight; it exits with code {EXIT_STOPPED}"
         )
-        if self.world.under_torchrun:
+        if self.world.torchrun_passes_sigterm_on:
             self.say(
                 "torchrun ends its ranks 30 s after it passes a signal on: give it --shutdown-timeout to wait longer"
             )
