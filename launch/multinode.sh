@@ -11,7 +11,6 @@
 # RANKS_PER_NODE (the GPUs of a node) and MASTER_PORT (derived from the job's number) may be set.
 #SBATCH --job-name=megagpt
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --mem=0

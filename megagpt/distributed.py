@@ -167,8 +167,7 @@ def join(device: str = "auto", tune_allocator: bool = True, collective_timeout: 
 def _init_group(world: World, store: dist.Store, timeout: datetime.timedelta) -> None:
     on_gpu = world.device.type == "cuda"
     # The last collectives, for whoever has to find out why one hangs.
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
-        os.environ.setdefault(name, str(_REMEMBERED_COLLECTIVES))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED_COLLECTIVES))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         timeout=timeout,

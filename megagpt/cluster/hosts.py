@@ -1,6 +1,7 @@
 """Ranks on hosts that ssh reaches: DeepSpeed's launcher, its hostfile, and the environment that it leaves behind."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -42,10 +43,11 @@ def carried(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def deepspeed_command(
-    deepspeed: str, hostfile: Path, hosts: Mapping[str, int], master: str, port: int, arguments: Sequence[str]
+    hostfile: Path, hosts: Mapping[str, int], master: str, port: int, script: Path, arguments: Sequence[str]
 ) -> list[str]:
     """DeepSpeed's launcher over pdsh and ssh. It starts one host's ranks where it stands, unless it is told not to."""
+    beside = Path(sys.executable).parent / "deepspeed"
     return [
-        deepspeed, f"--hostfile={hostfile}", "--force_multi", f"--master_addr={master or next(iter(hosts))}",
-        f"--master_port={port}", "--module", "megagpt", "train", *arguments,
+        str(beside) if beside.exists() else "deepspeed", f"--hostfile={hostfile}", "--force_multi",
+        f"--master_addr={master or next(iter(hosts))}", f"--master_port={port}", str(script), *arguments,
     ]  # fmt: skip

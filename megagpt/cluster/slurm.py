@@ -57,12 +57,3 @@ def sbatch_command(
         f"--nodes={nodes}", f"--gpus-per-node={gpus_per_node}", f"--signal=USR1@{ahead}",
         *options, str(script), *arguments,
     ]  # fmt: skip
-
-
-def find_script(name: str) -> Path:
-    """A script of `launch/`, beside the package or in it."""
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package.parent / "launch", package / "launch"):
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"launch/{name} is neither beside the package nor in it: install megagpt again")

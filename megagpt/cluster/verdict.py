@@ -56,7 +56,8 @@ def judge(run: Path, config: Config, job: str, logs: Path, say: Callable[[str], 
         say(f"stopped by {end['reason']} and saved: the job goes on when it is started again")
         return GO_ON
     failure = _failure(end, logs)
-    tokens = end.get("tokens_seen", _last_tokens(run))
+    # What others noted when a rank died tells when they noticed; the metrics tell the same each time.
+    tokens = _last_tokens(run) if failure.died or not end else end["tokens_seen"]
     _summarize(failure, logs, say)
     incarnation = mine[-1] if mine else claim(run, {"job": job, "note": "ended before the run was begun"})
     incarnation.correct_end("failed", failure.text, tokens, where=failure.where, mend=failure.mend)

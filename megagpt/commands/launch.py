@@ -70,7 +70,8 @@ def _config(arguments: list[str]) -> "Config":
 
 
 def _slurm(arguments: argparse.Namespace) -> int:
-    from megagpt.cluster.slurm import check_fits, find_script, sbatch_command
+    from megagpt.cluster.scripts import find_script
+    from megagpt.cluster.slurm import check_fits, sbatch_command
 
     config = _config(arguments.arguments)
     ranks = arguments.nodes * arguments.gpus_per_node
@@ -92,15 +93,14 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 def _hosts(arguments: argparse.Namespace) -> int:
     from megagpt.cluster.hosts import carried, deepspeed_command, read_hostfile
+    from megagpt.cluster.scripts import find_script
     from megagpt.training.run_folder import run_folder
 
     config = _config(arguments.arguments)
     hosts = read_hostfile(arguments.hostfile)
     config.accumulation(sum(hosts.values()))
-    beside = Path(sys.executable).parent / "deepspeed"
-    deepspeed = str(beside) if beside.exists() else "deepspeed"
     command = deepspeed_command(
-        deepspeed, arguments.hostfile.resolve(), hosts, arguments.master, arguments.port,
+        arguments.hostfile.resolve(), hosts, arguments.master, arguments.port, find_script("train.py"),
         [*arguments.arguments, "--auto-resume"],
     )  # fmt: skip
     variables = "".join(f"{name}={value}\n" for name, value in carried(os.environ).items())

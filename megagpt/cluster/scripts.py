@@ -1,0 +1,14 @@
+"""The scripts of `launch/`, wherever the package is installed."""
+
+from pathlib import Path
+
+from megagpt.errors import UserError
+
+
+def find_script(name: str) -> Path:
+    """A script of `launch/`, beside the package or in it."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package.parent / "launch", package / "launch"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"launch/{name} is neither beside the package nor in it: install megagpt again")
