@@ -125,6 +125,7 @@ class Checkpoint:
     ) -> None:
         """Make the folder `saving`, whose files are on the disk, this checkpoint. Raises UserError where one is not,
         and what `fence` raises where another has taken over."""
+        fence()
         for name, expected in sums.items():
             try:
                 check_size(saving / name, expected)

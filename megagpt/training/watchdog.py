@@ -99,9 +99,7 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
             with (self._folder / f"rank_{rank}.txt").open("w") as file:
-                file.write(
-                    f"rank {rank} of {self._world.size} on {self._world.host}: {self._phase}, {silent:.0f} s ago\n\n"
-                )
+                file.write(f"rank {rank} on {self._world.host}, in {self._phase} for {silent:.0f} s\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             trace = _flight_recorder(self._world)

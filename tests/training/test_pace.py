@@ -1,0 +1,87 @@
+"""Who holds the others up."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megagpt.cli import main
+from megagpt.models.gpt import Block
+from megagpt.training.pace import compare
+from tests.conftest import metrics, write_tiny
+from tests.ranks import run_ranks
+
+HOSTS = ["a", "a", "b", "b"]
+# Step, data wait, compute, communication wait.
+USUAL = [1.0, 0.01, 0.50, 0.2]
+
+
+def compared(changes: dict[int, list[float]], times: int, in_a_row: dict[int, int] | None = None) -> list[str]:
+    ranks = [changes.get(rank, USUAL) for rank in range(4)]
+    counts: dict[int, int] = {} if in_a_row is None else in_a_row
+    return [compare(ranks, 1.2, HOSTS, counts) for _ in range(times)][-1].slow
+
+
+def test_equal_ranks_are_not_slow() -> None:
+    assert compared({}, 9) == []
+
+
+def test_a_rank_is_named_the_third_time_in_a_row() -> None:
+    slow = {2: [1.0, 0.01, 0.75, 0.0]}
+    assert compared(slow, 2) == []
+    (sentence,) = compared(slow, 3)
+    assert sentence == "rank 2 on b holds the others up: it computes 1.50 times as long as the median of the ranks"
+
+
+def test_a_rank_that_recovers_starts_anew() -> None:
+    slow, counts = {2: [1.0, 0.01, 0.75, 0.0]}, dict[int, int]()
+    assert compared(slow, 2, counts) == compared({}, 1, counts) == compared(slow, 2, counts) == []
+    assert len(compared(slow, 1, counts)) == 1
+
+
+def test_a_rank_below_the_threshold_is_not_slow() -> None:
+    assert compared({2: [1.0, 0.01, 0.59, 0.0]}, 9) == []
+
+
+def test_a_rank_that_waits_for_its_disk_is_named() -> None:
+    (sentence,) = compared({3: [1.0, 0.30, 0.50, 0.0]}, 3)
+    assert sentence == "rank 3 on b holds the others up: it waits 300 ms a step for data, the median 10 ms"
+
+
+def test_a_wait_for_data_that_is_nothing_beside_the_step_is_not() -> None:
+    assert compared({3: [1.0, 0.05, 0.50, 0.0]}, 9) == []
+
+
+def slow_second_rank(arguments: list[str]) -> int:
+    usual = Block.forward
+
+    def forward(self: Block, *inputs: Any) -> Any:
+        time.sleep(0.02)
+        return usual(self, *inputs)
+
+    if os.environ["RANK"] == "1":
+        Block.forward = forward  # type: ignore[method-assign]
+    return main(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [["engine.name=fsdp"], ["engine.name=zero", "engine.stage=3"]], ids=["fsdp", "zero"])
+def test_a_slow_rank_of_a_real_run_is_named(engine: list[str], tmp_path: Path, corpus: Path) -> None:
+    """Both ranks end each step together: only what a rank does by itself tells them apart."""
+    config = write_tiny(tmp_path, corpus, train={"micro_batch": 2})
+    assert run_ranks(2, slow_second_rank, ["train", str(config), "log.pace_steps=4", *engine]) == [0, 0]
+    run = tmp_path / "runs" / "tiny"
+    comparisons = metrics(run, "pace")
+    assert [line["step"] for line in comparisons] == [4, 8, 12, 16, 20]
+    assert {line["ranks_slowest_rank"] for line in comparisons} == {1}
+    assert all(line["ranks_compute_slowest"] > 0.04 for line in comparisons), "two blocks that each sleep 20 ms"
+    sentences = metrics(run, "slow_rank")
+    assert [line["step"] for line in sentences] == [12, 16, 20]
+    assert all(line["text"].startswith("rank 1 on ") for line in sentences)
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert [e.value for e in events.Scalars("ranks/ranks_slowest_rank")] == [1.0] * 5
+    assert "slow ranks/text_summary" in events.Tags()["tensors"]

@@ -1,0 +1,107 @@
+"""A rank that stops: the others leave their stacks, say who is missing, and end."""
+
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from megagpt.distributed import World
+from megagpt.incarnations import list_incarnations
+from megagpt.training.watchdog import EXIT_HUNG, Watchdog
+from tests.conftest import metrics, write_tiny
+from tests.ranks import megagpt, start_ranks
+
+TIMEOUT = 4
+
+
+def hang(tmp_path: Path, corpus: Path, stopped: int, wakes: bool) -> tuple[list[int], str]:
+    """A run whose rank `stopped` is halted on the way, until the other has noticed or for ever; exit codes and what the
+    ranks printed."""
+    config = write_tiny(tmp_path, corpus, train={"tokens": 128 * 100_000, "micro_batch": 2})
+    run = tmp_path / "runs" / "tiny"
+    ranks = start_ranks(
+        2, [str(config), f"train.collective_timeout={TIMEOUT}", "checkpoint.every_tokens=640"], tmp_path
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 12:
+            assert time.monotonic() < deadline
+            assert all(rank.poll() is None for rank in ranks)
+            time.sleep(0.1)
+        os.kill(ranks[stopped].pid, signal.SIGSTOP)
+        noticed = run / "hangs" / "000001" / f"flight_recorder_{1 - stopped}"
+        while not noticed.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        if wakes:
+            os.kill(ranks[stopped].pid, signal.SIGCONT)
+        codes = [ranks[1 - stopped].wait(timeout=60)]
+        os.kill(ranks[stopped].pid, signal.SIGCONT)
+        codes.insert(stopped, ranks[stopped].wait(timeout=60))
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    return codes, "".join(path.read_text() for path in sorted(tmp_path.glob("rank_*.log")))
+
+
+@pytest.mark.slow
+def test_every_rank_leaves_its_stacks_and_its_last_collectives(tmp_path: Path, corpus: Path) -> None:
+    codes, output = hang(tmp_path, corpus, stopped=1, wakes=True)
+    run = tmp_path / "runs" / "tiny"
+    assert codes[0] == EXIT_HUNG
+    (line,) = [line for line in output.splitlines() if "megagpt: error:" in line]
+    assert "no progress for" in line
+    assert f"every rank's stack is in {run / 'hangs' / '000001'}" in line
+    assert "no answer" not in line
+    for rank in range(2):
+        text = (run / "hangs" / "000001" / f"rank_{rank}.txt").read_text()
+        assert text.startswith(f"rank {rank} on ")
+        assert "in train_step" in text or "in _loop" in text
+        trace = pickle.loads((run / "hangs" / "000001" / f"flight_recorder_{rank}").read_bytes())
+        assert any("all_reduce" in entry["profiling_name"] for entry in trace["entries"])
+    end = list_incarnations(run)[0].ended()
+    assert (end["outcome"], end["reason"][:11]) == ("failed", "no progress")
+    assert not end.get("mend")
+
+    total = metrics(run)[-1]["tokens_seen"] + 256
+    done = megagpt("train", "--resume", str(run), f"train.tokens={total}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [step["step"] for step in metrics(run)] == list(range(1, total // 128 + 1))
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_answers_keeps_nobody(tmp_path: Path, corpus: Path) -> None:
+    """Not even the one that holds the store, by which ranks tell each other."""
+    codes, _ = hang(tmp_path, corpus, stopped=0, wakes=False)
+    assert codes[1] == EXIT_HUNG
+    assert (tmp_path / "runs" / "tiny" / "hangs" / "000001" / "rank_1.txt").exists()
+
+
+def test_who_was_missing_and_who_was_elsewhere_is_said(tmp_path: Path) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    watchdog = Watchdog(World(0, 4, 0, torch.device("cpu"), store), tmp_path, 60, print)
+    watchdog.phase("step 7")
+    for rank, phase in ((0, "step 7"), (1, "step 6, waiting for data"), (3, "step 7")):
+        store.set(f"megagpt/hung/{rank}", phase)
+    expected = "; rank 1 in step 6, waiting for data; no answer from rank(s) 2: stopped, or their host is gone"
+    assert watchdog._others() == expected
+
+
+def test_what_may_take_long_is_let_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[float] = []
+    monkeypatch.setattr(Watchdog, "_end", lambda self, silent: ended.append(silent))
+    with Watchdog(World(0, 1, 0, torch.device("cpu")), tmp_path, 1.5, print) as watchdog:
+        with watchdog.patient("a save"):
+            time.sleep(3)
+        for _ in range(4):
+            watchdog.phase("step")
+            time.sleep(0.8)
+        assert ended == []
+        time.sleep(3)
+    assert ended
