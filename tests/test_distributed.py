@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from megagpt.distributed import Place, find_place, first_host
 from megagpt.errors import UserError
+from tests.minicluster import end_processes
 from tests.ranks import environment, free_port
-from tests.slurm import end_processes
 
 # --- the environment ---
 

@@ -10,14 +10,15 @@ import torch
 
 from megagpt.distributed import first_host
 from tests.conftest import metrics
+from tests.minicluster import MiniCluster, end_processes, mini_cluster, missing
 from tests.ranks import REPOSITORY, environment, free_port
-from tests.slurm import end_processes, missing, slurm_cluster
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = str(REPOSITORY / "launch" / "train.py")
 ZERO3 = ["engine.name=zero", "engine.stage=3"]
 Done = subprocess.CompletedProcess[str]
+SLURM_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
 def shrunk(corpus: Path, folder: Path, name: str, micro_batch: int = 4) -> list[str]:
@@ -31,9 +32,9 @@ def shrunk(corpus: Path, folder: Path, name: str, micro_batch: int = 4) -> list[
     ]  # fmt: skip
 
 
-def run(command: list[str], cwd: Path, more: dict[str, str] | None = None) -> Done:
+def run(command: list[str], cwd: Path) -> Done:
     """Run a launcher; ranks that outlive it are ended."""
-    variables = {**environment(), **(more or {}), "TEST_FOLDER": str(cwd)}
+    variables = {**environment(), "TEST_FOLDER": str(cwd)}
     try:
         return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, check=False, timeout=300)
     finally:
@@ -54,10 +55,9 @@ def deepspeed(arguments: list[str], cwd: Path) -> Done:
     return run([*launcher, f"--master_port={free_port()}", SCRIPT, *arguments], cwd)
 
 
-def srun(arguments: list[str], cwd: Path, cluster: dict[str, str]) -> Done:
-    """The node's name is no host's name here: the address is given."""
+def srun(arguments: list[str], cwd: Path, cluster: MiniCluster) -> Done:
     command = ["srun", "-n", "2", sys.executable, SCRIPT, *arguments]
-    return run(command, cwd, {**cluster, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"})
+    return cluster.control(*command, cwd=cwd, env={**SLURM_ENVIRONMENT, "TEST_FOLDER": str(cwd)}, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +73,11 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[flo
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[dict[str, str]]:
+def cluster() -> Iterator[MiniCluster]:
     if reason := missing():
         pytest.skip(reason)
-    with slurm_cluster() as variables:
-        yield variables
+    with mini_cluster(nodes=1) as machines:
+        yield machines
 
 
 def assert_same_run(done: Done, folder: Path, expected: list[float]) -> None:
@@ -106,19 +106,19 @@ def test_deepspeed(corpus: Path, tmp_path: Path, expected: list[float]) -> None:
 
 
 @pytest.mark.parametrize("engine", [[], ZERO3], ids=["config's engine", "zero3"])
-def test_srun(engine: list[str], corpus: Path, tmp_path: Path, expected: list[float], cluster: dict[str, str]) -> None:
+def test_srun(engine: list[str], corpus: Path, tmp_path: Path, expected: list[float], cluster: MiniCluster) -> None:
     done = srun([*shrunk(corpus, tmp_path, "run", 2), *engine], tmp_path, cluster)
     assert_same_run(done, tmp_path / "run", expected)
 
 
 def test_python_in_a_batch_script_is_a_world_of_one(
-    corpus: Path, tmp_path: Path, expected: list[float], cluster: dict[str, str]
+    corpus: Path, tmp_path: Path, expected: list[float], cluster: MiniCluster
 ) -> None:
     """There SLURM_NTASKS is 2 and nobody else comes."""
     script = tmp_path / "job.sh"
     script.write_text('#!/bin/sh\nexec "$@"\n')
     command = ["sbatch", "--wait", "-n", "2", f"--output={tmp_path / 'output'}", str(script), sys.executable, SCRIPT]
-    done = run([*command, *shrunk(corpus, tmp_path, "run")], tmp_path, {**cluster, "OMP_NUM_THREADS": "1"})
+    done = cluster.control(*command, *shrunk(corpus, tmp_path, "run"), cwd=tmp_path, env=SLURM_ENVIRONMENT, check=False)
     assert done.returncode == 0, (tmp_path / "output").read_text()
     assert_same_run(done, tmp_path / "run", expected)
 
@@ -153,7 +153,7 @@ class TestImpossibleConfigIsOneLine:
         arguments = [*shrunk(corpus, tmp_path, "run"), *ZERO3, "train.tokns=1"]
         assert_one_error(deepspeed(arguments, tmp_path), "of 2] ", "train.tokns", "did you mean")
 
-    def test_srun(self, corpus: Path, tmp_path: Path, cluster: dict[str, str]) -> None:
+    def test_srun(self, corpus: Path, tmp_path: Path, cluster: MiniCluster) -> None:
         arguments = [*shrunk(corpus, tmp_path, "run"), "train.micro_batch=3"]
         assert_one_error(srun(arguments, tmp_path, cluster), "of 2] ", "micro_batch")
 
@@ -162,8 +162,6 @@ class TestImpossibleConfigIsOneLine:
     "nodes",
     ["n1", "n1,n2", "n[3-5,9]", "n[007-012,020],login", "login,n[007-012]", "rack[2-3]node[08-10]", "a-b[1]"],
 )
-def test_the_first_host_is_the_one_that_slurm_names(nodes: str, cluster: dict[str, str]) -> None:
-    shown = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], env=cluster, capture_output=True, text=True, check=True, timeout=60
-    )
+def test_the_first_host_is_the_one_that_slurm_names(nodes: str, cluster: MiniCluster) -> None:
+    shown = cluster.control("scontrol", "show", "hostnames", nodes)
     assert first_host(nodes) == shown.stdout.split()[0]
