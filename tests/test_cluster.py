@@ -268,10 +268,17 @@ def test_deepspeed_over_ssh(cluster: MiniCluster, corpus: Path, tmp_path: Path, 
     hostfile = tmp_path / "hosts"
     hostfile.write_text("n1 slots=1\nn2 slots=1\n")
     job = Job(cluster, tmp_path, corpus, *ENGINES["zero"])
-    cluster.on(
-        "n1", sys.executable, "-m", "megagpt", "launch", "hosts", *job.arguments, "--hostfile", str(hostfile),
-        cwd=tmp_path, env={**ENVIRONMENT, **ssh, "TORCH_FR_DUMP_TEMP_FILE": "a b"}, timeout=180,
-    )  # fmt: skip
+    environment = {**ENVIRONMENT, **ssh, "TORCH_FR_DUMP_TEMP_FILE": "a b"}
+    command = [sys.executable, "-m", "megagpt", "launch", "hosts", *job.arguments, "--hostfile", str(hostfile)]
+    launcher = cluster.start_on("n1", *command, stdout=tmp_path / "output", cwd=tmp_path, env=environment)
+    job.wait_for_steps(15)
+    cluster.on("n1", "pkill", "-TERM", "-f", "bin/deepspeed --hostfile")
+    launcher.wait(timeout=60)
+    deadline = time.monotonic() + 30
+    while not job.ends()[0][0] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert job.ends() == [("stopped", "SIGTERM")], (tmp_path / "output").read_text()
+    cluster.on("n1", *command, cwd=tmp_path, env=environment, timeout=180)
     job.assert_whole_curve(expected)
     assert list_incarnations(job.run)[-1].start()["world_size"] == 2
     assert "TORCH_FR_DUMP_TEMP_FILE=a b\n" in (job.run / "logs" / "deepspeed_env").read_text()

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -78,8 +79,7 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """A line for people that does not tear the progress line."""
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        tell(text)
 
     def _write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         line = json.dumps({"event": kind, "step": step, **{k: _json(v) for k, v in values.items()}})
@@ -107,6 +107,15 @@ class Metrics:
         for writer in (self.lines, self.board):
             with contextlib.suppress(OSError):  # what could not be written was said when it was written
                 writer.close()
+
+
+def tell(text: str) -> None:
+    """Print a line. That nobody reads it any more, such as the ssh of a launcher that was stopped, ends no run."""
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
 
 
 def _leave_disk_errors_to_the_next_write() -> None:

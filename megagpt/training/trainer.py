@@ -22,7 +22,7 @@ from megagpt.evaluation.validation import unigram_loss, validation_loss
 from megagpt.generation import generate
 from megagpt.hardware import peak_flops
 from megagpt.incarnations import Incarnation
-from megagpt.training.metrics import Metrics, duration, peak_memory
+from megagpt.training.metrics import Metrics, duration, peak_memory, tell
 from megagpt.training.pace import Comparison, Pace
 from megagpt.training.run_folder import begin, check_free, describe_start, run_folder
 from megagpt.training.safety import FiniteGuard, StopRequest, seconds_since_start
@@ -93,7 +93,7 @@ class Trainer:
 
     def say(self, text: str) -> None:
         if self.world.is_main:
-            print(text, flush=True)
+            tell(text)
 
     # --- the run's folder ---
 
