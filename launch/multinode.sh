@@ -17,7 +17,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# So many seconds before the time limit, and at a preemption, the ranks are told to save. Slurm may be a minute late.
+# So many seconds before the time limit the ranks are told to save. Slurm may be a minute late.
 #SBATCH --signal=USR1@300
 set -euo pipefail
 
@@ -29,13 +29,21 @@ python=${PYTHON:-python3}
 job=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 export RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${hosts%%$'\n'*}
 echo "== job $job on $SLURM_NNODES node(s), $RANKS_PER_NODE rank(s) each: $*"
 
+# 0: done. 75: stopped by a signal, or failed in a way that may pass: back into the queue. Else: to be mended.
+end() {
+  if [[ $1 == 75 ]] && [[ $(scontrol show job -o "$SLURM_JOB_ID") == *" JobState=RUNNING "* ]]; then
+    scontrol requeue "$SLURM_JOB_ID" && sleep 600 # Slurm ends this script long before
+  fi
+  exit "$1"
+}
+
 # Refuses a config that cannot be and nodes that are not fit, and gives the run's folder; nothing if it is finished.
-run=$("$python" -m megagpt launch check "$@")
-[[ -n $run ]] || exit 0
+run=$("$python" -m megagpt launch check "$@") || end $?
+[[ -n $run ]] || end 0
 
 # torchrun is deaf to signals: its ranks get them from Slurm, save, and end it by ending. It would die of SIGUSR1, and
 # kill its ranks 30 s after a SIGTERM.
@@ -52,10 +60,6 @@ srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-
       --module megagpt train --auto-resume "$@" 2>> "$logs/$SLURMD_NODENAME.torchrun.log"
   ' train "$@" || true # the verdict tells
 
-# Finished: 0. Stopped by a signal, or failed in a way that may pass: 75, and the job puts itself back into the queue.
-verdict=0
-"$python" -m megagpt launch verdict "$@" --logs "$logs" || verdict=$?
-if [[ $verdict == 75 ]] && scontrol show job -o "$SLURM_JOB_ID" | grep -q ' JobState=RUNNING '; then
-  scontrol requeue "$SLURM_JOB_ID" && sleep 600 # Slurm ends this script long before
-fi
-exit "$verdict"
+code=0
+"$python" -m megagpt launch verdict "$@" --logs "$logs" || code=$?
+end "$code"

@@ -18,6 +18,10 @@ class Reported(UserError):
     """A UserError that some rank has printed already."""
 
 
+class PassingError(UserError):
+    """What may be gone at the next try without anybody's doing: a disk or network that failed for a while."""
+
+
 class Interrupted(UserError):
     """Stopped by Ctrl-C, with a word on how to go on."""
 
@@ -47,6 +51,12 @@ def disk_reason(*causes: BaseException) -> str:
     if any(isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EDQUOT) for c in causes):
         return "disk full; free some space and resume"
     return first_line(causes[0])
+
+
+def of_disk_error(text: str, *causes: OSError) -> UserError:
+    """What to raise for such causes: a full or read-only disk stays as it is until someone mends it; others pass."""
+    lasting = any(cause.errno in _DISK_ERRORS for cause in causes)
+    return UserError(text) if lasting else PassingError(text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

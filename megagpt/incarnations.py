@@ -47,12 +47,14 @@ class Incarnation:
         return _read(self._end_path)
 
     def is_superseded(self) -> bool:
-        """Whether a newer one has started."""
-        return list_incarnations(self.run)[-1].number > self.number
+        """Whether a newer one has started. Raises OSError."""
+        return max((i.number for i in list_incarnations(self.run)), default=0) > self.number
 
     def check(self) -> None:
         """Raises Superseded where a newer one has started."""
-        newest = list_incarnations(self.run)[-1]
+        # Something new in it makes a network file system list the folder afresh.
+        (_folder(self.run) / f".fence-{self.number}").touch()
+        newest = max(list_incarnations(self.run), key=lambda i: i.number, default=self)
         if newest.number > self.number:
             start = newest.start()
             where = " ".join(str(start[key]) for key in ("host", "job", "started") if start.get(key))
@@ -90,7 +92,6 @@ def claim(run: Path, description: dict[str, Any]) -> Incarnation:
 
 def list_incarnations(run: Path) -> list[Incarnation]:
     """All of a run's, oldest first."""
-    # Listed anew each time: a name that was asked for once may be remembered as missing by a network file system.
     names = [path.stem for path in _folder(run).iterdir()] if _folder(run).is_dir() else []
     return sorted((Incarnation(run, int(name)) for name in names if name.isdigit()), key=lambda i: i.number)
 

@@ -250,8 +250,9 @@ def rotate(run: Path, newest: Checkpoint, keep: int) -> None:
 def remove_unfinished(run: Path, incarnation: int) -> None:
     """Remove what saves and removals that were cut off have left, up to those of an incarnation."""
     left = list(checkpoints_folder(run).glob(f"*{REMOVED}"))
-    for path in checkpoints_folder(run).glob(f"*{SAVING}-*"):
-        if int(path.name.rpartition("-")[2]) <= incarnation:
+    for path in checkpoints_folder(run).glob(f"*{SAVING}*"):
+        number = path.name.partition(f"{SAVING}-")[2]  # none: of a version that had no incarnations
+        if not number.isdigit() or int(number) <= incarnation:
             left.append(path)
     for path in left:
         shutil.rmtree(path, ignore_errors=True)

@@ -22,9 +22,15 @@ from megagpt.errors import UserError, first_line
 
 
 def resume(
-    run: Path, engine: Engine, fingerprints: list[str], allowed: Allowed, say: Callable[[str], Any]
+    run: Path,
+    engine: Engine,
+    fingerprints: list[str],
+    allowed: Allowed,
+    say: Callable[[str], Any],
+    chosen: Callable[[int], Any] = lambda tokens: None,
 ) -> dict[str, Any] | None:
     """Fill the engine from the run's newest whole checkpoint; its meta.json, or None where none was ever completed.
+    `chosen` is called with its tokens when it is known to fit, before it is read.
 
     Every rank calls it. A damaged checkpoint is named and set aside, and the next older one is taken. Raises UserError
     where there are only damaged ones, and where the checkpoint is of another run than the engine's config.
@@ -37,7 +43,7 @@ def resume(
             break
         checkpoint = Checkpoint(path)
         try:
-            return _load(checkpoint, engine, fingerprints, allowed, say)
+            return _load(checkpoint, engine, fingerprints, allowed, say, chosen)
         except DamagedError as error:
             aside = world.from_main(functools.partial(_set_aside, checkpoint, error))
             say(f"{error}; set aside as {aside.name}")
@@ -63,7 +69,12 @@ def _set_aside(checkpoint: Checkpoint, error: DamagedError) -> Path:
 
 
 def _load(
-    checkpoint: Checkpoint, engine: Engine, fingerprints: list[str], allowed: Allowed, say: Callable[[str], Any]
+    checkpoint: Checkpoint,
+    engine: Engine,
+    fingerprints: list[str],
+    allowed: Allowed,
+    say: Callable[[str], Any],
+    chosen: Callable[[int], Any],
 ) -> dict[str, Any]:
     config, world = engine.config, engine.world
 
@@ -75,6 +86,7 @@ def _load(
             f"dropout draws by rank: on {world.size} ranks instead of {meta['world_size']}, other elements are dropped "
             "from here on, at the same rate"
         )
+    chosen(meta["tokens_seen"])
     state = engine.state()
     _read(checkpoint.path, sums, state, no_dist=world.size == 1)
     engine.state_loaded(meta["updates"])

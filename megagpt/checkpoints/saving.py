@@ -34,7 +34,7 @@ from megagpt.config import CheckpointConfig, Config
 from megagpt.distributed import World
 from megagpt.engines.engine import Engine
 from megagpt.engines.flat_shard import FlatShard
-from megagpt.errors import UserError, disk_reason
+from megagpt.errors import UserError, disk_reason, of_disk_error
 from megagpt.hardware import free_memory
 from megagpt.incarnations import Incarnation
 
@@ -178,7 +178,9 @@ class Saver:
         of_disk = [cause for cause in _causes(outcome) if isinstance(cause, OSError)]
         if of_disk:
             reason = disk_reason(*of_disk)
-            raise UserError(f"{checkpoints_folder(self._run)}: the checkpoint could not be written: {reason}") from None
+            raise of_disk_error(
+                f"{checkpoints_folder(self._run)}: the checkpoint could not be written: {reason}", *of_disk
+            ) from None
         raise outcome
 
     def _room_for(self, state: dict[str, FlatShard], say: Callable[[str], Any]) -> bool:
@@ -214,6 +216,7 @@ class Saver:
         def complete() -> None:
             sums = {name: s for sums in gathered for name, s in sums.items()}
             checkpoint.complete(saving, meta, sums, self._fence)
+            self._fence()
             rotate(self._run, checkpoint, self._config.keep)
 
         self._world.from_main(complete, self._group)

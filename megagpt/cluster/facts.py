@@ -16,17 +16,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megagpt.errors import first_line
+from megagpt.errors import UserError, first_line
 
 _COLLECTIVE_BYTES = {"cuda": 2**28, "cpu": 2**24}
-_COLLECTIVE_SECONDS = 60.0
+# Until the last node has imported what it needs; whoever asks gives up earlier.
+_PATIENCE = datetime.timedelta(minutes=10)
 _ROUNDS = 3
 
 
 def report(folder: Path, port: int, on_gpu: bool) -> None:
     """Print this node's facts, then what one all-reduce over all nodes took. Run by each node, once, under srun."""
-    node, index, nodes = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_NNODES"])
-    head = os.environ["MASTER_ADDR"]
+    try:
+        node, index = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_NODEID"])
+        nodes, head = int(os.environ["SLURM_NNODES"]), os.environ["MASTER_ADDR"]
+    except (KeyError, ValueError) as error:
+        raise UserError(f"launch/multinode.sh asks this of each node of a Slurm job ({first_line(error)})") from None
     facts = {
         "head": _resolves(head),
         "port": _taken(port) if index == 0 else "",
@@ -76,18 +80,35 @@ def _writable(folder: Path, node: str) -> str:
 
 
 def _gpus() -> dict[str, Any]:
-    """How many PyTorch sees, their names, and how much of each one's memory is in use, in MiB."""
-    found: dict[str, Any] = {"count": torch.cuda.device_count(), "names": [], "used": []}
-    found["names"] = sorted({torch.cuda.get_device_name(i) for i in range(found["count"])})
-    # Not by PyTorch: it would take half a GiB of each GPU in order to ask.
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        if os.environ.get("CUDA_VISIBLE_DEVICES"):
-            query.append(f"--id={os.environ['CUDA_VISIBLE_DEVICES']}")
-        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
-        with contextlib.suppress(ValueError):
-            found["used"] = [int(line) for line in done.stdout.split()]
+    """How many PyTorch sees, and how much of each one's memory is in use, in MiB; `error` where one does not answer."""
+    found: dict[str, Any] = {"count": torch.cuda.device_count(), "used": [], "error": ""}
+    try:
+        for index in range(found["count"]):
+            torch.ones(1, device=torch.device("cuda", index)).item()
+        # Not by PyTorch: it would count what it has just taken.
+        if shutil.which("nvidia-smi"):
+            found["used"] = _used_by_others()
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        found["error"] = first_line(error)
     return found
+
+
+def _used_by_others() -> list[int]:
+    """MiB that other processes use of each GPU of this job."""
+    query = ["nvidia-smi", "--format=csv,noheader,nounits"]
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={os.environ['CUDA_VISIBLE_DEVICES']}")
+
+    def ask(what: str) -> list[list[str]]:
+        done = subprocess.run([*query, what], capture_output=True, text=True, check=False, timeout=60)
+        return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
+
+    used = dict.fromkeys((row[0] for row in ask("--query-gpu=uuid")), 0)
+    for row in ask("--query-compute-apps=gpu_uuid,pid,used_memory"):
+        with contextlib.suppress(ValueError, KeyError):  # its memory may be unknown
+            if int(row[1]) != os.getpid():
+                used[row[0]] += int(row[2])
+    return list(used.values())
 
 
 def _collective(index: int, nodes: int, head: str, port: int, on_gpu: bool) -> dict[str, Any]:
@@ -96,18 +117,21 @@ def _collective(index: int, nodes: int, head: str, port: int, on_gpu: bool) -> d
     try:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", init_method=f"tcp://{head}:{port}", rank=index, world_size=nodes,
-            timeout=datetime.timedelta(seconds=_COLLECTIVE_SECONDS),
+            timeout=_PATIENCE,
         )  # fmt: skip
-        data = torch.ones(_COLLECTIVE_BYTES[device] // 4, device=device)
+        data = torch.empty(_COLLECTIVE_BYTES[device] // 4, device=device)
         seconds = []
         for _ in range(_ROUNDS):
+            data.fill_(1.0)
+            if on_gpu:
+                torch.cuda.synchronize()
             begin = time.monotonic()
             dist.all_reduce(data)
             if on_gpu:
                 torch.cuda.synchronize()
             seconds.append(time.monotonic() - begin)
-        if data[0] != nodes**_ROUNDS:
-            return {"error": f"its sum is wrong: {data[0].item()} instead of {nodes**_ROUNDS}"}
+        if not bool((data == nodes).all()):
+            return {"error": "its sum is wrong"}
         return {"seconds": min(seconds), "bytes": _COLLECTIVE_BYTES[device]}
     except (RuntimeError, ValueError) as error:
         return {"error": first_line(error)}

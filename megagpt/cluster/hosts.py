@@ -11,7 +11,8 @@ _LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
 # The launcher carries over only NCCL_*, PYTHON* and what a .deepspeed_env file says. These decide how ranks find each
 # other and what they compute with.
 _CARRIED = (
-    "CUDA_DEVICE_MAX_CONNECTIONS", "DS_ACCELERATOR", "FI_", "GLOO_", "HF_", "LD_LIBRARY_PATH", "LD_PRELOAD", "MKL_",
+    "CUDA_DEVICE_MAX_CONNECTIONS", "DS_ACCELERATOR", "FI_", "GLOO_", "HF_DATASETS_", "HF_HOME", "HF_HUB_CACHE",
+    "LD_LIBRARY_PATH", "LD_PRELOAD", "MKL_",
     "NCCL_", "OMP_", "TORCH", "TRITON_", "UCX_", "XDG_CACHE_HOME",
 )  # fmt: skip
 
@@ -38,8 +39,12 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 
 def carried(environment: Mapping[str, str]) -> dict[str, str]:
-    """What of the environment the ranks of other hosts need, too."""
-    return {k: v for k, v in sorted(environment.items()) if k.startswith(_CARRIED) and "\n" not in v}
+    """What of the environment the ranks of other hosts need, too; no secrets: it is written to a file."""
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if name.startswith(_CARRIED) and not name.startswith("TORCHELASTIC_") and "\n" not in value
+    }
 
 
 def deepspeed_command(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt.errors import UserError
+from megagpt.errors import PassingError, UserError
 
 # Until a node's first word: Python's start and the import of torch from a cold file system that all nodes read.
 _ANSWER_SECONDS = 300.0
@@ -25,6 +25,10 @@ _IDLE_MIB = 1024
 Line = dict[str, Any]
 
 
+class UnfitError(PassingError):
+    """Some nodes cannot take part."""
+
+
 def preflight(
     nodes: Sequence[str], gpus: int, folder: Path, port: int, say: Callable[[str], Any], answer_seconds: float = 0
 ) -> None:
@@ -33,11 +37,11 @@ def preflight(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "preflight").write_text("head")
     command = [
-        "srun", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", "--cpu-bind=none", "--wait=0",
-        "--kill-on-bad-exit=0", sys.executable, "-m", "megagpt", "launch", "node", str(folder), "--port", str(port),
-        *(["--gpu"] if gpus else []),
+        "srun", "--label", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1",
+        "--cpu-bind=none", "--wait=0", "--kill-on-bad-exit=0", sys.executable, "-m", "megagpt", "launch", "node",
+        str(folder), "--port", str(port), *(["--gpu"] if gpus else []),
     ]  # fmt: skip
-    facts, collectives, errors = _ask(command, len(nodes), answer_seconds or _ANSWER_SECONDS)
+    facts, collectives, said = _ask(command, len(nodes), answer_seconds or _ANSWER_SECONDS)
     problems = judge(nodes, gpus, port, facts, collectives)
     for node in nodes:
         mark = folder / f"preflight.{node}"
@@ -45,10 +49,13 @@ def preflight(
             problems[node] = f"{mark} was written there and is not here: run.folder must be one that all nodes share"
         mark.unlink(missing_ok=True)
     (folder / "preflight").unlink(missing_ok=True)
+    for index, node in enumerate(nodes):
+        if node not in facts and index in said:
+            problems[node] += f"; its last words: {said[index]}"
     if problems:
         lines = "".join(f"\n  {node}: {problem}" for node, problem in sorted(problems.items()))
-        hint = f"\nsrun said: {errors}" if errors and len(facts) < len(nodes) else ""
-        raise UserError(
+        hint = f"\nsrun said: {said[-1]}" if -1 in said and len(facts) < len(nodes) else ""
+        raise UnfitError(
             f"{len(problems)} of {len(nodes)} node(s) are not fit for this run:{lines}{hint}\n"
             "leave them out with sbatch --exclude, or mend them"
         )
@@ -57,9 +64,15 @@ def preflight(
     say(f"{len(nodes)} node(s) are fit: {', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''}{speed}")
 
 
-def _ask(command: list[str], count: int, answer_seconds: float) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Facts and collectives by node, as far as nodes answered in time; and what srun complained of."""
-    asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def _ask(
+    command: list[str], count: int, answer_seconds: float
+) -> tuple[dict[str, Any], dict[str, Any], dict[int, str]]:
+    """Facts and collectives by node, as far as nodes answered in time; and the last line of each task's errors by its
+    index, srun's own under -1."""
+    try:
+        asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
+    except FileNotFoundError:
+        raise UserError("no srun here: this is for a Slurm job") from None
     assert asking.stdout is not None
     assert asking.stderr is not None
     lines: queue.Queue[tuple[float, str] | None] = queue.Queue()
@@ -82,8 +95,8 @@ def _ask(command: list[str], count: int, answer_seconds: float) -> tuple[dict[st
             if entry is None:
                 break
             arrived, text = entry
-            with contextlib.suppress(ValueError):
-                line: Line = json.loads(text)
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # someone else's words
+                line: Line = json.loads(text.partition(": ")[2])
                 if "facts" in line:
                     facts[line["node"]] = {**line["facts"], "arrived": arrived}
                     if len(facts) == count:
@@ -96,8 +109,14 @@ def _ask(command: list[str], count: int, answer_seconds: float) -> tuple[dict[st
     except subprocess.TimeoutExpired:
         asking.kill()
     complainer.join(5)
-    said = [line.strip() for line in complaints if "srun: error" in line]
-    return facts, collectives, said[0] if said else ""
+    said: dict[int, str] = {}
+    for text in complaints:
+        label, _, words = text.partition(": ")
+        if label.strip().isdigit() and words.strip():
+            said[int(label)] = words.strip()
+        elif "srun: error" in text:
+            said.setdefault(-1, text.strip())
+    return facts, collectives, said
 
 
 def judge(
@@ -107,7 +126,7 @@ def judge(
     problems: dict[str, str] = {}
     head = nodes[0]
     versions = [json.dumps(facts[node]["versions"]) for node in nodes if node in facts]
-    usual = json.loads(max(set(versions), key=versions.count)) if versions else {}
+    usual = json.loads(max(versions, key=versions.count)) if versions else {}
     for node in nodes:
         found = facts.get(node)
         if found is None:
@@ -127,6 +146,8 @@ def judge(
             problems[node] = f"its clock is {abs(late):.0f} s {'ahead of' if late > 0 else 'behind'} the head node's"
         elif differing:
             problems[node] = "; ".join(differing)
+        elif seen.get("error"):
+            problems[node] = f"a GPU does not answer: {seen['error']}"
         elif seen["count"] < gpus:
             problems[node] = f"PyTorch sees {seen['count']} GPU(s) there, the job has {gpus}"
         elif busy:

@@ -1,5 +1,6 @@
 """After the ranks of a job have ended: who failed first and why, and whether the job should go on."""
 
+import datetime
 import json
 import re
 import signal
@@ -7,8 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.config import Config
 from megagpt.data.shards import write_atomic
 from megagpt.incarnations import Incarnation, claim, list_incarnations
@@ -17,6 +19,10 @@ GO_ON = 75
 STOP = 1
 SUMMARY = "first_error.txt"
 _TAIL_LINES = 30
+# A job whose starts fail in a row, without one new checkpoint, ends after so many, whatever they failed of.
+_FRUITLESS = 3
+# torchrun kills ranks that do not end by themselves: a death so long after another rank's failure is its doing.
+_AFTERMATH = datetime.timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
@@ -26,17 +32,18 @@ class Failure:
     text: str
     where: str
     """Rank and node, as far as they are known."""
-    log: Path | None
-    died: bool
+    log: Path | None = None
+    died: bool = False
     """By a signal that nobody sent for the sake of another rank's failure: out of memory, a crash."""
-    mend: bool
+    mend: bool = False
     """Something to mend, which would fail again."""
 
 
 def is_finished(run: Path, config: Config) -> bool:
     """Whether the run has got to the end that the config wants."""
+    last = config.total_samples * config.model.context
     ends = [incarnation.ended() for incarnation in list_incarnations(run)]
-    return any(e.get("outcome") == "finished" and e["tokens_seen"] >= config.train.tokens for e in ends)
+    return any(end.get("outcome") == "finished" and end["tokens_seen"] >= last for end in ends)
 
 
 def judge(run: Path, config: Config, job: str, logs: Path, say: Callable[[str], Any]) -> int:
@@ -47,7 +54,7 @@ def judge(run: Path, config: Config, job: str, logs: Path, say: Callable[[str], 
     """
     if is_finished(run, config):
         return 0
-    mine = [i for i in list_incarnations(run) if i.start().get("job") == job]
+    mine = _starts(run, job)
     end = mine[-1].ended() if mine else {}
     if end.get("outcome") == "stopped":
         if end["reason"] == "SIGINT":
@@ -55,87 +62,145 @@ def judge(run: Path, config: Config, job: str, logs: Path, say: Callable[[str], 
             return STOP
         say(f"stopped by {end['reason']} and saved: the job goes on when it is started again")
         return GO_ON
-    failure = _failure(end, logs)
-    # What others noted when a rank died tells when they noticed; the metrics tell the same each time.
-    tokens = _last_tokens(run) if failure.died or not end else end["tokens_seen"]
+    return decide(run, job, _failure(end, logs), logs, say)
+
+
+def decide(run: Path, job: str, failure: Failure, logs: Path, say: Callable[[str], Any]) -> int:
+    """Say and note how this start failed. GO_ON, unless it would fail again: then STOP, and why."""
     _summarize(failure, logs, say)
-    incarnation = mine[-1] if mine else claim(run, {"job": job, "note": "ended before the run was begun"})
-    incarnation.correct_end("failed", failure.text, tokens, where=failure.where, mend=failure.mend)
+    now = _note(run, job, failure)
     if failure.mend:
         say("that has to be mended first: the job ends here; submit it again to go on")
         return STOP
-    before = _failed_before(run, job, incarnation)
-    if before and _alike(before, incarnation.ended()):
+    failed = _failed_in_a_row(run, job)
+    if not now and len(list(logs.parent.glob(f"{_number(job)}.*/{SUMMARY}"))) >= _FRUITLESS:
+        say(f"{_FRUITLESS} starts of this job failed, while another one has the run: the job ends here")
+        return STOP
+    if now and len(failed) > 1 and _alike(failed[-2], failed[-1]):
+        tokens = failed[-1]["tokens_seen"]
         say(f"it failed in the same way at the same step before, at {tokens:,} tokens: the job ends here")
+        return STOP
+    if len(failed) >= _FRUITLESS and len({end.get("checkpoint") for end in failed[-_FRUITLESS:]}) == 1:
+        say(f"{_FRUITLESS} starts in a row failed without a new checkpoint: the job ends here")
         return STOP
     say("the job goes on from its last checkpoint when it is started again")
     return GO_ON
 
 
-def _failed_before(run: Path, job: str, now: Incarnation) -> dict[str, Any]:
-    """How the start before ended, if it was one of this job and failed."""
-    number = job.partition(".")[0]
-    earlier = [i for i in list_incarnations(run) if i.number < now.number]
-    if not earlier or str(earlier[-1].start().get("job")).partition(".")[0] != number:
-        return {}
-    end = earlier[-1].ended()
-    return end if end.get("outcome") == "failed" else {}
+def _starts(run: Path, job: str) -> list[Incarnation]:
+    return [i for i in list_incarnations(run) if i.start().get("job") == job]
+
+
+def _note(run: Path, job: str, failure: Failure) -> bool:
+    """Leave it as this start's end. One that ended before it took the run over gets an incarnation for that; but not
+    where another job has the run: that one goes on."""
+    mine = _starts(run, job)
+    if not mine:
+        newest = list_incarnations(run)[-1:]
+        if any(not i.ended() and _number(i.start().get("job")) != _number(job) for i in newest):
+            return False
+        mine = [claim(run, {"job": job, "note": "ended before the run was begun"})]
+    end = mine[-1].ended()
+    # What others noted when a rank died tells when they noticed; the metrics tell the same each time.
+    tokens = _last_tokens(run) if failure.died or not end else end["tokens_seen"]
+    checkpoint = max((c.tokens for c in list_checkpoints(run)), default=None)
+    mine[-1].correct_end("failed", failure.text, tokens, where=failure.where, mend=failure.mend, checkpoint=checkpoint)
+    return True
+
+
+def _failed_in_a_row(run: Path, job: str) -> list[dict[str, Any]]:
+    """The ends of this job's last starts, as far as they failed, oldest first."""
+    ends: list[dict[str, Any]] = []
+    for incarnation in reversed(list_incarnations(run)):
+        end = incarnation.ended()
+        if _number(incarnation.start().get("job")) != _number(job) or end.get("outcome") != "failed":
+            break
+        ends.insert(0, end)
+    return ends
+
+
+def _number(job: Any) -> str:
+    """The job itself, without its restarts."""
+    return str(job).partition(".")[0]
 
 
 def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """The same words at the same token, whatever the ports, addresses and times in them."""
-    words = [re.sub(r"\d+", "#", end["reason"]) for end in (one, other)]
+    words = [re.sub(r"0x[0-9a-f]+|\d+", "#", end["reason"]) for end in (one, other)]
     return words[0] == words[1] and one["tokens_seen"] == other["tokens_seen"]
 
 
 def _failure(end: dict[str, Any], logs: Path) -> Failure:
     """A rank that died by a signal comes first: the others only noticed. Then the first that reported an error."""
-    died = sorted(_deaths(logs))
-    if died:
-        _, rank, host, number = died[0]
-        name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
-        hint = " (out of memory, if nobody sent it)" if name == "SIGKILL" else ""
-        return Failure(f"died of {name}{hint}", f"rank {rank} on {host}", _rank_log(logs, host), True, False)
     reports = list(_reports(logs))
+    if death := _death(logs, bool(reports)):
+        name = signal.Signals(-death.code).name if -death.code in set(signal.Signals) else f"signal {-death.code}"
+        hint = " (out of memory, if nobody sent it)" if name == "SIGKILL" else ""
+        log = _rank_log(logs, death.node, death.local_rank)
+        return Failure(f"died of {name}{hint}", f"rank {death.rank} on {death.node}", log, died=True)
     if end.get("outcome") == "failed":
         where = f"rank {end.get('rank', '?')} on {end.get('host', '?')}"
         log = next((path for _, _, path in reports), None)
-        return Failure(end["reason"], where, log, False, bool(end.get("mend")))
+        return Failure(end["reason"], where, log, mend=bool(end.get("mend")))
     for rank, text, path in reports:
-        return Failure(text, f"rank {rank}", path, False, "Traceback" not in path.read_text(errors="replace"))
-    agents = sorted(logs.glob("*.torchrun.log"))
-    last = [(path, line) for path in agents for line in _tail(path, 1)]
-    if last:
-        return Failure(last[0][1].strip(), f"torchrun on {last[0][0].name.partition('.')[0]}", last[0][0], False, False)
-    return Failure("the ranks ended without a word", "no rank", None, False, False)
+        return Failure(text, f"rank {rank}", path, mend="Traceback" not in path.read_text(errors="replace"))
+    for left in sorted(_exits(logs)):
+        log = _rank_log(logs, left.node, left.local_rank)
+        if left.code > 0 and log is not None:
+            return Failure("".join(_tail(log, 1)).strip(), f"rank {left.rank} on {left.node}", log)
+    for path in sorted(logs.glob("*.torchrun.log")):
+        for line in _tail(path, 1):
+            return Failure(line.strip(), f"torchrun on {path.name.removesuffix('.torchrun.log')}", path)
+    return Failure("the ranks ended without a word", "no rank")
 
 
-_DEATH = re.compile(
-    r"time\s*: (?P<time>\S+)\n\s*host .*\n\s*rank\s*: (?P<rank>\d+) .*\n\s*exitcode\s*: -(?P<signal>\d+) "
+class _Exit(NamedTuple):
+    """How a rank ended, as torchrun has noted it."""
+
+    time: datetime.datetime
+    rank: int
+    local_rank: int
+    code: int
+    node: str
+
+
+_EXIT = re.compile(
+    r"time\s*: (?P<time>\S+)\n.*\n\s*rank\s*: (?P<rank>\d+) \(local_rank: (?P<local>\d+)\)\n"
+    r"\s*exitcode\s*: (?P<code>-?\d+) "
 )
 
 
-def _deaths(logs: Path) -> Iterator[tuple[str, int, str, int]]:
-    """Time, rank, node and signal of each rank that a signal ended, but for torchrun's own SIGTERM."""
+def _exits(logs: Path) -> Iterator[_Exit]:
     for path in logs.glob("*.torchrun.log"):
-        node = path.name.removesuffix(".torchrun.log")
-        for found in _DEATH.finditer(path.read_text(errors="replace")):
-            if int(found["signal"]) != signal.SIGTERM:
-                yield found["time"], int(found["rank"]), node, int(found["signal"])
+        for found in _EXIT.finditer(path.read_text(errors="replace")):
+            when = datetime.datetime.strptime(found["time"], "%Y-%m-%d_%H:%M:%S")
+            node = path.name.removesuffix(".torchrun.log")
+            yield _Exit(when, int(found["rank"]), int(found["local"]), int(found["code"]), node)
 
 
-_REPORT = re.compile(r"^megagpt: error: \[rank (\d+) of \d+\] (.*)", re.MULTILINE)
+def _death(logs: Path, reported: bool) -> _Exit | None:
+    """The first rank that a signal ended, unless that was torchrun's doing, or PyTorch's, because of another rank."""
+    exits = sorted(set(_exits(logs)))
+    brought_about = {signal.SIGTERM, *([signal.SIGABRT] if reported else [])}
+    for rank in exits:
+        if rank.code < 0 and -rank.code not in brought_about:
+            earlier = any(other.code > 0 and rank.time - other.time > _AFTERMATH for other in exits)
+            return None if earlier else rank
+    return None
+
+
+_REPORT = re.compile(r"^megagpt: error: (?:\[rank (\d+) of \d+\] )?(.*)", re.MULTILINE)
 
 
 def _reports(logs: Path) -> Iterator[tuple[int, str, Path]]:
     """Rank, text and log of each error that a rank printed; the first one to fail is the only one that prints."""
     for path in sorted(logs.glob("*/*/attempt_*/*/stderr.log")):
         for rank, text in _REPORT.findall(path.read_text(errors="replace")):
-            yield int(rank), text, path
+            yield int(rank or 0), text, path
 
 
-def _rank_log(logs: Path, node: str) -> Path | None:
-    return next(iter(sorted(logs.glob(f"{node}/*/attempt_*/*/stderr.log"))), None)
+def _rank_log(logs: Path, node: str, local_rank: int) -> Path | None:
+    return next(iter(sorted(logs.glob(f"{node}/*/attempt_*/{local_rank}/stderr.log"))), None)
 
 
 def _summarize(failure: Failure, logs: Path, say: Callable[[str], Any]) -> None:

@@ -23,11 +23,13 @@ def register(add: Add) -> None:
     sub = _of_config(actions, "slurm", "Write the sbatch command of a run, or submit it; refuses what cannot work.")
     sub.add_argument("--nodes", type=count, required=True)
     sub.add_argument("--gpus-per-node", type=count, default=8, help="ranks on each node (8)")
-    sub.add_argument("--gpu-memory", type=float, metavar="GB", help="of one GPU (unknown: the largest that there is)")
+    sub.add_argument("--gpu-memory", type=count, metavar="GB", help="of one GPU (unknown: the largest that there is)")
     sub.add_argument("--time", help="time limit, as sbatch takes it (24:00:00)")
     sub.add_argument("--account")
     sub.add_argument("--partition")
-    sub.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other option of sbatch")
+    sub.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="another option of sbatch: --sbatch=--qos=high"
+    )
     sub.add_argument("--submit", action="store_true", help="submit it, instead of printing it")
     sub.set_defaults(command=_slurm)
 
@@ -112,29 +114,46 @@ def _hosts(arguments: argparse.Namespace) -> int:
     logs = run_folder(config) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     carry = logs / "deepspeed_env"
+    carry.touch(mode=0o600)
     carry.write_text(variables)
     os.execvpe(command[0], command, {**os.environ, "DS_ENV_FILE": str(carry.resolve())})
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from megagpt.cluster.preflight import job_nodes, preflight
-    from megagpt.cluster.verdict import is_finished
+    from megagpt.cluster.preflight import UnfitError, job_nodes, preflight
+    from megagpt.cluster.verdict import Failure, decide, is_finished
+    from megagpt.distributed import launched_by
     from megagpt.training.run_folder import run_folder
 
     def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(f"== {text}", file=sys.stderr, flush=True)
 
-    config, ranks = _config(arguments.arguments), int(os.environ["RANKS_PER_NODE"])
-    run, nodes = run_folder(config), job_nodes()
+    config, nodes = _config(arguments.arguments), job_nodes()
+    ranks, port = _number("RANKS_PER_NODE"), _number("MASTER_PORT")
+    run, job = run_folder(config), launched_by(os.environ) or ""
     config.accumulation(len(nodes) * ranks)
     if is_finished(run, config):
         say(f"{run}: finished already, at {config.train.tokens:,} tokens")
         return 0
-    allocated = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+    allocated = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     on_gpu = config.train.device == "cuda" or (config.train.device == "auto" and allocated > 0)
-    preflight(nodes, ranks if on_gpu else 0, run / "logs", int(os.environ["MASTER_PORT"]), say)
+    try:
+        preflight(nodes, ranks if on_gpu else 0, run / "logs" / job, port, say)
+    except UnfitError as error:
+        if job.endswith(".0"):
+            raise
+        # Who submitted it has long gone, and what is wrong may pass.
+        return decide(run, job, Failure(str(error), "pre-flight"), run / "logs" / job, say)
     print(run)
     return 0
+
+
+def _number(variable: str) -> int:
+    try:
+        return int(os.environ[variable])
+    except (KeyError, ValueError):
+        found = os.environ.get(variable, "nothing")
+        raise UserError(f"{variable} is {found!r}, not a number: launch/multinode.sh sets it") from None
 
 
 def _node(arguments: argparse.Namespace) -> int:

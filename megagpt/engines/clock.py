@@ -29,9 +29,10 @@ class Spent(NamedTuple):
 
 class StepClock:
     """Times the forward passes of a few blocks, and the wait for the other ranks. On a GPU by events, which cost the
-    host nothing; they are read when the step is over."""
+    host nothing; they are read when the step is over. `progress` is called at each of the passes."""
 
-    def __init__(self, model: GPT, device: torch.device) -> None:
+    def __init__(self, model: GPT, device: torch.device, progress: Callable[[], Any] = lambda: None) -> None:
+        self._progress = progress
         self._now: Callable[[], Any] = time.perf_counter
         if device.type == "cuda":
             self._now = _event
@@ -48,6 +49,7 @@ class StepClock:
                 return forward(x, *more)
             if first and x.requires_grad:
                 x.register_hook(self._backward_ended)
+            self._progress()
             begin = self._now()
             y = forward(x, *more)
             self._passes.append((begin, self._now()))

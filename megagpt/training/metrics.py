@@ -14,7 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from megagpt.errors import UserError, disk_reason
+from megagpt.errors import disk_reason, of_disk_error
 
 _PLAIN_SECONDS = 10.0
 
@@ -90,7 +90,8 @@ class Metrics:
                 if isinstance(value, int | float):
                     self.board.add_scalar(f"{_panel(name)}/{name}", value, step)
         except OSError as error:
-            raise UserError(f"{self.file.parent}: metrics cannot be written: {disk_reason(error)}") from None
+            text = f"{self.file.parent}: metrics cannot be written: {disk_reason(error)}"
+            raise of_disk_error(text, error) from None
 
     def has(self, event: str, tokens: int) -> bool:
         """Whether an event of that kind and position stands in the run's metrics."""

@@ -1,6 +1,7 @@
 """Where a run is, by what stands in its folder."""
 
 import datetime
+import itertools
 import json
 import os
 import statistics
@@ -16,8 +17,8 @@ from megagpt.training.metrics import duration
 
 # The speed is the median of so many last steps.
 _STEPS = 100
-# A run that has not written for so many of its steps, and at least so long, is silent.
-_SILENT_STEPS, _SILENT_SECONDS = 10, 60.0
+# A run that has not written for the time of so many of its lines, and at least so long, is silent.
+_SILENT_LINES, _SILENT_SECONDS = 10, 60.0
 _TAIL_BYTES = 2**18
 
 
@@ -25,8 +26,7 @@ def describe(run: Path, config: Config) -> Iterator[str]:
     """Lines for people."""
     lines = _last_lines(run / "metrics.jsonl")
     steps = [line for line in lines if line["event"] == "step"]
-    seconds = [step["step_seconds"] for step in steps[-_STEPS:]]
-    yield f"{run}: {_state(run, statistics.median(seconds) if seconds else 0.0)}"
+    yield f"{run}: {_state(run, _seconds_between(steps[-_STEPS:]))}"
     if steps:
         last, total = steps[-1], config.train.tokens
         yield (
@@ -53,7 +53,16 @@ def describe(run: Path, config: Config) -> Iterator[str]:
     yield f"go on with  megagpt train --resume {run}"
 
 
-def _state(run: Path, step_seconds: float) -> str:
+def _seconds_between(steps: list[dict[str, Any]]) -> float:
+    """Usual time between two of these lines."""
+    spans = [
+        (now["tokens_seen"] - before["tokens_seen"]) / now["tokens_per_second"]
+        for before, now in itertools.pairwise(steps)
+    ]
+    return statistics.median(spans) if spans else 0.0
+
+
+def _state(run: Path, seconds_between: float) -> str:
     starts = list_incarnations(run)
     end = starts[-1].ended() if starts else {}
     if end:
@@ -62,14 +71,14 @@ def _state(run: Path, step_seconds: float) -> str:
     if not metrics.exists():
         return "not begun"
     silent = time.time() - metrics.stat().st_mtime
-    if silent > max(_SILENT_SECONDS, _SILENT_STEPS * step_seconds):
+    if silent > max(_SILENT_SECONDS, _SILENT_LINES * seconds_between):
         return f"silent for {duration(silent)}: killed, or busy with something long"
     return "running"
 
 
 def _validation(lines: list[dict[str, Any]]) -> str:
     found = [line for line in lines if line["event"] == "validation"]
-    return f", validation loss {found[-1]['validation_loss']:.4f}" if found else ""
+    return f", validation loss {float(found[-1]['validation_loss']):.4f}" if found else ""
 
 
 def _checkpoint(run: Path) -> str:

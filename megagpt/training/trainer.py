@@ -1,5 +1,6 @@
 """The loop: draw a batch, step the engine, and at token intervals validate, sample, log and save."""
 
+import contextlib
 import functools
 import time
 from collections.abc import Iterator
@@ -17,11 +18,11 @@ from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
 from megagpt.distributed import World
 from megagpt.engines.clock import StepClock
 from megagpt.engines.engine import StepResult, build_engine, seed_dropout
-from megagpt.errors import UserError, first_line
+from megagpt.errors import PassingError, UserError, first_line
 from megagpt.evaluation.validation import unigram_loss, validation_loss
 from megagpt.generation import generate
 from megagpt.hardware import peak_flops
-from megagpt.incarnations import Incarnation
+from megagpt.incarnations import Incarnation, Superseded
 from megagpt.training.metrics import Metrics, duration, peak_memory, tell
 from megagpt.training.pace import Comparison, Pace
 from megagpt.training.run_folder import begin, check_free, describe_start, run_folder
@@ -53,18 +54,18 @@ class Trainer:
         self.fingerprints = [s.fingerprint for s in self.train_data.streams]
         self.engine = build_engine(config, world)
         self.resumed = resume
+        self._claimed: Incarnation | None = None
         self.samples_seen = self._resume(allowed) if resume else 0
         self.guard = FiniteGuard(config.train.nonfinite_limit)
         self.longest_step = self.longest_samples = 0.0
         world.barrier()
-        number = world.from_main(lambda: begin(self.run, self.engine, self.tokens_seen).number)
-        self.incarnation = Incarnation(self.run, number)
+        self.incarnation = self._begin(self.tokens_seen)
         self.saver = Saver(self.run, config.checkpoint, world, self.incarnation)
         self.saver.probe(self._checkpoint_bytes)
-        self.engine.clock = self.clock = StepClock(self.engine.model, world.device)
         self.pace = Pace(world, world.hosts(), config.log.pace_steps, config.log.slow_rank)
-        hangs = self.run / "hangs" / f"{number:06d}"
+        hangs = self.run / "hangs" / f"{self.incarnation.number:06d}"
         self.watchdog = Watchdog(world, hangs, config.train.collective_timeout, self.hung)
+        self.engine.clock = self.clock = StepClock(self.engine.model, world.device, self.watchdog.progress)
         self.metrics: Metrics | None = None
         if world.is_main:
             self.metrics = Metrics(self.run, config.train.tokens, self.tokens_seen, self.step, resume)
@@ -102,8 +103,15 @@ class Trainer:
         """fp32 weights and two moments."""
         return 12 * self.config.model.stored_parameters
 
+    def _begin(self, tokens_seen: int) -> Incarnation:
+        """Take the run over, once it is known that it can go on here, and before anything of it is read."""
+        if self._claimed is None:
+            number = self.world.from_main(lambda: begin(self.run, self.engine, tokens_seen).number)
+            self._claimed = Incarnation(self.run, number)
+        return self._claimed
+
     def _resume(self, allowed: Allowed) -> int:
-        meta = resume_from(self.run, self.engine, self.fingerprints, allowed, self.say)
+        meta = resume_from(self.run, self.engine, self.fingerprints, allowed, self.say, self._begin)
         if meta is None:
             self.say(f"{self.run}: no checkpoint was completed; starting from the first token")
             return 0
@@ -233,19 +241,20 @@ class Trainer:
 
     def _ended(self, outcome: str, reason: str) -> None:
         if self.world.is_main:
-            self.incarnation.end(outcome, reason, self.tokens_seen)
+            self._end(outcome, reason)
 
     def hung(self, reason: str) -> None:
         """Note that this start hung, on the rank that noticed first."""
-        self.incarnation.end("failed", reason, self.tokens_seen, rank=self.world.rank, host=self.world.host)
+        self._end("failed", reason, rank=self.world.rank, host=self.world.host)
 
     def failed(self, error: Exception) -> None:
         """Note what this start failed of, on whichever rank sees it first. `mend`: going on would fail again."""
-        mend = isinstance(error, UserError)
-        self.incarnation.end(
-            "failed", str(error) if mend else first_line(error), self.tokens_seen,
-            rank=self.world.rank, host=self.world.host, mend=mend,
-        )  # fmt: skip
+        reason = str(error) if isinstance(error, UserError) else first_line(error)
+        mend = isinstance(error, UserError) and not isinstance(error, PassingError)
+        self._end("failed", reason, rank=self.world.rank, host=self.world.host, mend=mend)
+
+    def _end(self, outcome: str, reason: str, **more: Any) -> None:
+        self.incarnation.end(outcome, reason, self.tokens_seen, **more)
 
     def _agree(self, stop: StopRequest) -> bool:
         """Whether some rank was asked to stop, or has too little of its time left for another step and a save."""
@@ -280,7 +289,10 @@ class Trainer:
             if config.model.dropout:
                 seed_dropout(config, self.samples_seen, self.world.rank)
             self.watchdog.phase(f"step {step}")
-            result = self.engine.train_step(batch, lr)
+            # Compiling may take long, once.
+            compiling = step == first and config.train.compile
+            with self.watchdog.patient(f"step {step}, compiling") if compiling else contextlib.nullcontext():
+                result = self.engine.train_step(batch, lr)
             done = time.monotonic()
             spent = self.clock.read()
             if not result.updated:
@@ -320,13 +332,13 @@ class Trainer:
             self._compare(self.pace.add(done - before, ready - before, spent), step)
             superseded = False
             if self.world.is_main and done - looked > _FENCE_SECONDS:
-                looked, superseded = done, self.incarnation.is_superseded()
+                looked, superseded = done, self._superseded()
             # Saved first: whoever sent the signal may not wait for a validation.
             stopping, failed, superseded = self.world.any_of(
                 stop.requested(self._reserve), self.saver.failed, superseded
             )
             if superseded:
-                self.incarnation.check()
+                raise Superseded(f"{self.run}: a newer incarnation has taken this run over; this one ends")
             if failed:
                 self.saver.finish()
             self._tell(self.saver.poll())
@@ -358,6 +370,11 @@ class Trainer:
                 "step and its save may take: each start will make one step"
             )
 
+    def _superseded(self) -> bool:
+        with contextlib.suppress(OSError):  # a disk that does not answer now says nothing
+            return self.incarnation.is_superseded()
+        return False
+
     def _compare(self, found: Comparison | None, step: int) -> None:
         """Log how the ranks' own work compares, and who holds the others up."""
         if found is None or self.metrics is None:
@@ -376,7 +393,8 @@ class Trainer:
         self._record("skipped", {}, text)
 
     def _last_good(self) -> str:
-        self._tell(self.saver.finish())
+        with self.watchdog.patient("the last save"):
+            self._tell(self.saver.finish())
         newest = newest_whole(self.run, lambda text: None)
         return f"the last good checkpoint is {newest.path}" if newest else "no checkpoint was saved yet"
 

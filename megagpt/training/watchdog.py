@@ -48,6 +48,10 @@ class Watchdog:
         """This rank moves on to something new."""
         self._phase, self._since = text, time.monotonic()
 
+    def progress(self) -> None:
+        """This rank has moved on within the phase."""
+        self._since = time.monotonic()
+
     @contextlib.contextmanager
     def patient(self, text: str) -> Iterator[None]:
         """For what may rightly take longer, such as waiting for a slow disk."""
@@ -73,7 +77,13 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._left.wait(_LOOK_SECONDS):
+            # Who was suspended with the whole process has missed nothing.
+            overslept = time.monotonic() - looked - 2 * _LOOK_SECONDS
+            looked = time.monotonic()
+            if overslept > 0:
+                self._since += overslept
             silent = time.monotonic() - self._since
             if silent > self._limit or self._others_noticed.is_set():
                 self._end(silent)
@@ -87,11 +97,11 @@ class Watchdog:
                     return
 
     def _end(self, silent: float) -> None:
-        self._dump(silent)
-        # Asking the store may hang, where the rank that holds it does.
-        teller = threading.Thread(target=self._tell, args=(silent,), daemon=True)
-        teller.start()
-        teller.join(2 * _DUMP_SECONDS)
+        # Either may hang itself: the disk, or the store where the rank that holds it does.
+        for work in (self._dump, self._tell):
+            worker = threading.Thread(target=work, args=(silent,), daemon=True)
+            worker.start()
+            worker.join(2 * _DUMP_SECONDS)
         os._exit(EXIT_HUNG)
 
     def _dump(self, silent: float) -> None:
