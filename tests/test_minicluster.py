@@ -38,15 +38,6 @@ def test_a_job_gets_the_pretended_gpus(cluster: MiniCluster, tmp_path: Path) -> 
     assert (tmp_path / "job.out").read_text() == "8 GPUs 0,1,2,3,4,5,6,7\n"
 
 
-def test_a_job_whose_host_dies_runs_again(cluster: MiniCluster, tmp_path: Path) -> None:
-    job = cluster.submit("--nodes=2", "--wrap=srun sleep 300", cwd=tmp_path)
-    cluster.wait(job, "RUNNING")
-    cluster.power_off("n2")
-    cluster.wait(job, "PENDING", restarts=1)
-    cluster.power_on("n2")
-    assert cluster.wait(job, "RUNNING", restarts=1)["Restarts"] == "1"
-
-
 def test_urgent_jobs_take_the_place_of_others(cluster: MiniCluster, tmp_path: Path) -> None:
     job = cluster.submit("--nodes=2", "--exclusive", "--wrap=sleep 300", cwd=tmp_path)
     cluster.wait(job, "RUNNING")
