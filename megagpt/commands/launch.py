@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from megagpt.config import Config
 
 
+# Options of `megagpt train` that are passed on to it.
+_TRAIN_OPTIONS = ("--allow-data-change", "--allow-recipe-change")
+
+
 def register(add: Add) -> None:
     parser = add("launch", _slurm, "Start runs on many machines.")
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -59,6 +63,8 @@ def _of_config(
 ) -> argparse.ArgumentParser:
     sub = actions.add_parser(name, help=text, description=text)
     sub.add_argument("arguments", nargs="+", metavar="CONFIG | section.key=value", help="as of `megagpt train`")
+    for option in _TRAIN_OPTIONS:
+        sub.add_argument(option, dest="options", action="append_const", const=option, default=[], help="the same")
     return sub
 
 
@@ -81,7 +87,8 @@ def _slurm(arguments: argparse.Namespace) -> int:
     options = [f"--{n}={v}" for n in ("time", "account", "partition") if (v := getattr(arguments, n)) is not None]
     options += arguments.sbatch
     script = find_script("multinode.sh")
-    command = sbatch_command(config, script, arguments.arguments, arguments.nodes, arguments.gpus_per_node, options)
+    passed_on = [*arguments.arguments, *arguments.options]
+    command = sbatch_command(config, script, passed_on, arguments.nodes, arguments.gpus_per_node, options)
     accumulation = config.accumulation(ranks)
     print(f"# {ranks} ranks, {accumulation} micro-batch(es) of {config.train.micro_batch} a step and rank; {fits}")
     print(shlex.join(command), flush=True)
@@ -103,7 +110,7 @@ def _hosts(arguments: argparse.Namespace) -> int:
     config.accumulation(sum(hosts.values()))
     command = deepspeed_command(
         arguments.hostfile.resolve(), hosts, arguments.master, arguments.port, find_script("train.py"),
-        [*arguments.arguments, "--auto-resume"],
+        [*arguments.arguments, *arguments.options, "--auto-resume"],
     )  # fmt: skip
     variables = "".join(f"{name}={value}\n" for name, value in carried(os.environ).items())
     if arguments.print:

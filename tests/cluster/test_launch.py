@@ -349,3 +349,10 @@ def test_check_refuses_a_batch_that_the_jobs_nodes_do_not_divide(
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
     assert "24 rank(s)" in refusal(capsys, "check", "gpt3_xl.yaml")
     assert not Path("runs").exists()
+
+
+def test_options_of_train_are_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["launch", "slurm", "gpt2_124m.yaml", "--nodes", "1", "--allow-recipe-change", "train.micro_batch=4"]
+    assert main(arguments) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command[-3:] == ["gpt2_124m.yaml", "train.micro_batch=4", "--allow-recipe-change"]
