@@ -1,6 +1,9 @@
 """The newest start of a run writes; an older one cannot, whatever it was about to do."""
 
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from megagpt.config import CheckpointConfig
 from megagpt.distributed import World
 from megagpt.incarnations import Incarnation, Superseded, claim, list_incarnations
 from tests.checkpoints.test_saving import meta, saved_value, state_of
+from tests.conftest import metrics, write_tiny
+from tests.ranks import environment
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -118,3 +123,36 @@ def test_the_list_is_in_order_of_numbers(tmp_path: Path) -> None:
     for _ in range(12):
         claim(tmp_path, {}).end("stopped", "SIGTERM", 0)
     assert [i.number for i in list_incarnations(tmp_path)] == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_of_two_live_starts_the_older_one_ends(tmp_path: Path, corpus: Path) -> None:
+    """Real processes of one run at the same time, both healthy: as where a scheduler has lost sight of the first."""
+    config = write_tiny(tmp_path, corpus, train={"tokens": 128 * 100_000}, checkpoint={"every_tokens": 640, "keep": 3})
+    run = tmp_path / "runs" / "tiny"
+    command = [sys.executable, "-m", "megagpt", "train", str(config), "--auto-resume"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    old = subprocess.Popen(command, cwd=tmp_path, env=environment(), text=True, **pipes)  # type: ignore[call-overload]
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    new = subprocess.Popen(command, cwd=tmp_path, env=environment(), text=True, **pipes)  # type: ignore[call-overload]
+    try:
+        said = old.communicate(timeout=120)[1]
+        assert old.returncode == 2
+        assert "taken this run over" in said
+        assert "Traceback" not in said
+        steps = len(metrics(run))
+        while len(metrics(run)) < steps + 20:
+            assert new.poll() is None
+            time.sleep(0.1)
+    finally:
+        for process in (old, new):
+            process.kill()
+            process.wait()
+    steps_seen = [line["step"] for line in metrics(run)]
+    assert steps_seen == list(range(1, len(steps_seen) + 1))
+    whole = [c for c in list_checkpoints(run) if c.problem() is None]
+    assert whole
+    assert [problem for c in whole for problem in c.verify()] == []

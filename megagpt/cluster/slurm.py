@@ -23,7 +23,7 @@ def check_fits(config: Config, ranks: int, gpu_gb: float | None) -> str:
     sentence = f"weights, gradients and optimizer take {held:.1f} GB of each GPU; activations come on top"
     if held <= limit:
         return sentence
-    of = f"{limit:g} GB" if gpu_gb else f"{limit:g} GB that the largest known one has"
+    of = f"{limit:g} GB" if gpu_gb else f"{limit:g} GB that the largest known one has (--gpu-memory says otherwise)"
     raise UserError(f"{config.run.name} does not fit on {ranks} GPU(s): {sentence}, of {of}; {_way_out(config, ranks)}")
 
 

@@ -113,6 +113,11 @@ def _hosts(arguments: argparse.Namespace) -> int:
         [*arguments.arguments, *arguments.options, "--auto-resume"],
     )  # fmt: skip
     variables = "".join(f"{name}={value}\n" for name, value in carried(os.environ).items())
+    # The file that takes the place of the user's own.
+    for folder in (Path.home(), Path()):
+        own = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+        if own.is_file():
+            variables += own.read_text(encoding="utf-8").rstrip("\n") + "\n"
     if arguments.print:
         print(f"# on all hosts:\n{variables}{shlex.join(command)}")
         return 0

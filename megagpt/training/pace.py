@@ -50,7 +50,8 @@ def compare(ranks: list[list[float]], slow: float, hosts: list[str], in_a_row: d
     """Each rank's step, data wait, compute and communication wait, seconds a step, beside the others'. `in_a_row`
     counts how often each rank was slow; it is brought up to date."""
     step, data, compute, wait = (list(column) for column in zip(*ranks, strict=True))
-    middle, middle_data = statistics.median(compute), statistics.median(data)
+    # The lower one of an even number: of two ranks, or two nodes, the quick one is the measure.
+    middle, middle_data = statistics.median_low(compute), statistics.median_low(data)
     sentences = []
     for rank in range(len(ranks)):
         computes_slowly = compute[rank] > slow * middle

@@ -356,3 +356,13 @@ def test_options_of_train_are_passed_on(capsys: pytest.CaptureFixture[str]) -> N
     assert main(arguments) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
     assert command[-3:] == ["gpt2_124m.yaml", "train.micro_batch=4", "--allow-recipe-change"]
+
+
+def test_what_the_users_own_environment_file_says_is_carried_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hosts").write_text("n1 slots=1\n")
+    (tmp_path / ".deepspeed_env").write_text("WANTED=by the user")
+    monkeypatch.chdir(tmp_path)
+    assert main(["launch", "hosts", "gpt2_124m.yaml", "--hostfile", "hosts", "--print"]) == 0
+    assert "WANTED=by the user\n" in capsys.readouterr().out

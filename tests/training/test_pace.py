@@ -46,6 +46,12 @@ def test_a_rank_below_the_threshold_is_not_slow() -> None:
     assert compared({2: [1.0, 0.01, 0.59, 0.0]}, 9) == []
 
 
+def test_of_two_ranks_the_quick_one_is_the_measure() -> None:
+    counts: dict[int, int] = {}
+    slow = [compare([USUAL, [1.0, 0.01, 0.65, 0.0]], 1.2, ["a", "b"], counts).slow for _ in range(3)][-1]
+    assert slow == ["rank 1 on b holds the others up: it computes 1.30 times as long as the median of the ranks"]
+
+
 def test_a_rank_that_waits_for_its_disk_is_named() -> None:
     (sentence,) = compared({3: [1.0, 0.30, 0.50, 0.0]}, 3)
     assert sentence == "rank 3 on b holds the others up: it waits 300 ms a step for data, the median 10 ms"
