@@ -33,8 +33,8 @@ class Watchdog:
     """Watches over one rank; every rank has one. `phase` says what the rank does now, and that it has moved on.
 
     Where a rank has not moved on for `timeout` seconds, every rank leaves in `folder` its stacks (rank_3.txt) and
-    PyTorch's flight recorder (flight_recorder_3, for `torchfrtrace`); `ending(reason)` is called on the one that
-    noticed first, and the processes end with EXIT_HUNG.
+    PyTorch's flight recorder (flight_recorder_3, a pickle); `ending(reason)` is called on the one that noticed first,
+    and the processes end with EXIT_HUNG.
     """
 
     def __init__(self, world: World, folder: Path, timeout: float, ending: Callable[[str], None]) -> None:
