@@ -180,9 +180,11 @@ def _verdict(arguments: argparse.Namespace) -> int:
     from megagpt.distributed import launched_by
     from megagpt.training.run_folder import run_folder
 
-    config = _config(arguments.arguments)
+    config, job = _config(arguments.arguments), launched_by(os.environ)
+    if job is None:
+        raise UserError("not inside a Slurm job: launch/multinode.sh asks this when its ranks have ended")
 
     def say(text: str) -> None:
         print(f"== {text}", flush=True)
 
-    return judge(run_folder(config), config, launched_by(os.environ) or "", arguments.logs, say)
+    return judge(run_folder(config), config, job, arguments.logs, say)

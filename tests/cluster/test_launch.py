@@ -366,3 +366,13 @@ def test_what_the_users_own_environment_file_says_is_carried_too(
     monkeypatch.chdir(tmp_path)
     assert main(["launch", "hosts", "gpt2_124m.yaml", "--hostfile", "hosts", "--print"]) == 0
     assert "WANTED=by the user\n" in capsys.readouterr().out
+
+
+def test_a_verdict_outside_a_job_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert main(["launch", "verdict", "gpt2_124m.yaml", "--logs", "logs"]) == 2
+    assert "not inside a Slurm job" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
