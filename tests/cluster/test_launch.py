@@ -375,4 +375,5 @@ def test_a_verdict_outside_a_job_leaves_nothing(
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert main(["launch", "verdict", "gpt2_124m.yaml", "--logs", "logs"]) == 2
     assert "not inside a Slurm job" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "logs").exists()
