@@ -8,10 +8,7 @@ from collections.abc import Sequence
 from megagpt import __version__
 from megagpt.commands import checkpoint, data, exchange, launch, measure, plan, sample, status, train
 from megagpt.commands.options import Command
-from megagpt.errors import Interrupted, Reported, UserError, disk_error
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+from megagpt.errors import ExitCode, ExpectedError, Reported, expected
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,26 +24,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Command = arguments.command
     try:
         return command(arguments)
-    except UserError as error:
-        return _report(error)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): not an error, and nothing more to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        theirs = disk_error(error)
-        if theirs is None:
+        return ExitCode.DONE
+    except (ExpectedError, OSError) as error:
+        known = expected(error)
+        if known is None:
             raise
-        return _report(theirs)
+        if not isinstance(known, Reported):
+            print(f"megagpt: error: {known}", file=sys.stderr)
+        return known.code
     except KeyboardInterrupt:
         print("megagpt: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-
-
-def _report(error: UserError) -> int:
-    if not isinstance(error, Reported):
-        print(f"megagpt: error: {error}", file=sys.stderr)
-    return EXIT_INTERRUPTED if isinstance(error, Interrupted) else EXIT_USER_ERROR
+        return ExitCode.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -46,7 +46,7 @@ class DataConfig:
     """Where the built-in corpus is prepared."""
 
 
-def _check_recomputation(value: Any) -> str | dict[str, int]:
+def _check_activation_checkpointing(value: Any) -> str | dict[str, int]:
     match value:
         case "none" | "full" | "selective":
             return value
@@ -72,7 +72,7 @@ def _check_seconds(value: Any) -> float:
 
 
 Seconds = Annotated[float, PlainValidator(_check_seconds)]
-Recomputation = Annotated[str | dict[str, int], PlainValidator(_check_recomputation)]
+ActivationCheckpointing = Annotated[str | dict[str, int], PlainValidator(_check_activation_checkpointing)]
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -94,7 +94,7 @@ class TrainConfig:
     LayerNorm, softmax and the residual stream are fp32 in all of them. fp16 scales the loss, dynamically."""
     compile: bool = False
     """torch.compile each block. Evaluation and sampling run uncompiled."""
-    activation_checkpointing: Recomputation = "none"
+    activation_checkpointing: ActivationCheckpointing = "none"
     """What the backward pass computes again instead of keeping it. none: nothing; full: every block; {every: k}: one
     block in k; selective: everything but the outputs of matrix products and attention."""
     nonfinite_limit: int = Field(default=10, gt=0)
@@ -102,7 +102,7 @@ class TrainConfig:
     time_limit: Seconds = 0
     """Wall-clock time of a start, counted from the process's beginning, after which it has saved and ended as after a
     signal: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS as in Slurm; 0: none."""
-    collective_timeout: Annotated[Seconds, Field(gt=0)] = 900
+    hang_timeout: Annotated[Seconds, Field(gt=0)] = 900
     """How long a rank may go without a step, a validation batch or a sampled token; then the stacks of all ranks are
     left in the run's folder and the run ends with code 3, resumable. Written as `time_limit`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -123,7 +123,7 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
     """On matrices only: embeddings and linear layers, not biases and LayerNorm gains."""
-    clip: float = Field(default=1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
 
 
@@ -139,7 +139,7 @@ class ScheduleConfig:
     """wsd only: where the stable part ends."""
     decay_end_tokens: int = Field(default=260_000_000_000, ge=0)
     """Where the floor is reached; constant from there on."""
-    floor: float = Field(default=0.1, ge=0, le=1)
+    floor_ratio: float = Field(default=0.1, ge=0, le=1)
     """The floor as a fraction of the peak."""
 
 
@@ -207,7 +207,7 @@ class CheckpointConfig:
     memory is short: training waits until all is written."""
     every_tokens: int = Field(default=524_288_000, ge=0)
     """Interval; 0: only at the end and when stopped. The default is 1,000 steps of 0.5M tokens."""
-    keep: int = Field(default=3, ge=1)
+    keep_last: int = Field(default=3, ge=1)
     """Newest interval checkpoints that stay."""
     milestone_every_tokens: int = Field(default=0, ge=0)
     """The first checkpoint at or past each multiple of this stays for good; 0: none."""
@@ -219,9 +219,9 @@ class LogConfig:
 
     every_tokens: int = Field(default=0, ge=0)
     """Interval; 0: every step."""
-    pace_steps: int = Field(default=50, ge=0)
+    straggler_every_steps: int = Field(default=50, ge=0)
     """Steps after which the ranks compare how long each works by itself; 0: never."""
-    slow_rank: float = Field(default=1.2, gt=1)
+    straggler_factor: float = Field(default=1.2, gt=1)
     """A rank that works longer than so many times the median, three comparisons in a row, is named in the log and in
     TensorBoard."""
 
@@ -243,32 +243,32 @@ class Config:
     log: LogConfig = LogConfig()
 
     @property
-    def batch_samples(self) -> int:
+    def batch_sequences(self) -> int:
         """Sequences in a full global batch."""
         return self.train.batch_tokens // self.model.context
 
     @property
-    def total_samples(self) -> int:
+    def total_sequences(self) -> int:
         """Sequences in the whole run."""
         return self.train.tokens // self.model.context
 
     def accumulation(self, world: int) -> int:
         """Micro-batches of a rank in a full step; raises UserError with the nearest batches that divide."""
         unit = self.train.micro_batch * world
-        if self.batch_samples % unit:
-            per_rank = self.batch_samples // world if self.batch_samples % world == 0 else 0
+        if self.batch_sequences % unit:
+            per_rank = self.batch_sequences // world if self.batch_sequences % world == 0 else 0
             fits = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
             fits = sorted(sorted(fits, key=lambda m: abs(m - self.train.micro_batch))[:2])
-            low = self.batch_samples // unit * unit * self.model.context
+            low = self.batch_sequences // unit * unit * self.model.context
             batches = [b for b in (low, low + unit * self.model.context) if b]
             ways = f"train.batch_tokens {' or '.join(map(str, batches))}"
             ways += f", or train.micro_batch {' or '.join(map(str, fits))}" if fits else ", or another number of ranks"
             raise UserError(
-                f"train.batch_tokens {self.train.batch_tokens} is {self.batch_samples} sequences of "
+                f"train.batch_tokens {self.train.batch_tokens} is {self.batch_sequences} sequences of "
                 f"{self.model.context}, which {world} rank(s) x train.micro_batch {self.train.micro_batch} "
                 f"do not divide; use {ways}"
             )
-        return self.batch_samples // unit
+        return self.batch_sequences // unit
 
     def sharing_ranks(self, world: int) -> int:
         """Ranks that share one copy of the model under FSDP; raises UserError where they do not divide the world."""

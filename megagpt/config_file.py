@@ -100,6 +100,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds a {type(tree).__name__}, not sections such as `model:` and `train:`")
     base = tree.pop("base", None)
+    tree = with_current_keys(tree, str(path))
     if base is None:
         return tree
     if not isinstance(base, str):
@@ -120,7 +121,7 @@ def override(tree: dict[str, Any], text: str) -> dict[str, Any]:
     over: Any = _parse_yaml(value, f"override {text!r}")
     for part in reversed(key.split(".")):
         over = {part: over}
-    return _merge(tree, over)
+    return _merge(tree, with_current_keys(over, f"override {text!r}"))
 
 
 def _valid_names(location: tuple[str | int, ...]) -> list[str]:
@@ -149,6 +150,29 @@ def _describe(error: Any) -> str:
             return f"{key}: {error['ctx']['error']}"
     message = error["msg"].replace("Input should be", "should be")
     return f"{key}: {value!r} {message}"
+
+
+# Keys that had another name before: files, command lines and checkpoints with the old one are still read.
+_RENAMED = {
+    ("train", "collective_timeout"): "hang_timeout",
+    ("optimizer", "clip"): "clip_norm",
+    ("schedule", "floor"): "floor_ratio",
+    ("checkpoint", "keep"): "keep_last",
+    ("log", "pace_steps"): "straggler_every_steps",
+    ("log", "slow_rank"): "straggler_factor",
+}
+
+
+def with_current_keys(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """The tree with today's names for keys that were renamed. Raises UserError if a key has both of its names."""
+    for (section, old), new in _RENAMED.items():
+        values = tree.get(section)
+        if isinstance(values, dict) and old in values:
+            if new in values:
+                raise UserError(f"{where}: {section}.{old} is the old name of {section}.{new}: leave one of them out")
+            renamed = {new if key == old else key: value for key, value in values.items()}
+            tree = {**tree, section: renamed}
+    return tree
 
 
 def build_config(tree: dict[str, Any], where: str) -> Config:

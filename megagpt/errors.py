@@ -1,32 +1,62 @@
-"""Errors that a user can cause, and the text helpers that make them useful."""
+"""Errors that end a command with one line, the exit codes, and the text helpers that make messages useful."""
 
 import difflib
+import enum
 import errno
 import os
 from collections.abc import Iterable
+from typing import ClassVar
 
 
-class UserError(Exception):
-    """Something that the user caused and can mend.
+class ExitCode(enum.IntEnum):
+    """What the process tells whoever started it."""
 
-    The message says what was wrong, where (file, key, value) and what to do. The command line prints it
-    alone, without a traceback, and exits with code 2.
+    DONE = 0
+    DIFFERENT = 1
+    """A measurement left its tolerance, a checkpoint is corrupt, or a job must not be started again."""
+    FAILED = 2
+    """An expected error, named in one line."""
+    HUNG = 3
+    """A rank made no progress; the stacks of all ranks are in the run's folder."""
+    STOPPED = 75
+    """Stopped by a signal or a time limit, saved, resumable (EX_TEMPFAIL of sysexits.h)."""
+    INTERRUPTED = 130
+    """Ctrl-C, as shells report it."""
+
+
+class ExpectedError(Exception):
+    """Ends the command with its message alone, without a traceback.
+
+    The message says what was wrong, where (file, key, value) and what to do.
     """
 
-
-class Reported(UserError):
-    """A UserError that some rank has printed already."""
-
-
-class PassingError(UserError):
-    """What may be gone at the next try without anybody's doing: a disk or network that failed for a while."""
+    code: ClassVar[ExitCode] = ExitCode.FAILED
+    retry: ClassVar[bool] = False
+    """Whether the same command may succeed later although nobody changed anything."""
 
 
-class Interrupted(UserError):
-    """Stopped by Ctrl-C, with a word on how to go on."""
+class UserError(ExpectedError):
+    """The user caused it and can fix it. A retry would fail in the same way."""
 
 
-_DISK_ERRORS = (
+class TransientError(ExpectedError):
+    """A disk or a network failed for a while: a retry may succeed without any change."""
+
+    retry = True
+
+
+class Reported(ExpectedError):
+    """An error that some rank has printed already."""
+
+
+class Interrupted(ExpectedError):
+    """Stopped by Ctrl-C; the message says how to continue."""
+
+    code = ExitCode.INTERRUPTED
+
+
+# Causes that a person must remove: a retry on the same disk fails again.
+_LASTING = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EACCES,
@@ -38,29 +68,30 @@ _DISK_ERRORS = (
 )
 
 
-def disk_error(error: OSError) -> UserError | None:
-    """The disk's doing as a UserError; None for what is a fault of this program and keeps its traceback."""
-    if error.errno not in _DISK_ERRORS:
-        return None
-    where = f"{error.filename}: " if error.filename else ""
-    return UserError(f"{where}{os.strerror(error.errno)}; mend that and go on")
+def expected(error: BaseException) -> ExpectedError | None:
+    """The error as one that ends in one line; None if it is a fault of this program, which keeps its traceback."""
+    if isinstance(error, ExpectedError):
+        return error
+    if isinstance(error, OSError) and error.errno in _LASTING:
+        where = f"{error.filename}: " if error.filename else ""
+        return UserError(f"{where}{os.strerror(error.errno)}; fix this, then run the same command again")
+    return None
 
 
 def disk_reason(*causes: BaseException) -> str:
-    """Why a disk did not take something, for a sentence about it: one cause, or one from each rank."""
+    """Why a disk refused something, as part of a sentence. `causes`: one, or one from each rank."""
     if any(isinstance(c, OSError) and c.errno in (errno.ENOSPC, errno.EDQUOT) for c in causes):
         return "disk full; free some space and resume"
     return first_line(causes[0])
 
 
-def of_disk_error(text: str, *causes: OSError) -> UserError:
-    """What to raise for such causes: a full or read-only disk stays as it is until someone mends it; others pass."""
-    lasting = any(cause.errno in _DISK_ERRORS for cause in causes)
-    return UserError(text) if lasting else PassingError(text)
+def disk_error(text: str, *causes: OSError) -> ExpectedError:
+    """The error to raise for these causes: full and read-only disks need a person, other errors are retried."""
+    return UserError(text) if any(cause.errno in _LASTING for cause in causes) else TransientError(text)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence that names the nearest known words, or all of them where none is near."""
+    """A sentence that names the nearest known words, or all of them if none is near."""
     known = list(known)
     near = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
     if near:
@@ -69,6 +100,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, with its type, for use inside a one-line message."""
+    """The type and the first line of an exception's text, for use inside a one-line message."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagpt.data.shards import write_atomic
-from megagpt.errors import UserError
+from megagpt.errors import ExpectedError
+from megagpt.files import write_atomic
 
 
-class Superseded(UserError):
+class Superseded(ExpectedError):
     """A newer incarnation has taken the run over."""
 
 

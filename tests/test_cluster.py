@@ -68,7 +68,7 @@ def config(folder: Path, corpus: Path) -> Path:
         folder, corpus,
         train={"tokens": STEPS * STEP_TOKENS, "micro_batch": 2},
         schedule={"decay_end_tokens": STEPS * STEP_TOKENS},
-        checkpoint={"every_tokens": 10 * STEP_TOKENS, "keep": 3},
+        checkpoint={"every_tokens": 10 * STEP_TOKENS, "keep_last": 3},
         optimizer={"lr": 3e-4},
     )  # fmt: skip
 

@@ -43,7 +43,7 @@ def test_preset_files_hold_the_papers_recipe(file: Path) -> None:
     assert config.train.batch_tokens == PRESETS[config.model.preset].batch_tokens
     optimizer = config.optimizer
     assert (optimizer.beta1, optimizer.beta2, optimizer.eps) == (0.9, 0.95, 1e-8)
-    assert (optimizer.weight_decay, optimizer.clip, config.schedule.floor) == (0.1, 1.0, 0.1)
+    assert (optimizer.weight_decay, optimizer.clip_norm, config.schedule.floor_ratio) == (0.1, 1.0, 0.1)
     if config.model.preset in TABLE:
         batch, lr = TABLE[config.model.preset]
         assert config.train.batch_tokens == pytest.approx(batch, rel=0.05)
@@ -61,10 +61,10 @@ def test_preset_files_hold_the_papers_recipe(file: Path) -> None:
 def test_every_file_divides_over_the_usual_worlds(file: Path) -> None:
     config = load_config(str(file))
     for ranks in (1,):
-        assert config.accumulation(ranks) * ranks * config.train.micro_batch == config.batch_samples
+        assert config.accumulation(ranks) * ranks * config.train.micro_batch == config.batch_sequences
     if config.model.preset:
         for ranks in (8, 16, 32, 64, 128, 256):
-            assert config.batch_samples % ranks == 0  # some micro-batch fits
+            assert config.batch_sequences % ranks == 0  # some micro-batch fits
 
 
 @pytest.mark.slow

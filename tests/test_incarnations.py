@@ -12,8 +12,8 @@ import torch
 from megagpt.checkpoints.folder import Checkpoint, list_checkpoints
 from megagpt.checkpoints.saving import Saver
 from megagpt.config import CheckpointConfig
-from megagpt.distributed import World
 from megagpt.incarnations import Incarnation, Superseded, claim, list_incarnations
+from megagpt.world import World
 from tests.checkpoints.test_saving import meta, saved_value, state_of
 from tests.conftest import metrics, write_tiny
 from tests.ranks import environment
@@ -22,7 +22,7 @@ ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
 def saver(run: Path, incarnation: Incarnation) -> Saver:
-    return Saver(run, CheckpointConfig(keep=1), ALONE, incarnation)
+    return Saver(run, CheckpointConfig(keep_last=1), ALONE, incarnation)
 
 
 def save(by: Saver, value: float, step: int) -> None:
@@ -128,7 +128,9 @@ def test_the_list_is_in_order_of_numbers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_of_two_live_starts_the_older_one_ends(tmp_path: Path, corpus: Path) -> None:
     """Real processes of one run at the same time, both healthy: as where a scheduler has lost sight of the first."""
-    config = write_tiny(tmp_path, corpus, train={"tokens": 128 * 100_000}, checkpoint={"every_tokens": 640, "keep": 3})
+    config = write_tiny(
+        tmp_path, corpus, train={"tokens": 128 * 100_000}, checkpoint={"every_tokens": 640, "keep_last": 3}
+    )
     run = tmp_path / "runs" / "tiny"
     command = [sys.executable, "-m", "megagpt", "train", str(config), "--auto-resume"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagpt.distributed import first_host
+from megagpt.launchers import first_host
 from tests.conftest import metrics
 from tests.minicluster import MiniCluster, end_processes, mini_cluster, missing
 from tests.ranks import REPOSITORY, environment, free_port

@@ -36,7 +36,7 @@ def check(
     saved, wanted = meta["config"], dataclasses.asdict(config)
     model = model_differences(saved, config)
     recipe, data = [], []
-    if meta["samples_seen"]:  # before the first sample there is nothing that a change could contradict
+    if meta["sequences_seen"]:  # before the first sequence there is nothing that a change could contradict
         recipe = _differences(_recipe(saved), _recipe(wanted))
         data = _differences(
             {"data.sources weights": [s["weight"] for s in saved["data"]["sources"]], "data": meta["data"]},

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megagpt.checkpoints.storage import BLOCK_BYTES, CheckedReader, DamagedError, FileSum, check_size, sum_bytes
-from megagpt.data.shards import write_atomic
+from megagpt.checkpoints.storage import BLOCK_BYTES, CheckedReader, CorruptError, FileSum, check_size, sum_bytes
 from megagpt.errors import UserError, first_line
+from megagpt.files import write_atomic
 
 MARKER = "COMPLETE"
 META = "meta.json"
@@ -43,7 +43,7 @@ class Checkpoint:
         return int(self.path.name)
 
     def sums(self) -> dict[str, FileSum]:
-        """File name -> its checksums. Raises DamagedError where the marker is missing or not as it was written."""
+        """File name -> its checksums. Raises CorruptError where the marker is missing or not as it was written."""
         marker = self.path / MARKER
         try:
             tree = json.loads(marker.read_bytes())
@@ -54,14 +54,14 @@ class Checkpoint:
                 raise ValueError("wrong checksum")
             return {name: FileSum(**value) for name, value in tree["files"].items()}
         except FileNotFoundError:
-            raise DamagedError(marker, "is missing") from None
+            raise CorruptError(marker, "is missing") from None
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DamagedError(marker, f"is damaged ({first_line(error)})") from None
+            raise CorruptError(marker, f"is damaged ({first_line(error)})") from None
 
     def whole(self) -> tuple[dict[str, Any], dict[str, FileSum]]:
         """What stands in meta.json, and the checksums of all files.
 
-        Raises DamagedError for a file that is missing or of another size, and for a damaged marker or meta.json: what
+        Raises CorruptError for a file that is missing or of another size, and for a damaged marker or meta.json: what
         can be told without reading all.
         """
         sums = self.sums()
@@ -69,14 +69,14 @@ class Checkpoint:
             check_size(self.path / name, expected)
         data = (self.path / META).read_bytes()
         if META not in sums or sum_bytes(data) != sums[META]:
-            raise DamagedError(self.path / META, "is damaged (wrong checksum)")
+            raise CorruptError(self.path / META, "is damaged (wrong checksum)")
         meta: dict[str, Any] = json.loads(data)
         if meta.get("format") != FORMAT:
             raise UserError(f"{self.path}: checkpoint format {meta.get('format')}, this version reads {FORMAT}")
         return meta, sums
 
     def meta(self) -> dict[str, Any]:
-        """What stands in meta.json. Raises DamagedError as `whole` does."""
+        """What stands in meta.json. Raises CorruptError as `whole` does."""
         return self.whole()[0]
 
     def problem(self) -> str | None:
@@ -88,7 +88,7 @@ class Checkpoint:
         return None
 
     def check_file(self, name: str, progress: Callable[[int], Any] = lambda count: None) -> None:
-        """Read a file of it against its checksums. `progress` is told of bytes read. Raises DamagedError."""
+        """Read a file of it against its checksums. `progress` is told of bytes read. Raises CorruptError."""
         sums = self.sums()
         if name in sums:  # all but the marker itself
             self._read(name, sums[name], progress)
@@ -103,13 +103,13 @@ class Checkpoint:
         """Read all of it; what is wrong, file by file. `progress` is told of bytes read."""
         try:
             sums = self.sums()
-        except DamagedError as error:
+        except CorruptError as error:
             return [str(error)]
         problems = []
         for name, expected in sums.items():
             try:
                 self._read(name, expected, progress)
-            except DamagedError as error:
+            except CorruptError as error:
                 problems.append(str(error))
             except OSError as error:
                 problems.append(f"{self.path / name} cannot be read ({first_line(error)})")
@@ -129,7 +129,7 @@ class Checkpoint:
         for name, expected in sums.items():
             try:
                 check_size(saving / name, expected)
-            except DamagedError as error:
+            except CorruptError as error:
                 raise UserError(f"{error} for the main rank: {SHARE}") from None
         data = json.dumps(meta, indent=1).encode()
         write_atomic(saving / META, data)
@@ -199,7 +199,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
     return sorted((Checkpoint(p) for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda c: c.tokens)
 
 
-def newest_whole(run: Path, say: Callable[[str], Any]) -> Checkpoint | None:
+def newest_complete(run: Path, say: Callable[[str], Any]) -> Checkpoint | None:
     """The newest whole checkpoint, as far as file sizes tell; each newer one that is not whole is said, and why."""
     for checkpoint in reversed(list_checkpoints(run)):
         problem = checkpoint.problem()
@@ -221,7 +221,7 @@ def find_checkpoint(path: Path, say: Callable[[str], Any]) -> Checkpoint:
         checkpoint = Checkpoint(path.resolve())
         checkpoint.whole()
         return checkpoint
-    newest = newest_whole(path, say)
+    newest = newest_complete(path, say)
     if newest is None:
         raise UserError(f"{path}: has no whole checkpoint")
     return newest

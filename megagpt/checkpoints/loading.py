@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megagpt.checkpoints.compatibility import Allowed, check
 from megagpt.checkpoints.folder import INDEX, Checkpoint, damaged, list_checkpoints
 from megagpt.checkpoints.saving import hush
-from megagpt.checkpoints.storage import DamagedError, FileSum, Reader
+from megagpt.checkpoints.storage import CorruptError, FileSum, Reader
 from megagpt.engines.engine import Engine
-from megagpt.errors import UserError, first_line
+from megagpt.errors import ExpectedError, UserError, first_line
 
 
 def resume(
@@ -44,7 +44,7 @@ def resume(
         checkpoint = Checkpoint(path)
         try:
             return _load(checkpoint, engine, fingerprints, allowed, say, chosen)
-        except DamagedError as error:
+        except CorruptError as error:
             aside = world.from_main(functools.partial(_set_aside, checkpoint, error))
             say(f"{error}; set aside as {aside.name}")
     found = world.from_main(lambda: damaged(run))
@@ -56,9 +56,9 @@ def resume(
     return None
 
 
-def _set_aside(checkpoint: Checkpoint, error: DamagedError) -> Path:
+def _set_aside(checkpoint: Checkpoint, error: CorruptError) -> Path:
     """Rename a damaged checkpoint. Raises UserError where this rank finds it whole, and where it cannot be renamed."""
-    with contextlib.suppress(DamagedError):
+    with contextlib.suppress(CorruptError):
         checkpoint.whole()
         checkpoint.check_file(error.file.name)
         raise UserError(f"{error}, as one rank reads it, and the main rank finds it whole: look at that rank's host")
@@ -132,6 +132,6 @@ def _read(folder: Path, sums: dict[str, FileSum], state: Mapping[str, Tensor], n
         dcp.load(dict(state), storage_reader=Reader(folder, sums), no_dist=no_dist)
     except CheckpointException as error:
         causes = [failure[0] for failure in error.failures.values()]
-        raise next((c for c in causes if isinstance(c, UserError)), None) or UserError(
+        raise next((c for c in causes if isinstance(c, ExpectedError)), None) or UserError(
             f"{folder}: cannot be read: {first_line(causes[0])}"
         ) from None

@@ -31,12 +31,12 @@ from megagpt.checkpoints.folder import (
 )
 from megagpt.checkpoints.storage import Writer
 from megagpt.config import CheckpointConfig, Config
-from megagpt.distributed import World
 from megagpt.engines.engine import Engine
 from megagpt.engines.flat_shard import FlatShard
-from megagpt.errors import UserError, disk_reason, of_disk_error
-from megagpt.hardware import free_memory
+from megagpt.errors import UserError, disk_error, disk_reason
 from megagpt.incarnations import Incarnation
+from megagpt.process_memory import free_memory
+from megagpt.world import World
 
 # How long ranks wait for the slowest writer of a save.
 _TIMEOUT = datetime.timedelta(hours=3)
@@ -178,7 +178,7 @@ class Saver:
         of_disk = [cause for cause in _causes(outcome) if isinstance(cause, OSError)]
         if of_disk:
             reason = disk_reason(*of_disk)
-            raise of_disk_error(
+            raise disk_error(
                 f"{checkpoints_folder(self._run)}: the checkpoint could not be written: {reason}", *of_disk
             ) from None
         raise outcome
@@ -217,7 +217,7 @@ class Saver:
             sums = {name: s for sums in gathered for name, s in sums.items()}
             checkpoint.complete(saving, meta, sums, self._fence)
             self._fence()
-            rotate(self._run, checkpoint, self._config.keep)
+            rotate(self._run, checkpoint, self._config.keep_last)
 
         self._world.from_main(complete, self._group)
 
@@ -242,12 +242,12 @@ class Saver:
         return values or []
 
 
-def describe(engine: Engine, samples_seen: int, fingerprints: list[str], milestone: bool) -> dict[str, Any]:
+def describe(engine: Engine, sequences_seen: int, fingerprints: list[str], milestone: bool) -> dict[str, Any]:
     """What meta.json says of an engine's save."""
     config, scale = engine.config, engine.loss_scale
     return {
         **describe_position(
-            config, config.engine.name, engine.world.size, samples_seen, engine.updates, fingerprints, milestone
+            config, config.engine.name, engine.world.size, sequences_seen, engine.updates, fingerprints, milestone
         ),
         "loss_scale": {"value": scale.value, "good_steps": scale.good_steps},
     }
@@ -257,7 +257,7 @@ def describe_position(
     config: Config,
     writer: str,
     world_size: int,
-    samples_seen: int,
+    sequences_seen: int,
     updates: int,
     fingerprints: list[str] | None,
     milestone: bool,
@@ -266,8 +266,8 @@ def describe_position(
     are functions of the seed and the position."""
     return {
         "format": FORMAT,
-        "tokens_seen": samples_seen * config.model.context,
-        "samples_seen": samples_seen,
+        "tokens_seen": sequences_seen * config.model.context,
+        "sequences_seen": sequences_seen,
         "updates": updates,
         "milestone": milestone,
         "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

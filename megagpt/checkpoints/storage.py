@@ -40,7 +40,7 @@ _KEPT_BLOCKS = 4
 _AHEAD_BYTES = 2**24
 
 
-class DamagedError(UserError):
+class CorruptError(UserError):
     """A file of a checkpoint is missing, too short, or not what was written."""
 
     def __init__(self, file: Path, what: str) -> None:
@@ -68,13 +68,13 @@ def sum_bytes(data: bytes) -> FileSum:
 
 
 def check_size(path: Path, expected: FileSum) -> None:
-    """Raises DamagedError where a file is missing or of another size."""
+    """Raises CorruptError where a file is missing or of another size."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise DamagedError(path, "is missing") from None
+        raise CorruptError(path, "is missing") from None
     if size != expected.size:
-        raise DamagedError(path, f"has {size} bytes instead of {expected.size}")
+        raise CorruptError(path, f"has {size} bytes instead of {expected.size}")
 
 
 class _HashingWriter(io.RawIOBase):
@@ -126,7 +126,7 @@ class CheckedReader(io.RawIOBase):
     """Reads a file, each block compared with its checksum before any byte of it is handed out.
 
     The last blocks stay in memory, since a tensor's own directory, at its end, is read before and after the tensor.
-    Raises DamagedError, naming the file, where a checksum differs.
+    Raises CorruptError, naming the file, where a checksum differs.
     """
 
     def __init__(self, path: Path, expected: FileSum) -> None:
@@ -180,10 +180,10 @@ class CheckedReader(io.RawIOBase):
         while filled < size:
             read = os.preadv(self._file.fileno(), [content[filled:]], start + filled)
             if not read:
-                raise DamagedError(self._path, f"ends before its byte {start + size}")
+                raise CorruptError(self._path, f"ends before its byte {start + size}")
             filled += read
         if xxhash.xxh3_64_hexdigest(content) != self._expected.blocks[block]:
-            raise DamagedError(self._path, f"is damaged between its bytes {start} and {start + size} (wrong checksum)")
+            raise CorruptError(self._path, f"is damaged between its bytes {start} and {start + size} (wrong checksum)")
         return content
 
     def close(self) -> None:
@@ -203,7 +203,7 @@ class _ChecksummedFiles(FileSystem):
         path = Path(path)
         if mode == "rb":
             if path.name not in self.sums:
-                raise DamagedError(path, "is not in the list of the checkpoint's files")
+                raise CorruptError(path, "is not in the list of the checkpoint's files")
             # Buffered for the sake of pickle, which asks for single bytes.
             with io.BufferedReader(CheckedReader(path, self.sums[path.name])) as reader:
                 yield cast(io.IOBase, reader)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt.errors import PassingError, UserError
+from megagpt.errors import TransientError, UserError
 
 # Until a node's first word: Python's start and the import of torch from a cold file system that all nodes read.
 _ANSWER_SECONDS = 300.0
@@ -25,7 +25,7 @@ _IDLE_MIB = 1024
 Line = dict[str, Any]
 
 
-class UnfitError(PassingError):
+class UnfitError(TransientError):
     """Some nodes cannot take part."""
 
 

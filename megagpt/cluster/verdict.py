@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.config import Config
-from megagpt.data.shards import write_atomic
+from megagpt.errors import ExitCode
+from megagpt.files import write_atomic
 from megagpt.incarnations import Incarnation, claim, list_incarnations
 
-GO_ON = 75
-STOP = 1
+GO_ON, STOP = ExitCode.STOPPED, ExitCode.DIFFERENT
 SUMMARY = "first_error.txt"
 _TAIL_LINES = 30
 # A job whose starts fail in a row, without one new checkpoint, ends after so many, whatever they failed of.
@@ -41,7 +41,7 @@ class Failure:
 
 def is_finished(run: Path, config: Config) -> bool:
     """Whether the run has got to the end that the config wants."""
-    last = config.total_samples * config.model.context
+    last = config.total_sequences * config.model.context
     ends = [incarnation.ended() for incarnation in list_incarnations(run)]
     return any(end.get("outcome") == "finished" and end["tokens_seen"] >= last for end in ends)
 

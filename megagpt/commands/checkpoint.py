@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.commands.options import Add, count
-from megagpt.errors import UserError
+from megagpt.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from megagpt.checkpoints.folder import Checkpoint
-
-EXIT_DAMAGED = 1
 
 
 def register(add: Add) -> None:
@@ -80,7 +78,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             problems = checkpoint.verify(bar.update)
         damaged += bool(problems)
         print("\n".join(problems) if problems else f"{checkpoint.path}: every byte as it was written")
-    return EXIT_DAMAGED if damaged else 0
+    return ExitCode.DIFFERENT if damaged else ExitCode.DONE
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -100,9 +98,9 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from megagpt.checkpoints.bench import bench
     from megagpt.config_file import load_config
-    from megagpt.distributed import join
+    from megagpt.measure.disk import bench
+    from megagpt.world import join
 
     config = load_config(arguments.config, arguments.overrides)
     with join(config.train.device) as world:

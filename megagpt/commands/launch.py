@@ -134,7 +134,7 @@ def _hosts(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from megagpt.cluster.preflight import UnfitError, job_nodes, preflight
     from megagpt.cluster.verdict import Failure, decide, is_finished
-    from megagpt.distributed import launched_by
+    from megagpt.launchers import slurm_job
     from megagpt.training.run_folder import run_folder
 
     def say(text: str) -> None:
@@ -142,7 +142,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
     config, nodes = _config(arguments.arguments), job_nodes()
     ranks, port = _number("RANKS_PER_NODE"), _number("MASTER_PORT")
-    run, job = run_folder(config), launched_by(os.environ) or ""
+    run, job = run_folder(config), slurm_job(os.environ) or ""
     config.accumulation(len(nodes) * ranks)
     if is_finished(run, config):
         say(f"{run}: finished already, at {config.train.tokens:,} tokens")
@@ -177,10 +177,10 @@ def _node(arguments: argparse.Namespace) -> int:
 
 def _verdict(arguments: argparse.Namespace) -> int:
     from megagpt.cluster.verdict import judge
-    from megagpt.distributed import launched_by
+    from megagpt.launchers import slurm_job
     from megagpt.training.run_folder import run_folder
 
-    config, job = _config(arguments.arguments), launched_by(os.environ)
+    config, job = _config(arguments.arguments), slurm_job(os.environ)
     if job is None:
         raise UserError("not inside a Slurm job: launch/multinode.sh asks this when its ranks have ended")
 

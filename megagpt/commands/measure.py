@@ -30,12 +30,12 @@ def register(add: Add) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from megagpt.bench import bench
+    from megagpt.measure.steps import bench
 
     return bench(arguments)
 
 
 def _parity(arguments: argparse.Namespace) -> int:
-    from megagpt.parity.tables import parity
+    from megagpt.measure.tables import parity
 
     return parity(arguments)

@@ -54,8 +54,8 @@ def _load_model(name: str) -> "GPT":
 
 def _sample(arguments: argparse.Namespace) -> int:
     from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
-    from megagpt.distributed import join
     from megagpt.generation import generate
+    from megagpt.world import join
 
     checks = [
         (arguments.temperature >= 0, "--temperature must not be negative"),

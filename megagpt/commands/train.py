@@ -36,14 +36,14 @@ def _train(arguments: argparse.Namespace) -> int:
     from megagpt.training.safety import StopRequest
 
     with StopRequest() as stop:  # first of all: a scheduler may send its signal while we still import
-        from megagpt.distributed import fail_together, join
+        from megagpt.world import fail_together, join
 
         try:
             config = _train_config(arguments)
         except UserError as error:
             fail_together(error)
         stop.time_limit = config.train.time_limit
-        with join(config.train.device, collective_timeout=config.train.collective_timeout) as world:
+        with join(config.train.device, hang_timeout=config.train.hang_timeout) as world:
             from megagpt.checkpoints.compatibility import Allowed
             from megagpt.training.run_folder import holds_run, run_folder
             from megagpt.training.trainer import train

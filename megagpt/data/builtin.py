@@ -9,7 +9,7 @@ from megagpt.config import DataConfig
 from megagpt.data.prepare import prepare
 from megagpt.data.shards import MANIFEST
 from megagpt.data.sources import open_source
-from megagpt.distributed import World
+from megagpt.world import World
 
 BUILTIN = "stdlib"
 # One document in ten: of so small a corpus, validation needs more than a half per cent.

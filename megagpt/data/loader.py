@@ -1,4 +1,4 @@
-"""Batches for a rank, a pure function of the sample number, read ahead of the engine by one thread."""
+"""Batches for a rank, a pure function of the sequence number, read ahead of the engine by one thread."""
 
 import queue
 import threading
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megagpt.config import DataConfig
-from megagpt.data.sampler import integer_weights, locate
+from megagpt.data.order import integer_weights, locate
 from megagpt.data.shards import TokenStream, open_stream
 from megagpt.errors import UserError
 from megagpt.models.loss import IGNORE
@@ -25,7 +25,7 @@ class Batch:
     micro_batches: list[tuple[Tensor, Tensor]]
     """Tokens and targets, int64 (micro_batch, context) each, equally many on every rank; targets are -100 in rows that
     only fill up a micro-batch."""
-    samples: int
+    sequences: int
     """Sequences of the global batch."""
     tokens: int
     """Targets of the global batch that count."""
@@ -33,7 +33,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Corpus:
-    """One split of all sources, seen as numbered samples of context + 1 tokens."""
+    """One split of all sources, seen as numbered sequences of context + 1 tokens."""
 
     streams: list[TokenStream]
     weights: list[int]
@@ -42,11 +42,12 @@ class Corpus:
 
     @property
     def sizes(self) -> list[int]:
-        """Samples of each source. Neighbours share one token: the last target of one is the first input of the next."""
+        """Sequences of each source; neighbours share one token, which is the last target of one and the first input of
+        the next."""
         return [max(0, (s.tokens - 1) // self.context) for s in self.streams]
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """The samples of these numbers, int64 (len(numbers), context + 1)."""
+        """The sequences of these numbers, int64 (len(numbers), context + 1)."""
         source, place = locate(numbers, self.sizes, self.weights, self.seed)
         read = [
             self.streams[s].read(p * self.context, self.context + 1)
@@ -54,23 +55,23 @@ class Corpus:
         ]
         return np.stack(read) if read else np.empty((0, self.context + 1), dtype=np.int64)
 
-    def batch(self, first: int, samples: int, rank: int, world: int, micro_batch: int, accumulation: int) -> Batch:
-        """Samples [first, first + samples), dealt to the ranks in turn and cut into micro-batches.
+    def batch(self, first: int, sequences: int, rank: int, world: int, micro_batch: int, accumulation: int) -> Batch:
+        """Sequences [first, first + sequences), dealt to the ranks in turn and cut into micro-batches.
 
-        The ranks' shares differ by one sample at most, and are filled up with rows that do not count, so that all
+        The ranks' shares differ by one sequence at most, and are filled up with rows that do not count, so that all
         ranks take equally many steps whatever divides.
         """
-        rows = self.rows(np.arange(first + rank, first + samples, world))
+        rows = self.rows(np.arange(first + rank, first + sequences, world))
         filled = np.full((accumulation * micro_batch, self.context + 1), IGNORE, dtype=np.int64)
         filled[: len(rows)] = rows
         pairs = torch.from_numpy(filled).split(micro_batch)
         micro_batches = [(p[:, :-1].clamp_min(0), p[:, 1:].contiguous()) for p in pairs]
-        return Batch(micro_batches, samples, samples * self.context)
+        return Batch(micro_batches, sequences, sequences * self.context)
 
 
-def rounds(samples: int, world: int, micro_batch: int) -> int:
-    """Micro-batches that every rank takes for a global batch of `samples`."""
-    return -(-samples // (world * micro_batch))
+def rounds(sequences: int, world: int, micro_batch: int) -> int:
+    """Micro-batches that every rank takes for a global batch of `sequences`."""
+    return -(-sequences // (world * micro_batch))
 
 
 def open_corpus(data: DataConfig, split: str, context: int, seed: int) -> Corpus:
@@ -80,20 +81,20 @@ def open_corpus(data: DataConfig, split: str, context: int, seed: int) -> Corpus
     for stream, size in zip(streams, corpus.sizes, strict=True):
         if split == "train" and size == 0:
             raise UserError(
-                f"{stream.name}: {stream.tokens} tokens are less than one sample of model.context {context} + 1; "
+                f"{stream.name}: {stream.tokens} tokens are less than one sequence of model.context {context} + 1; "
                 "prepare more text, or train with a smaller context"
             )
     return corpus
 
 
-def validation_samples(corpus: Corpus, tokens: int) -> int:
-    """Samples of the validation set: `tokens` worth of them, or as many as come before a source would repeat.
+def validation_sequences(corpus: Corpus, tokens: int) -> int:
+    """Sequences of the validation set: `tokens` worth of them, or as many as come before a source would repeat.
 
     A function of config and corpus alone, so every world size validates on the same tokens.
     """
     wanted = tokens // corpus.context
     total = sum(corpus.weights)
-    # `interleave` may give a source this many samples more than its exact share.
+    # `interleave` may give a source this many sequences more than its exact share.
     error = (len(corpus.weights) - 1).bit_length()
     available = [(size - error) * total // weight for size, weight in zip(corpus.sizes, corpus.weights, strict=True)]
     return max(0, min(wanted, *available))
@@ -136,15 +137,15 @@ def read_ahead(batches: Iterator[Batch]) -> Generator[Batch]:
 
 def train_batches(
     corpus: Corpus,
-    samples_seen: int,
-    total_samples: int,
+    sequences_seen: int,
+    total_sequences: int,
     batch_size: Callable[[int], int],
     rank: int,
     world: int,
     micro_batch: int,
 ) -> Iterator[Batch]:
-    """Every step's batch of this rank from `samples_seen` on; `batch_size` maps samples seen to the next batch."""
-    while samples_seen < total_samples:
-        samples = min(batch_size(samples_seen), total_samples - samples_seen)
-        yield corpus.batch(samples_seen, samples, rank, world, micro_batch, rounds(samples, world, micro_batch))
-        samples_seen += samples
+    """Every step's batch of this rank from `sequences_seen` on; `batch_size` maps sequences seen to the next batch."""
+    while sequences_seen < total_sequences:
+        sequences = min(batch_size(sequences_seen), total_sequences - sequences_seen)
+        yield corpus.batch(sequences_seen, sequences, rank, world, micro_batch, rounds(sequences, world, micro_batch))
+        sequences_seen += sequences

@@ -36,10 +36,10 @@ from megagpt.data.shards import (
     manifest_checksum,
     npy_header,
     read_manifest,
-    write_atomic,
 )
 from megagpt.data.sources import Batch, Source
 from megagpt.errors import Interrupted, UserError
+from megagpt.files import write_atomic
 
 SHARD_TOKENS = 100_000_000
 _JOURNAL_SECONDS = 5.0

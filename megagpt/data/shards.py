@@ -12,7 +12,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import re
 import tokenize
 import zlib
@@ -35,16 +34,6 @@ HEADER_BYTES = 128
 _BIN_HEADER_BYTES = 1024
 _BIN_GPT2 = 20240520
 _BIN_LLAMA3 = 20240801
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a whole file or none, flushed to disk before it gets its name."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def npy_header(dtype: np.dtype[Any], length: int) -> bytes:

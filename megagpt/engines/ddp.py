@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megagpt.config import Config
-from megagpt.distributed import World
 from megagpt.engines.engine import build_optimizer, prepare_model
 from megagpt.engines.native import NativeEngine
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
+from megagpt.world import World
 
 
 class DDPEngine(NativeEngine):

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from megagpt.config import Config
 from megagpt.data.loader import Batch
-from megagpt.distributed import World
 from megagpt.engines.activation_checkpointing import checkpoint_activations
 from megagpt.engines.clock import StepClock
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.engines.loss_scale import loss_scale
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import is_decayed
+from megagpt.world import World
 
 # name -> where its class lives; imported on use, so that no engine costs another's import.
 ENGINES = {

@@ -16,11 +16,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from megagpt.config import Config
-from megagpt.distributed import World
 from megagpt.engines.engine import DTYPES, build_optimizer, prepare_model
 from megagpt.engines.native import NativeEngine, first_row
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initial_values
+from megagpt.world import World
 
 
 class FSDPEngine(NativeEngine):

@@ -32,7 +32,7 @@ class NativeEngine(Engine):
             dist.all_reduce(square, group=self.shard_group)
         norm = math.sqrt(square) / self.loss_scale.value
         if math.isfinite(norm):
-            factor = min(1.0, self.config.optimizer.clip / (norm + 1e-6)) / self.loss_scale.value
+            factor = min(1.0, self.config.optimizer.clip_norm / (norm + 1e-6)) / self.loss_scale.value
             if factor != 1.0:
                 torch._foreach_mul_(local, factor)
             self.optimizer.step()

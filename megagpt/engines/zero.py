@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.config import Config
-from megagpt.distributed import World
 from megagpt.engines.deepspeed_library import load_deepspeed
 from megagpt.engines.engine import DTYPES, Engine, build_optimizer, prepare_model, scaled
 from megagpt.engines.flat_shard import FlatShard
@@ -20,6 +19,7 @@ from megagpt.engines.zero_config import check_nvme, deepspeed_config
 from megagpt.errors import UserError
 from megagpt.models.gpt import GPT, Block
 from megagpt.models.initialization import initial_values
+from megagpt.world import World
 
 
 class ZeroEngine(Engine):

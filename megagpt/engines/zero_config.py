@@ -33,7 +33,7 @@ _OWNED = {
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_accumulation_steps": "train.batch_tokens and train.micro_batch",
     "managed_gradient_accumulation": "train.batch_tokens and train.micro_batch",
-    "gradient_clipping": "optimizer.clip",
+    "gradient_clipping": "optimizer.clip_norm",
     "optimizer": "optimizer",
     "scheduler": "schedule",
     "fp16": "train.precision",
@@ -65,7 +65,7 @@ _OWNED_ZERO = {
     "elastic_checkpoint": "megagpt, whose checkpoints fit any number of ranks",
     "load_from_fp32_weights": "megagpt, which always does",
     "zenflow": "optimizer",
-    "compute_grad_norm": "optimizer.clip",
+    "compute_grad_norm": "optimizer.clip_norm",
     "stage3_gather_16bit_weights_on_model_save": "megagpt, whose checkpoints gather nothing",
     "stage3_gather_fp16_weights_on_model_save": "megagpt, whose checkpoints gather nothing",
 }
@@ -106,10 +106,10 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
     if engine.offload == "all":
         zero["offload_param"] = place
     generated: dict[str, Any] = {
-        "train_batch_size": config.batch_samples,
+        "train_batch_size": config.batch_sequences,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optimizer.clip,
+        "gradient_clipping": config.optimizer.clip_norm,
         "steps_per_print": 1_000_000_000,
         "zero_allow_untested_optimizer": True,
         # PyTorch's fused AdamW updates on a CPU, too: the same one as under the other engines.

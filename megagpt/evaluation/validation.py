@@ -13,9 +13,9 @@ _UNIGRAM_TOKENS = 2**24
 
 
 def validation_loss(
-    engine: Engine, corpus: Corpus, samples: int, interrupted: Callable[[], bool] = lambda: False
+    engine: Engine, corpus: Corpus, sequences: int, interrupted: Callable[[], bool] = lambda: False
 ) -> float | None:
-    """Mean loss in nats over the first `samples` samples of the validation split, the same set on any world size.
+    """Mean loss in nats over the first `sequences` sequences of the validation split, the same set on any world size.
 
     None where `interrupted`, which answers the same on every rank, became true on the way.
     """
@@ -23,19 +23,19 @@ def validation_loss(
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     chunk = world.size * micro_batch
     with engine.evaluation() as model:
-        for first in range(0, samples, chunk):
+        for first in range(0, sequences, chunk):
             if interrupted():
                 return None
-            here = min(chunk, samples - first)
+            here = min(chunk, sequences - first)
             batch = corpus.batch(
                 first, here, world.rank, world.size, micro_batch, rounds(here, world.size, micro_batch)
             )
             for tokens, targets in batch.micro_batches:
                 total += model(tokens.to(world.device), targets.to(world.device))
-    return world.sum(float(total)) / (samples * corpus.context)
+    return world.sum(float(total)) / (sequences * corpus.context)
 
 
-def unigram_loss(train: Corpus, validation: Corpus, samples: int) -> float:
+def unigram_loss(train: Corpus, validation: Corpus, sequences: int) -> float:
     """Cross-entropy in nats of the validation targets under the training split's token frequencies, add-one smoothed.
 
     What a model knows that has only learned how common each token is.
@@ -49,5 +49,5 @@ def unigram_loss(train: Corpus, validation: Corpus, samples: int) -> float:
             tokens = stream.read(start, min(2**20, taken - start))
             frequencies += np.bincount(tokens, minlength=vocab)
     log_probability = np.log(frequencies / frequencies.sum())
-    targets = [validation.rows(np.arange(i, min(samples, i + 256)))[:, 1:] for i in range(0, samples, 256)]
-    return -sum(float(log_probability[t].sum()) for t in targets) / (samples * validation.context)
+    targets = [validation.rows(np.arange(i, min(sequences, i + 256)))[:, 1:] for i in range(0, sequences, 256)]
+    return -sum(float(log_probability[t].sum()) for t in targets) / (sequences * validation.context)

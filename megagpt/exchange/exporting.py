@@ -51,7 +51,7 @@ def _card(checkpoint: Checkpoint, meta: dict[str, Any], model: ModelConfig) -> s
         (
             "AdamW",
             f"peak learning rate {optimizer['lr']:g}, betas {optimizer['beta1']:g} and {optimizer['beta2']:g}, "
-            f"weight decay {optimizer['weight_decay']:g}, gradient clipping at {optimizer['clip']:g}",
+            f"weight decay {optimizer['weight_decay']:g}, gradient clipping at {optimizer['clip_norm']:g}",
         ),
         ("precision", train["precision"]),
         ("saved by", f"{meta['engine']} on {meta['world_size']} rank(s), {meta['saved']}"),

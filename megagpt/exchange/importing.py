@@ -11,12 +11,12 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megagpt.checkpoints.saving import Saver, describe_position
 from megagpt.config import CheckpointConfig, Config
 from megagpt.config_file import to_yaml
-from megagpt.data.shards import write_atomic
-from megagpt.distributed import World
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.errors import UserError
+from megagpt.files import write_atomic
 from megagpt.models.gpt import GPT
 from megagpt.models.huggingface import Pretrained
+from megagpt.world import World
 
 
 class _Unread(FlatShard):

@@ -18,7 +18,7 @@ def summarize(config: Config, ranks: int) -> Iterator[str]:
     yield f"FLOPs: {model.flops_per_token:.3e} a token, {model.flops_per_token * train.tokens:.3e} in all"
     accumulation = config.accumulation(ranks)
     yield (
-        f"batch: {config.batch_samples} sequences of {context} on {ranks} rank(s) = "
+        f"batch: {config.batch_sequences} sequences of {context} on {ranks} rank(s) = "
         f"{accumulation} micro-batch(es) of {train.micro_batch} a step and rank"
     )
     yield f"steps: {step_count(config):,}, {step_count(config, config.schedule.warmup_tokens):,} of them warm-up"

@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from megagpt.errors import disk_reason, of_disk_error
+from megagpt.errors import disk_error, disk_reason
 
 _PLAIN_SECONDS = 10.0
 
@@ -91,7 +90,7 @@ class Metrics:
                     self.board.add_scalar(f"{_panel(name)}/{name}", value, step)
         except OSError as error:
             text = f"{self.file.parent}: metrics cannot be written: {disk_reason(error)}"
-            raise of_disk_error(text, error) from None
+            raise disk_error(text, error) from None
 
     def has(self, event: str, tokens: int) -> bool:
         """Whether an event of that kind and position stands in the run's metrics."""
@@ -169,13 +168,3 @@ def duration(seconds: float) -> str:
     if days:
         return f"{days} d {h:02d}:{m:02d}:{s:02d}"
     return f"{h:02d}:{m:02d}:{s:02d}" if h else f"{m:02d}:{s:02d}"
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory so far in bytes: allocated by PyTorch on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

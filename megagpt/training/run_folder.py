@@ -13,12 +13,12 @@ import torch
 import megagpt
 from megagpt.config import Config
 from megagpt.config_file import to_yaml
-from megagpt.data.shards import write_atomic
-from megagpt.distributed import launched_by
 from megagpt.engines.engine import Engine
 from megagpt.errors import UserError
+from megagpt.files import write_atomic
 from megagpt.hardware import device_name
 from megagpt.incarnations import Incarnation, claim
+from megagpt.launchers import slurm_job
 
 
 def run_folder(config: Config) -> Path:
@@ -54,7 +54,7 @@ def _environment(engine: Engine, tokens_seen: int) -> dict[str, Any]:
     return {
         "command": shlex.join(sys.argv),
         "host": platform.node(),
-        "job": launched_by(os.environ),
+        "job": slurm_job(os.environ),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "megagpt": megagpt.__version__,

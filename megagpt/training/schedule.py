@@ -19,26 +19,28 @@ def learning_rate(config: Config, tokens: int) -> float:
     start = schedule.decay_start_tokens if schedule.shape == "wsd" else schedule.warmup_tokens
     done = min(1.0, max(0.0, (tokens - start) / (schedule.decay_end_tokens - start)))
     left = 1.0 - done if schedule.shape == "wsd" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return peak * (schedule.floor + (1.0 - schedule.floor) * left)
+    return peak * (schedule.floor_ratio + (1.0 - schedule.floor_ratio) * left)
 
 
-def batch_samples(config: Config, samples_seen: int) -> int:
-    """Sequences in the batch that starts at `samples_seen`: linear in tokens over the ramp, to the nearest sequence."""
+def batch_sequences(config: Config, sequences_seen: int) -> int:
+    """Sequences in the batch that starts at `sequences_seen`: linear in tokens over the ramp, rounded."""
     train, context = config.train, config.model.context
-    tokens = samples_seen * context
+    tokens = sequences_seen * context
     if tokens >= train.batch_ramp_tokens:
-        return config.batch_samples
+        return config.batch_sequences
     grown = (train.batch_tokens - train.batch_ramp_start) * tokens // train.batch_ramp_tokens
     return (train.batch_ramp_start + grown + context // 2) // context
 
 
 def step_count(config: Config, tokens: int | None = None) -> int:
     """Optimizer steps until the run has seen `tokens` (default: all) of its tokens."""
-    target = config.total_samples if tokens is None else min(config.total_samples, -(-tokens // config.model.context))
+    target = (
+        config.total_sequences if tokens is None else min(config.total_sequences, -(-tokens // config.model.context))
+    )
     count = seen = 0
     while seen < target:
         if seen * config.model.context >= config.train.batch_ramp_tokens:
-            return count - (seen - target) // config.batch_samples  # full batches from here on, rounded up
-        seen += batch_samples(config, seen)
+            return count - (seen - target) // config.batch_sequences  # full batches from here on, rounded up
+        seen += batch_sequences(config, seen)
         count += 1
     return count

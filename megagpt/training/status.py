@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megagpt.checkpoints.folder import newest_whole
+from megagpt.checkpoints.folder import newest_complete
 from megagpt.config import Config
 from megagpt.incarnations import list_incarnations
 from megagpt.training.metrics import duration
@@ -82,7 +82,7 @@ def _validation(lines: list[dict[str, Any]]) -> str:
 
 
 def _checkpoint(run: Path) -> str:
-    newest = newest_whole(run, lambda text: None)
+    newest = newest_complete(run, lambda text: None)
     if newest is None:
         return "none yet"
     saved = datetime.datetime.fromisoformat(newest.meta()["saved"])

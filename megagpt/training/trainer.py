@@ -2,36 +2,37 @@
 
 import contextlib
 import functools
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from megagpt.checkpoints.compatibility import Allowed
-from megagpt.checkpoints.folder import newest_whole
+from megagpt.checkpoints.folder import newest_complete
 from megagpt.checkpoints.loading import resume as resume_from
 from megagpt.checkpoints.saving import Saved, Saver, describe
 from megagpt.config import Config
 from megagpt.config_file import to_yaml
 from megagpt.data.builtin import prepare_builtin
-from megagpt.data.loader import Batch, open_corpus, read_ahead, train_batches, validation_samples
+from megagpt.data.loader import Batch, open_corpus, read_ahead, train_batches, validation_sequences
 from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
-from megagpt.distributed import World
 from megagpt.engines.clock import StepClock
 from megagpt.engines.engine import StepResult, build_engine, seed_dropout
-from megagpt.errors import PassingError, UserError, first_line
+from megagpt.errors import ExitCode, TransientError, UserError, first_line
 from megagpt.evaluation.validation import unigram_loss, validation_loss
 from megagpt.generation import generate
 from megagpt.hardware import peak_flops
 from megagpt.incarnations import Incarnation, Superseded
-from megagpt.training.metrics import Metrics, duration, peak_memory, tell
-from megagpt.training.pace import Comparison, Pace
+from megagpt.launchers import torchrun_passes_sigterm_on
+from megagpt.process_memory import peak_memory
+from megagpt.training.metrics import Metrics, duration, tell
 from megagpt.training.run_folder import begin, check_free, describe_start, run_folder
 from megagpt.training.safety import FiniteGuard, StopRequest, seconds_since_start
-from megagpt.training.schedule import batch_samples, learning_rate, step_count
+from megagpt.training.schedule import batch_sequences, learning_rate, step_count
+from megagpt.training.stragglers import Comparison, Pace
 from megagpt.training.watchdog import Watchdog
+from megagpt.world import World
 
-# Exit code of a run that a signal or its time limit ended, saved and resumable (EX_TEMPFAIL of sysexits.h).
-EXIT_STOPPED = 75
 # How often the main rank looks whether a newer start has taken the run over.
 _FENCE_SECONDS = 5.0
 
@@ -50,21 +51,21 @@ class Trainer:
         seed = config.run.seed
         self.train_data = open_corpus(data, "train", config.model.context, seed)
         self.validation_data = open_corpus(data, "val", config.model.context, seed)
-        self.validation_size = validation_samples(self.validation_data, config.validation.tokens)
+        self.validation_size = validation_sequences(self.validation_data, config.validation.tokens)
         self.fingerprints = [s.fingerprint for s in self.train_data.streams]
         self.engine = build_engine(config, world)
         self.resumed = resume
         self._claimed: Incarnation | None = None
-        self.samples_seen = self._resume(allowed) if resume else 0
+        self.sequences_seen = self._resume(allowed) if resume else 0
         self.guard = FiniteGuard(config.train.nonfinite_limit)
         self.longest_step = self.longest_samples = 0.0
         world.barrier()
         self.incarnation = self._begin(self.tokens_seen)
         self.saver = Saver(self.run, config.checkpoint, world, self.incarnation)
         self.saver.probe(self._checkpoint_bytes)
-        self.pace = Pace(world, world.hosts(), config.log.pace_steps, config.log.slow_rank)
+        self.pace = Pace(world, world.hosts(), config.log.straggler_every_steps, config.log.straggler_factor)
         hangs = self.run / "hangs" / f"{self.incarnation.number:06d}"
-        self.watchdog = Watchdog(world, hangs, config.train.collective_timeout, self.hung)
+        self.watchdog = Watchdog(world, hangs, config.train.hang_timeout, self.hung)
         self.engine.clock = self.clock = StepClock(self.engine.model, world.device, self.watchdog.progress)
         self.metrics: Metrics | None = None
         if world.is_main:
@@ -74,7 +75,7 @@ class Trainer:
 
     @property
     def tokens_seen(self) -> int:
-        return self.samples_seen * self.config.model.context
+        return self.sequences_seen * self.config.model.context
 
     @property
     def step(self) -> int:
@@ -118,7 +119,7 @@ class Trainer:
         self.say(
             f"resuming at {meta['tokens_seen']:,} tokens, saved by {meta['engine']} on {meta['world_size']} rank(s)"
         )
-        return int(meta["samples_seen"])
+        return int(meta["sequences_seen"])
 
     def _record(self, kind: str, values: dict[str, Any], text: str) -> None:
         if self.metrics is not None:
@@ -174,7 +175,7 @@ class Trainer:
     def save(self, milestone: bool = False) -> None:
         if self.metrics is not None:
             self.metrics.flush()
-        meta = describe(self.engine, self.samples_seen, self.fingerprints, milestone)
+        meta = describe(self.engine, self.sequences_seen, self.fingerprints, milestone)
         with self.watchdog.patient("a save"):
             self._tell(self.saver.save(self.engine.state(), self.engine.replica, meta, self.say))
 
@@ -206,7 +207,7 @@ class Trainer:
         self.say(f"{config.run.name}: {config.model.parameters:,} parameters, {self.engine.describe()}")
         batches = read_ahead(
             train_batches(
-                self.train_data, self.samples_seen, config.total_samples, functools.partial(batch_samples, config),
+                self.train_data, self.sequences_seen, config.total_sequences, functools.partial(batch_sequences, config),
                 self.world.rank, self.world.size, config.train.micro_batch,
             )
         )  # fmt: skip
@@ -228,7 +229,7 @@ class Trainer:
                 text = f"stopped by {reason}; resume with: megagpt train --resume {self.run}"
                 self._record("stopped", {"reason": reason}, text)
                 self._ended("stopped", reason)
-                return EXIT_STOPPED
+                return ExitCode.STOPPED
             done = f"done in {duration(time.monotonic() - began)}: {self.tokens_seen:,} tokens in {self.run}"
             self._record("finished", {}, done)
             self._ended("finished", "the last token")
@@ -250,7 +251,7 @@ class Trainer:
     def failed(self, error: Exception) -> None:
         """Note what this start failed of, on whichever rank sees it first. `mend`: going on would fail again."""
         reason = str(error) if isinstance(error, UserError) else first_line(error)
-        mend = isinstance(error, UserError) and not isinstance(error, PassingError)
+        mend = isinstance(error, UserError) and not isinstance(error, TransientError)
         self._end("failed", reason, rank=self.world.rank, host=self.world.host, mend=mend)
 
     def _end(self, outcome: str, reason: str, **more: Any) -> None:
@@ -283,11 +284,11 @@ class Trainer:
                 return True
             ready = time.monotonic()
             tokens_before = self.tokens_seen
-            self.samples_seen += batch.samples
+            self.sequences_seen += batch.sequences
             step += 1
             lr = learning_rate(config, self.tokens_seen)
             if config.model.dropout:
-                seed_dropout(config, self.samples_seen, self.world.rank)
+                seed_dropout(config, self.sequences_seen, self.world.rank)
             self.watchdog.phase(f"step {step}")
             # Compiling may take long, once.
             compiling = step == first and config.train.compile
@@ -310,7 +311,7 @@ class Trainer:
                 self._tell_bound(done - before)
             if step > first:
                 self.longest_step = max(self.longest_step, done - before)
-            last = self.samples_seen >= config.total_samples
+            last = self.sequences_seen >= config.total_sequences
             if self.metrics is not None and (last or not config.log.every_tokens or crossed(config.log.every_tokens)):
                 speed = batch.tokens / (done - before)
                 self.metrics.step(step, {
@@ -318,7 +319,7 @@ class Trainer:
                     "lr": lr,
                     "gradient_norm": result.gradient_norm,
                     "tokens_seen": self.tokens_seen,
-                    "samples_seen": self.samples_seen,
+                    "sequences_seen": self.sequences_seen,
                     "batch_tokens": batch.tokens,
                     "tokens_per_second": speed,
                     "step_seconds": done - before,
@@ -358,9 +359,9 @@ class Trainer:
         self.say(
             f"Ctrl-C, SIGTERM or SIGUSR1 ends this run within about {step_seconds + save:.1f} s: one step of "
             f"{step_seconds:.2f} s and one save of {self._checkpoint_bytes / 1e9:.2f} GB ({save:.1f} s), after a save "
-            f"in flight; it exits with code {EXIT_STOPPED}"
+            f"in flight; it exits with code {ExitCode.STOPPED}"
         )
-        if self.world.torchrun_passes_sigterm_on:
+        if torchrun_passes_sigterm_on(os.environ):
             self.say(
                 "torchrun ends its ranks 30 s after it passes a signal on: give it --shutdown-timeout to wait longer"
             )
@@ -382,7 +383,7 @@ class Trainer:
         numbers = {f"ranks_{key}": value for key, value in found._asdict().items() if key != "slow"}
         self.metrics.note(step, "pace", {"tokens_seen": self.tokens_seen, **numbers})
         for sentence in found.slow:
-            self._record("slow_rank", {"text": sentence}, sentence)
+            self._record("straggler_factor", {"text": sentence}, sentence)
             self.metrics.text(step, "slow ranks", sentence)
 
     def _skipped(self, result: StepResult, step: int) -> None:
@@ -395,7 +396,7 @@ class Trainer:
     def _last_good(self) -> str:
         with self.watchdog.patient("the last save"):
             self._tell(self.saver.finish())
-        newest = newest_whole(self.run, lambda text: None)
+        newest = newest_complete(self.run, lambda text: None)
         return f"the last good checkpoint is {newest.path}" if newest else "no checkpoint was saved yet"
 
     def _mfu(self, tokens_per_second: float) -> float | None:

@@ -19,9 +19,9 @@ from typing import Self
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
-from megagpt.distributed import World
+from megagpt.errors import ExitCode
+from megagpt.world import World
 
-EXIT_HUNG = 3
 # Where the first rank to notice says so, and where each rank says what it was doing.
 _HUNG, _SEEN = "megagpt/hung", "megagpt/hung/{rank}"
 _LOOK_SECONDS = 1.0
@@ -34,7 +34,7 @@ class Watchdog:
 
     Where a rank has not moved on for `timeout` seconds, every rank leaves in `folder` its stacks (rank_3.txt) and
     PyTorch's flight recorder (flight_recorder_3, a pickle); `ending(reason)` is called on the one that noticed first,
-    and the processes end with EXIT_HUNG.
+    and the processes end with ExitCode.HUNG.
     """
 
     def __init__(self, world: World, folder: Path, timeout: float, ending: Callable[[str], None]) -> None:
@@ -102,7 +102,7 @@ class Watchdog:
             worker = threading.Thread(target=work, args=(silent,), daemon=True)
             worker.start()
             worker.join(2 * _DUMP_SECONDS)
-        os._exit(EXIT_HUNG)
+        os._exit(ExitCode.HUNG)
 
     def _dump(self, silent: float) -> None:
         rank = self._world.rank

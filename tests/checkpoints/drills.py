@@ -24,8 +24,8 @@ import torch
 
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main as command_line
+from megagpt.errors import ExitCode
 from megagpt.incarnations import list_incarnations
-from megagpt.training.trainer import EXIT_STOPPED
 from tests.conftest import make_corpus, metrics, write_tiny
 from tests.ranks import start_ranks
 
@@ -50,7 +50,7 @@ class Drill:
         self.differing = 0
         """Steps whose loss was not that of the uninterrupted run."""
         tokens = {"tokens": 128 * steps, "micro_batch": 2}
-        self.config = write_tiny(folder, corpus, train=tokens, checkpoint={"every_tokens": 128, "keep": 2})
+        self.config = write_tiny(folder, corpus, train=tokens, checkpoint={"every_tokens": 128, "keep_last": 2})
         ranks = self.start("whole", "checkpoint.every_tokens=0")
         self.wait(ranks, [0, 0])
         self.expected = self.losses("whole")
@@ -137,7 +137,7 @@ class Drill:
             if number != signal.SIGINT:  # schedulers send them more than once
                 time.sleep(0.005)
                 ranks[1].send_signal(number)
-            self.wait(ranks, [EXIT_STOPPED] * 2)
+            self.wait(ranks, [ExitCode.STOPPED] * 2)
             newest = list_checkpoints(self.run(name))[-1]
             assert newest.verify() == []
             assert newest.tokens == metrics(self.run(name))[-1]["tokens_seen"]
@@ -152,12 +152,12 @@ class Drill:
         """A file system that takes two checkpoints of 20 MB and not the third."""
         disk = self.folder / "runs"
         with mounted(["-t", "tmpfs", "-o", "size=50m", "tmpfs"], disk):
-            ranks = self.start("full", "checkpoint.keep=9")
+            ranks = self.start("full", "checkpoint.keep_last=9")
             self.wait(ranks, [2, 2])
             self._assert_one_error("disk full")
             assert [c.verify() for c in list_checkpoints(self.run("full"))] == [[], []]
             subprocess.run(["mount", "-o", "remount,size=4000m", str(disk)], check=True)
-            self.wait(self.start("full", "checkpoint.keep=1"), [0, 0])
+            self.wait(self.start("full", "checkpoint.keep_last=1"), [0, 0])
             self.compare("full")
         self.done["full disk"] += 1
 
@@ -183,7 +183,7 @@ class Drill:
 
     def damage(self) -> None:
         """A flipped byte, a lost end and a lost file, in every kind of file of the newest checkpoint."""
-        ranks = self.start("sound", f"checkpoint.every_tokens={128 * (self.steps // 3)}", "checkpoint.keep=9")
+        ranks = self.start("sound", f"checkpoint.every_tokens={128 * (self.steps // 3)}", "checkpoint.keep_last=9")
         self.wait(ranks, [0, 0])
         last = list_checkpoints(self.run("sound"))[-1].path.name
         kinds = ["__0_0.distcp", "__1_0.distcp", ".metadata", "meta.json", "COMPLETE"]

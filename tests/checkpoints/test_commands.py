@@ -16,7 +16,7 @@ Tiny = Callable[..., Path]
 
 @pytest.fixture
 def run(tiny: Tiny, tmp_path: Path) -> Path:
-    config = tiny(checkpoint={"every_tokens": 640, "keep": 9, "milestone_every_tokens": 1280})
+    config = tiny(checkpoint={"every_tokens": 640, "keep_last": 9, "milestone_every_tokens": 1280})
     assert main(["train", str(config)]) == 0
     return tmp_path / "runs" / "tiny"
 

@@ -2,14 +2,16 @@
 
 import pytest
 
-from megagpt.parity.cases import SETUPS
-from megagpt.parity.crossings import PAIRS, PLACES, TOLERANCE, WORLDS, Crossing, Place, Result, cross
+from megagpt.measure.cases import SETUPS
+from megagpt.measure.crossings import PAIRS, SETTINGS, TOLERANCE, WORLDS, Crossing, Result, Setting, cross
 
 pytestmark = pytest.mark.slow
 
 
 # Under itself, on the same number of ranks: goes on bit for bit.
-SAME = [(Place(setup, 2), Place(setup, 2)) for setup in SETUPS if (Place(setup, 2), Place(setup, 2)) not in PAIRS]
+SAME = [
+    (Setting(setup, 2), Setting(setup, 2)) for setup in SETUPS if (Setting(setup, 2), Setting(setup, 2)) not in PAIRS
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def test_the_pairs_are_all_engines_worlds_and_places() -> None:
     """`megagpt parity --tables crossings` makes all of the 324 crossings."""
     assert {(a.setup, b.setup) for a, b in PAIRS} == {(a, b) for a in SETUPS for b in SETUPS}
     assert {(a.ranks, b.ranks) for a, b in PAIRS} == {(a, b) for a in WORLDS for b in WORLDS}
-    assert {a for a, _ in PAIRS} == {b for _, b in PAIRS} == set(PLACES)
+    assert {a for a, _ in PAIRS} == {b for _, b in PAIRS} == set(SETTINGS)
     assert any(a == b for a, b in PAIRS)
 
 

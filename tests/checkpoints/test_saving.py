@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 
 from megagpt.checkpoints import saving, storage
 from megagpt.checkpoints.compatibility import Allowed
-from megagpt.checkpoints.folder import Checkpoint, find_checkpoint, list_checkpoints, newest_whole
+from megagpt.checkpoints.folder import Checkpoint, find_checkpoint, list_checkpoints, newest_complete
 from megagpt.checkpoints.loading import read_weights, resume, tensor_shapes
 from megagpt.checkpoints.saving import Saver, describe, describe_position, share_of
-from megagpt.checkpoints.storage import DamagedError, Writer
+from megagpt.checkpoints.storage import CorruptError, Writer
 from megagpt.config import CheckpointConfig, Config
 from megagpt.config_file import build_config
-from megagpt.distributed import World, join
 from megagpt.engines.engine import build_engine
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.errors import UserError
-from megagpt.parity.cases import SETUPS, Case
+from megagpt.measure.cases import SETUPS, Case
+from megagpt.world import World, join
 from tests.ranks import run_ranks
 
 CONFIG = build_config(
@@ -123,7 +123,7 @@ def test_training_goes_on_while_its_state_is_written(tmp_path: Path, monkeypatch
 
 def test_one_save_is_in_flight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
-    saver = Saver(tmp_path, CheckpointConfig(keep=9), ALONE)
+    saver = Saver(tmp_path, CheckpointConfig(keep_last=9), ALONE)
     save(saver, 1)
     assert gate.entered.wait(60)
     second = threading.Thread(target=save, args=(saver, 2))
@@ -142,7 +142,7 @@ def test_one_save_is_in_flight_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_error_of_the_disk_is_told_and_the_last_checkpoint_stays(
     asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver = Saver(tmp_path, CheckpointConfig(asynchronous=asynchronous, keep=1), ALONE)
+    saver = Saver(tmp_path, CheckpointConfig(asynchronous=asynchronous, keep_last=1), ALONE)
     save(saver, 1)
     saver.finish()
 
@@ -185,7 +185,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path: Path
 
 
 def test_the_newest_and_the_milestones_stay(tmp_path: Path) -> None:
-    saver = Saver(tmp_path, CheckpointConfig(keep=2), ALONE)
+    saver = Saver(tmp_path, CheckpointConfig(keep_last=2), ALONE)
     for samples in range(1, 10):
         save(saver, samples, milestone=samples % 4 == 0)
     saver.finish()
@@ -194,12 +194,12 @@ def test_the_newest_and_the_milestones_stay(tmp_path: Path) -> None:
 
 def test_rotation_never_removes_the_only_whole_one(tmp_path: Path) -> None:
     """Nor does it count one of a future that was given up, or one that is not whole."""
-    saver = Saver(tmp_path, CheckpointConfig(keep=9), ALONE)
+    saver = Saver(tmp_path, CheckpointConfig(keep_last=9), ALONE)
     for samples in (1, 2, 5):
         save(saver, samples)
     saver.finish()
     (list_checkpoints(tmp_path)[1].path / "COMPLETE").unlink()
-    again = Saver(tmp_path, CheckpointConfig(keep=1), ALONE)
+    again = Saver(tmp_path, CheckpointConfig(keep_last=1), ALONE)
     save(again, 3)
     again.finish()
     assert [c.tokens // 4 for c in list_checkpoints(tmp_path)] == [2, 3, 5]
@@ -229,7 +229,7 @@ def test_a_removal_that_others_delay_leaves_nothing_that_looks_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On NFS a file that is open elsewhere stays in its folder, under another name."""
-    saver = Saver(tmp_path, CheckpointConfig(keep=1), ALONE)
+    saver = Saver(tmp_path, CheckpointConfig(keep_last=1), ALONE)
     save(saver, 1)
     saver.finish()
     with monkeypatch.context() as patch:
@@ -265,7 +265,7 @@ def test_an_older_format_is_named_and_left_alone(tmp_path: Path) -> None:
     (old / "COMPLETE").write_text(json.dumps({"meta.json": 12, "__0_0.distcp": 3}))
     with pytest.raises(UserError, match="format 1") as raised:
         Checkpoint(old).whole()
-    assert not isinstance(raised.value, DamagedError)
+    assert not isinstance(raised.value, CorruptError)
 
 
 def test_setting_aside_loses_nothing(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_setting_aside_loses_nothing(tmp_path: Path) -> None:
 def test_finding_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no whole checkpoint"):
         find_checkpoint(tmp_path, print)
-    saver = Saver(tmp_path, CheckpointConfig(keep=9), ALONE)
+    saver = Saver(tmp_path, CheckpointConfig(keep_last=9), ALONE)
     for samples in (1, 2):
         save(saver, samples)
     saver.finish()
@@ -292,9 +292,9 @@ def test_finding_one(tmp_path: Path) -> None:
     assert find_checkpoint(first.path, print).tokens == first.tokens
     (second.path / "meta.json").unlink()
     said: list[str] = []
-    assert newest_whole(tmp_path, said.append) == first
+    assert newest_complete(tmp_path, said.append) == first
     assert "meta.json is missing" in said[0]
-    with pytest.raises(DamagedError, match="is missing"):
+    with pytest.raises(CorruptError, match="is missing"):
         find_checkpoint(second.path, print)
 
 

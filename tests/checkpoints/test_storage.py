@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.checkpoints import storage
-from megagpt.checkpoints.storage import CheckedReader, DamagedError, FileSum, _HashingWriter, sum_bytes
+from megagpt.checkpoints.storage import CheckedReader, CorruptError, FileSum, _HashingWriter, sum_bytes
 
 BLOCK = 16
 
@@ -80,7 +80,7 @@ def test_a_flipped_bit_is_found_by_whoever_reads_its_block(
         for start in range(0, len(content), BLOCK):
             reader.seek(start)
             if start <= place < start + BLOCK:
-                with pytest.raises(DamagedError, match=f"{path.name} is damaged between its bytes {start} and"):
+                with pytest.raises(CorruptError, match=f"{path.name} is damaged between its bytes {start} and"):
                     reader.read(1)
             else:
                 assert reader.read(BLOCK) == bytes(content[start : start + BLOCK])
@@ -90,11 +90,11 @@ def test_missing_short_and_long_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "file"
     expected = write(path, [b"x" * 40])
     path.write_bytes(b"x" * 39)
-    with pytest.raises(DamagedError, match="file has 39 bytes instead of 40"):
+    with pytest.raises(CorruptError, match="file has 39 bytes instead of 40"):
         CheckedReader(path, expected)
     path.write_bytes(b"x" * 41)
-    with pytest.raises(DamagedError, match="file has 41 bytes instead of 40"):
+    with pytest.raises(CorruptError, match="file has 41 bytes instead of 40"):
         CheckedReader(path, expected)
     path.unlink()
-    with pytest.raises(DamagedError, match="file is missing"):
+    with pytest.raises(CorruptError, match="file is missing"):
         CheckedReader(path, expected)

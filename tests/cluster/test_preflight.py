@@ -11,7 +11,7 @@ import pytest
 
 from megagpt.cluster import preflight as room
 from megagpt.cluster.preflight import judge, preflight
-from megagpt.errors import UserError
+from megagpt.errors import ExpectedError
 
 PORT = 20123
 GPUS = 8
@@ -178,7 +178,7 @@ class Srun:
 
     def refusal(self, nodes: list[str], seconds: float = 30) -> list[str]:
         """The lines that name nodes."""
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(ExpectedError) as caught:
             self.ask(nodes, seconds)
         self.message = str(caught.value)
         return [line.strip() for line in self.message.splitlines() if line.startswith("  ")]

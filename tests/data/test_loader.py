@@ -1,4 +1,4 @@
-"""Batches depend on the sample number alone: not on ranks, restarts, micro-batches, or the size of the corpus."""
+"""Batches depend on the sequence number alone: not on ranks, restarts, micro-batches, or the size of the corpus."""
 
 import collections
 import json
@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from megagpt.config import Config, DataConfig, SourceConfig
 from megagpt.config_file import build_config
-from megagpt.data.loader import Batch, Corpus, open_corpus, read_ahead, rounds, train_batches, validation_samples
-from megagpt.data.sampler import locate
+from megagpt.data.loader import Batch, Corpus, open_corpus, read_ahead, rounds, train_batches, validation_sequences
+from megagpt.data.order import locate
 from megagpt.data.shards import TokenStream
 from megagpt.errors import UserError
-from megagpt.training.schedule import batch_samples
+from megagpt.training.schedule import batch_sequences
 
 IGNORE = -100
 CONTEXT = 8
@@ -37,7 +37,7 @@ def write_bin(path: Path, tokens: np.ndarray) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three sources without a common token: the first token of a sample says which sample it is."""
+    """Three sources without a common token: the first token of a sequence says which sequence it is."""
     made = []
     for i, counts in enumerate(([1000, 700, 1], [161], [350, 350])):
         folder = tmp_path_factory.mktemp(f"source{i}")
@@ -60,7 +60,7 @@ def corpus(folders: list[Path]) -> Corpus:
 
 
 def counted_rows(batches: list[Batch]) -> collections.Counter[tuple[int, ...]]:
-    """The samples that count, whole: inputs, and the last target behind them."""
+    """The sequences that count, whole: inputs, and the last target behind them."""
     found: collections.Counter[tuple[int, ...]] = collections.Counter()
     for batch in batches:
         for tokens, targets in batch.micro_batches:
@@ -77,7 +77,7 @@ def rows_of(corpus: Corpus, numbers: np.ndarray) -> collections.Counter[tuple[in
 
 
 def config_of(total: int, batch: int, ramp: tuple[int, int]) -> Config:
-    """A run of `total` samples in batches of `batch`, growing from ramp[0] over ramp[1] samples."""
+    """A run of `total` sequences in batches of `batch`, growing from ramp[0] over ramp[1] sequences."""
     return build_config(
         {
             "model": {"layers": 1, "width": 8, "heads": 1, "context": CONTEXT},
@@ -96,9 +96,9 @@ def config_of(total: int, batch: int, ramp: tuple[int, int]) -> Config:
 
 def steps_of(corpus: Corpus, config: Config, start: int, rank: int, world: int, micro_batch: int) -> list[Batch]:
     def size(seen: int) -> int:
-        return batch_samples(config, seen)
+        return batch_sequences(config, seen)
 
-    return list(train_batches(corpus, start, config.total_samples, size, rank, world, micro_batch))
+    return list(train_batches(corpus, start, config.total_sequences, size, rank, world, micro_batch))
 
 
 # --- one rank or many ------------------------------------------------------------------------------------------------
@@ -110,12 +110,12 @@ def test_steps_are_the_same_on_any_number_of_ranks_and_after_any_restart(corpus:
     batch = data.draw(st.integers(1, 12), label="batch")
     total = data.draw(st.integers(batch, 80), label="total")
     ramp_start = data.draw(st.integers(1, batch), label="ramp start")
-    ramp_samples = data.draw(st.integers(1, 100), label="ramp")
-    ramp = data.draw(st.sampled_from([(0, 0), (ramp_start, ramp_samples)]), label="ramped")
+    ramp_sequences = data.draw(st.integers(1, 100), label="ramp")
+    ramp = data.draw(st.sampled_from([(0, 0), (ramp_start, ramp_sequences)]), label="ramped")
     config = config_of(total, batch, ramp)
     alone = steps_of(corpus, config, 0, 0, 1, micro_batch=1)
-    assert sum(step.samples for step in alone) == total
-    starts = np.cumsum([0, *(step.samples for step in alone)]).tolist()
+    assert sum(step.sequences for step in alone) == total
+    starts = np.cumsum([0, *(step.sequences for step in alone)]).tolist()
 
     restart = data.draw(st.integers(0, len(alone) - 1), label="restart")
     world = data.draw(st.integers(1, 7), label="world")
@@ -123,27 +123,27 @@ def test_steps_are_the_same_on_any_number_of_ranks_and_after_any_restart(corpus:
     ranks = [steps_of(corpus, config, starts[restart], rank, world, micro_batch) for rank in range(world)]
     for number, expected in enumerate(alone[restart:]):
         step = [batches[number] for batches in ranks]
-        numbers = np.arange(starts[restart + number], starts[restart + number] + expected.samples)
+        numbers = np.arange(starts[restart + number], starts[restart + number] + expected.sequences)
         assert counted_rows(step) == counted_rows([expected]) == rows_of(corpus, numbers)
-        assert {(b.samples, b.tokens, len(b.micro_batches)) for b in step} == {
-            (expected.samples, expected.samples * CONTEXT, rounds(expected.samples, world, micro_batch))
+        assert {(b.sequences, b.tokens, len(b.micro_batches)) for b in step} == {
+            (expected.sequences, expected.sequences * CONTEXT, rounds(expected.sequences, world, micro_batch))
         }
     assert {len(batches) for batches in ranks} == {len(alone) - restart}
 
 
 @given(
     first=st.integers(0, 10**6),
-    samples=st.integers(1, 40),
+    sequences=st.integers(1, 40),
     world=st.integers(1, 9),
     micro_batch=st.integers(1, 6),
 )
 @settings(max_examples=100, deadline=None)
-def test_shapes_and_padding(corpus: Corpus, first: int, samples: int, world: int, micro_batch: int) -> None:
-    accumulation = rounds(samples, world, micro_batch)
-    assert (accumulation - 1) * world * micro_batch < samples <= accumulation * world * micro_batch
+def test_shapes_and_padding(corpus: Corpus, first: int, sequences: int, world: int, micro_batch: int) -> None:
+    accumulation = rounds(sequences, world, micro_batch)
+    assert (accumulation - 1) * world * micro_batch < sequences <= accumulation * world * micro_batch
     counted = []
     for rank in range(world):
-        batch = corpus.batch(first, samples, rank, world, micro_batch, accumulation)
+        batch = corpus.batch(first, sequences, rank, world, micro_batch, accumulation)
         assert len(batch.micro_batches) == accumulation
         for tokens, targets in batch.micro_batches:
             assert tokens.shape == targets.shape == (micro_batch, CONTEXT)
@@ -152,12 +152,12 @@ def test_shapes_and_padding(corpus: Corpus, first: int, samples: int, world: int
             assert tokens.max() < 50257
             assert targets.is_contiguous()
         counted.append(sum(counted_rows([batch]).values()))
-    assert sum(counted) == samples
+    assert sum(counted) == sequences
     assert max(counted) - min(counted) <= 1
 
 
-def test_batches_are_the_numbered_samples(corpus: Corpus, folders: list[Path]) -> None:
-    """Against the files read by hand: a sample is context + 1 tokens at a multiple of the context of one source."""
+def test_batches_are_the_numbered_sequences(corpus: Corpus, folders: list[Path]) -> None:
+    """Against the files read by hand: a sequence is context + 1 tokens at a multiple of the context of one source."""
     whole = [np.arange(0, 1701), np.arange(10_000, 10_161), np.arange(20_000, 20_700)]
     valid = {tuple(w[i : i + CONTEXT + 1]) for w in whole for i in range(0, len(w) - CONTEXT, CONTEXT)}
     assert corpus.sizes == [212, 20, 87]
@@ -165,7 +165,7 @@ def test_batches_are_the_numbered_samples(corpus: Corpus, folders: list[Path]) -
     assert set(found) <= valid
     assert sum(row[0] < 10_000 for row in found.elements()) == 200
     first_source = collections.Counter(r for r in map(tuple, corpus.rows(np.arange(424)).tolist()) if r[0] < 10_000)
-    assert set(first_source.values()) == {1}, "212 samples of the first source, each once"
+    assert set(first_source.values()) == {1}, "212 sequences of the first source, each once"
     assert len(first_source) == 212
 
 
@@ -187,7 +187,7 @@ def test_the_seed_decides_the_order(folders: list[Path]) -> None:
 
 def check_validation(sizes: list[int], weights: list[int], tokens: int) -> None:
     corpus = Corpus([OfSize(str(s), [], "", size=size) for s, size in enumerate(sizes)], weights, CONTEXT, 0)
-    count = validation_samples(corpus, tokens)
+    count = validation_sequences(corpus, tokens)
     assert 0 <= count <= tokens // CONTEXT
     source, place = locate(np.arange(count), corpus.sizes, weights, 0) if count else ([], [])
     assert len(set(zip(source, place, strict=True))) == count
@@ -206,14 +206,14 @@ def check_validation(sizes: list[int], weights: list[int], tokens: int) -> None:
     tokens=st.one_of(st.integers(0, 30_000), st.just(10**12)),
 )
 @settings(max_examples=100, deadline=None)
-def test_validation_never_repeats_a_sample(pairs: list[tuple[int, int]], tokens: int) -> None:
+def test_validation_never_repeats_a_sequence(pairs: list[tuple[int, int]], tokens: int) -> None:
     check_validation([size for size, _ in pairs], [weight for _, weight in pairs], tokens)
 
 
 @given(weights=st.lists(st.integers(1, 60), min_size=2, max_size=9), parts=st.integers(1, 20))
 @settings(max_examples=200, deadline=None)
 def test_validation_never_repeats_a_sample_where_all_sources_end_together(weights: list[int], parts: int) -> None:
-    """Sizes in proportion to the weights, where one sample too many of any source is a repeated one."""
+    """Sizes in proportion to the weights, where one sequence too many of any source is a repeated one."""
     check_validation([max(2, parts * weight * CONTEXT // 4) for weight in weights], weights, 10**12)
 
 
@@ -227,7 +227,7 @@ class OfSize(TokenStream):
 
 def test_validation_is_the_same_on_every_world_size(folders: list[Path]) -> None:
     corpus = open_corpus(data_of(folders), "val", CONTEXT, seed=0)
-    count = validation_samples(corpus, 10**9)
+    count = validation_sequences(corpus, 10**9)
     assert count > 10
     expected = counted_rows([corpus.batch(0, count, 0, 1, count, 1)])
     assert set(expected.values()) == {1}
@@ -241,7 +241,7 @@ def test_validation_is_the_same_on_every_world_size(folders: list[Path]) -> None
 def test_validation_of_a_source_without_held_out_text(folders: list[Path], tmp_path: Path) -> None:
     write_bin(tmp_path / "x_train_0.bin", np.arange(100))
     corpus = open_corpus(data_of([folders[0], tmp_path]), "val", CONTEXT, seed=0)
-    assert validation_samples(corpus, 10**9) == 0
+    assert validation_sequences(corpus, 10**9) == 0
 
 
 # --- read_ahead ------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_read_ahead_raises_the_errors_of_its_thread_in_their_place(fail_at: int)
     seen = []
     with pytest.raises(UserError, match=f"shard {fail_at} is damaged"):  # noqa: PT012
         for batch in read_ahead(numbered(10, [], fail_at)):
-            seen.append(batch.samples)
+            seen.append(batch.sequences)
     assert seen == list(range(fail_at))
     assert not reader_threads()
 
@@ -284,7 +284,7 @@ def test_read_ahead_raises_the_errors_of_its_thread_in_their_place(fail_at: int)
 def test_read_ahead_runs_ahead_but_not_far() -> None:
     made: list[int] = []
     batches = read_ahead(numbered(1000, made))
-    assert next(batches).samples == 0
+    assert next(batches).sequences == 0
     deadline = time.monotonic() + 10
     while len(made) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -409,10 +409,10 @@ def test_300_billion_tokens_open_like_a_million(tmp_path: Path) -> None:
     assert small["tokens"] == 10**6
     assert large["tokens"] == 3 * 10**11
     assert small["rows"] == large["rows"] == 64
-    # 64 samples of 1025 int64 are half a megabyte; a shard would be two thousand.
+    # 64 sequences of 1025 int64 are half a megabyte; a shard would be two thousand.
     assert large["peak"] < small["peak"] + 2**20
     assert large["grown"] < small["grown"] + 8 * 2**20
-    # Only what a sample touches is mapped: 64 samples touch 128 shards at the most; no file stays open otherwise.
+    # Only what a sequence touches is mapped: 64 sequences touch 128 shards at the most; no file stays open otherwise.
     assert small["maps"] == 1
     assert 1 < large["maps"] <= 128
     assert large["files"] <= large["maps"]

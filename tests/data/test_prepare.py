@@ -23,7 +23,7 @@ from megagpt.data.prepare import encode_documents, prepare
 from megagpt.data.shards import open_stream, verify
 from megagpt.data.sources import Batch, Source, open_source
 from megagpt.data.tokenizer import END_OF_TEXT, gpt2
-from megagpt.errors import UserError
+from megagpt.errors import ExpectedError
 
 Prepare = Callable[[Path], dict[str, Any]]
 
@@ -57,7 +57,7 @@ def documents_of(folder: Path, split: str) -> list[str]:
 
 
 def error_of(action: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ExpectedError) as caught:
         action()
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -380,7 +380,7 @@ def test_killed_at_every_step_in_turn(
         check_unfinished(folder, expected)
         try:
             run(folder)
-        except UserError as error:
+        except ExpectedError as error:
             wrong[step] = str(error)
             continue
         if contents(folder) != expected:
@@ -469,7 +469,7 @@ def test_lost_partial_files_are_not_filled_with_zeros(
     try:
         run(tmp_path / "out")
         complaint = ""
-    except UserError as error:
+    except ExpectedError as error:
         complaint = str(error)
     assert str(tmp_path / "out") in complaint or contents(tmp_path / "out") == expected
 

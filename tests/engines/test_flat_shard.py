@@ -89,7 +89,7 @@ def random_cases(world: int) -> list[tuple[Shape, list[int]]]:
 
 
 def save_pieces(folder: str, cases: list[tuple[Shape, list[int]]]) -> int:
-    from megagpt.distributed import join
+    from megagpt.world import join
 
     with join("cpu") as world:
         state = {}

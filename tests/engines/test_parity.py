@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagpt.distributed import World, join
 from megagpt.engines.engine import Engine, build_engine
-from megagpt.parity.cases import CLIP, LR, SETUPS, STEPS, Case, share
-from megagpt.parity.launch import run_cases
-from megagpt.parity.tables import LOSS_TOLERANCE, NORM_TOLERANCE, difference
-from megagpt.parity.worker import memory_config
+from megagpt.measure.cases import CLIP, LR, SETUPS, STEPS, Case, share
+from megagpt.measure.processes import run_cases
+from megagpt.measure.tables import LOSS_TOLERANCE, NORM_TOLERANCE, difference
+from megagpt.measure.worker import memory_config
 from megagpt.planning.memory import state_bytes
+from megagpt.world import World, join
 from tests.ranks import run_ranks
 
 Curve = list[list[float]]

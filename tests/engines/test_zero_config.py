@@ -67,7 +67,7 @@ def test_gradients_are_summed_in_fp32_in_every_precision(precision: str, stage: 
 
 
 def test_clipping_is_the_optimizers() -> None:
-    made = deepspeed_config(config(optimizer={"clip": 0.625}), ranks=1, on_gpu=False)
+    made = deepspeed_config(config(optimizer={"clip_norm": 0.625}), ranks=1, on_gpu=False)
     assert made["gradient_clipping"] == 0.625
 
 
@@ -265,8 +265,8 @@ def test_unknown_keys_and_wrong_types_are_refused(passed: Tree, parts: list[str]
 
 def read_by_deepspeed(trees: list[Tree]) -> list[Tree]:
     """What DeepSpeed's own reader makes of the configs generated for this world."""
-    from megagpt.distributed import join
     from megagpt.engines.deepspeed_library import load_deepspeed
+    from megagpt.world import join
 
     load_deepspeed(on_gpu=False)
     import deepspeed
@@ -286,7 +286,7 @@ def read_by_deepspeed(trees: list[Tree]) -> list[Tree]:
                     "batch": read.train_batch_size,
                     "micro_batch": read.train_micro_batch_size_per_gpu,
                     "accumulation": read.gradient_accumulation_steps,
-                    "clip": read.gradient_clipping,
+                    "clip_norm": read.gradient_clipping,
                     "gradients": (read.grad_accum_dtype, str(read.communication_data_type)),
                     "bf16": read.bfloat16_config.enabled,
                     "fp16": read.float16_config.enabled,
@@ -321,7 +321,7 @@ def test_deepspeed_reads_what_is_meant() -> None:
             {
                 "model": MODEL,
                 "train": {"batch_tokens": 64 * 2 * 5 * 3, "micro_batch": 5, "precision": precision},
-                "optimizer": {"clip": 0.75},
+                "optimizer": {"clip_norm": 0.75},
                 "engine": {
                     "name": "zero",
                     "stage": stage,

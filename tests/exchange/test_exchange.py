@@ -31,7 +31,7 @@ Tiny = Callable[..., Path]
 
 @pytest.fixture
 def run(tiny: Tiny, tmp_path: Path) -> Path:
-    config = tiny(checkpoint={"every_tokens": 1280, "keep": 9})
+    config = tiny(checkpoint={"every_tokens": 1280, "keep_last": 9})
     assert main(["train", str(config), "optimizer.lr=1e-2"]) == 0
     return tmp_path / "runs" / "tiny"
 

@@ -12,10 +12,9 @@ import pytest
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
 from megagpt.config_file import load_config
-from megagpt.errors import UserError
+from megagpt.errors import ExitCode, UserError
 from megagpt.training import safety, trainer
 from megagpt.training.safety import StopRequest
-from megagpt.training.trainer import EXIT_STOPPED
 from tests.conftest import metrics
 from tests.ranks import megagpt
 
@@ -79,7 +78,7 @@ def test_a_run_ends_itself_in_time_and_goes_on(tiny: Tiny, tmp_path: Path) -> No
     config = str(tiny(train={"tokens": 128 * 100_000}))
     done = megagpt("train", config, "train.time_limit=12", cwd=tmp_path)
     run = tmp_path / "runs" / "tiny"
-    assert done.returncode == EXIT_STOPPED, done.stderr
+    assert done.returncode == ExitCode.STOPPED, done.stderr
     assert f"stopped by train.time_limit; resume with: megagpt train --resume {run}" in done.stdout
     (checkpoint,) = list_checkpoints(run)
     assert checkpoint.tokens == metrics(run)[-1]["tokens_seen"]
@@ -102,7 +101,7 @@ def test_a_signal_during_the_last_validation_is_made_up_on_resume(
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "validation_loss", signalled)
-        assert main(["train", config]) == EXIT_STOPPED
+        assert main(["train", config]) == ExitCode.STOPPED
     assert metrics(run, "finished") == metrics(run, "samples") == []
     assert main(["train", "--resume", str(run)]) == 0
     for event in ("validation", "samples", "finished"):
@@ -134,10 +133,10 @@ def test_the_bound_is_printed_and_a_validation_does_not_stretch_it(tiny: Tiny, t
         f"raise SystemExit(main(['train', {config!r}]))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == EXIT_STOPPED, done.stderr
+    assert done.returncode == ExitCode.STOPPED, done.stderr
     assert "validation None after 3" in done.stdout
     assert "SIGTERM or SIGUSR1 ends this run within about" in done.stdout
-    assert f"exits with code {EXIT_STOPPED}" in done.stdout
+    assert f"exits with code {ExitCode.STOPPED}" in done.stdout
     run = tmp_path / "runs" / "tiny"
     assert metrics(run, "validation") == []
     assert metrics(run)[-1]["step"] == list_checkpoints(run)[-1].meta()["updates"] == 11

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megagpt.config import Config
 from megagpt.config_file import build_config, load_config
-from megagpt.training.schedule import batch_samples, learning_rate, step_count
+from megagpt.training.schedule import batch_sequences, learning_rate, step_count
 
 
 def run(**sections: Any) -> Config:
@@ -43,7 +43,7 @@ def test_gpt2_matches_the_public_reproduction_step_by_step() -> None:
 
 
 def test_wsd_and_constant() -> None:
-    schedule = {"warmup_tokens": 100, "decay_start_tokens": 600, "decay_end_tokens": 1000, "floor": 0.0}
+    schedule = {"warmup_tokens": 100, "decay_start_tokens": 600, "decay_end_tokens": 1000, "floor_ratio": 0.0}
     train = {"tokens": 1200, "batch_tokens": 8}
     wsd = run(schedule={"shape": "wsd", **schedule}, train=train, optimizer={"lr": 1.0})
     rates = [learning_rate(wsd, t) for t in (50, 100, 350, 600, 800, 900, 1000, 1100)]
@@ -85,13 +85,13 @@ def test_ramp_grows_linearly_and_steps_add_up(start: int, more: int, ramp: int, 
     config = run(train=train, schedule={"shape": "constant"})
     seen = steps = 0
     previous = 0
-    while seen < config.total_samples:
-        batch = batch_samples(config, seen)
+    while seen < config.total_sequences:
+        batch = batch_sequences(config, seen)
         exact = start + more * min(1.0, 8 * seen / ramp) if ramp else start + more
         assert abs(batch - exact) <= 0.6  # half a sequence, and half a token of the ramp
         assert batch >= previous
         previous = batch
         assert step_count(config, seen * 8) == steps
-        seen = min(config.total_samples, seen + batch)
+        seen = min(config.total_sequences, seen + batch)
         steps += 1
     assert step_count(config) == steps

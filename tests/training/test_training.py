@@ -58,7 +58,7 @@ def reference_losses(config_path: Path) -> list[tuple[float, float]]:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         norm = torch.stack([g.double().norm() for g in gradients]).norm()
         for g in gradients:
-            g.mul_(min(1.0, config.optimizer.clip / (norm.item() + 1e-6)))
+            g.mul_(min(1.0, config.optimizer.clip_norm / (norm.item() + 1e-6)))
         done = (step + 1) * 128
         share = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (done - 512) / 2048)) if done >= 512 else done / 512
         for group in optimizer.param_groups:
@@ -72,7 +72,7 @@ def reference_losses(config_path: Path) -> list[tuple[float, float]]:
 @pytest.mark.slow
 def test_world_size_and_accumulation_do_not_change_the_run(tiny: Tiny, tmp_path: Path) -> None:
     """A clip that is active in every step, so that a local instead of the global norm would show."""
-    config = tiny(optimizer={"clip": 0.5, "lr": 3e-3})
+    config = tiny(optimizer={"clip_norm": 0.5, "lr": 3e-3})
     expected = reference_losses(config)
     assert train(str(config), "run.name=one") == 0
     assert train(str(config), "run.name=accumulated", "train.micro_batch=2") == 0
@@ -130,7 +130,7 @@ def test_compiled_blocks_give_the_same_losses(tiny: Tiny, tmp_path: Path) -> Non
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
-    config = str(tiny(model={"dropout": 0.1}, checkpoint={"every_tokens": 640, "keep": 9}))
+    config = str(tiny(model={"dropout": 0.1}, checkpoint={"every_tokens": 640, "keep_last": 9}))
     assert train(config, "run.name=whole") == 0
     shutil.copytree(tmp_path / "runs" / "whole", tmp_path / "runs" / "cut")
     for checkpoint in list_checkpoints(tmp_path / "runs" / "cut")[2:]:
@@ -206,7 +206,7 @@ def test_a_run_leaves_config_environment_metrics_and_events(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = tiny(checkpoint={"every_tokens": 640, "keep": 1, "milestone_every_tokens": 1280})
+    config = tiny(checkpoint={"every_tokens": 640, "keep_last": 1, "milestone_every_tokens": 1280})
     assert train(str(config)) == 0
     output = capsys.readouterr().out
     run = tmp_path / "runs" / "tiny"
@@ -215,7 +215,7 @@ def test_a_run_leaves_config_environment_metrics_and_events(
     assert environment_line["torch"] == torch.__version__
     (step, *_) = metrics(run)
     expected = {
-        "loss", "lr", "gradient_norm", "tokens_seen", "samples_seen", "batch_tokens", "tokens_per_second",
+        "loss", "lr", "gradient_norm", "tokens_seen", "sequences_seen", "batch_tokens", "tokens_per_second",
         "step_seconds", "data_wait_seconds", "mfu", "peak_memory_bytes", "skipped_updates",
     }  # fmt: skip
     assert expected <= set(step)
@@ -276,7 +276,7 @@ def test_what_a_run_is_refused_for(
     (tmp_path / "empty").mkdir()
     refused(capsys, [config, f"data.sources=[{{path: {tmp_path / 'empty'}}}]"], "no token shards")
     long = ["model.context=65536", "train.batch_tokens=65536", "train.micro_batch=1", "train.tokens=65536"]
-    refused(capsys, [config, *long], "less than one sample", "65536")
+    refused(capsys, [config, *long], "less than one sequence", "65536")
     refused(capsys, [config, "model.vocab_size=50304"], "model.vocab_size 50304", "50257")
     refused(capsys, [config, "model.vocab_size=50000"], "model.vocab_size 50000", "50257")
     refused(capsys, [config, "sampling.prompt=''"], "sampling.prompt", "0 tokens")
@@ -346,7 +346,7 @@ def test_a_change_that_is_meant_goes_on(
 def test_half_written_checkpoints_are_skipped_and_said(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny(checkpoint={"every_tokens": 640, "keep": 9})
+    config = tiny(checkpoint={"every_tokens": 640, "keep_last": 9})
     assert train(str(config)) == 0
     run = tmp_path / "runs" / "tiny"
     expected = losses(run)
@@ -394,8 +394,8 @@ def test_every_rank_starts_from_the_same_weights(tiny: Tiny) -> None:
 
 
 def initial_sum(path: str) -> float:
-    from megagpt.distributed import join
     from megagpt.engines.engine import build_engine
+    from megagpt.world import join
 
     with join("cpu") as world:
         engine = build_engine(load_config(path), world)

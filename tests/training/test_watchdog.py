@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from megagpt.distributed import World
+from megagpt.errors import ExitCode
 from megagpt.incarnations import list_incarnations
-from megagpt.training.watchdog import EXIT_HUNG, Watchdog
+from megagpt.training.watchdog import Watchdog
+from megagpt.world import World
 from tests.conftest import metrics, write_tiny
 from tests.ranks import megagpt, start_ranks
 
@@ -24,9 +25,7 @@ def hang(tmp_path: Path, corpus: Path, stopped: int, wakes: bool) -> tuple[list[
     ranks printed."""
     config = write_tiny(tmp_path, corpus, train={"tokens": 128 * 100_000, "micro_batch": 2})
     run = tmp_path / "runs" / "tiny"
-    ranks = start_ranks(
-        2, [str(config), f"train.collective_timeout={TIMEOUT}", "checkpoint.every_tokens=640"], tmp_path
-    )
+    ranks = start_ranks(2, [str(config), f"train.hang_timeout={TIMEOUT}", "checkpoint.every_tokens=640"], tmp_path)
     try:
         deadline = time.monotonic() + 60
         while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 12:
@@ -54,7 +53,7 @@ def hang(tmp_path: Path, corpus: Path, stopped: int, wakes: bool) -> tuple[list[
 def test_every_rank_leaves_its_stacks_and_its_last_collectives(tmp_path: Path, corpus: Path) -> None:
     codes, output = hang(tmp_path, corpus, stopped=1, wakes=True)
     run = tmp_path / "runs" / "tiny"
-    assert codes[0] == EXIT_HUNG
+    assert codes[0] == ExitCode.HUNG
     (line,) = [line for line in output.splitlines() if "megagpt: error:" in line]
     assert "no progress for" in line
     assert f"every rank's stack is in {run / 'hangs' / '000001'}" in line
@@ -79,7 +78,7 @@ def test_every_rank_leaves_its_stacks_and_its_last_collectives(tmp_path: Path, c
 def test_a_rank_that_never_answers_keeps_nobody(tmp_path: Path, corpus: Path) -> None:
     """Not even the one that holds the store, by which ranks tell each other."""
     codes, _ = hang(tmp_path, corpus, stopped=0, wakes=False)
-    assert codes[1] == EXIT_HUNG
+    assert codes[1] == ExitCode.HUNG
     assert (tmp_path / "runs" / "tiny" / "hangs" / "000001" / "rank_1.txt").exists()
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.data.sampler import integer_weights, interleave, locate, permute
+from megagpt.data.order import integer_weights, interleave, locate, permute
 
 WEIGHTS = st.lists(st.integers(1, 10**6), min_size=1, max_size=9)
 HUGE = 10**11
@@ -119,7 +119,7 @@ def test_integer_weights_examples() -> None:
 def check_interleaved(weights: list[int], first: int, count: int) -> None:
     """Every source near its exact share at every prefix up to first + count, and its ranks without a gap.
 
-    A rank is the number of samples that the source got before, so ranks alone tell how far each source is.
+    A rank is the number of sequences that the source got before, so ranks alone tell how far each source is.
     """
     source, rank = interleave(np.arange(first, first + count), weights)
     assert source.dtype == rank.dtype == np.int64

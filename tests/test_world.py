@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.distributed import Place, find_place, first_host
 from megagpt.errors import UserError
+from megagpt.launchers import RankInfo, find_rank, first_host
 from tests.minicluster import end_processes
 from tests.ranks import environment, free_port
 
@@ -38,30 +38,30 @@ def without(variables: dict[str, str], *names: str) -> dict[str, str]:
 
 def refusal(variables: dict[str, str]) -> str:
     with pytest.raises(UserError) as caught:
-        find_place(variables)
+        find_rank(variables)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_launchers_variables_are_the_place() -> None:
-    assert find_place(TORCHRUN) == Place(5, 8, 1, "10.0.0.7", 29500)
+    assert find_rank(TORCHRUN) == RankInfo(5, 8, 1, "10.0.0.7", 29500)
 
 
 def test_without_a_launcher_a_process_is_alone() -> None:
-    alone = find_place({})
+    alone = find_rank({})
     assert (alone.rank, alone.size, alone.local_rank) == (0, 1, 0)
-    assert find_place({"MASTER_ADDR": "elsewhere", "MASTER_PORT": "1", "LOCAL_RANK": "3"}) == alone
+    assert find_rank({"MASTER_ADDR": "elsewhere", "MASTER_PORT": "1", "LOCAL_RANK": "3"}) == alone
 
 
 def test_a_batch_script_and_a_step_of_one_task_are_alone() -> None:
     """In a batch script SLURM_NTASKS and SLURM_PROCID are those of the job, and no peer comes."""
-    alone = find_place({})
-    assert find_place(without(task(0), "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")) == alone
-    assert find_place({**task(0), "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}) == alone
+    alone = find_rank({})
+    assert find_rank(without(task(0), "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST")) == alone
+    assert find_rank({**task(0), "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}) == alone
 
 
 def test_every_task_of_a_step_finds_the_same_meeting_point() -> None:
-    places = [find_place(task(rank)) for rank in range(8)]
+    places = [find_rank(task(rank)) for rank in range(8)]
     assert [(p.rank, p.size, p.local_rank) for p in places] == [(rank, 8, rank % 4) for rank in range(8)]
     assert {p.address for p in places} == {"n07"}
     assert len({p.port for p in places}) == 1
@@ -69,20 +69,20 @@ def test_every_task_of_a_step_finds_the_same_meeting_point() -> None:
 
 @given(st.integers(1, 2**26), st.integers(0, 10_000))
 def test_steps_meet_at_an_unprivileged_port_of_their_own(job: int, step: int) -> None:
-    here, next_step, next_job = (find_place(task(0, job + i, step + j)).port for i, j in ((0, 0), (0, 1), (1, 0)))
+    here, next_step, next_job = (find_rank(task(0, job + i, step + j)).port for i, j in ((0, 0), (0, 1), (1, 0)))
     assert 1024 < here < 65536
     assert here not in (next_step, next_job)
 
 
 def test_the_meeting_point_of_a_step_can_be_given() -> None:
-    given_address = find_place({**task(3), "MASTER_ADDR": "10.0.0.9"})
-    assert (given_address.address, given_address.port) == ("10.0.0.9", find_place(task(3)).port)
-    given_port = find_place({**task(3), "MASTER_PORT": "1234"})
+    given_address = find_rank({**task(3), "MASTER_ADDR": "10.0.0.9"})
+    assert (given_address.address, given_address.port) == ("10.0.0.9", find_rank(task(3)).port)
+    given_port = find_rank({**task(3), "MASTER_PORT": "1234"})
     assert (given_port.address, given_port.port) == ("n07", 1234)
 
 
 def test_torchrun_under_srun_is_torchruns_world() -> None:
-    assert find_place({**task(1), **TORCHRUN}) == find_place(TORCHRUN)
+    assert find_rank({**task(1), **TORCHRUN}) == find_rank(TORCHRUN)
     assert "LOCAL_RANK" in refusal({**task(1), **without(TORCHRUN, "LOCAL_RANK")})
 
 
@@ -192,7 +192,7 @@ import time
 
 import torch.distributed as dist
 
-from megagpt.distributed import fail_together, join
+from megagpt.world import fail_together, join
 from megagpt.errors import Reported, UserError
 
 failing, failure, peer = int(sys.argv[1]), sys.argv[2], sys.argv[3]

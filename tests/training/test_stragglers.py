@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megagpt.cli import main
 from megagpt.models.gpt import Block
-from megagpt.training.pace import compare
+from megagpt.training.stragglers import compare
 from tests.conftest import metrics, write_tiny
 from tests.ranks import run_ranks
 
@@ -78,13 +78,13 @@ def slow_second_rank(arguments: list[str]) -> int:
 def test_a_slow_rank_of_a_real_run_is_named(engine: list[str], tmp_path: Path, corpus: Path) -> None:
     """Both ranks end each step together: only what a rank does by itself tells them apart."""
     config = write_tiny(tmp_path, corpus, train={"micro_batch": 2})
-    assert run_ranks(2, slow_second_rank, ["train", str(config), "log.pace_steps=4", *engine]) == [0, 0]
+    assert run_ranks(2, slow_second_rank, ["train", str(config), "log.straggler_every_steps=4", *engine]) == [0, 0]
     run = tmp_path / "runs" / "tiny"
     comparisons = metrics(run, "pace")
     assert [line["step"] for line in comparisons] == [4, 8, 12, 16, 20]
     assert {line["ranks_slowest_rank"] for line in comparisons} == {1}
     assert all(line["ranks_compute_slowest"] > 0.04 for line in comparisons), "two blocks that each sleep 20 ms"
-    sentences = metrics(run, "slow_rank")
+    sentences = metrics(run, "straggler_factor")
     assert [line["step"] for line in sentences] == [12, 16, 20]
     assert all(line["text"].startswith("rank 1 on ") for line in sentences)
     events = EventAccumulator(str(run))

@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from megagpt.parity.cases import SAVED_AT, SETUPS, STEPS, Case
-from megagpt.parity.launch import run_cases
+from megagpt.measure.cases import SAVED_AT, SETUPS, STEPS, Case
+from megagpt.measure.processes import run_cases
 
 WORLDS = (1, 2, 4)
 TOLERANCE = 5e-6  # of the loss, in fp32
 Curve = list[list[float]]
 
 
-class Place(NamedTuple):
+class Setting(NamedTuple):
     """An engine on so many ranks."""
 
     setup: str
@@ -28,12 +28,12 @@ class Place(NamedTuple):
         return Case(engine, self.ranks, runs=tuple(map(str, runs)))
 
 
-PLACES = [Place(setup, ranks) for setup in SETUPS for ranks in WORLDS]
-Crossing = tuple[Place, Place]
-ALL = [(source, target) for source in PLACES for target in PLACES]
+SETTINGS = [Setting(setup, ranks) for setup in SETUPS for ranks in WORLDS]
+Crossing = tuple[Setting, Setting]
+ALL = [(source, target) for source in SETTINGS for target in SETTINGS]
 # Every pair of engines once, every pair of world sizes equally often.
 PAIRS = [
-    (Place(source, WORLDS[(i + j) % 3]), Place(target, WORLDS[(i + j // 3 + 2 * (j % 3)) % 3]))
+    (Setting(source, WORLDS[(i + j) % 3]), Setting(target, WORLDS[(i + j // 3 + 2 * (j % 3)) % 3]))
     for i, source in enumerate(SETUPS)
     for j, target in enumerate(SETUPS)
 ]
@@ -53,11 +53,11 @@ def cross(
 ) -> dict[Crossing, Result]:
     """Save at each source, resume at each target. Raises UserError where a rank fails."""
     (plain,) = run_cases("plain", [Case({}, 1)])
-    went_on: dict[Place, Curve] = {}
+    went_on: dict[Setting, Curve] = {}
     results: dict[Crossing, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
 
-        def run(place: Place) -> Path:
+        def run(place: Setting) -> Path:
             return Path(folder) / f"{place.setup} {place.ranks}".replace(" ", "-")
 
         for ranks in WORLDS:
@@ -81,7 +81,7 @@ def cross(
 
 def crossing_table() -> tuple[Iterator[list[str]], bool]:
     """Rows for people, of all crossings, and whether all are within tolerance."""
-    with tqdm(total=2 * len(PLACES), unit="engine", desc="crossings", disable=None) as bar:
+    with tqdm(total=2 * len(SETTINGS), unit="engine", desc="crossings", disable=None) as bar:
         results = cross(ALL, bar.update)
     within = all(result.difference <= TOLERANCE for result in results.values()) and all(
         result.same_bits for (source, target), result in results.items() if source == target

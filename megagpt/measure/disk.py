@@ -12,9 +12,9 @@ from megagpt.checkpoints.compatibility import Allowed
 from megagpt.checkpoints.loading import resume
 from megagpt.checkpoints.saving import Saver, describe
 from megagpt.config import CheckpointConfig, Config
-from megagpt.distributed import World
 from megagpt.engines.engine import build_engine
 from megagpt.errors import UserError
+from megagpt.world import World
 
 _PIECE = 2**24
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megagpt.errors import UserError
-from megagpt.parity.cases import Case
+from megagpt.measure.cases import Case
 
 
 def run_cases(kind: str, cases: Sequence[Case], progress: Callable[[], object] = lambda: None) -> list[Any]:
@@ -25,7 +25,7 @@ def run_cases(kind: str, cases: Sequence[Case], progress: Callable[[], object] =
     processes = []
     for rank in range(ranks):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        command = [sys.executable, "-m", "megagpt.parity.worker", kind]
+        command = [sys.executable, "-m", "megagpt.measure.worker", kind]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         processes.append(subprocess.Popen(command, env={**environment, **place}, text=True, **pipes))  # type: ignore[call-overload]
     errors: list[str] = [""] * ranks

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megagpt.errors import UserError
-from megagpt.parity.cases import ACCUMULATIONS, RECOMPUTATIONS, SETUPS, STEPS, Case, Setup
-from megagpt.parity.crossings import crossing_table
-from megagpt.parity.launch import run_cases
+from megagpt.errors import ExitCode, UserError
+from megagpt.measure.cases import ACCUMULATIONS, ACTIVATION_CHECKPOINTING, SETUPS, STEPS, Case, Setup
+from megagpt.measure.crossings import crossing_table
+from megagpt.measure.processes import run_cases
 from megagpt.planning.memory import state_bytes
 
 TABLES = ("fp32", "bf16", "memory", "crossings")
@@ -50,7 +50,7 @@ def parity(arguments: argparse.Namespace) -> int:
         results = curves(setups, name, device)
         _print(curve_table(setups, name, results))
         within = within and all(_within(name, r) for r in results.values())
-    return 0 if within else 1
+    return ExitCode.DONE if within else ExitCode.DIFFERENT
 
 
 Differences = dict[tuple[str, int, str], tuple[float, float]]
@@ -59,7 +59,7 @@ Differences = dict[tuple[str, int, str], tuple[float, float]]
 def curves(setups: Sequence[Setup], precision: str, device: str) -> Differences:
     """Largest difference of loss and of gradient norm from the plain fp32 loop over all steps, for each
     (setup, accumulation, recomputation)."""
-    grid = [(s, a, r) for s in setups for a in ACCUMULATIONS for r in RECOMPUTATIONS]
+    grid = [(s, a, r) for s in setups for a in ACCUMULATIONS for r in ACTIVATION_CHECKPOINTING]
     reference = run_cases("plain", [Case({}, 1)])[0][:STEPS]
     found: Differences = {}
     with tqdm(total=len(grid), unit="run", desc=precision, disable=None) as bar:
@@ -87,9 +87,14 @@ def curve_table(setups: Sequence[Setup], precision: str, results: Differences) -
     """Rows for people: largest difference of the loss (of the gradient norm)."""
     what = "largest difference of the loss (of the gradient norm) from one plain fp32 process"
     yield [f"{precision}: {what}, {STEPS} steps"]
-    yield ["engine", "ranks", *(f"{a} x {r}" for a in ACCUMULATIONS for r in RECOMPUTATIONS), "within tolerance"]
+    yield [
+        "engine",
+        "ranks",
+        *(f"{a} x {r}" for a in ACCUMULATIONS for r in ACTIVATION_CHECKPOINTING),
+        "within tolerance",
+    ]
     for setup in setups:
-        cells = [results[setup.name, a, r] for a in ACCUMULATIONS for r in RECOMPUTATIONS]
+        cells = [results[setup.name, a, r] for a in ACCUMULATIONS for r in ACTIVATION_CHECKPOINTING]
         shown = [f"{loss:.1e} ({norm:.1e})" for loss, norm in cells]
         yield [setup.name, str(setup.ranks), *shown, "yes" if all(_within(precision, c) for c in cells) else "NO"]
 
@@ -108,7 +113,7 @@ def memory_rows() -> Iterator[tuple[Setup, str, dict[str, Any], Any]]:
 
 def memory_table() -> Iterator[list[str]]:
     """Rows for people: bytes a parameter on a rank, measured / by formula, and the time of a step."""
-    from megagpt.parity.worker import memory_config
+    from megagpt.measure.worker import memory_config
 
     yield ["memory: bytes a parameter on one rank at the fullest point between passes, measured / by formula"]
     yield ["engine", "precision", "ranks", "weights", "gradients", "optimizer", "together", "ms a step"]

@@ -1,4 +1,4 @@
-"""One rank of the compared runs: `python -m megagpt.parity.worker KIND`, with the cases as JSON on standard input."""
+"""One rank of the compared runs: `python -m megagpt.measure.worker KIND`, with the cases as JSON on standard input."""
 
 import dataclasses
 import gc
@@ -19,14 +19,14 @@ from megagpt.checkpoints.loading import resume
 from megagpt.checkpoints.saving import Saver, describe
 from megagpt.config import CheckpointConfig, Config
 from megagpt.data.loader import Batch
-from megagpt.distributed import World, join
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.engines.flat_shard import FlatShard
-from megagpt.errors import Reported, UserError
+from megagpt.errors import ExpectedError, Reported
+from megagpt.measure.cases import LR, SAVED_AT, STEPS, Case, rows, share
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
 from megagpt.models.presets import ModelConfig
-from megagpt.parity.cases import LR, SAVED_AT, STEPS, Case, rows, share
+from megagpt.world import World, join
 
 Curve = list[tuple[float, float]]
 
@@ -47,7 +47,7 @@ def plain(case: Case, steps: int = STEPS) -> Curve:
         batch = rows(step)
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         curve.append((loss.item(), norm.item()))
@@ -197,5 +197,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except UserError as error:
+    except ExpectedError as error:
         sys.exit(None if isinstance(error, Reported) else str(error))

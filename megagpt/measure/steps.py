@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from megagpt.config import Config
 from megagpt.config_file import build_config, override
 from megagpt.data.loader import Batch
-from megagpt.distributed import join
 from megagpt.engines.engine import build_engine, build_optimizer
-from megagpt.errors import UserError
+from megagpt.errors import ExpectedError, UserError
 from megagpt.hardware import device_name, peak_flops
 from megagpt.models.presets import ModelConfig
-from megagpt.training.metrics import peak_memory
+from megagpt.process_memory import peak_memory
+from megagpt.world import join
 
 IMPLEMENTATIONS = ("megagpt", "plain", "transformers")
 _WARMUP_STEPS = 2
@@ -116,7 +116,7 @@ def _config(arguments: argparse.Namespace, precision: str) -> Config:
 
 
 def _in_process(row: Row) -> dict[str, Any]:
-    command = [sys.executable, "-m", "megagpt.bench"]
+    command = [sys.executable, "-m", "megagpt.measure.steps"]
     done = subprocess.run(
         command, input=json.dumps(dataclasses.asdict(row)), capture_output=True, text=True, check=False
     )
@@ -180,7 +180,7 @@ def _plain_step(model: nn.Module, config: Config, tokens: Tensor, targets: Tenso
             logits = output if isinstance(output, Tensor) else output.logits
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss
@@ -234,5 +234,5 @@ def _transformers(config: ModelConfig) -> nn.Module:
 if __name__ == "__main__":
     try:
         print(json.dumps(_measure(Row(**json.loads(sys.stdin.read())))))
-    except UserError as error:
+    except ExpectedError as error:
         sys.exit(str(error))

@@ -1,10 +1,10 @@
 """Sample number -> (source, place in it): pure functions, no state, O(1) memory.
 
-A sample is context + 1 consecutive tokens of one source. Samples of the mixture are numbered from 0 in the order in
-which training takes them, so a run's position is one integer, and any rank finds its own samples from it alone.
+A sequence is context + 1 consecutive tokens of one source. Sequences of the mixture are numbered from 0 in the order in
+which training takes them, so a run's position is one integer, and any rank finds its own sequences from it alone.
 
-Two steps: `interleave` spreads the sources over the numbers by weight; `permute` shuffles each source's samples anew in
-every epoch, so that none comes twice before all came once.
+Two steps: `interleave` spreads the sources over the numbers by weight; `permute` shuffles each source's sequences in
+a new order in every epoch, so that none comes twice before all came once.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def integer_weights(weights: tuple[float, ...]) -> list[int]:
 
 
 def interleave(number: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Source of each sample number, and its number within that source; both int64.
+    """Source of each sequence number, and its number within that source; both int64.
 
     The sources are halved again and again; at each split, the left half has received round(n w_left / w) of the first
     n numbers. Each split is off by at most 1/2, scaled by the share of what is below it, so at every prefix every
@@ -94,9 +94,9 @@ def _rounded_share(n: np.ndarray, part: int, total: int) -> np.ndarray:
 
 
 def locate(number: np.ndarray, sizes: list[int], weights: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source of each sample number, and which of that source's samples it is, shuffled per epoch.
+    """Source of each sequence number, and which of that source's sequences it is, shuffled per epoch.
 
-    sizes: samples of each source; weights: from `integer_weights`. Both results are int64 like `number`.
+    sizes: sequences of each source; weights: from `integer_weights`. Both results are int64 like `number`.
     """
     source, rank = interleave(number, weights)
     place = np.empty_like(rank)

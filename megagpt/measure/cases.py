@@ -44,7 +44,7 @@ SETUPS = {
     )
 }
 ACCUMULATIONS = (1, 4)
-RECOMPUTATIONS = ("none", "full", "selective")
+ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Case:
     engine: dict[str, Any]
     ranks: int
     accumulation: int = 1
-    recomputation: str = "none"
+    activation_checkpointing: str = "none"
     precision: str = "fp32"
     device: str = "cpu"
     compile: bool = False
@@ -67,14 +67,14 @@ class Case:
         tree = {
             "model": _MODEL,
             "engine": self.engine,
-            "optimizer": {"lr": LR, "clip": CLIP},
+            "optimizer": {"lr": LR, "clip_norm": CLIP},
             "train": {
                 "tokens": STEPS * _BATCH * context,
                 "batch_tokens": _BATCH * context,
                 "micro_batch": _BATCH // self.ranks // self.accumulation,
                 "precision": self.precision,
                 "device": self.device,
-                "activation_checkpointing": self.recomputation,
+                "activation_checkpointing": self.activation_checkpointing,
                 "compile": self.compile,
             },
         }

@@ -3,8 +3,8 @@
 import statistics
 from typing import NamedTuple
 
-from megagpt.distributed import World
 from megagpt.engines.clock import Spent
+from megagpt.world import World
 
 # So many comparisons in a row make a rank slow, not just unlucky.
 _IN_A_ROW = 3

@@ -1,0 +1,107 @@
+"""Why a rank failed: said once per job by the rank that failed first, and left as a record where launchers look.
+
+The record is the file that torchrun names in TORCHELASTIC_ERROR_FILE, in torchrun's own form with ours beside it, so
+that a job's verdict reads what the rank knew instead of guessing from its log.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megagpt import launchers
+from megagpt.errors import ExitCode, Reported, expected, first_line
+from megagpt.files import read_json, write_atomic
+
+# Where ranks that failed count themselves, how often the others look, and how long they then wait for a clean end.
+_FAILURES = "megagpt/failures"
+_WATCH_SECONDS = 1.0
+_GRACE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank failed."""
+
+    reason: str
+    rank: int
+    host: str
+    retry: bool
+    """Whether the same command may succeed later although nobody changed anything."""
+    first: bool = True
+    """No other rank had failed before it."""
+
+    @property
+    def where(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+def failure(error: BaseException, rank: int, first: bool = True) -> Failure:
+    """The record of an error. What is not expected is a fault of a program or a machine, and may pass."""
+    known = expected(error)
+    retry = known.retry if known is not None else True
+    return Failure(str(known) if known is not None else first_line(error), rank, platform.node(), retry, first)
+
+
+def leave_record(found: Failure) -> None:
+    """Write the record where the launcher looks, if it names a place. Never raises."""
+    path = launchers.error_file(os.environ)
+    if path is None:
+        return
+    # torchrun reads `message` and its timestamp, and shows them in its own summary.
+    message = {"message": found.reason, "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": ""}}
+    with contextlib.suppress(OSError):
+        write_atomic(path, json.dumps({"message": message, "megagpt": dataclasses.asdict(found)}).encode())
+
+
+def read_record(path: Path) -> Failure | None:
+    """A record that `leave_record` wrote; None for any other file."""
+    values: Any = read_json(path).get("megagpt")
+    with contextlib.suppress(TypeError):
+        return Failure(**values)
+    return None
+
+
+def report(error: Exception, rank: int, ranks: int, store: dist.Store) -> None:
+    """Print the error and leave its record. Most errors are seen by every rank, and a peer that left breaks the other
+    ranks' collectives: the first rank to count itself prints, and does so before any rank leaves, because launchers
+    kill the rest as soon as one has left."""
+    if isinstance(error, Reported):
+        return
+    first = _count_failure(store) == 1
+    found = failure(error, rank, first)
+    leave_record(found)
+    if not first:
+        return
+    if expected(error) is None:
+        traceback.print_exception(error)
+    print(f"megagpt: error: [rank {rank} of {ranks}] {found.reason}", file=sys.stderr, flush=True)
+
+
+def _count_failure(store: dist.Store) -> int:
+    try:
+        return store.add(_FAILURES, 1)
+    except RuntimeError:
+        return 0  # the store went with the rank that held it, which has reported
+
+
+def follow_failed_peers(store: dist.Store, left: threading.Event) -> None:
+    """End this process seconds after a peer failed, if it still waits in a collective that the peer will never join.
+    Returns when `left` is set."""
+    while not left.wait(_WATCH_SECONDS):
+        try:
+            failed = store.check([_FAILURES])
+        except RuntimeError:
+            failed = True
+        if failed and not left.wait(_GRACE_SECONDS):
+            os._exit(ExitCode.FAILED)

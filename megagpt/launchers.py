@@ -1,0 +1,145 @@
+"""Launchers' environment variables: this process's rank, its node, its Slurm job. The only module that reads them.
+
+Every function takes the environment as a mapping and reads nothing else.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Where a launcher put this process."""
+
+    rank: int
+    size: int
+    local_rank: int
+    address: str
+    port: int
+
+
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+
+
+def find_rank(environment: Mapping[str, str]) -> RankInfo:
+    """This process's rank. torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+    MASTER_PORT; the tasks of an `srun` have SLURM_*; with neither, this process is alone. Raises UserError naming the
+    variable that is missing or not a number."""
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        names, hint = _LAUNCHER, "start with torchrun or deepspeed, or set them all"
+    elif "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        # The tasks of an srun. In a batch script itself there is no step: a process there is alone.
+        names, hint = _SLURM, "start with srun or torchrun"
+    else:
+        return RankInfo(0, 1, 0, "localhost", 0)
+    missing = [name for name in names if not environment.get(name)]
+    if missing:
+        found = ", ".join(name for name in names if name not in missing) or "none"
+        raise UserError(f"looked for {', '.join(names)}; found {found}, not {', '.join(missing)}: {hint}")
+
+    def number(name: str) -> int:
+        try:
+            return int(environment[name])
+        except ValueError:
+            raise UserError(f"{name}={environment[name]!r} is not a whole number: {hint}") from None
+
+    rank, size, local_rank = (number(name) for name in names[:3])
+    if not 0 <= rank < size:
+        raise UserError(f"{names[0]}={rank} is not below {names[1]}={size}: {hint}")
+    if names is _LAUNCHER:
+        return RankInfo(rank, size, local_rank, environment["MASTER_ADDR"], number("MASTER_PORT"))
+    # One port per step, so that steps of one job, and jobs that share a node, rarely meet.
+    port = 20_000 + (number("SLURM_JOB_ID") * 31 + number("SLURM_STEP_ID")) % 20_000
+    return RankInfo(
+        rank,
+        size,
+        local_rank,
+        environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
+        number("MASTER_PORT") if environment.get("MASTER_PORT") else port,
+    )
+
+
+def slurm_job(environment: Mapping[str, str]) -> str | None:
+    """The Slurm job and how often it was requeued, such as 4711.2; None outside of Slurm."""
+    job = environment.get("SLURM_JOB_ID")
+    return f"{job}.{environment.get('SLURM_RESTART_COUNT', '0')}" if job else None
+
+
+def job_number(job: object) -> str:
+    """The Slurm job without its restarts: 4711 of 4711.2."""
+    return str(job).partition(".")[0]
+
+
+@dataclass(frozen=True)
+class SlurmNode:
+    """One node of a Slurm job, as a task sees it that runs once on each node."""
+
+    name: str
+    index: int
+    nodes: int
+    head: str
+    """Name of the job's first node."""
+
+
+def slurm_node(environment: Mapping[str, str]) -> SlurmNode:
+    """This task's node. Raises UserError outside of launch/multinode.sh."""
+    try:
+        return SlurmNode(
+            environment["SLURMD_NODENAME"], int(environment["SLURM_NODEID"]), int(environment["SLURM_NNODES"]),
+            environment["MASTER_ADDR"],
+        )  # fmt: skip
+    except (KeyError, ValueError) as error:
+        raise UserError(f"launch/multinode.sh runs this on each node of a Slurm job ({error!r})") from None
+
+
+def slurm_node_list(environment: Mapping[str, str]) -> str:
+    """The job's nodes in Slurm's short form, such as n[1-4]. Raises UserError outside of a job."""
+    if not environment.get("SLURM_JOB_NODELIST"):
+        raise UserError("not inside a Slurm job: submit launch/multinode.sh with sbatch")
+    return environment["SLURM_JOB_NODELIST"]
+
+
+def slurm_gpus(environment: Mapping[str, str]) -> int:
+    """GPUs that the job has on this node."""
+    return int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+
+
+def job_setting(environment: Mapping[str, str], name: str) -> int:
+    """A number that launch/multinode.sh sets, such as RANKS_PER_NODE. Raises UserError if it is not set."""
+    try:
+        return int(environment[name])
+    except (KeyError, ValueError):
+        found = environment.get(name, "nothing")
+        raise UserError(f"{name} is {found!r}, not a number: launch/multinode.sh sets it") from None
+
+
+def torchrun_passes_sigterm_on(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun started this rank and handles SIGTERM: it kills the rank some time after it passed it on."""
+    handled = environment.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")
+    return started_by_torchrun(environment) and "SIGTERM" in handled
+
+
+def started_by_torchrun(environment: Mapping[str, str]) -> bool:
+    return "TORCHELASTIC_RUN_ID" in environment
+
+
+def error_file(environment: Mapping[str, str]) -> Path | None:
+    """Where torchrun wants to read why this rank failed."""
+    path = environment.get("TORCHELASTIC_ERROR_FILE")
+    return Path(path) if path else None
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a Slurm node list: n007 of `n[007-012,020]-ib,login`."""
+    depth, end = 0, len(nodes)
+    for i, letter in enumerate(nodes):
+        depth += {"[": 1, "]": -1}.get(letter, 0)
+        if letter == "," and depth == 0:
+            end = i
+            break
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes[:end])
