@@ -14,7 +14,7 @@ from megagpt.checkpoints.saving import Saved, Saver, describe
 from megagpt.config import Config
 from megagpt.config_file import to_yaml
 from megagpt.data.builtin import prepare_builtin
-from megagpt.data.loader import Batch, open_corpus, read_ahead, train_batches, validation_sequences
+from megagpt.data.loader import Batch, Share, open_corpus, read_ahead, train_batches, validation_sequences
 from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
 from megagpt.engines.clock import StepClock
 from megagpt.engines.engine import StepResult, build_engine, seed_dropout
@@ -47,7 +47,7 @@ class Trainer:
         if not resume:
             check_free(self.run)
         self._check_vocabulary()
-        data = prepare_builtin(config.data, world, self.say)
+        data = prepare_builtin(config.data, world)
         seed = config.run.seed
         self.train_data = open_corpus(data, "train", config.model.context, seed)
         self.validation_data = open_corpus(data, "val", config.model.context, seed)
@@ -207,10 +207,13 @@ class Trainer:
         self.say(f"{config.run.name}: {config.model.parameters:,} parameters, {self.engine.describe()}")
         batches = read_ahead(
             train_batches(
-                self.train_data, self.sequences_seen, config.total_sequences, functools.partial(batch_sequences, config),
-                self.world.rank, self.world.size, config.train.micro_batch,
+                self.train_data,
+                self.sequences_seen,
+                config.total_sequences,
+                functools.partial(batch_sequences, config),
+                Share(self.world.rank, self.world.size, config.train.micro_batch),
             )
-        )  # fmt: skip
+        )
         began = time.monotonic()
         try:
             last = self._loop(batches, stop)
