@@ -16,7 +16,7 @@ from megagpt.config import Config, EngineConfig
 from megagpt.config_file import build_config, load_config, to_yaml
 from megagpt.engines.zero_config import check_nvme, deepspeed_config
 from megagpt.errors import UserError
-from tests.ranks import run_ranks
+from tests.processes import run_ranks
 
 Tree = dict[str, Any]
 PRECISIONS = ["fp32", "bf16", "fp16"]

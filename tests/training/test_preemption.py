@@ -16,7 +16,7 @@ from megagpt.errors import ExitCode, UserError
 from megagpt.training import safety, trainer
 from megagpt.training.safety import StopRequest
 from tests.conftest import metrics
-from tests.ranks import megagpt
+from tests.processes import megagpt
 
 Tiny = Callable[..., Path]
 
