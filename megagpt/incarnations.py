@@ -1,21 +1,25 @@
-"""A run's starts, numbered. The newest may write; whoever is older has been replaced and must not.
+"""A run's incarnations, numbered: one for each time that a process group began to train it. Only the newest may write.
 
-RUN/incarnations/000003.json        a start: when, where, by which command, with which versions
+RUN/incarnations/000003.json        how it began: when, on which host, by which command, with which versions
 RUN/incarnations/000003.end.json    how it ended: finished, stopped by a signal, or failed at which token
 
-A batch system may start a job again while ranks of its last start still run: on a node that it has lost sight of, or
-behind a broken link. They see the shared folder long before anyone can end them.
+A batch system may start a job again while ranks of its last incarnation still run: on a node that it has lost contact
+with, or behind a broken link. Such ranks see the shared folder long before anyone can end them.
 """
 
 import contextlib
 import datetime
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megagpt.errors import ExpectedError
-from megagpt.files import write_atomic
+from megagpt.files import create_json, read_json, write_atomic
+
+# Seconds between two looks for a newer incarnation: cheap for a shared file system, soon enough for people.
+_LOOK_SECONDS = 5.0
 
 
 class Superseded(ExpectedError):
@@ -24,7 +28,7 @@ class Superseded(ExpectedError):
 
 @dataclass(frozen=True)
 class Incarnation:
-    """One start of a run."""
+    """One of a run's incarnations."""
 
     run: Path
     number: int
@@ -39,20 +43,23 @@ class Incarnation:
         return self._path.with_suffix(".end.json")
 
     def start(self) -> dict[str, Any]:
-        """What it said of itself when it started."""
-        return _read(self._path)
+        """The facts that it left when it began."""
+        return read_json(self._path)
 
     def ended(self) -> dict[str, Any]:
-        """`outcome`, `reason`, `tokens_seen`, ...; empty while it runs, and where it had no time to say."""
-        return _read(self._end_path)
+        """`outcome`, `reason`, `tokens_seen`, `retry`, ...; empty while it runs, and if it had no time to write."""
+        end = read_json(self._end_path)
+        if "mend" in end:  # up to version 0.1
+            end["retry"] = not end.pop("mend")
+        return end
 
     def is_superseded(self) -> bool:
-        """Whether a newer one has started. Raises OSError."""
+        """Whether a newer one has begun. Raises OSError."""
         return max((i.number for i in list_incarnations(self.run)), default=0) > self.number
 
     def check(self) -> None:
-        """Raises Superseded where a newer one has started."""
-        # Something new in it makes a network file system list the folder afresh.
+        """Raises Superseded if a newer one has begun."""
+        # A new file in the folder makes a network file system list it again.
         (_folder(self.run) / f".fence-{self.number}").touch()
         newest = max(list_incarnations(self.run), key=lambda i: i.number, default=self)
         if newest.number > self.number:
@@ -64,19 +71,35 @@ class Incarnation:
             )
 
     def end(self, outcome: str, reason: str, tokens_seen: int, **more: Any) -> None:
-        """Note how it ended, unless that was noted before: the first to say so knows best. Never raises: whoever ends
-        has something more important to say."""
-        values = {"outcome": outcome, "reason": reason, "tokens_seen": tokens_seen, "ended": _now(), **more}
+        """Record how it ended. The first writer wins: it is closest to the cause. Never raises, so that it cannot hide
+        the original error."""
         with contextlib.suppress(OSError):
-            _create(self._end_path, values)
+            create_json(self._end_path, _end(outcome, reason, tokens_seen, more))
 
     def correct_end(self, outcome: str, reason: str, tokens_seen: int, **more: Any) -> None:
-        """Note it again, by someone who knows better."""
-        values = {"outcome": outcome, "reason": reason, "tokens_seen": tokens_seen, "ended": _now(), **more}
-        write_atomic(self._end_path, json.dumps(values, indent=1).encode())
+        """Replace the record, by someone who knows more. Raises OSError."""
+        write_atomic(self._end_path, json.dumps(_end(outcome, reason, tokens_seen, more), indent=1).encode())
 
 
-def claim(run: Path, description: dict[str, Any]) -> Incarnation:
+class Lease:
+    """This process's hold on a run: the incarnation that it claimed, and a look from time to time whether a newer one
+    has taken the run over."""
+
+    def __init__(self, incarnation: Incarnation) -> None:
+        self.incarnation = incarnation
+        self._looked = time.monotonic()
+
+    def lost(self) -> bool:
+        """Whether a newer incarnation has begun; looks every few seconds only, and never raises."""
+        if time.monotonic() - self._looked < _LOOK_SECONDS:
+            return False
+        self._looked = time.monotonic()
+        with contextlib.suppress(OSError):  # a disk that does not answer now tells nothing
+            return self.incarnation.is_superseded()
+        return False
+
+
+def claim(run: Path, facts: dict[str, Any]) -> Incarnation:
     """Begin the next incarnation: from here on, `check` of each older one raises. Raises OSError."""
     folder = _folder(run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,9 +107,9 @@ def claim(run: Path, description: dict[str, Any]) -> Incarnation:
         number = max((i.number for i in list_incarnations(run)), default=0) + 1
         mine = Incarnation(run, number)
         try:
-            _create(mine._path, {"incarnation": number, "started": _now(), **description})
+            create_json(mine._path, {"incarnation": number, "started": _now(), **facts})
             return mine
-        except FileExistsError:  # another start was quicker
+        except FileExistsError:  # another process was quicker
             continue
 
 
@@ -104,15 +127,5 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _create(path: Path, values: dict[str, Any]) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        json.dump(values, file, indent=1)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Empty where it is missing, or cut off by the death of who wrote it."""
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return values
-    except (FileNotFoundError, ValueError):
-        return {}
+def _end(outcome: str, reason: str, tokens_seen: int, more: dict[str, Any]) -> dict[str, Any]:
+    return {"outcome": outcome, "reason": reason, "tokens_seen": tokens_seen, "ended": _now(), **more}

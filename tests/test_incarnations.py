@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from megagpt.checkpoints.folder import Checkpoint, list_checkpoints
+from megagpt.checkpoints.checkpoint import Checkpoint
+from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.checkpoints.saving import Saver
 from megagpt.config import CheckpointConfig
 from megagpt.incarnations import Incarnation, Superseded, claim, list_incarnations
 from megagpt.world import World
-from tests.checkpoints.test_saving import meta, saved_value, state_of
+from tests.checkpoints.test_saving import WHOLE, meta, saved_value, state_of
 from tests.conftest import metrics, write_tiny
 from tests.processes import environment
 
@@ -25,7 +26,7 @@ def saver(run: Path, incarnation: Incarnation) -> Saver:
 
 
 def save(by: Saver, value: float, step: int) -> None:
-    by.save(state_of(value), (0, 1), meta(step), print)
+    by.save(state_of(value), WHOLE, meta(step))
     by.finish()
 
 
@@ -93,7 +94,7 @@ def test_a_save_under_way_does_not_take_the_place_of_a_newer_ones(
         complete(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Checkpoint, "complete", late)
-    old.save(state_of(1.0), (0, 1), meta(1), print)
+    old.save(state_of(1.0), WHOLE, meta(1))
     assert reached.wait(30)
     new = saver(tmp_path, claim(tmp_path, {}))
     save(new, 2.0, 1)

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from megagpt.checkpoints.folder import Checkpoint
+from megagpt.checkpoints.checkpoint import OpenCheckpoint
 from megagpt.config import Config
 from megagpt.errors import UserError
 
@@ -29,17 +29,17 @@ class Allowed:
     """--allow-recipe-change: another learning rate, schedule, batch, seed or dropout from here on."""
 
 
-def check(
-    checkpoint: Checkpoint, meta: dict[str, Any], config: Config, fingerprints: list[str], allowed: Allowed
-) -> list[str]:
-    """The differences that are allowed, for the log. Raises UserError naming all that are not, and the way on."""
-    saved, wanted = meta["config"], dataclasses.asdict(config)
+def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowed: Allowed) -> list[str]:
+    """The differences that are allowed, for the log. Raises UserError naming all that are not, with the options that
+    would allow them."""
+    meta = found.meta
+    saved, wanted = meta.config, dataclasses.asdict(config)
     model = model_differences(saved, config)
     recipe, data = [], []
-    if meta["sequences_seen"]:  # before the first sequence there is nothing that a change could contradict
+    if meta.sequences_seen:  # before the first sequence there is nothing that a change could contradict
         recipe = _differences(_recipe(saved), _recipe(wanted))
         data = _differences(
-            {"data.sources weights": [s["weight"] for s in saved["data"]["sources"]], "data": meta["data"]},
+            {"data.sources weights": [s["weight"] for s in saved["data"]["sources"]], "data": meta.data},
             {"data.sources weights": [s["weight"] for s in wanted["data"]["sources"]], "data": fingerprints},
         )
     refused, ways = list(model), []
@@ -47,12 +47,14 @@ def check(
         ways.append("another model needs another run.name")
     if recipe and not allowed.recipe:
         refused += recipe
-        ways.append("--allow-recipe-change goes on with the new recipe")
+        ways.append("--allow-recipe-change resumes with the new recipe")
     if data and not allowed.data:
         refused += data
-        ways.append("--allow-data-change goes on with the new data")
+        ways.append("--allow-data-change resumes with the new data")
     if refused:
-        raise UserError(f"{checkpoint.path}: of another run than this config: {'; '.join(refused)}. {'; '.join(ways)}")
+        raise UserError(
+            f"{found.path}: belongs to another run than this config: {'; '.join(refused)}. {'; '.join(ways)}"
+        )
     return recipe + data
 
 

@@ -1,11 +1,8 @@
-"""Loading: a checkpoint into an engine, or single tensors of it."""
+"""Loading: a run's newest checkpoint into an engine, or single tensors of one."""
 
 import contextlib
-import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -13,112 +10,96 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megagpt.checkpoints.checkpoint import INDEX, OpenCheckpoint
 from megagpt.checkpoints.compatibility import Allowed, check
-from megagpt.checkpoints.folder import INDEX, Checkpoint, damaged, list_checkpoints
+from megagpt.checkpoints.folder import list_checkpoints, quarantined
 from megagpt.checkpoints.saving import hush
 from megagpt.checkpoints.storage import CorruptError, FileSum, Reader
+from megagpt.config import Config
+from megagpt.console import say
 from megagpt.engines.engine import Engine
 from megagpt.errors import ExpectedError, UserError, first_line
+from megagpt.world import World
 
 
-def resume(
-    run: Path,
-    engine: Engine,
-    fingerprints: list[str],
-    allowed: Allowed,
-    say: Callable[[str], Any],
-    chosen: Callable[[int], Any] = lambda tokens: None,
-) -> dict[str, Any] | None:
-    """Fill the engine from the run's newest whole checkpoint; its meta.json, or None where none was ever completed.
-    `chosen` is called with its tokens when it is known to fit, before it is read.
+def choose(run: Path, config: Config, fingerprints: list[str], allowed: Allowed, world: World) -> OpenCheckpoint | None:
+    """The run's newest complete checkpoint, which fits config and data; None if none was ever completed.
 
-    Every rank calls it. A damaged checkpoint is named and set aside, and the next older one is taken. Raises UserError
-    where there are only damaged ones, and where the checkpoint is of another run than the engine's config.
+    Every rank calls it and gets the main rank's answer, because file systems may show ranks different states. Corrupt
+    ones are named and quarantined on the way. Raises UserError if there are only corrupt ones, and if the checkpoint
+    belongs to another run than the config.
     """
-    world = engine.world
-    while True:
-        # As the main rank sees it: file systems may show ranks different states.
-        path = world.from_main(lambda: max((c.path for c in list_checkpoints(run)), default=None))
-        if path is None:
-            break
-        checkpoint = Checkpoint(path)
+    return world.from_main(lambda: _choose(run, config, fingerprints, allowed, world.size))
+
+
+def _choose(run: Path, config: Config, fingerprints: list[str], allowed: Allowed, ranks: int) -> OpenCheckpoint | None:
+    for checkpoint in reversed(list_checkpoints(run)):
         try:
-            return _load(checkpoint, engine, fingerprints, allowed, say, chosen)
+            found = checkpoint.open()
+            found.check_file(INDEX)  # PyTorch hides what its reader of the index raises
         except CorruptError as error:
-            aside = world.from_main(functools.partial(_set_aside, checkpoint, error))
-            say(f"{error}; set aside as {aside.name}")
-    found = world.from_main(lambda: damaged(run))
-    if found:
+            say(_quarantine_words(error, checkpoint.quarantine(), checkpoint.path))
+            continue
+        except OSError as error:
+            raise UserError(f"{checkpoint.path}: cannot be read: {first_line(error)}") from None
+        for difference in check(found, config, fingerprints, allowed):
+            say(f"resuming with a change: {difference}")
+        if config.model.dropout and found.meta.world_size != ranks:
+            say(
+                f"dropout draws by rank: on {ranks} ranks instead of {found.meta.world_size}, other elements are "
+                "dropped from here on, at the same rate"
+            )
+        return found
+    left = quarantined(run)
+    if left:
         raise UserError(
-            f"{found[-1]}: no checkpoint of this run is whole; restore one from a copy, or start another run. To start "
-            "this one over, remove what was set aside"
+            f"{left[-1]}: no checkpoint of this run is complete; restore one from a copy, or use another run.name. To "
+            "begin this run again from its first token, remove the quarantined checkpoints"
         )
     return None
 
 
-def _set_aside(checkpoint: Checkpoint, error: CorruptError) -> Path:
-    """Rename a damaged checkpoint. Raises UserError where this rank finds it whole, and where it cannot be renamed."""
-    with contextlib.suppress(CorruptError):
-        checkpoint.whole()
-        checkpoint.check_file(error.file.name)
-        raise UserError(f"{error}, as one rank reads it, and the main rank finds it whole: look at that rank's host")
-    aside = checkpoint.set_aside()
-    if aside == checkpoint.path:
-        raise UserError(f"{error}; move {checkpoint.path} away, and an older checkpoint is taken")
-    return aside
-
-
-def _load(
-    checkpoint: Checkpoint,
-    engine: Engine,
-    fingerprints: list[str],
-    allowed: Allowed,
-    say: Callable[[str], Any],
-    chosen: Callable[[int], Any],
-) -> dict[str, Any]:
-    config, world = engine.config, engine.world
-
-    meta, sums = world.from_main(lambda: _whole(checkpoint))
-    for difference in check(checkpoint, meta, config, fingerprints, allowed):
-        say(f"going on with a change: {difference}")
-    if config.model.dropout and meta["world_size"] != world.size:
-        say(
-            f"dropout draws by rank: on {world.size} ranks instead of {meta['world_size']}, other elements are dropped "
-            "from here on, at the same rate"
-        )
-    chosen(meta["tokens_seen"])
+def load(found: OpenCheckpoint, engine: Engine) -> None:
+    """Fill the engine from a checkpoint. Every rank calls it. Raises CorruptError, on every rank, if some rank reads a
+    block that is not as it was written."""
     state = engine.state()
-    _read(checkpoint.path, sums, state, no_dist=world.size == 1)
-    engine.state_loaded(meta["updates"])
-    if (
-        engine.loss_scale.dynamic
-        and "loss_scale" in meta
-        and meta["config"]["train"]["precision"] == config.train.precision
-    ):
-        engine.loss_scale = dataclasses.replace(engine.loss_scale, **meta["loss_scale"])
-    return meta
+    _read(found.path, found.sums, state, no_dist=engine.world.size == 1)
+    engine.state_loaded(found.meta.scalars)
 
 
-def _whole(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, FileSum]]:
-    """Its meta.json and checksums, with the index read: PyTorch hides what a reader of that raises."""
-    try:
-        meta, sums = checkpoint.whole()
-        checkpoint.check_file(INDEX)
-    except OSError as error:
-        raise UserError(f"{checkpoint.path}: cannot be read: {first_line(error)}") from None
-    return meta, sums
+def quarantine(found: OpenCheckpoint, error: CorruptError, world: World) -> None:
+    """Rename a checkpoint that could not be loaded, so that `choose` takes an older one. Every rank calls it. Raises
+    UserError if the main rank finds it complete, and if it cannot be renamed."""
+
+    def rename() -> Path:
+        with contextlib.suppress(CorruptError):
+            found.checkpoint.open().check_file(error.file.name)
+            raise UserError(
+                f"{error}, as one rank reads it, but the main rank finds it complete: check that rank's host"
+            )
+        return found.checkpoint.quarantine()
+
+    say(_quarantine_words(error, world.from_main(rename), found.path))
 
 
-def read_weights(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _quarantine_words(error: CorruptError, now: Path, before: Path) -> str:
+    """A line for the log. Raises UserError if the checkpoint still has its old path."""
+    if now == before:
+        raise UserError(f"{error}; move {before} away, then resume from an older checkpoint")
+    return f"{error}; quarantined as {now.name}"
+
+
+def read_weights(found: OpenCheckpoint, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Parameters by name, fp32 on the CPU. Raises UserError for one that is missing or of another shape."""
     state = {f"model.{name}": torch.empty(shape) for name, shape in shapes.items()}
-    _read(checkpoint.path, _whole(checkpoint)[1], state, no_dist=True)
+    found.check_file(INDEX)
+    _read(found.path, found.sums, state, no_dist=True)
     return {name: state[f"model.{name}"] for name in shapes}
 
 
-def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(found: OpenCheckpoint) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint by its key, such as `exp_avg.blocks.0.mlp.up.weight`."""
-    metadata = Reader(checkpoint.path, checkpoint.sums()).read_metadata()
+    metadata = Reader(found.path, found.sums).read_metadata()
     return {
         key: tuple(tensor.size)
         for key, tensor in metadata.state_dict_metadata.items()

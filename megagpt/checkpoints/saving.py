@@ -2,13 +2,10 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import os
-import platform
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +15,16 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
-import megagpt
-from megagpt.checkpoints.folder import (
-    FORMAT,
-    SHARE,
-    Checkpoint,
-    at_tokens,
-    checkpoints_folder,
-    remove_unfinished,
-    rotate,
-    saving_folder,
-)
+from megagpt.checkpoints.checkpoint import SHARE, Checkpoint, CheckpointMeta
+from megagpt.checkpoints.folder import Rotation, at_tokens, checkpoints_folder, remove_unfinished, saving_folder
 from megagpt.checkpoints.storage import Writer
-from megagpt.config import CheckpointConfig, Config
-from megagpt.engines.engine import Engine
+from megagpt.config import CheckpointConfig
+from megagpt.console import say
+from megagpt.engines.engine import Engine, Replica
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.errors import UserError, disk_error, disk_reason
 from megagpt.incarnations import Incarnation
+from megagpt.position import Position
 from megagpt.process_memory import free_memory
 from megagpt.world import World
 
@@ -79,6 +69,7 @@ class Saver:
         self._outcome: Saved | BaseException | None = None
         self._seconds, self._measured = 0.0, False
         self._room: bool | None = None
+        self._rotation: Rotation | None = None
 
     @property
     def expected_seconds(self) -> float:
@@ -114,28 +105,21 @@ class Saver:
 
         self._world.from_main(see_all)
 
-    def save(
-        self,
-        state: dict[str, FlatShard],
-        replica: tuple[int, int],
-        meta: dict[str, Any],
-        say: Callable[[str], Any],
-    ) -> Saved | None:
-        """Begin a save, after the one before it has ended: what that one saved is returned, or raised.
+    def save(self, state: dict[str, FlatShard], replica: Replica, meta: CheckpointMeta) -> Saved | None:
+        """Begin a save after the one before it has ended: returns what that one saved, or raises its error.
 
-        `replica`: which one of how many copies of the state this rank holds; each copy writes its share. `meta`: what
-        `describe` gives.
+        `replica`: the copy of the state that this rank holds; each copy writes its share.
         """
         called = time.monotonic()
         previous = self.finish()
         begin = time.monotonic()
-        state = share_of(state, *replica)
-        copied = self._config.asynchronous and self._room_for(state, say)
+        state = share_of(state, replica)
+        copied = self._config.asynchronous and self._room_for(state)
         if copied:
             state = {key: _copy(shard) for key, shard in state.items()}
             if self._world.device.type == "cuda":
                 torch.cuda.synchronize(self._world.device)
-        checkpoint = at_tokens(self._run, meta["tokens_seen"])
+        checkpoint = at_tokens(self._run, meta.tokens_seen)
         stall = time.monotonic() - called
 
         def work() -> None:
@@ -183,7 +167,7 @@ class Saver:
             ) from None
         raise outcome
 
-    def _room_for(self, state: dict[str, FlatShard], say: Callable[[str], Any]) -> bool:
+    def _room_for(self, state: dict[str, FlatShard]) -> bool:
         """Whether every rank has memory for a copy beside what it uses. Asked once: PyTorch and the C library keep the
         memory of a copy for the next one."""
         if self._room is not None:
@@ -200,7 +184,7 @@ class Saver:
             )
         return self._room
 
-    def _write(self, state: dict[str, FlatShard], checkpoint: Checkpoint, meta: dict[str, Any]) -> None:
+    def _write(self, state: dict[str, FlatShard], checkpoint: Checkpoint, meta: CheckpointMeta) -> None:
         saving = saving_folder(checkpoint, self._number)
 
         def begin() -> None:
@@ -217,7 +201,9 @@ class Saver:
             sums = {name: s for sums in gathered for name, s in sums.items()}
             checkpoint.complete(saving, meta, sums, self._fence)
             self._fence()
-            rotate(self._run, checkpoint, self._config.keep_last)
+            if self._rotation is None:
+                self._rotation = Rotation(self._run, self._config.keep_last)
+            self._rotation.saved(checkpoint, meta.milestone)
 
         self._world.from_main(complete, self._group)
 
@@ -242,57 +228,33 @@ class Saver:
         return values or []
 
 
-def describe(engine: Engine, sequences_seen: int, fingerprints: list[str], milestone: bool) -> dict[str, Any]:
-    """What meta.json says of an engine's save."""
-    config, scale = engine.config, engine.loss_scale
-    return {
-        **describe_position(
-            config, config.engine.name, engine.world.size, sequences_seen, engine.updates, fingerprints, milestone
-        ),
-        "loss_scale": {"value": scale.value, "good_steps": scale.good_steps},
-    }
+def meta_of(
+    engine: Engine, at: Position, fingerprints: list[str], milestone: bool, skipped_updates: int
+) -> CheckpointMeta:
+    """The meta.json of an engine's save."""
+    return CheckpointMeta(
+        tokens_seen=at.tokens,
+        sequences_seen=at.sequences,
+        step=at.step,
+        engine=engine.config.engine.name,
+        world_size=engine.world.size,
+        config=dataclasses.asdict(engine.config),
+        data=fingerprints,
+        scalars=engine.scalars(),
+        milestone=milestone,
+        skipped_updates=skipped_updates,
+    )
 
 
-def describe_position(
-    config: Config,
-    writer: str,
-    world_size: int,
-    sequences_seen: int,
-    updates: int,
-    fingerprints: list[str] | None,
-    milestone: bool,
-) -> dict[str, Any]:
-    """What meta.json says of any save. No generator's state is in it: initial weights, data order, dropout and samples
-    are functions of the seed and the position."""
-    return {
-        "format": FORMAT,
-        "tokens_seen": sequences_seen * config.model.context,
-        "sequences_seen": sequences_seen,
-        "updates": updates,
-        "milestone": milestone,
-        "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "engine": writer,
-        "world_size": world_size,
-        "config": dataclasses.asdict(config),
-        "data": fingerprints,
-        "versions": {
-            "megagpt": megagpt.__version__,
-            "torch": torch.__version__,
-            "deepspeed": importlib.metadata.version("deepspeed"),
-            "python": platform.python_version(),
-        },
-    }
-
-
-def share_of(state: dict[str, FlatShard], replica: int, replicas: int) -> dict[str, FlatShard]:
-    """What one of several equal copies of a state writes.
+def share_of(state: dict[str, FlatShard], replica: Replica) -> dict[str, FlatShard]:
+    """The share of the state that one of several equal copies writes.
 
     The tensors are laid end to end and cut into equal ranges, so that most tensors are written in one piece.
     """
-    if replicas == 1:
+    if replica.count == 1:
         return state
     total = sum(s.flat.numel() for s in state.values())
-    first, last = total * replica // replicas, total * (replica + 1) // replicas
+    first, last = total * replica.index // replica.count, total * (replica.index + 1) // replica.count
     share, position = {}, 0
     for key, shard in state.items():
         count = shard.flat.numel()

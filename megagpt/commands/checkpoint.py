@@ -1,14 +1,15 @@
 """checkpoint list, verify, show, bench: what a run has saved, and how fast."""
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt.commands.options import Add, count
-from megagpt.errors import ExitCode, UserError
+from megagpt.errors import ExitCode, ExpectedError, UserError
 
 if TYPE_CHECKING:
-    from megagpt.checkpoints.folder import Checkpoint
+    from megagpt.checkpoints.checkpoint import Checkpoint
 
 
 def register(add: Add) -> None:
@@ -38,7 +39,8 @@ def register(add: Add) -> None:
 
 def _chosen(path: str) -> "list[Checkpoint]":
     """A checkpoint by its own folder, or all of a run's. Raises UserError where there is none."""
-    from megagpt.checkpoints.folder import Checkpoint, is_checkpoint, list_checkpoints
+    from megagpt.checkpoints.checkpoint import Checkpoint
+    from megagpt.checkpoints.folder import is_checkpoint, list_checkpoints
 
     if is_checkpoint(Path(path)):
         return [Checkpoint(Path(path).resolve())]
@@ -54,16 +56,16 @@ def _list(arguments: argparse.Namespace) -> int:
     checkpoints = _chosen(arguments.run)
     print(f"{'tokens':>17} {'updates':>9} {'GB':>8}  {'written by':12} {'saved':25} {'kind':9} state")
     for checkpoint in checkpoints:
-        problem = checkpoint.problem()
-        if problem:
-            print(f"{checkpoint.tokens:17,} {'':>9} {'':>8}  {'':12} {'':25} {'':9} not whole: {problem}")
+        try:
+            found = checkpoint.open()
+        except (ExpectedError, OSError) as error:
+            print(f"{checkpoint.tokens:17,} {'':>9} {'':>8}  {'':12} {'':25} {'':9} incomplete: {error}")
             continue
-        meta = checkpoint.meta()
-        writer = f"{meta['engine']} x {meta['world_size']}"
-        kind = "milestone" if meta["milestone"] else "interval"
+        meta = found.meta
+        kind = "milestone" if meta.milestone else "interval"
         print(
-            f"{checkpoint.tokens:17,} {meta['updates']:9,} {checkpoint.size / 1e9:8.3f}  {writer:12} "
-            f"{meta['saved']:25} {kind:9} whole"
+            f"{checkpoint.tokens:17,} {meta.scalars['updates']:9,} {found.size / 1e9:8.3f}  "
+            f"{f'{meta.engine} x {meta.world_size}':12} {meta.saved:25} {kind:9} complete"
         )
     return 0
 
@@ -71,28 +73,27 @@ def _list(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    damaged = 0
+    corrupt = 0
     for checkpoint in _chosen(arguments.run):
-        total = checkpoint.size if checkpoint.problem() is None else None
+        total = None
+        with contextlib.suppress(ExpectedError, OSError):
+            total = checkpoint.open().size
         with tqdm(total=total, unit="B", unit_scale=True, desc=checkpoint.path.name, disable=None, leave=False) as bar:
             problems = checkpoint.verify(bar.update)
-        damaged += bool(problems)
+        corrupt += bool(problems)
         print("\n".join(problems) if problems else f"{checkpoint.path}: every byte as it was written")
-    return ExitCode.DIFFERENT if damaged else ExitCode.DONE
+    return ExitCode.DIFFERENT if corrupt else ExitCode.DONE
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    import json
-    import sys
-
     from megagpt.checkpoints.folder import find_checkpoint
     from megagpt.checkpoints.loading import tensor_shapes
 
-    checkpoint = find_checkpoint(Path(arguments.run), lambda text: print(text, file=sys.stderr))
-    print(f"# {checkpoint.path}: {len(checkpoint.sums())} files, {checkpoint.size:,} bytes")
-    print(json.dumps(checkpoint.meta(), indent=2))
+    found = find_checkpoint(Path(arguments.run))
+    print(f"# {found.path}: {len(found.sums)} files, {found.size:,} bytes")
+    print(found.meta.to_json().decode())
     if arguments.tensors:
-        for name, shape in tensor_shapes(checkpoint).items():
+        for name, shape in tensor_shapes(found).items():
             print(f"{name}: {' x '.join(map(str, shape))}")
     return 0
 

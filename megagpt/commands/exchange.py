@@ -22,7 +22,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from megagpt.checkpoints.folder import find_checkpoint
     from megagpt.exchange.exporting import export_checkpoint
 
-    checkpoint = find_checkpoint(Path(arguments.run), print)
+    checkpoint = find_checkpoint(Path(arguments.run))
     export_checkpoint(checkpoint, arguments.to, arguments.shard_bytes)
     print(
         f"wrote {arguments.to} from {checkpoint.path}; load it with "

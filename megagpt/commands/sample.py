@@ -44,11 +44,11 @@ def _load_model(name: str) -> "GPT":
         raise UserError(f"{name}: no such folder")
     if is_pretrained(folder):
         return load_pretrained(folder)
-    checkpoint = find_checkpoint(folder, lambda text: print(text, file=sys.stderr))
+    found = find_checkpoint(folder)
     with torch.device("meta"):
-        model = GPT(build_config(checkpoint.meta()["config"], str(checkpoint.path)).model)
+        model = GPT(build_config(found.meta.config, str(found.path)).model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    model.load_state_dict(read_weights(checkpoint, shapes), assign=True)
+    model.load_state_dict(read_weights(found, shapes), assign=True)
     return model
 
 

@@ -14,9 +14,9 @@ def register(add: Add) -> None:
 def _status(arguments: argparse.Namespace) -> int:
     from megagpt.commands.train import run_config
     from megagpt.config_file import load_config
-    from megagpt.training.status import describe
+    from megagpt.training.status import status_lines
 
     run = Path(arguments.run)
-    for line in describe(run, load_config(run_config(run), [])):
+    for line in status_lines(run, load_config(run_config(run), [])):
         print(line)
     return 0

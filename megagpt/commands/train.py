@@ -45,8 +45,8 @@ def _train(arguments: argparse.Namespace) -> int:
         stop.time_limit = config.train.time_limit
         with join(config.train.device, hang_timeout=config.train.hang_timeout) as world:
             from megagpt.checkpoints.compatibility import Allowed
+            from megagpt.training.loop import train
             from megagpt.training.run_folder import holds_run, run_folder
-            from megagpt.training.trainer import train
 
             allowed = Allowed(data=arguments.allow_data_change, recipe=arguments.allow_recipe_change)
             resume = bool(arguments.resume)

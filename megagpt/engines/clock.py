@@ -1,7 +1,7 @@
-"""What one rank itself spends on a step: measured where it waits for nobody.
+"""The time that one rank itself spends on a step, measured in places where it waits for no other rank.
 
 Ranks end each step together, so the step's time is the slowest rank's. Inside a block's forward pass no engine
-communicates: its time tells ranks apart.
+communicates, so the time of that pass tells ranks apart.
 """
 
 import time
@@ -17,22 +17,23 @@ from megagpt.models.gpt import GPT
 _BLOCKS = 4
 
 
-class Spent(NamedTuple):
+class StepTimes(NamedTuple):
     """Seconds of one rank since the last reading."""
 
     compute: float
     """Inside the forward passes of a few blocks, up to four, the same on every rank."""
     wait: float
-    """From the end of the last backward pass through the blocks until the gradients' sum and the loss of all ranks were
-    there."""
+    """From the end of the last backward pass through the blocks to the arrival of the sums over all ranks: of the
+    gradients and of the loss."""
 
 
 class StepClock:
-    """Times the forward passes of a few blocks, and the wait for the other ranks. On a GPU by events, which cost the
-    host nothing; they are read when the step is over. `progress` is called at each of the passes."""
+    """Times the forward passes of a few blocks, and the wait for the other ranks. On a GPU it uses events, which cost
+    the host nothing and are read when the step is over."""
 
-    def __init__(self, model: GPT, device: torch.device, progress: Callable[[], Any] = lambda: None) -> None:
-        self._progress = progress
+    def __init__(self, model: GPT, device: torch.device) -> None:
+        self.on_pass: Callable[[], object] = lambda: None
+        """Called at each of the timed passes, as a sign of life."""
         self._now: Callable[[], Any] = time.perf_counter
         if device.type == "cuda":
             self._now = _event
@@ -49,7 +50,7 @@ class StepClock:
                 return forward(x, *more)
             if first and x.requires_grad:
                 x.register_hook(self._backward_ended)
-            self._progress()
+            self.on_pass()
             begin = self._now()
             y = forward(x, *more)
             self._passes.append((begin, self._now()))
@@ -65,11 +66,11 @@ class StepClock:
         if self._backward_end is not None:
             self._waits.append((self._backward_end, self._now()))
 
-    def read(self) -> Spent:
-        """What was spent since the last reading. The step must be over on the device."""
-        spent = Spent(sum(map(_seconds, self._passes)), sum(map(_seconds, self._waits)))
+    def read(self) -> StepTimes:
+        """The times since the last reading. The step must be over on the device."""
+        times = StepTimes(sum(map(_seconds, self._passes)), sum(map(_seconds, self._waits)))
         self._passes, self._waits = [], []
-        return spent
+        return times
 
 
 def _event() -> torch.cuda.Event:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megagpt.config import Config
-from megagpt.engines.engine import build_optimizer, prepare_model
+from megagpt.engines.engine import Replica, build_optimizer, prepare_model
 from megagpt.engines.native import NativeEngine
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
@@ -24,7 +24,7 @@ class DDPEngine(NativeEngine):
         self.model = model.to_empty(device=world.device)
         initialize(self.model, config.model, config.run.seed)
         self.optimizer = build_optimizer(self.model, config)
-        prepare_model(self.model, config, world.device)
+        self.clock = prepare_model(self.model, config, world.device)
         self.wrapped: nn.Module = self.model
         if world.size > 1:
             # The buckets share memory with the gradients: no second copy of them.
@@ -36,5 +36,5 @@ class DDPEngine(NativeEngine):
             return self._backward(self.wrapped(tokens, targets), scale)
 
     @property
-    def replica(self) -> tuple[int, int]:
-        return self.world.rank, self.world.size
+    def replica(self) -> Replica:
+        return Replica(self.world.rank, self.world.size)

@@ -8,10 +8,12 @@ An engine owns weights, gradients and optimizer state of one model across the ra
 
 import abc
 import contextlib
+import dataclasses
 import hashlib
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from megagpt.data.loader import Batch
 from megagpt.engines.activation_checkpointing import checkpoint_activations
 from megagpt.engines.clock import StepClock
 from megagpt.engines.flat_shard import FlatShard
-from megagpt.engines.loss_scale import loss_scale
+from megagpt.engines.loss_scale import LossScale, loss_scale
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import is_decayed
 from megagpt.world import World
@@ -38,7 +40,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepResult(NamedTuple):
-    """What one optimizer step did."""
+    """The outcome of one optimizer step."""
 
     loss: float
     """Mean over all tokens of the global batch, in nats."""
@@ -47,7 +49,15 @@ class StepResult(NamedTuple):
     tokens: int
     """Targets of the global batch that counted."""
     updated: bool
-    """False where loss or gradient was not finite and the weights stayed as they were."""
+    """False if loss or gradient was not finite and the weights stayed as they were."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One of several equal copies of the state: the copy that this rank's ranges belong to."""
+
+    index: int
+    count: int
 
 
 class Engine(abc.ABC):
@@ -57,13 +67,15 @@ class Engine(abc.ABC):
     """The model itself, whatever is wrapped around it."""
     optimizer: torch.optim.AdamW
     """Over two groups, whose learning rate each step sets."""
-    clock: StepClock | None = None
-    """Told of the step's milestones, where someone measures."""
+    clock: StepClock
+    """Times this rank's own work in a step."""
 
     def __init__(self, config: Config, world: World) -> None:
         self.config = config
         self.world = world
         self.loss_scale = loss_scale(config.train.precision)
+        self.on_micro_batch: Callable[[], object] = lambda: None
+        """Called after each micro-batch's backward pass: a measurement's chance to look."""
 
     def train_step(self, batch: Batch, lr: float) -> StepResult:
         """One optimizer step over this rank's share of a global batch."""
@@ -75,10 +87,10 @@ class Engine(abc.ABC):
         for i, (tokens, targets) in enumerate(batch.micro_batches):
             tokens, targets = (t.to(self.world.device, non_blocking=True) for t in (tokens, targets))
             total += self._accumulate(tokens, targets, scale, last=i == len(batch.micro_batches) - 1)
+            self.on_micro_batch()
         if self.world.size > 1:
             dist.all_reduce(total)
-        if self.clock is not None:
-            self.clock.summed()
+        self.clock.summed()
         gradient_norm = self._update()
         finite = math.isfinite(gradient_norm)
         self.loss_scale.update(finite)
@@ -101,13 +113,23 @@ class Engine(abc.ABC):
         resumes from what was written."""
 
     @property
-    def replica(self) -> tuple[int, int]:
-        """Which one of how many equal copies of the state this rank's ranges belong to."""
-        return 0, 1
+    def replica(self) -> Replica:
+        """The copy of the state that this rank holds a part of."""
+        return Replica(0, 1)
+
+    def scalars(self) -> dict[str, Any]:
+        """The state that is not a tensor, as plain values: a checkpoint stores it beside `state()`."""
+        return {"updates": self.updates, "loss_scale": dataclasses.asdict(self.loss_scale)}
+
+    def state_loaded(self, scalars: dict[str, Any]) -> None:
+        """`state()` was overwritten with a checkpoint's, whose `scalars` these are."""
+        self._state_loaded(scalars["updates"])
+        if self.loss_scale.dynamic and scalars["loss_scale"]["dynamic"]:  # else this run or that one had none
+            self.loss_scale = LossScale(**scalars["loss_scale"])
 
     @abc.abstractmethod
-    def state_loaded(self, updates: int) -> None:
-        """`state()` was overwritten with a checkpoint after `updates` optimizer updates."""
+    def _state_loaded(self, updates: int) -> None:
+        """Bring everything that was derived from the state up to date with it, and Adam's count of updates."""
 
     @property
     def updates(self) -> int:
@@ -119,7 +141,7 @@ class Engine(abc.ABC):
         return f"{self.config.engine.name} on {self.world.size} x {self.world.device.type}"
 
     def settings(self) -> dict[str, Any]:
-        """What the engine hands to its library, for the run's folder; empty where that is nothing of its own."""
+        """The library's own config, to be saved in the run's folder; empty if it has none."""
         return {}
 
     @contextlib.contextmanager
@@ -150,14 +172,17 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def prepare_model(model: GPT, config: Config, device: torch.device) -> None:
-    """What happens to a model before an engine shards it, in this order: activation checkpointing, compilation."""
+def prepare_model(model: GPT, config: Config, device: torch.device) -> StepClock:
+    """Everything that is put around a model's forward passes before an engine shards it, from the inside out:
+    activation checkpointing, compilation and a clock on blocks; autocast on the model. Returns the clock."""
     checkpoint_activations(model, config.train.activation_checkpointing)
     if config.train.compile:
         for block in model.blocks:
             block.forward = torch.compile(block.forward)
+    clock = StepClock(model, device)
     # Inside the model, so that no engine's own wrapping can switch it off.
     model.forward = autocast(config, device)(model.forward)  # type: ignore[method-assign]
+    return clock
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from megagpt.config import Config
-from megagpt.engines.engine import DTYPES, build_optimizer, prepare_model
+from megagpt.engines.engine import DTYPES, Replica, build_optimizer, prepare_model
 from megagpt.engines.native import NativeEngine, first_row
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initial_values
@@ -31,7 +31,7 @@ class FSDPEngine(NativeEngine):
         engine, device = config.engine, world.device
         shard = config.sharing_ranks(world.size)
         mesh = init_device_mesh(device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
-        self._replica = mesh.get_local_rank("replicate"), mesh.size(0)
+        self._replica = Replica(mesh.get_local_rank("replicate"), mesh.size(0))
         self.shard_group = mesh["shard"].get_group()
         policy = MixedPrecisionPolicy(
             param_dtype=DTYPES[config.train.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -40,7 +40,7 @@ class FSDPEngine(NativeEngine):
         offload = CPUOffloadPolicy(pin_memory=on_gpu) if engine.offload == "all" else OffloadPolicy()
         with torch.device("meta"):
             self.model = GPT(config.model)
-        prepare_model(self.model, config, device)
+        self.clock = prepare_model(self.model, config, device)
         # The root holds what is left over: the tied embedding and head in one group, positions, final LayerNorm.
         for module in (*self.model.blocks, self.model):
             fully_shard(
@@ -79,7 +79,7 @@ class FSDPEngine(NativeEngine):
         self.model.reshard()
 
     @property
-    def replica(self) -> tuple[int, int]:
+    def replica(self) -> Replica:
         return self._replica
 
     def describe(self) -> str:

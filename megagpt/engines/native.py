@@ -52,7 +52,7 @@ class NativeEngine(Engine):
             state[f"exp_avg_sq.{name}"] = _held(moments["exp_avg_sq"])
         return state
 
-    def state_loaded(self, updates: int) -> None:
+    def _state_loaded(self, updates: int) -> None:
         for moments in self.optimizer.state.values():
             moments["step"].fill_(updates)
 

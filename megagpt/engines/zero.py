@@ -43,7 +43,7 @@ class ZeroEngine(Engine):
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.model = self._build(deepspeed)
         optimizer = build_optimizer(self.model, config)
-        prepare_model(self.model, config, world.device)
+        self.clock = prepare_model(self.model, config, world.device)
         self._engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, config=self._settings, dist_init_required=False
         )
@@ -85,7 +85,7 @@ class ZeroEngine(Engine):
                 shard.flat.copy_(values)
             else:
                 shard.flat.zero_()
-        self.state_loaded(0)
+        self._state_loaded(0)
 
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         if self.loss_scale.dynamic:
@@ -108,7 +108,7 @@ class ZeroEngine(Engine):
                 state[f"{kind}.{name}"] = self._shards.shard(parameter, None if kind == "model" else kind)
         return state
 
-    def state_loaded(self, updates: int) -> None:
+    def _state_loaded(self, updates: int) -> None:
         self._shards.publish()
         for moments in self.optimizer.state.values():
             moments["step"] = torch.full((), float(updates), device=moments["exp_avg"].device)

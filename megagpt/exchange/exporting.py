@@ -1,26 +1,25 @@
 """A run's checkpoint as a folder that `transformers` loads: model, tokenizer, generation settings, model card."""
 
-import contextlib
 import functools
 import json
 from pathlib import Path
-from typing import Any
 
-from megagpt.checkpoints.folder import Checkpoint
+from megagpt.checkpoints.checkpoint import CheckpointMeta, OpenCheckpoint
 from megagpt.checkpoints.loading import read_weights
 from megagpt.config_file import build_config
 from megagpt.data.tokenizer import END_OF_TEXT
 from megagpt.exchange.tokenizer_files import tokenizer_files
 from megagpt.models.huggingface import export
 from megagpt.models.presets import ModelConfig
+from megagpt.run_log import Event, newest
 
 _GENERATION = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "do_sample": True, "top_k": 50}
 
 
-def export_checkpoint(checkpoint: Checkpoint, folder: str | Path, shard_bytes: int) -> None:
+def export_checkpoint(checkpoint: OpenCheckpoint, folder: str | Path, shard_bytes: int) -> None:
     """Write the folder, one safetensors file in memory at a time. Raises UserError."""
-    meta = checkpoint.meta()
-    model = build_config(meta["config"], str(checkpoint.path / "meta.json")).model
+    meta = checkpoint.meta
+    model = build_config(meta.config, str(checkpoint.path / "meta.json")).model
     files = {
         **tokenizer_files(model.context),
         "generation_config.json": json.dumps(_GENERATION, indent=2) + "\n",
@@ -29,17 +28,17 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | Path, shard_bytes: i
     export(folder, model, functools.partial(read_weights, checkpoint), files, shard_bytes)
 
 
-def _card(checkpoint: Checkpoint, meta: dict[str, Any], model: ModelConfig) -> str:
-    config, versions = meta["config"], meta["versions"]
+def _card(checkpoint: OpenCheckpoint, meta: CheckpointMeta, model: ModelConfig) -> str:
+    config, versions = meta.config, meta.versions
     optimizer, train = config["optimizer"], config["train"]
     validation = _validation_loss(checkpoint)
     sources = "\n".join(
         f"| data | `{source['path']}`, weight {source['weight']:g}, fingerprint `{fingerprint}` |"
-        for source, fingerprint in zip(config["data"]["sources"], meta["data"] or [], strict=False)
+        for source, fingerprint in zip(config["data"]["sources"], meta.data or [], strict=False)
     )
     rows = [
         ("run", f"`{config['run']['name']}`, seed {config['run']['seed']}"),
-        ("trained on", f"{meta['tokens_seen']:,} tokens in {meta['updates']:,} updates"),
+        ("trained on", f"{meta.tokens_seen:,} tokens in {meta.scalars['updates']:,} updates"),
         ("validation loss", f"{validation:.4f} nats a token" if validation is not None else "not measured"),
         ("parameters", f"{model.parameters:,}"),
         (
@@ -54,7 +53,7 @@ def _card(checkpoint: Checkpoint, meta: dict[str, Any], model: ModelConfig) -> s
             f"weight decay {optimizer['weight_decay']:g}, gradient clipping at {optimizer['clip_norm']:g}",
         ),
         ("precision", train["precision"]),
-        ("saved by", f"{meta['engine']} on {meta['world_size']} rank(s), {meta['saved']}"),
+        ("saved by", f"{meta.engine} on {meta.world_size} rank(s), {meta.saved}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
@@ -83,13 +82,7 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER)
 """
 
 
-def _validation_loss(checkpoint: Checkpoint) -> float | None:
+def _validation_loss(checkpoint: OpenCheckpoint) -> float | None:
     """The run's last one up to the checkpoint."""
-    loss = None
-    with contextlib.suppress(OSError):
-        for line in (checkpoint.path.parent.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, KeyError):  # a line that a kill cut off
-                event = json.loads(line)
-                if event["event"] == "validation" and event["tokens_seen"] <= checkpoint.tokens:
-                    loss = float(event["validation_loss"])
-    return loss
+    log = newest(checkpoint.path.parent.parent, up_to_tokens=checkpoint.meta.tokens_seen)
+    return float(log[Event.VALIDATION]["validation_loss"]) if Event.VALIDATION in log else None

@@ -1,17 +1,20 @@
 """A run that starts from the weights of a GPT-2 folder."""
 
+import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megagpt.checkpoints.saving import Saver, describe_position
+from megagpt.checkpoints.checkpoint import CheckpointMeta
+from megagpt.checkpoints.saving import Saver
 from megagpt.config import CheckpointConfig, Config
 from megagpt.config_file import to_yaml
+from megagpt.engines.engine import Replica
 from megagpt.engines.flat_shard import FlatShard
+from megagpt.engines.loss_scale import loss_scale
 from megagpt.errors import UserError
 from megagpt.files import write_atomic
 from megagpt.models.gpt import GPT
@@ -57,10 +60,11 @@ def import_run(folder: str | Path, config: Config) -> Path:
         state[f"model.{name}"] = weights
         state[f"exp_avg.{name}"] = FlatShard(nothing, shape, 0)
         state[f"exp_avg_sq.{name}"] = FlatShard(nothing, shape, 0)
-    meta: dict[str, Any] = describe_position(config, "import", 1, 0, 0, None, milestone=False)
-    saver = Saver(run, CheckpointConfig(asynchronous=False), World(0, 1, 0, torch.device("cpu")))
+    scalars = {"updates": 0, "loss_scale": dataclasses.asdict(loss_scale(config.train.precision))}
+    meta = CheckpointMeta(0, 0, 0, "import", 1, dataclasses.asdict(config), None, scalars)
+    saver = Saver(run, CheckpointConfig(asynchronous=False), World.alone())
     try:
-        saver.save(state, (0, 1), meta, print)
+        saver.save(state, Replica(0, 1), meta)
         saver.finish()
         # Last: a folder without it is no run.
         write_atomic(run / "config.yaml", to_yaml(config).encode())

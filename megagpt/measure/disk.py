@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.checkpoints.compatibility import Allowed
-from megagpt.checkpoints.loading import resume
-from megagpt.checkpoints.saving import Saver, describe
+from megagpt.checkpoints.loading import choose, load
+from megagpt.checkpoints.saving import Saver, meta_of
 from megagpt.config import CheckpointConfig, Config
 from megagpt.engines.engine import build_engine
 from megagpt.errors import UserError
+from megagpt.position import position
 from megagpt.world import World
 
 _PIECE = 2**24
@@ -28,7 +29,7 @@ def bench(config: Config, world: World, folder: Path, rounds: int) -> None:
     if world.from_main(lambda: folder.exists() and any(folder.iterdir())):
         raise UserError(f"{folder}: is not empty; name a folder that the measurement may fill and remove")
     engine = build_engine(config, world)
-    size = 12 * config.model.stored_parameters
+    size = config.model.checkpoint_bytes
     raw = folder / f"raw.{world.rank}"
     data = memoryview(np.random.default_rng(world.rank).bytes(min(_PIECE, size // world.size)))
     results: dict[str, list[float]] = {}
@@ -44,10 +45,13 @@ def bench(config: Config, world: World, folder: Path, rounds: int) -> None:
         return Saver(folder, CheckpointConfig(asynchronous=asynchronous), world)
 
     def save(saver: Saver) -> None:
-        saver.save(engine.state(), engine.replica, describe(engine, 0, [], milestone=False), print)
+        meta = meta_of(engine, position(config, 0, 0), [], milestone=False, skipped_updates=0)
+        saver.save(engine.state(), engine.replica, meta)
 
-    def load() -> None:
-        resume(folder, engine, [], Allowed(), print)
+    def read() -> None:
+        found = choose(folder, config, [], Allowed(), world)
+        assert found is not None
+        load(found, engine)
 
     try:
         for _ in range(rounds):
@@ -61,7 +65,7 @@ def bench(config: Config, world: World, folder: Path, rounds: int) -> None:
             timed("save", lambda: save(waiting))  # noqa: B023
             waiting.finish()
             world.from_main(lambda: _forget(folder))
-            timed("load", load)
+            timed("load", read)
 
             _empty(folder, world)
             background = saver(asynchronous=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megagpt.checkpoints.compatibility import Allowed
-from megagpt.checkpoints.loading import resume
-from megagpt.checkpoints.saving import Saver, describe
+from megagpt.checkpoints.loading import choose, load
+from megagpt.checkpoints.saving import Saver, meta_of
 from megagpt.config import CheckpointConfig, Config
 from megagpt.data.loader import Batch
 from megagpt.engines.engine import Engine, build_engine
@@ -23,6 +23,7 @@ from megagpt.measure.plain import plain_optimizer, plain_step
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
 from megagpt.models.presets import ModelConfig
+from megagpt.position import position
 from megagpt.world import World, join
 
 Curve = list[tuple[float, float]]
@@ -59,8 +60,9 @@ def saved(case: Case, world: World) -> Curve:
     results = []
     for step in range(SAVED_AT + STEPS):
         if step == SAVED_AT:
-            meta = describe(engine, _position(SAVED_AT), [], milestone=False)
-            saver.save(engine.state(), engine.replica, meta, print)
+            at = position(engine.config, SAVED_AT * len(rows(0)), SAVED_AT)
+            meta = meta_of(engine, at, [], milestone=False, skipped_updates=0)
+            saver.save(engine.state(), engine.replica, meta)
         results.append(engine.train_step(share(step, world.rank, case), LR))
     saver.finish()
     return [(r.loss, r.gradient_norm) for r in results]
@@ -71,15 +73,13 @@ def resumed(case: Case, world: World) -> list[Curve]:
     engine = build_engine(case.config(), world)
     curves = []
     for run in case.runs:
-        resume(Path(run), engine, [], Allowed(), print)
+        found = choose(Path(run), engine.config, [], Allowed(), world)
+        assert found is not None
+        load(found, engine)
         steps = range(SAVED_AT, SAVED_AT + STEPS)
         results = [engine.train_step(share(step, world.rank, case), LR) for step in steps]
         curves.append([(r.loss, r.gradient_norm) for r in results])
     return curves
-
-
-def _position(step: int) -> int:
-    return step * len(rows(step))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

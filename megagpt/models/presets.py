@@ -81,6 +81,11 @@ class ModelConfig:
         return self.parameters + (self.padded_vocab_size - self.vocab_size) * self.width
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint's tensors: fp32 weights and both Adam moments."""
+        return 12 * self.stored_parameters
+
+    @property
     def flops_per_token(self) -> int:
         """Forward and backward FLOPs a token: 6 per parameter that is multiplied, plus attention over the full context.
 

@@ -1,4 +1,4 @@
-"""What a run leaves beside its metrics and checkpoints: its config, and for each start who ran it, where and how."""
+"""The files of a run beside its log and checkpoints: its config, and for each incarnation who ran it, where and how."""
 
 import json
 import os
@@ -19,38 +19,44 @@ from megagpt.files import write_atomic
 from megagpt.hardware import device_name
 from megagpt.incarnations import Incarnation, claim
 from megagpt.launchers import slurm_job
+from megagpt.run_log import log_path
 
 
 def run_folder(config: Config) -> Path:
-    """Where a config's run lives."""
+    """The folder of a config's run."""
     return Path(config.run.folder) / config.run.name
 
 
 def holds_run(run: Path) -> bool:
     """Whether something of a run is there already."""
-    return any((run / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
+    return any(path.exists() for path in (run / "config.yaml", log_path(run), run / "checkpoints"))
 
 
 def check_free(run: Path) -> None:
-    """Raises UserError where a run is there already."""
+    """Raises UserError if a run is there already."""
     if holds_run(run):
         raise UserError(
-            f"{run}: already holds a run; go on with `megagpt train --resume {run}`, with --auto-resume, "
+            f"{run}: already holds a run; resume it with `megagpt train --resume {run}` or --auto-resume, "
             "or choose another run.name"
         )
 
 
-def begin(run: Path, engine: Engine, tokens_seen: int) -> Incarnation:
-    """Take the run over, on the main rank: leave the resolved config and who runs it now. Raises OSError."""
-    run.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / "config.yaml", to_yaml(engine.config).encode())
-    settings = engine.settings()
-    if settings:
-        write_atomic(run / "deepspeed.json", json.dumps(settings, indent=2).encode())
-    return claim(run, _environment(engine, tokens_seen))
+def claim_run(run: Path, engine: Engine, from_tokens: int) -> Incarnation:
+    """Begin the run's next incarnation: the main rank leaves the resolved config and the facts of this process group.
+    Every rank calls it. Raises OSError."""
+
+    def leave() -> int:
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomic(run / "config.yaml", to_yaml(engine.config).encode())
+        settings = engine.settings()
+        if settings:
+            write_atomic(run / "deepspeed.json", json.dumps(settings, indent=2).encode())
+        return claim(run, _facts(engine, from_tokens)).number
+
+    return Incarnation(run, engine.world.from_main(leave))
 
 
-def _environment(engine: Engine, tokens_seen: int) -> dict[str, Any]:
+def _facts(engine: Engine, from_tokens: int) -> dict[str, Any]:
     return {
         "command": shlex.join(sys.argv),
         "host": platform.node(),
@@ -62,11 +68,11 @@ def _environment(engine: Engine, tokens_seen: int) -> dict[str, Any]:
         "engine": engine.describe(),
         "device": device_name(engine.world.device),
         "world_size": engine.world.size,
-        "from_tokens": tokens_seen,
+        "from_tokens": from_tokens,
     }
 
 
-def describe_start(run: Path, incarnation: Incarnation) -> str:
-    """A start as Markdown, for TensorBoard."""
+def start_as_markdown(incarnation: Incarnation) -> str:
+    """The facts of an incarnation, for TensorBoard."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in incarnation.start().items() if value is not None)
-    return f"Go on with `megagpt train --resume {run}`\n\n| | |\n|---|---|\n{rows}"
+    return f"Resume with `megagpt train --resume {incarnation.run}`\n\n| | |\n|---|---|\n{rows}"

@@ -1,4 +1,4 @@
-"""What interrupts a run: signals, and steps whose numbers are not finite."""
+"""Interruptions of a run: signals, a time limit, and steps whose loss or gradient is not finite."""
 
 import signal
 import threading
@@ -11,20 +11,22 @@ import psutil
 
 from megagpt.errors import UserError
 
-# What asks a run to save and end: Ctrl-C, and what schedulers send before they take a machine away.
+# Requests to save and end: Ctrl-C, and the signals that schedulers send before they take a machine away.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# The reason of a stop that no signal asked for.
+TIME_LIMIT = "train.time_limit"
 
 
 class StopRequest:
-    """Notes SIGNALS instead of dying of them, and the end of a time limit; the trainer asks between steps.
+    """Notes SIGNALS instead of dying of them, and the end of a time limit; the loop asks between steps.
 
-    Signals may come any number of times: launchers and schedulers send them more than once. Only a second Ctrl-C is
-    taken at its word and interrupts at once. `time_limit`: seconds since this process began; 0: none.
+    Signals may come any number of times, because launchers and schedulers send them more than once. Only a second
+    Ctrl-C interrupts at once. `time_limit`: seconds since this process began; 0: none.
     """
 
     def __init__(self, time_limit: float = 0) -> None:
         self.reason: str | None = None
-        """What came first."""
+        """The signal, or TIME_LIMIT, that came first."""
         self.time_limit = time_limit
         self._interrupted = False
         self._previous: dict[int, object] = {}
@@ -32,7 +34,7 @@ class StopRequest:
     def requested(self, reserve: float = 0) -> bool:
         """Whether a signal came, or less than `reserve` seconds of the time limit are left."""
         if self.reason is None and self.time_limit and seconds_since_start() > self.time_limit - reserve:
-            self.reason = "train.time_limit"
+            self.reason = TIME_LIMIT
         return self.reason is not None
 
     def __enter__(self) -> Self:
@@ -62,15 +64,16 @@ def seconds_since_start() -> float:
 
 
 class FiniteGuard:
-    """Counts updates that were skipped because loss or gradient was not finite, and ends a run of them."""
+    """Counts updates that were skipped because loss or gradient was not finite, and ends the run after a streak."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, skipped: int = 0) -> None:
+        """`skipped`: the count so far, if the run resumes."""
         self.limit = limit
-        self.skipped = 0
+        self.skipped = skipped
         self._in_a_row = 0
 
     def check(self, updated: bool, step: int, last_good: Callable[[], str]) -> None:
-        """Raises UserError after `limit` skipped updates in a row, with what `last_good` says of checkpoints."""
+        """Raises UserError after `limit` skipped updates in a row; `last_good` gives its clause about checkpoints."""
         if updated:
             self._in_a_row = 0
             return

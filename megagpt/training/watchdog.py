@@ -1,4 +1,4 @@
-"""Notices a rank that makes no progress: leaves the stacks and the last collectives of all ranks, and ends them.
+"""Notices a rank that makes no progress; writes the stacks and the last collectives of all ranks, and ends them.
 
 A collective ends when the last rank joins it. If one never does, the others wait for as long as the process group lets
 them, and nothing says who is missing, or what it does instead.
@@ -22,19 +22,19 @@ import torch.distributed as dist
 from megagpt.errors import ExitCode
 from megagpt.world import World
 
-# Where the first rank to notice says so, and where each rank says what it was doing.
+# Keys in the store: the first rank to notice sets one, and each rank writes its phase under the other.
 _HUNG, _SEEN = "megagpt/hung", "megagpt/hung/{rank}"
 _LOOK_SECONDS = 1.0
-# What ranks get to leave their stacks in, once one has noticed.
+# Seconds that ranks get to write their stacks, once one has noticed.
 _DUMP_SECONDS = 10.0
 
 
 class Watchdog:
-    """Watches over one rank; every rank has one. `phase` says what the rank does now, and that it has moved on.
+    """Watches one rank; every rank has one. `phase` names the rank's work and is a sign of life.
 
-    Where a rank has not moved on for `timeout` seconds, every rank leaves in `folder` its stacks (rank_3.txt) and
-    PyTorch's flight recorder (flight_recorder_3, a pickle); `ending(reason)` is called on the one that noticed first,
-    and the processes end with ExitCode.HUNG.
+    If a rank gives no sign of life for `timeout` seconds, every rank writes its stacks (rank_3.txt) and PyTorch's
+    flight recorder (flight_recorder_3, a pickle) to `folder`; `ending(reason)` is called on the rank that noticed
+    first, and the processes end with ExitCode.HUNG.
     """
 
     def __init__(self, world: World, folder: Path, timeout: float, ending: Callable[[str], None]) -> None:
@@ -45,16 +45,16 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def phase(self, text: str) -> None:
-        """This rank moves on to something new."""
+        """This rank begins something new."""
         self._phase, self._since = text, time.monotonic()
 
     def progress(self) -> None:
-        """This rank has moved on within the phase."""
+        """A sign of life within the phase."""
         self._since = time.monotonic()
 
     @contextlib.contextmanager
     def patient(self, text: str) -> Iterator[None]:
-        """For what may rightly take longer, such as waiting for a slow disk."""
+        """No limit for work that may rightly take long, such as a save to a slow disk."""
         self._limit = math.inf
         self.phase(text)
         try:
@@ -79,7 +79,7 @@ class Watchdog:
     def _watch(self) -> None:
         looked = time.monotonic()
         while not self._left.wait(_LOOK_SECONDS):
-            # Who was suspended with the whole process has missed nothing.
+            # Time for which the whole process was suspended does not count.
             overslept = time.monotonic() - looked - 2 * _LOOK_SECONDS
             looked = time.monotonic()
             if overslept > 0:
@@ -90,14 +90,14 @@ class Watchdog:
 
     def _listen(self, store: dist.Store) -> None:
         """In a thread of its own: the store does not answer while the process that holds it is stopped."""
-        with contextlib.suppress(RuntimeError):  # its holder has gone: that is another matter
+        with contextlib.suppress(RuntimeError):  # rank 0 has exited; the watch on failed peers deals with that
             while not self._left.wait(_LOOK_SECONDS):
                 if store.check([_HUNG]):
                     self._others_noticed.set()
                     return
 
     def _end(self, silent: float) -> None:
-        # Either may hang itself: the disk, or the store where the rank that holds it does.
+        # Either may hang itself: the disk, or the store if the rank that holds it hangs.
         for work in (self._dump, self._tell):
             worker = threading.Thread(target=work, args=(silent,), daemon=True)
             worker.start()
@@ -117,12 +117,13 @@ class Watchdog:
                 (self._folder / f"flight_recorder_{rank}").write_bytes(trace)
 
     def _tell(self, silent: float) -> None:
-        """Tell the others; the first to notice also says it to people, with who was missing."""
+        """Tell the other ranks; the first to notice also prints it, and names the ranks that gave no answer."""
         others = ""
         if self._store is not None:
             self._store.set(_SEEN.format(rank=self._world.rank), self._phase)
             if self._store.add(_HUNG, 1) != 1:
-                time.sleep(_DUMP_SECONDS)  # the first one looks for what the last one says, and holds the store perhaps
+                # The first one waits for the last one's phase, and this rank may hold the store.
+                time.sleep(_DUMP_SECONDS)
                 return
             time.sleep(_DUMP_SECONDS)
             others = self._others()
@@ -131,7 +132,7 @@ class Watchdog:
         self._ending(reason)
 
     def _others(self) -> str:
-        """Who left no stack, and who was elsewhere than this rank."""
+        """The ranks that left no stack, and those in another phase than this rank."""
         assert self._store is not None
         silent, elsewhere = [], []
         for rank in range(self._world.size):
@@ -148,7 +149,7 @@ class Watchdog:
 
 
 def _flight_recorder(world: World) -> bytes:
-    """The last collectives of this process, pickled; empty where PyTorch kept none."""
+    """The last collectives of this process, pickled; empty if PyTorch kept none."""
     if not dist.is_initialized():
         return b""
     name = "_dump_nccl_trace" if world.device.type == "cuda" else "_dump_fr_trace"

@@ -209,7 +209,7 @@ class Drill:
         for _ in range(2):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
                 assert command_line(["train", "--resume", str(run)]) == 2
-            assert "no checkpoint of this run is whole" in errors.getvalue()
+            assert "no checkpoint of this run is complete" in errors.getvalue()
         assert (run / "metrics.jsonl").read_text() == before
         shutil.rmtree(run)
         self.done["every checkpoint damaged"] += 1
@@ -219,10 +219,10 @@ class Drill:
         shutil.copytree(self.run(source), run)
         apply(run / "checkpoints" / checkpoint / kind)
         output = resume_here(run)
-        (line,) = (line for line in output.splitlines() if f"set aside as {checkpoint}.damaged" in line)
+        (line,) = (line for line in output.splitlines() if f"quarantined as {checkpoint}.corrupt" in line)
         assert str(run / "checkpoints" / checkpoint) in line
         assert kind in line or ".distcp" in line
-        assert (run / "checkpoints" / f"{checkpoint}.damaged").is_dir()
+        assert (run / "checkpoints" / f"{checkpoint}.corrupt").is_dir()
         self.compare("damaged")
         shutil.rmtree(run)
 

@@ -1,6 +1,7 @@
 """Saves in the background, what rotation keeps, and what the disk holds afterwards."""
 
 import ctypes
+import dataclasses
 import errno
 import json
 import os
@@ -15,17 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt.checkpoints import saving, storage
+from megagpt.checkpoints.checkpoint import Checkpoint, CheckpointMeta
 from megagpt.checkpoints.compatibility import Allowed
-from megagpt.checkpoints.folder import Checkpoint, find_checkpoint, list_checkpoints, newest_complete
-from megagpt.checkpoints.loading import read_weights, resume, tensor_shapes
-from megagpt.checkpoints.saving import Saver, describe, describe_position, share_of
+from megagpt.checkpoints.folder import Rotation, find_checkpoint, list_checkpoints, newest_complete
+from megagpt.checkpoints.loading import choose, load, read_weights, tensor_shapes
+from megagpt.checkpoints.saving import Saver, meta_of, share_of
 from megagpt.checkpoints.storage import CorruptError, Writer
 from megagpt.config import CheckpointConfig, Config
 from megagpt.config_file import build_config
-from megagpt.engines.engine import build_engine
+from megagpt.engines.engine import Replica, build_engine
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.errors import UserError
 from megagpt.measure.cases import ENGINE_CASES, Case
+from megagpt.position import position
 from megagpt.world import World, join
 from tests.processes import run_ranks
 
@@ -43,16 +46,21 @@ def state_of(value: float) -> dict[str, FlatShard]:
     }
 
 
-def meta(samples: int, milestone: bool = False) -> dict[str, Any]:
-    return describe_position(CONFIG, "test", 1, samples, samples, [], milestone)
+WHOLE = Replica(0, 1)
 
 
-def save(saver: Saver, samples: int, milestone: bool = False) -> None:
-    saver.save(state_of(samples), (0, 1), meta(samples, milestone), print)
+def meta(step: int, milestone: bool = False) -> CheckpointMeta:
+    """One sequence of 4 tokens in each step."""
+    config = dataclasses.asdict(CONFIG)
+    return CheckpointMeta(4 * step, step, step, "test", 1, config, [], {"updates": step}, milestone)
+
+
+def save(saver: Saver, step: int, milestone: bool = False) -> None:
+    saver.save(state_of(step), WHOLE, meta(step, milestone))
 
 
 def saved_value(checkpoint: Checkpoint) -> float:
-    return float(read_weights(checkpoint, {"vector": (7,)})["vector"][0])
+    return float(read_weights(checkpoint.open(), {"vector": (7,)})["vector"][0])
 
 
 # --- who writes what ---
@@ -68,7 +76,7 @@ def test_equal_copies_write_every_element_once_in_equal_shares(sizes: list[int],
     written: dict[str, list[tuple[int, float]]] = {key: [] for key in state}
     counts = []
     for replica in range(replicas):
-        share = share_of(state, replica, replicas)
+        share = share_of(state, Replica(replica, replicas))
         counts.append(sum(s.flat.numel() for s in share.values()))
         for key, shard in share.items():
             assert shard.shape == state[key].shape
@@ -106,7 +114,7 @@ def test_training_goes_on_while_its_state_is_written(tmp_path: Path, monkeypatch
     gate = Gate(monkeypatch)
     saver = Saver(tmp_path, CheckpointConfig(), ALONE)
     state = state_of(1)
-    saver.save(state, (0, 1), meta(1), print)
+    saver.save(state, WHOLE, meta(1))
     assert gate.entered.wait(60)
     for shard in state.values():
         shard.flat.zero_()
@@ -161,18 +169,18 @@ def test_an_error_of_the_disk_is_told_and_the_last_checkpoint_stays(
     assert not list((tmp_path / "checkpoints").glob("*.saving-*"))
 
 
-def test_where_memory_is_short_training_waits_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_waits_for_saves_if_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(saving, "free_memory", lambda: 10)
-    said: list[str] = []
     saver = Saver(tmp_path, CheckpointConfig(), ALONE)
-    for samples in (1, 2):
-        saver.save(state_of(samples), (0, 1), meta(samples), said.append)
-        assert list_checkpoints(tmp_path)[-1].tokens == 4 * samples, "it did not wait"
+    for step in (1, 2):
+        save(saver, step)
+        assert list_checkpoints(tmp_path)[-1].tokens == 4 * step, "it did not wait"
     saved = saver.finish()
     assert saved is not None
     assert saved.stall_seconds >= saved.save_seconds
-    assert len(said) == 1
-    assert "training waits for its saves" in said[0]
+    assert capsys.readouterr().out.count("training waits for its saves") == 1
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path: Path) -> None:
@@ -192,8 +200,42 @@ def test_the_newest_and_the_milestones_stay(tmp_path: Path) -> None:
     assert [c.tokens // 4 for c in list_checkpoints(tmp_path)] == [4, 7, 8, 9]
 
 
-def test_rotation_never_removes_the_only_whole_one(tmp_path: Path) -> None:
-    """Nor does it count one of a future that was given up, or one that is not whole."""
+def test_rotation_reads_nothing_of_old_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many milestones there are: after the first look, a save costs nothing for each of them."""
+    saver = Saver(tmp_path, CheckpointConfig(keep_last=2), ALONE)
+    for step in range(1, 6):
+        save(saver, step, milestone=step < 4)
+    saver.finish()
+    rotation = Rotation(tmp_path, keep_last=2)
+
+    def read(*_: object) -> None:
+        raise AssertionError("an old checkpoint was read")
+
+    removed: list[Checkpoint] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        patch.setattr(Path, "stat", read)
+        patch.setattr(Checkpoint, "open", read)
+        patch.setattr(Checkpoint, "remove", lambda checkpoint: removed.append(checkpoint))
+        for step in (6, 7):
+            rotation.saved(Checkpoint(tmp_path / "checkpoints" / f"{4 * step:015d}"), milestone=False)
+    assert [c.tokens // 4 for c in removed] == [4, 5]
+
+
+def test_milestones_of_an_older_version_stay(tmp_path: Path) -> None:
+    """Their flag is in meta.json alone."""
+    saver = Saver(tmp_path, CheckpointConfig(keep_last=9), ALONE)
+    for step in (1, 2):
+        save(saver, step, milestone=step == 1)
+    saver.finish()
+    again = Saver(tmp_path, CheckpointConfig(keep_last=1), ALONE)
+    save(again, 3)
+    again.finish()
+    assert [c.tokens // 4 for c in list_checkpoints(tmp_path)] == [1, 3]
+
+
+def test_rotation_keeps_the_only_complete_one(tmp_path: Path) -> None:
+    """It counts neither one of a future that was given up nor an incomplete one."""
     saver = Saver(tmp_path, CheckpointConfig(keep_last=9), ALONE)
     for samples in (1, 2, 5):
         save(saver, samples)
@@ -219,7 +261,7 @@ def test_a_save_that_was_cut_off_is_no_checkpoint_and_is_cleared(tmp_path: Path)
 def test_the_same_position_may_be_saved_again(tmp_path: Path) -> None:
     saver = Saver(tmp_path, CheckpointConfig(), ALONE)
     for value in (1.0, 2.0):
-        saver.save(state_of(value), (0, 1), meta(1), print)
+        saver.save(state_of(value), WHOLE, meta(1))
     saver.finish()
     (checkpoint,) = list_checkpoints(tmp_path)
     assert saved_value(checkpoint) == 2.0
@@ -264,7 +306,7 @@ def test_an_older_format_is_named_and_left_alone(tmp_path: Path) -> None:
     old.mkdir(parents=True)
     (old / "COMPLETE").write_text(json.dumps({"meta.json": 12, "__0_0.distcp": 3}))
     with pytest.raises(UserError, match="format 1") as raised:
-        Checkpoint(old).whole()
+        Checkpoint(old).open()
     assert not isinstance(raised.value, CorruptError)
 
 
@@ -272,30 +314,31 @@ def test_setting_aside_loses_nothing(tmp_path: Path) -> None:
     """Not even what was set aside at the same position before."""
     for value in (1.0, 2.0):
         saver = Saver(tmp_path, CheckpointConfig(), ALONE)
-        saver.save(state_of(value), (0, 1), meta(1), print)
+        saver.save(state_of(value), WHOLE, meta(1))
         saver.finish()
-        list_checkpoints(tmp_path)[0].set_aside()
+        list_checkpoints(tmp_path)[0].quarantine()
     assert list_checkpoints(tmp_path) == []
     aside = sorted((tmp_path / "checkpoints").iterdir())
     assert [saved_value(Checkpoint(path)) for path in aside] == [1.0, 2.0]
 
 
-def test_finding_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no whole checkpoint"):
-        find_checkpoint(tmp_path, print)
+def test_a_run_or_a_checkpoint_names_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        find_checkpoint(tmp_path)
     saver = Saver(tmp_path, CheckpointConfig(keep_last=9), ALONE)
     for samples in (1, 2):
         save(saver, samples)
     saver.finish()
     first, second = list_checkpoints(tmp_path)
-    assert find_checkpoint(tmp_path, print) == second
-    assert find_checkpoint(first.path, print).tokens == first.tokens
+    assert find_checkpoint(tmp_path).path == second.path
+    assert find_checkpoint(first.path).meta.tokens_seen == first.tokens
     (second.path / "meta.json").unlink()
-    said: list[str] = []
-    assert newest_complete(tmp_path, said.append) == first
-    assert "meta.json is missing" in said[0]
+    newest = newest_complete(tmp_path)
+    assert newest is not None
+    assert newest.path == first.path
+    assert "meta.json is missing" in capsys.readouterr().err
     with pytest.raises(CorruptError, match="is missing"):
-        find_checkpoint(second.path, print)
+        find_checkpoint(second.path)
 
 
 def test_other_tools_read_it(tmp_path: Path) -> None:
@@ -304,7 +347,7 @@ def test_other_tools_read_it(tmp_path: Path) -> None:
     save(saver, 1)
     saver.finish()
     (checkpoint,) = list_checkpoints(tmp_path)
-    assert tensor_shapes(checkpoint) == SHAPES
+    assert tensor_shapes(checkpoint.open()) == SHAPES
     state = {key: torch.zeros(shape) for key, shape in SHAPES.items()}
     dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint.path), no_dist=True)
     for key, shard in state_of(1).items():
@@ -318,7 +361,7 @@ def test_a_marker_covers_every_file(tmp_path: Path) -> None:
     (checkpoint,) = list_checkpoints(tmp_path)
     on_disk = {path.name for path in checkpoint.path.iterdir()}
     assert set(checkpoint.sums()) | {"COMPLETE"} == on_disk
-    assert checkpoint.size == sum(p.stat().st_size for p in checkpoint.path.iterdir() if p.name != "COMPLETE")
+    assert checkpoint.open().size == sum(p.stat().st_size for p in checkpoint.path.iterdir() if p.name != "COMPLETE")
 
 
 # --- memory ---
@@ -358,12 +401,14 @@ def save_and_load(folder: str, names: list[str]) -> dict[str, tuple[int, int]]:
             engine = build_engine(large_config(name), world)
             saver = Saver(Path(folder) / name, CheckpointConfig(asynchronous=False), world)
             state = engine.state()
-            description = describe(engine, 1, [], milestone=False)
-            written = growth(lambda: saver.save(state, engine.replica, description, print))  # noqa: B023
+            description = meta_of(engine, position(engine.config, 1, 1), [], milestone=False, skipped_updates=0)
+            written = growth(lambda: saver.save(state, engine.replica, description))  # noqa: B023
             assert saver.finish() is not None
             # What ZeRO does with what was read, it does after every step: it gathers the weights.
-            engine.state_loaded = lambda updates: None  # type: ignore[method-assign]
-            read = growth(lambda: resume(Path(folder) / name, engine, [], Allowed(), print))  # noqa: B023
+            engine.state_loaded = lambda scalars: None  # type: ignore[method-assign]
+            found = choose(Path(folder) / name, engine.config, [], Allowed(), world)
+            assert found is not None
+            read = growth(lambda: load(found, engine))  # noqa: B023
             grown[name] = written, read
     return grown
 

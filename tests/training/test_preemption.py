@@ -1,11 +1,10 @@
-"""What asks a run to stop: signals and time limits, noticed between steps and inside validations."""
+"""Requests to stop: signals and time limits, noticed between steps and inside validations."""
 
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +12,8 @@ from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
 from megagpt.config_file import load_config
 from megagpt.errors import ExitCode, UserError
-from megagpt.training import safety, trainer
+from megagpt.training import occasions, safety
+from megagpt.training.reserve import Reserve
 from megagpt.training.safety import StopRequest
 from tests.conftest import metrics
 from tests.processes import megagpt
@@ -74,7 +74,7 @@ def test_other_time_limits_are_refused(text: str, tiny: Tiny) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_ends_itself_in_time_and_goes_on(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_run_ends_itself_in_time_and_resumes(tiny: Tiny, tmp_path: Path) -> None:
     config = str(tiny(train={"tokens": 128 * 100_000}))
     done = megagpt("train", config, "train.time_limit=12", cwd=tmp_path)
     run = tmp_path / "runs" / "tiny"
@@ -89,7 +89,7 @@ def test_a_run_ends_itself_in_time_and_goes_on(tiny: Tiny, tmp_path: Path) -> No
     assert metrics(run, "resumed")[0]["seconds_to_first_step"] > 0
 
 
-def test_a_signal_during_the_last_validation_is_made_up_on_resume(
+def test_an_interrupted_last_validation_is_made_up(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Everything is saved by then; the run is not finished, and the next start finishes it."""
@@ -100,7 +100,7 @@ def test_a_signal_during_the_last_validation_is_made_up_on_resume(
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "validation_loss", signalled)
+        patch.setattr(occasions, "validation_loss", signalled)
         assert main(["train", config]) == ExitCode.STOPPED
     assert metrics(run, "finished") == metrics(run, "samples") == []
     assert main(["train", "--resume", str(run)]) == 0
@@ -111,32 +111,64 @@ def test_a_signal_during_the_last_validation_is_made_up_on_resume(
     assert "finished already" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_bound_is_printed_and_a_validation_does_not_stretch_it(tiny: Tiny, tmp_path: Path) -> None:
-    """A signal that comes while a validation runs ends it."""
+def test_a_signal_ends_a_validation_early(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = str(tiny(train={"tokens": 128 * 1000}, validation={"every_tokens": 1280, "tokens": 5000}))
-    script = (
-        "import os, signal, megagpt.training.trainer as t\n"
-        "count = 0\n"
-        "whole = t.validation_loss\n"
-        "def during(engine, corpus, samples, interrupted):\n"
-        "    def ask():\n"
-        "        global count\n"
-        "        count += 1\n"
-        "        if count == 3: os.kill(os.getpid(), signal.SIGUSR1)\n"
-        "        return interrupted()\n"
-        "    loss = whole(engine, corpus, samples, ask)\n"
-        "    print('validation', loss, 'after', count, flush=True)\n"
-        "    return loss\n"
-        "t.validation_loss = during\n"
-        "from megagpt.cli import main\n"
-        f"raise SystemExit(main(['train', {config!r}]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == ExitCode.STOPPED, done.stderr
-    assert "validation None after 3" in done.stdout
-    assert "SIGTERM or SIGUSR1 ends this run within about" in done.stdout
-    assert f"exits with code {ExitCode.STOPPED}" in done.stdout
+    validate, asked = occasions.validation_loss, [0]
+
+    def signalled(engine: Any, corpus: Any, sequences: int, interrupted: Callable[[], bool]) -> float | None:
+        def ask() -> bool:
+            asked[0] += 1
+            if asked[0] == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return interrupted()
+
+        return validate(engine, corpus, sequences, ask)
+
+    monkeypatch.setattr(occasions, "validation_loss", signalled)
+    assert main(["train", config]) == ExitCode.STOPPED
+    assert asked == [3], "it was not interrupted at once"
     run = tmp_path / "runs" / "tiny"
     assert metrics(run, "validation") == []
-    assert metrics(run)[-1]["step"] == list_checkpoints(run)[-1].meta()["updates"] == 11
+    assert metrics(run)[-1]["step"] == list_checkpoints(run)[-1].open().meta.step == 10
+    output = capsys.readouterr().out
+    assert f"exits with code {ExitCode.STOPPED}" in output
+
+
+def test_the_printed_bound_is_the_time_that_is_kept(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the steps, samples and saves of this run took."""
+    kept: list[float] = []
+    sentence = Reserve.sentence
+
+    def noted(reserve: Reserve, size: int) -> str:
+        kept.append(reserve.seconds)
+        return sentence(reserve, size)
+
+    monkeypatch.setattr(Reserve, "sentence", noted)
+    assert main(["train", str(tiny())]) == 0
+    (seconds,) = kept
+    assert seconds > 0
+    assert f"ends this run within about {seconds:.1f} s" in capsys.readouterr().out
+
+
+def test_a_time_limit_too_short_for_a_validation_is_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed again and again, the run would never get past it."""
+    config = str(tiny(validation={"every_tokens": 1280}))
+    run = tmp_path / "runs" / "tiny"
+
+    def signalled(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(occasions, "validation_loss", signalled)
+        assert main(["train", config]) == ExitCode.STOPPED
+    before = len(metrics(run))
+    assert main(["train", "--resume", str(run), "train.time_limit=0.001"]) == ExitCode.FAILED
+    assert "train.time_limit 0.001 s ends this run before a validation" in capsys.readouterr().err
+    assert len(metrics(run)) == before
+    assert main(["train", "--resume", str(run), "train.time_limit=0"]) == 0

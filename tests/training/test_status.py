@@ -1,4 +1,4 @@
-"""What `megagpt status` says of a run, whatever has become of it."""
+"""`megagpt status` of runs in every state."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 from megagpt.cli import main
 from megagpt.config_file import load_config
 from megagpt.incarnations import claim
-from megagpt.training.status import describe
+from megagpt.training.status import status_lines
 from tests.conftest import write_tiny
 
 STEP_TOKENS = 128
@@ -39,12 +39,12 @@ class Run:
             self.write("step", step, loss=4.0 + 1 / step, step_seconds=seconds, tokens_per_second=speed)
 
     def age(self, seconds: float) -> None:
-        """As if nothing had been written for so long."""
+        """Make the log look as if it had not been written for that long."""
         then = time.time() - seconds
         os.utime(self.metrics, (then, then))
 
     def lines(self) -> list[str]:
-        return list(describe(self.folder, self.config))
+        return list(status_lines(self.folder, self.config))
 
     def line(self, name: str) -> str:
         (found,) = [line for line in self.lines() if line.startswith(name)]
@@ -60,11 +60,11 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
 
-def test_an_empty_folder_is_a_run_that_is_not_begun(run: Run) -> None:
+def test_an_empty_folder_is_a_run_that_did_not_begin(run: Run) -> None:
     assert run.state == "not begun"
     assert run.line("progress") == "no step yet"
     assert run.line("checkpoint") == "none yet"
-    assert run.line("starts") == "0, 0 of them restarts"
+    assert run.line("incarnations") == "0"
 
 
 def test_a_run_that_writes_is_running(run: Run) -> None:
@@ -74,7 +74,7 @@ def test_a_run_that_writes_is_running(run: Run) -> None:
     assert run.line("progress") == "25.0% of 2,560 tokens, step 5, loss 4.2000"
     assert run.line("speed") == "256 tok/s; 00:07 to go at that speed", "15 steps of half a second"
     assert re.fullmatch(r"\S+ on n1, ddp on 8 rank\(s\), from 0 tokens; the last one", run.line("  1:"))
-    assert run.line("go on with") == f"megagpt train --resume {run.folder}"
+    assert run.line("resume with") == f"megagpt train --resume {run.folder}"
 
 
 def test_the_speed_is_the_median_of_the_last_steps(run: Run) -> None:
@@ -83,7 +83,7 @@ def test_the_speed_is_the_median_of_the_last_steps(run: Run) -> None:
     assert run.line("speed").startswith("256 tok/s")
 
 
-def test_the_last_validation_is_said(run: Run) -> None:
+def test_the_last_validation_is_shown(run: Run) -> None:
     run.steps(1, 2)
     run.write("validation", 2, validation_loss=5.0)
     run.steps(3, 4)
@@ -92,7 +92,7 @@ def test_the_last_validation_is_said(run: Run) -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_losses_that_are_no_numbers_are_said(value: str, run: Run) -> None:
+def test_losses_that_are_not_finite_are_shown(value: str, run: Run) -> None:
     """JSON has no such numbers: the metrics hold their names."""
     run.steps(1, 1)
     run.write("step", 2, loss=value, step_seconds=0.5, tokens_per_second=256.0)
@@ -100,7 +100,7 @@ def test_losses_that_are_no_numbers_are_said(value: str, run: Run) -> None:
     assert run.line("progress").endswith(f"loss {value}, validation loss {value}")
 
 
-def test_a_run_that_has_not_written_for_ten_steps_is_silent(run: Run) -> None:
+def test_a_run_without_lines_for_ten_steps_is_silent(run: Run) -> None:
     claim(run.folder, {})
     run.steps(1, 5, seconds=20)
     run.age(190)
@@ -118,7 +118,7 @@ def test_a_run_of_short_steps_is_not_silent_before_a_minute(run: Run) -> None:
     assert run.state.startswith("silent for 01:1")
 
 
-def test_a_finished_run_is_finished_however_long_ago(run: Run) -> None:
+def test_a_finished_run_stays_finished(run: Run) -> None:
     start = claim(run.folder, {})
     run.steps(1, 20)
     start.end("finished", "the last token", 2560)
@@ -128,7 +128,7 @@ def test_a_finished_run_is_finished_however_long_ago(run: Run) -> None:
     assert "00:00 to go" in run.line("speed")
 
 
-def test_a_failed_run_says_of_what(run: Run) -> None:
+def test_a_failed_run_names_its_reason(run: Run) -> None:
     start = claim(run.folder, {"host": "n1", "engine": "ddp"})
     run.steps(1, 5)
     start.end("failed", "ValueError: broken", 640, rank=3, host="n2")
@@ -136,43 +136,43 @@ def test_a_failed_run_says_of_what(run: Run) -> None:
     assert run.line("  1:").endswith("failed at 640 tokens: ValueError: broken")
 
 
-def test_a_run_that_goes_on_after_a_failure_is_running(run: Run) -> None:
+def test_a_run_resumed_after_a_failure_is_running(run: Run) -> None:
     claim(run.folder, {}).end("failed", "ValueError: broken", 640)
     claim(run.folder, {})
     run.steps(1, 6)
     assert run.state == "running"
-    assert run.line("starts") == "2, 1 of them restarts"
+    assert run.line("incarnations") == "2"
 
 
-def test_a_start_that_had_no_time_to_say_how_it_ended_is_told_from_the_last_one(run: Run) -> None:
+def test_an_incarnation_without_an_end_is_told_from_the_last(run: Run) -> None:
     claim(run.folder, {"host": "n1"})
     claim(run.folder, {"host": "n2"})
-    assert run.line("  1:").endswith("; no word of its end")
+    assert run.line("  1:").endswith("; left no record of its end")
     assert run.line("  2:").endswith("; the last one")
 
 
-def test_a_start_that_failed_before_the_run_was_begun_is_among_them(run: Run) -> None:
+def test_an_incarnation_that_failed_early_is_listed(run: Run) -> None:
     claim(run.folder, {"job": "7.0", "note": "ended before the run was begun"}).end("failed", "no GPU", 0)
     assert "ended before the run was begun" in run.line("  1:")
     assert run.state == "failed (no GPU)"
 
 
-def test_the_last_five_starts_are_listed(run: Run) -> None:
+def test_the_last_five_incarnations_are_listed(run: Run) -> None:
     for _ in range(7):
         claim(run.folder, {}).end("stopped", "SIGTERM", 0)
-    assert run.line("starts") == "7, 6 of them restarts"
+    assert run.line("incarnations") == "7"
     assert [line.strip()[0] for line in run.lines() if line.startswith("  ")] == ["3", "4", "5", "6", "7"]
 
 
 @pytest.mark.parametrize("cut", ['{"event": "step", "step": 6, "tok', '{"event": "samples", "samples": ["\u00e9', "{"])
-def test_a_last_line_that_is_cut_off_is_passed_over(cut: str, run: Run) -> None:
+def test_a_cut_off_last_line_is_ignored(cut: str, run: Run) -> None:
     run.steps(1, 5)
     with run.metrics.open("ab") as file:
         file.write(cut.encode()[:-1] or b"{")
     assert run.line("progress").startswith("25.0% of 2,560 tokens, step 5")
 
 
-def test_a_long_runs_metrics_are_read_from_their_end(run: Run) -> None:
+def test_a_long_log_is_read_from_its_end(run: Run) -> None:
     """Lines past the last quarter of a MiB, of which the first is cut off."""
     run.steps(1, 1)
     for step in range(2, 12):
@@ -181,7 +181,7 @@ def test_a_long_runs_metrics_are_read_from_their_end(run: Run) -> None:
     assert run.line("progress").startswith("60.0% of 2,560 tokens, step 12")
 
 
-def test_a_folder_that_is_no_runs_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"megagpt: error: {tmp_path}: not a run's folder (no config.yaml in it)\n"
 
@@ -194,9 +194,9 @@ def test_a_real_run(tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.Ca
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{folder}: finished (the last token)"
     assert re.fullmatch(
-        r"progress    100\.0% of 2,560 tokens, step 20, loss \d+\.\d{4}, validation loss \d+\.\d{4}", lines[1]
+        r"progress     100\.0% of 2,560 tokens, step 20, loss \d+\.\d{4}, validation loss \d+\.\d{4}", lines[1]
     )
     checkpoint = folder / "checkpoints" / "000000000002560"
-    assert re.fullmatch(rf"checkpoint  2,560 tokens, saved \d\d:\d\d ago: {re.escape(str(checkpoint))}", lines[3])
-    assert lines[4] == "starts      1, 0 of them restarts"
-    assert lines[-1] == f"go on with  megagpt train --resume {folder}"
+    assert re.fullmatch(rf"checkpoint   2,560 tokens, saved \d\d:\d\d ago: {re.escape(str(checkpoint))}", lines[3])
+    assert lines[4] == "incarnations 1"
+    assert lines[-1] == f"resume with  megagpt train --resume {folder}"

@@ -1,4 +1,4 @@
-"""Who holds the others up."""
+"""Stragglers are found and named."""
 
 import os
 import time
@@ -22,7 +22,7 @@ USUAL = [1.0, 0.01, 0.50, 0.2]
 def compared(changes: dict[int, list[float]], times: int, in_a_row: dict[int, int] | None = None) -> list[str]:
     ranks = [changes.get(rank, USUAL) for rank in range(4)]
     counts: dict[int, int] = {} if in_a_row is None else in_a_row
-    return [compare(ranks, 1.2, HOSTS, counts) for _ in range(times)][-1].slow
+    return [compare(ranks, 1.2, HOSTS, counts) for _ in range(times)][-1].stragglers
 
 
 def test_equal_ranks_are_not_slow() -> None:
@@ -33,10 +33,10 @@ def test_a_rank_is_named_the_third_time_in_a_row() -> None:
     slow = {2: [1.0, 0.01, 0.75, 0.0]}
     assert compared(slow, 2) == []
     (sentence,) = compared(slow, 3)
-    assert sentence == "rank 2 on b holds the others up: it computes 1.50 times as long as the median of the ranks"
+    assert sentence == "rank 2 on b is a straggler: it computes 1.50 times as long as the median of the ranks"
 
 
-def test_a_rank_that_recovers_starts_anew() -> None:
+def test_a_rank_that_recovers_is_counted_from_zero() -> None:
     slow, counts = {2: [1.0, 0.01, 0.75, 0.0]}, dict[int, int]()
     assert compared(slow, 2, counts) == compared({}, 1, counts) == compared(slow, 2, counts) == []
     assert len(compared(slow, 1, counts)) == 1
@@ -46,18 +46,18 @@ def test_a_rank_below_the_threshold_is_not_slow() -> None:
     assert compared({2: [1.0, 0.01, 0.59, 0.0]}, 9) == []
 
 
-def test_of_two_ranks_the_quick_one_is_the_measure() -> None:
+def test_the_faster_of_two_ranks_is_the_reference() -> None:
     counts: dict[int, int] = {}
-    slow = [compare([USUAL, [1.0, 0.01, 0.65, 0.0]], 1.2, ["a", "b"], counts).slow for _ in range(3)][-1]
-    assert slow == ["rank 1 on b holds the others up: it computes 1.30 times as long as the median of the ranks"]
+    slow = [compare([USUAL, [1.0, 0.01, 0.65, 0.0]], 1.2, ["a", "b"], counts).stragglers for _ in range(3)][-1]
+    assert slow == ["rank 1 on b is a straggler: it computes 1.30 times as long as the median of the ranks"]
 
 
 def test_a_rank_that_waits_for_its_disk_is_named() -> None:
     (sentence,) = compared({3: [1.0, 0.30, 0.50, 0.0]}, 3)
-    assert sentence == "rank 3 on b holds the others up: it waits 300 ms a step for data, the median 10 ms"
+    assert sentence == "rank 3 on b is a straggler: it waits 300 ms a step for data, the median 10 ms"
 
 
-def test_a_wait_for_data_that_is_nothing_beside_the_step_is_not() -> None:
+def test_a_wait_that_is_short_beside_the_step_is_ignored() -> None:
     assert compared({3: [1.0, 0.05, 0.50, 0.0]}, 9) == []
 
 

@@ -335,7 +335,7 @@ def test_a_change_that_is_meant_goes_on(
     assert train("--resume", str(run), "--allow-data-change", "--allow-recipe-change", *changes) == 0
     output = capsys.readouterr().out
     for difference in ("optimizer.lr 0.0006 there, 1e-05 here", "model.dropout 0.0 there, 0.1 here", "data"):
-        assert f"going on with a change: {difference}" in output
+        assert f"resuming with a change: {difference}" in output
     steps = metrics(run)
     assert [line["step"] for line in steps] == list(range(1, 16))
     assert max(line["lr"] for line in steps[10:]) <= 1e-5 < min(line["lr"] for line in steps[3:10])
@@ -360,7 +360,7 @@ def test_half_written_checkpoints_are_skipped_and_said(
     assert train("--resume", str(run)) == 0
     output = capsys.readouterr().out
     for damaged, reason in ((fourth, "COMPLETE is missing"), (third, f"{shard.name} has"), (second, "meta.json is")):
-        (line,) = (line for line in output.splitlines() if f"{damaged.path.name}.damaged" in line)
+        (line,) = (line for line in output.splitlines() if f"{damaged.path.name}.corrupt" in line)
         assert str(damaged.path) in line
         assert reason in line
     assert f"resuming at {first.tokens:,} tokens" in output

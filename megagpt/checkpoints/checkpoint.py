@@ -1,0 +1,254 @@
+"""One checkpoint on disk: its folder, what makes it complete, and what it says of itself.
+
+RUN/checkpoints/000000000524288/    named by tokens seen; while incarnation 3 writes it, with `.saving-3` behind
+    __0_0.distcp, ...           fp32 weights and both Adam moments by name, a file from each rank
+    .metadata                   which part of which tensor lies where
+    meta.json                   position, counters, config, engine, world size, versions, data fingerprints
+    COMPLETE                    size and checksums of all of them; written last, when they are on the disk
+"""
+
+import dataclasses
+import datetime
+import errno
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megagpt
+from megagpt.checkpoints.storage import BLOCK_BYTES, CheckedReader, CorruptError, FileSum, check_size, sum_bytes
+from megagpt.config_file import with_current_keys
+from megagpt.errors import ExpectedError, UserError, first_line
+from megagpt.files import flush_folder, write_atomic
+
+MARKER = "COMPLETE"
+META = "meta.json"
+INDEX = ".metadata"
+FORMAT = 2
+SAVING = ".saving"
+CORRUPT = ".corrupt"
+REMOVED = ".removed"
+SHARE = "run.folder must be one that all hosts share"
+
+Progress = Callable[[int], Any]
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "megagpt": megagpt.__version__,
+        "torch": torch.__version__,
+        "deepspeed": importlib.metadata.version("deepspeed"),
+        "python": platform.python_version(),
+    }
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """The content of meta.json. No generator's state is in it: initial weights, data order, dropout and samples are
+    functions of the seed and the position."""
+
+    tokens_seen: int
+    sequences_seen: int
+    step: int | None
+    """Optimizer steps taken; None in checkpoints of version 0.1, which did not store it."""
+    engine: str
+    """Name of the engine that saved it, or "import"."""
+    world_size: int
+    config: dict[str, Any]
+    """The run's whole config as plain values."""
+    data: list[str] | None
+    """Fingerprint of each source; None for imported weights."""
+    scalars: dict[str, Any]
+    """The engine's state that is not a tensor: `updates`, `loss_scale`."""
+    milestone: bool = False
+    skipped_updates: int = 0
+    saved: str = field(default_factory=_now)
+    versions: dict[str, str] = field(default_factory=_versions)
+
+    def to_json(self) -> bytes:
+        """The scalars are keys beside the others."""
+        tree = {"format": FORMAT, **dataclasses.asdict(self)}
+        scalars = tree.pop("scalars")
+        return json.dumps(tree | scalars, indent=1).encode()
+
+    @staticmethod
+    def from_json(data: bytes, where: Path) -> "CheckpointMeta":
+        """Raises UserError for another format, and CorruptError if a key is missing."""
+        tree = json.loads(data)
+        if tree.pop("format", None) != FORMAT:
+            raise UserError(f"{where.parent}: the checkpoint's format is not {FORMAT}, which this version reads")
+        try:
+            # Version 0.1 spelled some keys differently and stored fewer.
+            tree["config"] = with_current_keys(tree["config"], str(where))
+            if "samples_seen" in tree:
+                tree["sequences_seen"] = tree.pop("samples_seen")
+            tree.setdefault("step", None)
+            scale = tree.setdefault("loss_scale", {})
+            scale.setdefault("dynamic", tree["config"]["train"]["precision"] == "fp16" and "value" in scale)
+            names = {f.name for f in dataclasses.fields(CheckpointMeta)}
+            scalars = {key: value for key, value in tree.items() if key not in names}
+            return CheckpointMeta(**{k: v for k, v in tree.items() if k in names}, scalars=scalars)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CorruptError(where, f"lacks what a checkpoint stores ({first_line(error)})") from None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint by its folder, which need not be complete."""
+
+    path: Path
+
+    @property
+    def tokens(self) -> int:
+        return int(self.path.name)
+
+    def sums(self) -> dict[str, FileSum]:
+        """File name -> its checksums. Raises CorruptError if the marker is missing or not as it was written."""
+        marker = self.path / MARKER
+        try:
+            tree = json.loads(marker.read_bytes())
+            if tree and all(isinstance(size, int) for size in tree.values()):
+                raise UserError(f"{self.path}: a checkpoint of format 1; this version reads {FORMAT}")
+            checksum = tree.pop("checksum")
+            if checksum != _checksum(tree):
+                raise ValueError("wrong checksum")
+            return {name: FileSum(**value) for name, value in tree["files"].items()}
+        except FileNotFoundError:
+            raise CorruptError(marker, "is missing") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CorruptError(marker, f"is corrupt ({first_line(error)})") from None
+
+    def open(self) -> "OpenCheckpoint":
+        """Check everything that can be checked without reading the tensors: the marker, meta.json, each file's size.
+
+        Raises CorruptError if any of them is not as it was written, UserError for another format, OSError.
+        """
+        sums = self.sums()
+        for name, expected in sums.items():
+            check_size(self.path / name, expected)
+        data = (self.path / META).read_bytes()
+        if META not in sums or sum_bytes(data) != sums[META]:
+            raise CorruptError(self.path / META, "is corrupt (wrong checksum)")
+        return OpenCheckpoint(self, CheckpointMeta.from_json(data, self.path / META), sums)
+
+    def problem(self) -> str | None:
+        """Why `open` fails; None if it does not."""
+        try:
+            self.open()
+        except (ExpectedError, OSError) as error:
+            return str(error)
+        return None
+
+    def is_milestone(self) -> bool:
+        """By meta.json alone, which is small and is not checked here. Raises OSError or ValueError if it cannot be
+        read."""
+        return bool(json.loads((self.path / META).read_bytes()).get("milestone"))
+
+    def verify(self, progress: Progress = lambda count: None) -> list[str]:
+        """Read all of it against its checksums; returns the problems, file by file. `progress` is told of bytes
+        read."""
+        try:
+            sums = self.sums()
+        except CorruptError as error:
+            return [str(error)]
+        problems = []
+        for name, expected in sums.items():
+            try:
+                _read_all(self.path / name, expected, progress)
+            except CorruptError as error:
+                problems.append(str(error))
+            except OSError as error:
+                problems.append(f"{self.path / name} cannot be read ({first_line(error)})")
+        return problems
+
+    def complete(
+        self, saving: Path, meta: CheckpointMeta, sums: dict[str, FileSum], fence: Callable[[], Any] = lambda: None
+    ) -> None:
+        """Turn the folder `saving`, whose files are on the disk, into this checkpoint. Raises UserError if one of the
+        files is missing, and the error of `fence` if another incarnation has taken over."""
+        fence()
+        for name, expected in sums.items():
+            try:
+                check_size(saving / name, expected)
+            except CorruptError as error:
+                raise UserError(f"{error} for the main rank: {SHARE}") from None
+        data = meta.to_json()
+        write_atomic(saving / META, data)
+        files = {name: dataclasses.asdict(s) for name, s in sorted({**sums, META: sum_bytes(data)}.items())}
+        flush_folder(saving)
+        marker = {"files": files}
+        write_atomic(saving / MARKER, json.dumps({**marker, "checksum": _checksum(marker)}).encode())
+        flush_folder(saving)
+        fence()
+        try:
+            saving.rename(self.path)  # never over one that is there
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            fence()
+            self.remove()
+            saving.rename(self.path)
+        flush_folder(self.path.parent)
+
+    def remove(self) -> None:
+        """Take its name away first: if the removal is cut off, or others' open files delay it, the rest does not look
+        like a complete checkpoint."""
+        gone = self.path.with_name(self.path.name + REMOVED)
+        shutil.rmtree(gone, ignore_errors=True)
+        self.path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def quarantine(self) -> Path:
+        """Rename a corrupt checkpoint, so that nobody takes it for a complete one; returns its new path, or the old one
+        if the disk refuses."""
+        quarantined = self.path.with_name(self.path.name + CORRUPT)
+        while quarantined.exists():  # an earlier one of this position
+            quarantined = quarantined.with_name(quarantined.name + CORRUPT)
+        try:
+            return self.path.rename(quarantined)
+        except OSError:
+            return self.path
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A complete checkpoint, validated once by `Checkpoint.open`; nothing here reads the disk but `check_file`."""
+
+    checkpoint: Checkpoint
+    meta: CheckpointMeta
+    sums: dict[str, FileSum]
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoint.path
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files but the marker."""
+        return sum(s.size for s in self.sums.values())
+
+    def check_file(self, name: str, progress: Progress = lambda count: None) -> None:
+        """Read one of its files against its checksums. Raises CorruptError."""
+        if name in self.sums:  # all but the marker itself
+            _read_all(self.path / name, self.sums[name], progress)
+
+
+def _read_all(path: Path, expected: FileSum, progress: Progress) -> None:
+    buffer = bytearray(BLOCK_BYTES)
+    with CheckedReader(path, expected) as file:
+        while count := file.readinto(buffer):
+            progress(count)
+
+
+def _checksum(tree: dict[str, Any]) -> str:
+    return sum_bytes(json.dumps(tree, sort_keys=True).encode()).blocks[0]

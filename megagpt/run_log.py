@@ -1,0 +1,95 @@
+"""A run's log, RUN/metrics.jsonl: one line of JSON for each event. All writing and reading of it is here.
+
+Each line has `event`, `step` and `tokens_seen`; the event's own values follow. When a run resumes, the lines past its
+checkpoint are dropped, because they will be written again: the log reads as if the run had never stopped.
+"""
+
+import contextlib
+import enum
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megagpt.errors import disk_error, disk_reason
+from megagpt.files import json_lines
+
+Line = dict[str, Any]
+
+
+class Event(enum.StrEnum):
+    """The kinds of lines."""
+
+    STEP = "step"
+    VALIDATION = "validation"
+    SAMPLES = "samples"
+    CHECKPOINT = "checkpoint"
+    """A checkpoint is complete."""
+    RESUMED = "resumed"
+    SKIPPED = "skipped"
+    """A step's update was skipped: its loss or gradient was not finite."""
+    RANKS = "ranks"
+    """The ranks' own work, compared."""
+    STRAGGLER = "straggler"
+    STOPPED = "stopped"
+    FINISHED = "finished"
+
+
+# Names in logs of version 0.1.
+_OLD_EVENTS = {"pace": Event.RANKS, "slow_rank": Event.STRAGGLER}
+_OLD_KEYS = {"samples_seen": "sequences_seen"}
+
+
+def log_path(run: Path) -> Path:
+    return run / "metrics.jsonl"
+
+
+def read(run: Path, last_bytes: int = 0) -> Iterator[Line]:
+    """The log's lines, oldest first, with today's names; none if there is no log. Lines that a crash cut off are left
+    out. `last_bytes`: read no more than that from the end; 0: read all."""
+    for line in json_lines(log_path(run), last_bytes):
+        if "event" in line and "tokens_seen" in line:
+            line["event"] = _OLD_EVENTS.get(line["event"], line["event"])
+            yield {_OLD_KEYS.get(key, key): value for key, value in line.items()}
+
+
+def newest(run: Path, up_to_tokens: float = math.inf) -> dict[str, Line]:
+    """The last line of each event, up to a position."""
+    return {line["event"]: line for line in read(run) if line["tokens_seen"] <= up_to_tokens}
+
+
+class RunLog:
+    """Writes the log. Only the main rank has one."""
+
+    def __init__(self, run: Path, tokens: int) -> None:
+        """Drops the lines past `tokens`, the position that the run resumes from."""
+        self._path = log_path(run)
+        if self._path.exists():
+            kept = [line for line in json_lines(self._path) if line.get("tokens_seen", math.inf) <= tokens]
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def append(self, event: Event, step: int, tokens: int, values: Line) -> None:
+        """Write a line. `None` becomes null; a number that is not finite, which JSON lacks, becomes its name. Raises
+        ExpectedError if the disk refuses it."""
+        line = {"event": event, "step": step, "tokens_seen": tokens}
+        line |= {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        with self.disk_errors():
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def disk_errors(self) -> Iterator[None]:
+        """Turns the disk's errors into expected ones."""
+        try:
+            yield
+        except OSError as error:
+            text = f"{self._path.parent}: metrics cannot be written: {disk_reason(error)}"
+            raise disk_error(text, error) from None
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # its error was reported when it was written
+            self._file.close()

@@ -1,0 +1,184 @@
+"""The loop: the only place where a run moves on. Batches in, steps out, and between steps whatever is due."""
+
+import contextlib
+import time
+from collections.abc import Generator
+
+from megagpt.checkpoints.compatibility import Allowed
+from megagpt.checkpoints.folder import newest_complete
+from megagpt.config import Config
+from megagpt.console import duration, say
+from megagpt.data.loader import Batch
+from megagpt.engines.clock import StepTimes
+from megagpt.engines.engine import StepResult, seed_dropout
+from megagpt.errors import ExitCode, UserError
+from megagpt.hardware import peak_flops
+from megagpt.position import Position
+from megagpt.process_memory import peak_memory
+from megagpt.run_log import Event
+from megagpt.training.occasions import crossed, occasions
+from megagpt.training.outcome import FINISHED, Outcome, stopped
+from megagpt.training.run import Run, open_run
+from megagpt.training.safety import TIME_LIMIT, StopRequest, seconds_since_start
+from megagpt.training.schedule import learning_rate
+from megagpt.world import World
+
+
+def train(config: Config, world: World, resume: bool, allowed: Allowed, stop: StopRequest) -> ExitCode:
+    """Run a config or resume its run; returns the exit code. Raises ExpectedError."""
+    with open_run(config, world, resume, allowed) as run:
+        _say_what_is_special(run)
+        outcome = loop(run, stop)
+        run.ending.outcome(outcome)
+        return outcome.code
+
+
+def loop(run: Run, stop: StopRequest) -> Outcome:
+    """Every remaining step, until the end or a request to stop. Every rank calls it, and all decide alike."""
+    began, at, due = time.monotonic(), run.start, occasions(run)
+    saves = due[0]
+    with run.batches() as batches:
+        while True:
+            # Each incarnation takes a step before it asks, however short its time limit is.
+            stopping = at != run.start and run.between_steps(at, stop)
+            for occasion in due:
+                if not stopping and occasion.due(at):
+                    stopping = not occasion.hold(at, stop)
+            if stopping or at.last:
+                break
+            at = _step(run, at, batches)
+            run.ending.reached = at.tokens
+    if saves.held < at.tokens:
+        saves.hold(at, stop)
+    run.finish_saves(at)
+    if stopping:
+        return _stopped(run, at, stop)
+    return _finished(run, at, time.monotonic() - began)
+
+
+def _step(run: Run, before: Position, batches: Generator[Batch]) -> Position:
+    """One optimizer step, and its lines in the log; returns the position behind it."""
+    config = run.config
+    began = time.monotonic()
+    run.watchdog.phase(f"step {before.step + 1}, waiting for data")
+    batch = next(batches)
+    waited = time.monotonic() - began
+    at = before.after(batch.sequences)
+    if config.model.dropout:
+        seed_dropout(config, at.sequences, run.world.rank)
+    run.watchdog.phase(f"step {at.step}")
+    first = before == run.start
+    # Compiling may take long, once.
+    patient = run.watchdog.patient(f"step {at.step}, compiling") if first and config.train.compile else None
+    with patient or contextlib.nullcontext():
+        result = run.engine.train_step(batch, learning_rate(config, at.tokens))
+    took = time.monotonic() - began
+    times = run.engine.clock.read()
+    if not result.updated:
+        _report_skipped(run, at, result)
+    run.guard.check(result.updated, at.step, lambda: _last_good(run, at))
+    if first and run.resumed:
+        since = seconds_since_start()
+        values = {"seconds_to_first_step": since, "incarnation": run.lease.incarnation.number}
+        run.reporter.event(Event.RESUMED, at, values, f"first step {since:.1f} s after the process began")
+    if not first:
+        run.reserve.step_took(took)
+    if at.step == run.start.step + 2:
+        run.say_bound()
+    if at.last or not config.log.every_tokens or crossed(config.log.every_tokens, before.tokens, at.tokens):
+        _report_step(run, at, batch, result, took, waited, times)
+    _compare_ranks(run, at, took, waited, times)
+    return at
+
+
+def _report_step(
+    run: Run, at: Position, batch: Batch, result: StepResult, took: float, waited: float, times: StepTimes
+) -> None:
+    speed, scale = batch.tokens / took, run.engine.loss_scale
+    values = {
+        "loss": result.loss,
+        "lr": learning_rate(run.config, at.tokens),
+        "gradient_norm": result.gradient_norm,
+        "tokens_seen": at.tokens,
+        "sequences_seen": at.sequences,
+        "batch_tokens": batch.tokens,
+        "tokens_per_second": speed,
+        "step_seconds": took,
+        "data_wait_seconds": waited,
+        "communication_wait_seconds": times.wait,
+        "mfu": _mfu(run, speed),
+        "peak_memory_bytes": peak_memory(run.world.device),
+        "skipped_updates": run.guard.skipped,
+    }
+    run.reporter.step(at, values | ({"loss_scale": scale.value} if scale.dynamic else {}))
+
+
+def _mfu(run: Run, tokens_per_second: float) -> float | None:
+    """Model FLOPs utilisation: the FLOPs of presets.flops_per_token over the devices' peak; None if unknown."""
+    peak = peak_flops(run.world.device, run.config.train.precision)
+    if peak is None:
+        return None
+    return run.config.model.flops_per_token * tokens_per_second / (peak * run.world.size)
+
+
+def _report_skipped(run: Run, at: Position, result: StepResult) -> None:
+    scale = run.engine.loss_scale
+    then = f"; the loss scale is now {scale.value:g}" if scale.dynamic else ""
+    text = f"step {at.step}: loss {result.loss}, gradient norm {result.gradient_norm}: update skipped{then}"
+    run.reporter.event(Event.SKIPPED, at, {}, text)
+
+
+def _last_good(run: Run, at: Position) -> str:
+    """A clause about the checkpoint to resume from, after a streak of skipped updates."""
+    run.finish_saves(at)
+    newest = newest_complete(run.folder)
+    return f"the last good checkpoint is {newest.path}" if newest else "no checkpoint was saved yet"
+
+
+def _compare_ranks(run: Run, at: Position, took: float, waited: float, times: StepTimes) -> None:
+    """Log how the ranks' own work compares, and name the stragglers."""
+    found = run.stragglers.add(took, waited, times)
+    if found is None:
+        return
+    numbers = {f"ranks_{key}": value for key, value in found._asdict().items() if key != "stragglers"}
+    run.reporter.event(Event.RANKS, at, numbers)
+    for sentence in found.stragglers:
+        run.reporter.event(Event.STRAGGLER, at, {"text": sentence}, sentence)
+        run.reporter.text(at, "stragglers", sentence)
+
+
+def _say_what_is_special(run: Run) -> None:
+    config = run.config
+    if config.validation.tokens and not run.validation_sequences:
+        say("no validation: the corpus holds less than one sequence of held-out text")
+    if config.schedule.shape != "constant" and config.train.tokens < config.schedule.decay_end_tokens:
+        say(
+            f"the learning rate does not reach its floor: train.tokens {config.train.tokens:,} end before "
+            f"schedule.decay_end_tokens {config.schedule.decay_end_tokens:,}"
+        )
+    say(f"{config.run.name}: {config.model.parameters:,} parameters, {run.engine.describe()}")
+
+
+def _stopped(run: Run, at: Position, stop: StopRequest) -> Outcome:
+    # A scheduler may have told one rank only.
+    reasons = [reason for reason in run.world.gather_objects(stop.reason) if reason]
+    reason = reasons[0] if reasons else "a signal"
+    if reason == TIME_LIMIT and at == run.start:
+        raise UserError(
+            f"train.time_limit {run.config.train.time_limit:g} s ends this run before a validation or samples that are "
+            f"due at {at.tokens:,} tokens: it would never get past them; raise train.time_limit, or lower "
+            "validation.tokens or sampling.samples"
+        )
+    text = f"stopped by {reason}; resume with: megagpt train --resume {run.folder}"
+    run.reporter.event(Event.STOPPED, at, {"reason": reason}, text)
+    return stopped(reason)
+
+
+def _finished(run: Run, at: Position, seconds: float) -> Outcome:
+    if run.last_held.get(Event.FINISHED) == at.tokens:
+        say(f"{run.folder}: finished already, at {at.tokens:,} tokens")
+        return FINISHED
+    text = f"done in {duration(seconds)}: {at.tokens:,} tokens in {run.folder}"
+    run.reporter.event(Event.FINISHED, at, {}, text)
+    say(f"see it with: tensorboard --logdir {run.config.run.folder}")
+    return FINISHED

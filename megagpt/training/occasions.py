@@ -1,0 +1,125 @@
+"""What is due at token intervals besides training: saves, validations, samples.
+
+An occasion is due by what the run log says was last held, and is asked for at the loop's top. So whatever a stop or a
+kill interrupted is made up after the resume, at the same tokens at which the uninterrupted run holds it.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megagpt.data.tokenizer import gpt2
+from megagpt.evaluation.validation import unigram_loss, validation_loss
+from megagpt.generation import generate
+from megagpt.position import Position
+from megagpt.run_log import Event
+from megagpt.training.run import Run
+from megagpt.training.safety import StopRequest
+
+Work = Callable[[Position, StopRequest], bool]
+
+
+@dataclass
+class Occasion:
+    """One kind of work that the loop does between steps, on all ranks."""
+
+    work: Work
+    """Does it; False if a request to stop interrupted it, the same on every rank."""
+    intervals: tuple[int, ...]
+    """Tokens between two of it; 0: at the end only."""
+    held: int
+    """Tokens at which it was last held."""
+
+    def due(self, at: Position) -> bool:
+        """At the end, and when an interval was crossed since it was last held."""
+        return self.held < at.tokens and (
+            at.last or any(crossed(every, self.held, at.tokens) for every in self.intervals)
+        )
+
+    def hold(self, at: Position, stop: StopRequest) -> bool:
+        """Do the work; False if it was interrupted, so that it stays due."""
+        done = self.work(at, stop)
+        if done:
+            self.held = at.tokens
+        return done
+
+
+def crossed(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]; never for 0."""
+    return every > 0 and before // every < now // every
+
+
+def occasions(run: Run) -> tuple[Occasion, ...]:
+    """The run's occasions in the order in which they are held. The save comes first: whoever sends a signal may not
+    wait for a validation."""
+    config, last = run.config, run.last_held
+    found = [_saves(run)]
+    if run.validation_sequences:
+        interval = (config.validation.every_tokens,)
+        found.append(Occasion(_validate(run), interval, last.get(Event.VALIDATION, 0)))
+    if config.sampling.samples:
+        interval = (config.sampling.every_tokens,)
+        found.append(Occasion(_sample(run), interval, last.get(Event.SAMPLES, 0)))
+    return tuple(found)
+
+
+def _saves(run: Run) -> Occasion:
+    config = run.config.checkpoint
+
+    def work(at: Position, stop: StopRequest) -> bool:
+        run.save(at, milestone=crossed(config.milestone_every_tokens, saves.held, at.tokens))
+        return True
+
+    # The checkpoint that the run resumed from is its last save, whatever the log says.
+    saves = Occasion(work, (config.every_tokens, config.milestone_every_tokens), run.start.tokens)
+    return saves
+
+
+def _validate(run: Run) -> Work:
+    sequences, tokens = run.validation_sequences, run.validation_sequences * run.config.model.context
+
+    @functools.cache
+    def unigram() -> float:
+        return unigram_loss(run.train_data, run.validation_data, sequences)
+
+    def work(at: Position, stop: StopRequest) -> bool:
+        def interrupted() -> bool:
+            run.watchdog.phase("validation")
+            return run.agree_to_stop(stop)
+
+        loss = validation_loss(run.engine, run.validation_data, sequences, interrupted)
+        if loss is not None and run.world.is_main:
+            run.reporter.event(
+                Event.VALIDATION,
+                at,
+                {"validation_loss": loss, "unigram_loss": unigram()},
+                f"validation loss {loss:.4f} over {tokens:,} held-out tokens (a model that knows only how common each "
+                f"token is: {unigram():.4f})",
+            )
+        return loss is not None
+
+    return work
+
+
+def _sample(run: Run) -> Work:
+    s = run.config.sampling
+
+    def work(at: Position, stop: StopRequest) -> bool:
+        if run.agree_to_stop(stop):
+            return False
+        began = time.monotonic()
+        prompt = gpt2().encode_ordinary(s.prompt)
+        with run.engine.evaluation() as model:
+            rows = generate(
+                model, run.config.model, [prompt] * s.samples, s.max_tokens,
+                temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=run.config.run.seed,
+                on_token=lambda row, token: run.watchdog.phase("sampling"),
+            )  # fmt: skip
+        run.reserve.samples_took(time.monotonic() - began)
+        texts = [s.prompt + gpt2().decode(row) for row in rows]
+        run.reporter.event(Event.SAMPLES, at, {"samples": texts}, "\n".join(f"> {text}" for text in texts))
+        run.reporter.text(at, "samples", "\n\n---\n\n".join(texts))
+        return True
+
+    return work

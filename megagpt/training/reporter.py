@@ -1,0 +1,82 @@
+"""Every place where a run writes its numbers: the run log, TensorBoard, and the console."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megagpt.console import duration, say
+from megagpt.position import Position
+from megagpt.run_log import Event, RunLog
+from megagpt.training.tensorboard import Board
+
+# Seconds between two progress lines, if there is no terminal for a bar.
+_LINE_SECONDS = 10.0
+
+
+class Reporter:
+    """Writes on the main rank; on the others it does nothing."""
+
+    def __init__(self, run: Path, start: Position, total_tokens: int, resumed: bool, is_main: bool) -> None:
+        self._log: RunLog | None = None
+        self._start, self._total = start, total_tokens
+        self._began, self._last_line = time.monotonic(), 0.0
+        self._bar: tqdm[Any] | None = None
+        if not is_main:
+            return
+        self._log = RunLog(run, start.tokens)
+        self._board = Board(run, start.step, resumed)
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=total_tokens, initial=start.tokens, unit="tok", unit_scale=True, dynamic_ncols=True,
+                smoothing=0.05,
+            )  # fmt: skip
+
+    def event(self, event: Event, at: Position, values: dict[str, Any], text: str = "") -> None:
+        """An event, with its line for people. Raises ExpectedError if the disk refuses it."""
+        if self._log is None:
+            return
+        tokens = values.pop("tokens_seen", at.tokens)
+        self._log.append(event, at.step, tokens, values)
+        with self._log.disk_errors():
+            self._board.scalars(at.step, {"tokens_seen": tokens, **values})
+        if text:
+            say(text)
+
+    def step(self, at: Position, values: dict[str, Any]) -> None:
+        """The numbers of one optimizer step; `None` is shown as n/a."""
+        self.event(Event.STEP, at, values)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"step {at.step} loss {values['loss']:.4f} lr {values['lr']:.2e}", refresh=False)
+            self._bar.update(at.tokens - self._bar.n)
+        elif time.monotonic() - self._last_line > _LINE_SECONDS or at.step == 1 or at.last:
+            self._last_line = time.monotonic()
+            mfu = "n/a" if values["mfu"] is None else f"{values['mfu']:.1%}"
+            say(
+                f"step {at.step} | {at.tokens / self._total:.1%} | loss {values['loss']:.4f} | lr {values['lr']:.2e} | "
+                f"gradient norm {values['gradient_norm']:.2f} | {values['tokens_per_second']:,.0f} tok/s | "
+                f"MFU {mfu} | ETA {self._eta(at)}"
+            )
+
+    def _eta(self, at: Position) -> str:
+        done = at.tokens - self._start.tokens
+        return duration((time.monotonic() - self._began) / done * (self._total - at.tokens)) if done > 0 else "?"
+
+    def text(self, at: Position, name: str, text: str) -> None:
+        """A text for TensorBoard, shown as Markdown."""
+        if self._log is not None:
+            self._board.text(at.step, name, text)
+
+    def flush(self) -> None:
+        """Put on the disk what a checkpoint's position claims to be there."""
+        if self._log is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._log is not None:
+            self._log.close()
+            self._board.close()

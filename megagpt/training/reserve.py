@@ -1,0 +1,36 @@
+"""The time that a run needs to stop: one formula, which is printed and which decides."""
+
+from megagpt.checkpoints.saving import Saver
+from megagpt.errors import ExitCode
+
+
+class Reserve:
+    """Seconds from a request to stop to the end of the process, at most, by the longest of each part so far.
+
+    A request is noticed between steps and between batches of a validation. At worst it comes as samples begin, which
+    cannot be interrupted, with a save in flight, and a step follows before it is noticed.
+    """
+
+    def __init__(self, saver: Saver) -> None:
+        self._saver = saver
+        self._step = self._samples = 0.0
+
+    def step_took(self, seconds: float) -> None:
+        self._step = max(self._step, seconds)
+
+    def samples_took(self, seconds: float) -> None:
+        self._samples = max(self._samples, seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Samples, one step, the save in flight and the last save."""
+        return self._samples + self._step + 2 * self._saver.expected_seconds
+
+    def sentence(self, checkpoint_bytes: int) -> str:
+        """The bound and its parts, for people."""
+        samples = f"samples ({self._samples:.2f} s), " if self._samples else ""
+        return (
+            f"Ctrl-C, SIGTERM or SIGUSR1 ends this run within about {self.seconds:.1f} s: {samples}one step "
+            f"({self._step:.2f} s), a save in flight and a last save of {checkpoint_bytes / 1e9:.2f} GB "
+            f"({self._saver.expected_seconds:.2f} s each); it exits with code {ExitCode.STOPPED}"
+        )

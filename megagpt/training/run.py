@@ -1,0 +1,220 @@
+"""Sets a run up on one rank: data, engine, checkpoint, and everything else that the loop needs."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megagpt.checkpoints.checkpoint import OpenCheckpoint
+from megagpt.checkpoints.compatibility import Allowed
+from megagpt.checkpoints.loading import choose, load, quarantine
+from megagpt.checkpoints.saving import Saved, Saver, meta_of
+from megagpt.checkpoints.storage import CorruptError
+from megagpt.config import Config
+from megagpt.config_file import to_yaml
+from megagpt.console import say
+from megagpt.data.builtin import prepare_builtin
+from megagpt.data.loader import Batch, Corpus, open_corpus, read_ahead, train_batches, validation_sequences
+from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
+from megagpt.engines.engine import Engine, build_engine
+from megagpt.errors import UserError
+from megagpt.incarnations import Lease, Superseded
+from megagpt.launchers import torchrun_passes_sigterm_on
+from megagpt.position import Position, position
+from megagpt.run_log import Event, newest
+from megagpt.training.outcome import Ending
+from megagpt.training.reporter import Reporter
+from megagpt.training.reserve import Reserve
+from megagpt.training.run_folder import check_free, claim_run, run_folder, start_as_markdown
+from megagpt.training.safety import FiniteGuard, StopRequest
+from megagpt.training.schedule import batch_sequences, step_count
+from megagpt.training.stragglers import Stragglers
+from megagpt.training.watchdog import Watchdog
+from megagpt.world import World
+
+
+@dataclass
+class Run:
+    """One incarnation of a run on one rank. Every rank has one and calls its methods in the same order."""
+
+    config: Config
+    world: World
+    folder: Path
+    engine: Engine
+    train_data: Corpus
+    validation_data: Corpus
+    validation_sequences: int
+    start: Position
+    """Where this incarnation begins."""
+    resumed: bool
+    last_held: dict[str, int]
+    """Event -> tokens at which the run log has it last, up to `start`."""
+    lease: Lease
+    saver: Saver
+    watchdog: Watchdog
+    reporter: Reporter
+    guard: FiniteGuard
+    stragglers: Stragglers
+    reserve: Reserve
+    ending: Ending
+
+    @contextlib.contextmanager
+    def batches(self) -> Iterator[Generator[Batch]]:
+        """This rank's share of every remaining batch, read ahead."""
+        config, world = self.config, self.world
+        batches = read_ahead(
+            train_batches(
+                self.train_data, self.start.sequences, config.total_sequences,
+                functools.partial(batch_sequences, config), world.rank, world.size, config.train.micro_batch,
+            )
+        )  # fmt: skip
+        try:
+            yield batches
+        finally:
+            batches.close()
+
+    def agree_to_stop(self, stop: StopRequest) -> bool:
+        """Whether some rank was asked to stop, or has too little of its time left for another step and a save."""
+        return self.world.any(stop.requested(self.reserve.seconds))
+
+    def between_steps(self, at: Position, stop: StopRequest) -> bool:
+        """`agree_to_stop` in one exchange with all else that must be the same on every rank. Raises Superseded, and
+        the error of a save in the background."""
+        lost = self.world.is_main and self.lease.lost()
+        stopping, failed, superseded = self.world.any_of(stop.requested(self.reserve.seconds), self.saver.failed, lost)
+        if superseded:
+            raise Superseded(f"{self.folder}: a newer incarnation has taken this run over; this one ends")
+        if failed:
+            self.saver.finish()
+        self.report_saved(at, self.saver.poll())
+        return stopping
+
+    def save(self, at: Position, milestone: bool) -> None:
+        """Begin a save of this position."""
+        self.reporter.flush()
+        fingerprints = [stream.fingerprint for stream in self.train_data.streams]
+        meta = meta_of(self.engine, at, fingerprints, milestone, self.guard.skipped)
+        with self.watchdog.patient("a save"):
+            self.report_saved(at, self.saver.save(self.engine.state(), self.engine.replica, meta))
+
+    def finish_saves(self, at: Position) -> None:
+        """Wait for the save in flight."""
+        with self.watchdog.patient("the last save"):
+            self.report_saved(at, self.saver.finish())
+
+    def report_saved(self, at: Position, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        path, seconds, stall = str(saved.checkpoint.path), saved.save_seconds, saved.stall_seconds
+        self.reporter.event(
+            Event.CHECKPOINT,
+            at,
+            {"tokens_seen": saved.checkpoint.tokens, "path": path, "save_seconds": seconds, "stall_seconds": stall},
+            f"saved {path} in {seconds:.1f} s; training waited for {stall:.2f} s",
+        )
+
+    def say_bound(self) -> None:
+        """Print how long a stop takes at most."""
+        say(self.reserve.sentence(self.config.model.checkpoint_bytes))
+        if torchrun_passes_sigterm_on(os.environ):
+            say("torchrun ends its ranks 30 s after it passes a signal on; give it --shutdown-timeout to wait longer")
+        limit = self.config.train.time_limit
+        if 0 < limit < self.reserve.seconds:
+            say(
+                f"train.time_limit {limit:g} s is shorter than the {self.reserve.seconds:.0f} s that a step and its "
+                "save may take: each incarnation will make one step"
+            )
+
+
+@contextlib.contextmanager
+def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> Iterator[Run]:
+    """Begin the config's run or resume it, and record how it ended if that is an error. Raises UserError before
+    anything is written, for all that can be known by then."""
+    folder = run_folder(config)
+    config.accumulation(world.size)
+    if not resume:
+        check_free(folder)
+    _check_vocabulary(config)
+    data = prepare_builtin(config.data, world, say)
+    train_data, validation_data = (
+        open_corpus(data, split, config.model.context, config.run.seed) for split in ("train", "val")
+    )
+    engine = build_engine(config, world)
+    found, lease = _claim(folder, config, engine, train_data, resume, allowed)
+    start = _position(config, found)
+    ending = Ending(lease.incarnation, world, start.tokens)
+    reporter = None
+    try:
+        world.barrier()
+        saver = Saver(folder, config.checkpoint, world, lease.incarnation)
+        saver.probe(config.model.checkpoint_bytes)
+        reporter = Reporter(folder, start, config.train.tokens, resume, world.is_main)
+        reporter.text(start, "config", f"```yaml\n{to_yaml(config)}```")
+        reporter.text(start, "start", start_as_markdown(lease.incarnation))
+        hangs = folder / "hangs" / f"{lease.incarnation.number:06d}"
+        guard = FiniteGuard(config.train.nonfinite_limit, found.meta.skipped_updates if found else 0)
+        with Watchdog(world, hangs, config.train.hang_timeout, ending.hung) as watchdog:
+            engine.clock.on_pass = watchdog.progress
+            yield Run(
+                config, world, folder, engine, train_data, validation_data,
+                validation_sequences(validation_data, config.validation.tokens), start, resume,
+                world.from_main(lambda: {event: line["tokens_seen"] for event, line in newest(folder).items()}),
+                lease, saver, watchdog, reporter, guard,
+                Stragglers(world, world.hosts(), config.log.straggler_every_steps, config.log.straggler_factor),
+                Reserve(saver), ending,
+            )  # fmt: skip
+    except Exception as error:
+        cause = ending.failed(error)
+        if cause is error:
+            raise
+        raise cause from None
+    finally:
+        if reporter is not None:
+            reporter.close()
+
+
+def _claim(
+    folder: Path, config: Config, engine: Engine, train_data: Corpus, resume: bool, allowed: Allowed
+) -> tuple[OpenCheckpoint | None, Lease]:
+    """Choose a checkpoint, claim the run, load. The run is claimed when it is known that it can resume here, and before
+    anything of it is read; a checkpoint that turns out to be corrupt gives way to an older one."""
+    world, lease = engine.world, None
+    fingerprints = [stream.fingerprint for stream in train_data.streams]
+    while True:
+        found = choose(folder, config, fingerprints, allowed, world) if resume else None
+        lease = lease or Lease(claim_run(folder, engine, found.meta.tokens_seen if found else 0))
+        if found is None:
+            if resume:
+                say(f"{folder}: no checkpoint was completed; starting from the first token")
+            return None, lease
+        try:
+            load(found, engine)
+        except CorruptError as error:
+            quarantine(found, error, world)
+            continue
+        meta = found.meta
+        say(f"resuming at {meta.tokens_seen:,} tokens, saved by {meta.engine} on {meta.world_size} rank(s)")
+        return found, lease
+
+
+def _position(config: Config, found: OpenCheckpoint | None) -> Position:
+    if found is None:
+        return position(config, 0, 0)
+    meta = found.meta
+    step = meta.step if meta.step is not None else step_count(config, meta.tokens_seen)
+    return position(config, meta.sequences_seen, step)
+
+
+def _check_vocabulary(config: Config) -> None:
+    """Raises UserError if the model does not fit the tokenizer, before anything is read or written."""
+    model, sampling = config.model, config.sampling
+    if model.vocab_size != VOCAB_SIZE:
+        raise UserError(
+            f"model.vocab_size {model.vocab_size} is not GPT-2's vocabulary of {VOCAB_SIZE}; "
+            "leave it out: the table is padded to a multiple of 128 by itself"
+        )
+    prompt = len(gpt2().encode_ordinary(sampling.prompt))
+    if sampling.samples and not 0 < prompt <= model.context:
+        raise UserError(f"sampling.prompt has {prompt} tokens; the model takes 1 to model.context {model.context}")
