@@ -1,7 +1,7 @@
 """What several tests share: a small corpus, a small run, and the reading of its metrics."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,15 @@ import pytest
 import torch
 from hypothesis import settings
 
+from megagpt.cli import main
 from megagpt.data.prepare import prepare
 from megagpt.data.sources import open_source
+from tests import processes
+
+Tiny = Callable[..., Path]
+"""What the fixture `tiny` is: (**sections) -> path of a config."""
+Refusal = Callable[..., str]
+"""What the fixture `refusal` is: (arguments, *parts) -> the line."""
 
 
 def pytest_configure() -> None:
@@ -25,9 +32,33 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def tiny(corpus: Path, tmp_path: Path) -> Callable[..., Path]:
+def tiny(corpus: Path, tmp_path: Path) -> Tiny:
     """Writes a tiny run's config and gives its path."""
     return lambda **sections: write_tiny(tmp_path, corpus, **sections)
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """Runs a command that must be refused, with exit code 2 and one line that has all the parts; gives the line."""
+
+    def refused(arguments: list[str], *parts: str) -> str:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("megagpt: error: ")
+        assert error.count("\n") == 1, error
+        for part in parts:
+            assert part in error
+        return error
+
+    return refused
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays() -> Iterator[None]:
+    """Kills what a test has started and left."""
+    yield
+    processes.end_all()
 
 
 def make_corpus(folder: Path) -> Path:

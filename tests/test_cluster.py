@@ -18,7 +18,7 @@ from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.incarnations import list_incarnations
 from tests.conftest import metrics, write_tiny
 from tests.minicluster import MiniCluster, mini_cluster, missing, missing_ssh
-from tests.ranks import REPOSITORY, free_port, megagpt
+from tests.processes import REPOSITORY, free_port, megagpt
 
 pytestmark = pytest.mark.slow
 

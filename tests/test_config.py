@@ -12,7 +12,7 @@ from megagpt.config import Config
 from megagpt.config_file import build_config, find_config, load_config, to_yaml
 from megagpt.errors import UserError
 from megagpt.models.presets import PRESETS
-from tests.ranks import REPOSITORY
+from tests.processes import REPOSITORY
 
 FILES = sorted((REPOSITORY / "configs").glob("*.yaml"))
 PRESET_FILES = [f for f in FILES if f.stem != "quickstart"]

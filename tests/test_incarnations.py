@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from megagpt.checkpoints.checkpoint import Checkpoint
 from megagpt.checkpoints.folder import list_checkpoints
@@ -17,9 +16,9 @@ from megagpt.incarnations import Incarnation, Superseded, claim, list_incarnatio
 from megagpt.world import World
 from tests.checkpoints.test_saving import WHOLE, meta, saved_value, state_of
 from tests.conftest import metrics, write_tiny
-from tests.ranks import environment
+from tests.processes import environment
 
-ALONE = World(0, 1, 0, torch.device("cpu"))
+ALONE = World.alone()
 
 
 def saver(run: Path, incarnation: Incarnation) -> Saver:

@@ -12,7 +12,7 @@ from torch.distributed.run import parse_args
 
 from megagpt.cli import _parser
 from megagpt.config_file import load_config
-from tests.ranks import REPOSITORY
+from tests.processes import REPOSITORY
 
 Tree = dict[str, Any]
 MANIFEST = REPOSITORY / "launch" / "kubernetes.yaml"

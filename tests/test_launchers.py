@@ -11,7 +11,7 @@ import torch
 from megagpt.launchers import first_host
 from tests.conftest import metrics
 from tests.minicluster import MiniCluster, end_processes, mini_cluster, missing
-from tests.ranks import REPOSITORY, environment, free_port
+from tests.processes import REPOSITORY, environment, free_port
 
 pytestmark = pytest.mark.slow
 

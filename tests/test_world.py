@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megagpt.errors import UserError
 from megagpt.launchers import RankInfo, find_rank, first_host
 from tests.minicluster import end_processes
-from tests.ranks import environment, free_port
+from tests.processes import environment, free_port
 
 # --- the environment ---
 

@@ -24,23 +24,23 @@ _ALL_PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """An engine with its settings, on so many ranks."""
+class EngineCase:
+    """An engine with its settings, and its number of ranks."""
 
     name: str
     ranks: int
     engine: dict[str, Any]
 
 
-SETUPS = {
-    setup.name: setup
-    for setup in (
-        Setup("ddp", 2, {"name": "ddp"}),
-        Setup("fsdp", 2, {"name": "fsdp"}),
-        Setup("fsdp hybrid 2 x 2", 4, {"name": "fsdp", "shard_ranks": 2}),
-        Setup("zero-1", 2, {"name": "zero", "stage": 1}),
-        Setup("zero-2", 2, {"name": "zero", "stage": 2}),
-        Setup("zero-3", 2, {"name": "zero", "stage": 3, "deepspeed": _ALL_PARTITIONED}),
+ENGINE_CASES = {
+    case.name: case
+    for case in (
+        EngineCase("ddp", 2, {"name": "ddp"}),
+        EngineCase("fsdp", 2, {"name": "fsdp"}),
+        EngineCase("fsdp hybrid 2 x 2", 4, {"name": "fsdp", "shard_ranks": 2}),
+        EngineCase("zero-1", 2, {"name": "zero", "stage": 1}),
+        EngineCase("zero-2", 2, {"name": "zero", "stage": 2}),
+        EngineCase("zero-3", 2, {"name": "zero", "stage": 3, "deepspeed": _ALL_PARTITIONED}),
     )
 }
 ACCUMULATIONS = (1, 4)
@@ -60,6 +60,8 @@ class Case:
     compile: bool = False
     runs: tuple[str, ...] = ()
     """Folders of runs: where to save, or what to resume."""
+    timed: bool = False
+    """Whether the time of a step is measured beside the memory."""
 
     def config(self) -> Config:
         """Clipping is active in every step: the norm of the gradient stays above `CLIP`."""

@@ -7,35 +7,35 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from megagpt.measure.cases import SAVED_AT, SETUPS, STEPS, Case
+from megagpt.measure.cases import ENGINE_CASES, SAVED_AT, STEPS, Case
 from megagpt.measure.processes import run_cases
 
 WORLDS = (1, 2, 4)
 TOLERANCE = 5e-6  # of the loss, in fp32
-Curve = list[list[float]]
+Curve = list[tuple[float, float]]
 
 
 class Setting(NamedTuple):
-    """An engine on so many ranks."""
+    """An engine and its number of ranks."""
 
-    setup: str
+    engine: str
     ranks: int
 
     def case(self, *runs: Path) -> Case:
-        engine = dict(SETUPS[self.setup].engine)
-        if "shard_ranks" in engine:  # two copies of the model, where there are ranks for two
+        engine = dict(ENGINE_CASES[self.engine].engine)
+        if "shard_ranks" in engine:  # two copies of the model, if there are ranks for two
             engine["shard_ranks"] = max(1, self.ranks // 2)
         return Case(engine, self.ranks, runs=tuple(map(str, runs)))
 
 
-SETTINGS = [Setting(setup, ranks) for setup in SETUPS for ranks in WORLDS]
+SETTINGS = [Setting(name, ranks) for name in ENGINE_CASES for ranks in WORLDS]
 Crossing = tuple[Setting, Setting]
 ALL = [(source, target) for source in SETTINGS for target in SETTINGS]
 # Every pair of engines once, every pair of world sizes equally often.
 PAIRS = [
     (Setting(source, WORLDS[(i + j) % 3]), Setting(target, WORLDS[(i + j // 3 + 2 * (j % 3)) % 3]))
-    for i, source in enumerate(SETUPS)
-    for j, target in enumerate(SETUPS)
+    for i, source in enumerate(ENGINE_CASES)
+    for j, target in enumerate(ENGINE_CASES)
 ]
 
 
@@ -51,19 +51,19 @@ class Result(NamedTuple):
 def cross(
     crossings: Sequence[Crossing], progress: Callable[[int], object] = lambda count: None
 ) -> dict[Crossing, Result]:
-    """Save at each source, resume at each target. Raises UserError where a rank fails."""
+    """Save at each source, resume at each target. Raises UserError if a rank fails."""
     (plain,) = run_cases("plain", [Case({}, 1)])
     went_on: dict[Setting, Curve] = {}
     results: dict[Crossing, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
 
-        def run(place: Setting) -> Path:
-            return Path(folder) / f"{place.setup} {place.ranks}".replace(" ", "-")
+        def run(setting: Setting) -> Path:
+            return Path(folder) / f"{setting.engine} {setting.ranks}".replace(" ", "-")
 
         for ranks in WORLDS:
             sources = sorted({source for source, _ in crossings if source.ranks == ranks})
             if sources:
-                curves = run_cases("saved", [place.case(run(place)) for place in sources], lambda: progress(1))
+                curves = run_cases("saved", [setting.case(run(setting)) for setting in sources], lambda: progress(1))
                 went_on |= zip(sources, curves, strict=True)
         for ranks in WORLDS:
             targets = sorted({target for _, target in crossings if target.ranks == ranks})
@@ -95,11 +95,11 @@ def _rows(results: dict[Crossing, Result]) -> Iterator[list[str]]:
         "rows saved it, columns resumed it, each on 1, 2 and 4 ranks (the largest of 9 crossings); = says that the "
         "same engine on the same number of ranks went on bit for bit"
     ]
-    yield ["saved by", *SETUPS]
-    for source in SETUPS:
+    yield ["saved by", *ENGINE_CASES]
+    for source in ENGINE_CASES:
         cells = []
-        for target in SETUPS:
-            found = {key: r for key, r in results.items() if (key[0].setup, key[1].setup) == (source, target)}
+        for target in ENGINE_CASES:
+            found = {key: r for key, r in results.items() if (key[0].engine, key[1].engine) == (source, target)}
             exact = source == target and all(r.same_bits for (a, b), r in found.items() if a == b)
             cells.append(f"{max(r.difference for r in found.values()):.1e}" + (" =" if exact else ""))
         yield [source, *cells]

@@ -1,59 +1,137 @@
-"""Starts the ranks of compared runs on this machine."""
+"""Starts the ranks of a measurement on this machine, and collects the results of rank 0."""
 
-import dataclasses
-import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
 
-from megagpt.errors import UserError
+from megagpt.errors import Reported, UserError
+from megagpt.failures import failure, leave_record, read_record
 from megagpt.measure.cases import Case
+
+# Imported once, before the ranks are forked: most of a rank's start is imports. Not deepspeed, which chooses its
+# accelerator when it is imported.
+PRELOADED = ["megagpt.measure.worker", "megagpt.engines.fsdp", "torch._dynamo"]
+Function = Callable[..., Iterator[Any]]
 
 
 def run_cases(kind: str, cases: Sequence[Case], progress: Callable[[], object] = lambda: None) -> list[Any]:
-    """The results of the cases, which share a number of ranks, in order. Raises UserError where a rank fails."""
+    """The results of the cases, which share a number of ranks, in order. Raises UserError if a rank fails."""
+    from megagpt.measure.worker import run
+
     (ranks,) = {case.ranks for case in cases}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    text = json.dumps([dataclasses.asdict(case) for case in cases])
-    processes = []
-    for rank in range(ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        command = [sys.executable, "-m", "megagpt.measure.worker", kind]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, env={**environment, **place}, text=True, **pipes))  # type: ignore[call-overload]
-    errors: list[str] = [""] * ranks
-
-    def drain(rank: int) -> None:
-        errors[rank] = processes[rank].stderr.read()
-
-    readers = [threading.Thread(target=drain, args=(rank,), daemon=True) for rank in range(ranks)]
-    for reader, process in zip(readers, processes, strict=True):
-        reader.start()
-        process.stdin.write(text)
-        process.stdin.close()
     results = []
     try:
-        for line in processes[0].stdout:
-            if line.startswith(("[", "{")):
-                results.append(json.loads(line))
-                progress()
-        codes = [process.wait() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    for reader in readers:
-        reader.join()
-    if any(codes) or len(results) != len(cases):
-        said = [text for text in errors if text.strip()]
-        reason = [line for text in said for line in text.splitlines() if line.startswith("megagpt: error:")]
-        last = reason[0] if reason else (said[0].strip().splitlines()[-1] if said else f"exit codes {codes}")
-        raise UserError(f"{kind} {cases[min(len(results), len(cases) - 1)]}: {last}")
+        for result in run_ranks(ranks, run, kind, list(cases)):
+            results.append(result)
+            progress()
+    except UserError as error:
+        raise UserError(f"{kind} {cases[min(len(results), len(cases) - 1)]}: {error}") from None
     return results
+
+
+def run_ranks(
+    ranks: int, function: Function, *arguments: Any, method: Literal["forkserver", "spawn"] = "forkserver"
+) -> Iterator[Any]:
+    """What `function(*arguments)` yields on rank 0, one by one; every rank of a new world calls it.
+
+    `method`: "forkserver" starts fast, from a process that has imported everything; "spawn" gives fresh processes,
+    which share no memory with it. Raises UserError with the reason of the rank that failed first.
+    """
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(PRELOADED)
+    port = free_port()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        receiver, sender = context.Pipe(duplex=False)
+        processes = [
+            context.Process(
+                target=_rank,
+                args=(rank_environment(rank, ranks, port), folder / str(rank), sender if rank == 0 else None, function),
+                kwargs={"arguments": arguments},
+                daemon=True,
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            for process in processes:
+                process.start()
+            sender.close()
+            yield from _received(receiver)
+            for process in processes:
+                process.join()
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+        codes = [process.exitcode for process in processes]
+        if any(codes):
+            raise UserError(_reason(folder, codes))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The environment of one of several ranks on this machine, as a launcher sets it."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {**os.environ, **{name: str(value) for name, value in place.items()}}
+
+
+def enter(environment: dict[str, str], stdout: Path, stderr: Path, cwd: Path | None = None) -> None:
+    """Give a process that was forked from a server the surroundings of one that was started by itself: environment,
+    working folder, and files, appended to, in place of stdout and stderr."""
+    os.environ.clear()
+    os.environ.update(environment)
+    if cwd is not None:
+        os.chdir(cwd)
+    for stream, path in ((sys.stdout, stdout), (sys.stderr, stderr)):
+        stream.flush()
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), stream.fileno())
+
+
+def _rank(
+    environment: dict[str, str], output: Path, sender: Connection | None, function: Function, arguments: Sequence[Any]
+) -> None:
+    record = output.with_suffix(".error.json")
+    enter({**environment, "TORCHELASTIC_ERROR_FILE": str(record)}, output, output)
+    try:
+        for value in function(*arguments):
+            if sender is not None:
+                sender.send(value)
+    except Exception as error:
+        if not isinstance(error, Reported):
+            leave_record(failure(error, int(environment["RANK"])))
+        sys.exit(1)
+
+
+def _received(receiver: Connection) -> Iterator[Any]:
+    """Everything that comes until the sender closes its end."""
+    while True:
+        try:
+            yield receiver.recv()
+        except EOFError:
+            return
+
+
+def _reason(folder: Path, codes: Sequence[int | None]) -> str:
+    """Why the ranks failed: the first one's record, else the last line that a rank printed."""
+    records = [record for path in sorted(folder.glob("*.error.json")) if (record := read_record(path)) is not None]
+    for record in sorted(records, key=lambda record: not record.first):
+        return f"[rank {record.rank} of {len(codes)}] {record.reason}"
+    for rank in range(len(codes)):
+        path = folder / str(rank)
+        if path.exists() and (lines := path.read_text(errors="replace").split("\n")[:-1]):
+            return lines[-1]
+    return f"exit codes {codes}"

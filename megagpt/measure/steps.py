@@ -6,23 +6,22 @@ that a machine that is slower for a while is slower for all. The best step count
 
 import argparse
 import dataclasses
-import json
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from megagpt.config import Config
 from megagpt.config_file import build_config, override
 from megagpt.data.loader import Batch
 from megagpt.engines.engine import build_engine, build_optimizer
-from megagpt.errors import ExpectedError, UserError
+from megagpt.errors import UserError
 from megagpt.hardware import device_name, peak_flops
+from megagpt.measure.plain import PlainGPT, plain_step
+from megagpt.measure.processes import run_ranks
 from megagpt.models.presets import ModelConfig
 from megagpt.process_memory import peak_memory
 from megagpt.world import join
@@ -116,18 +115,15 @@ def _config(arguments: argparse.Namespace, precision: str) -> Config:
 
 
 def _in_process(row: Row) -> dict[str, Any]:
-    command = [sys.executable, "-m", "megagpt.measure.steps"]
-    done = subprocess.run(
-        command, input=json.dumps(dataclasses.asdict(row)), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{row.implementation} {row.config['train']['precision']}: {last}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    try:
+        (result,) = run_ranks(1, _measure, row, method="spawn")
+    except UserError as error:
+        raise UserError(f"{row.implementation} {row.config['train']['precision']}: {error}") from None
+    measured: dict[str, Any] = result
+    return measured
 
 
-def _measure(row: Row) -> dict[str, Any]:
+def _measure(row: Row) -> Iterator[dict[str, Any]]:
     config = build_config(row.config, "bench")
     with join(config.train.device, tune_allocator=row.tuned_allocator) as world:
         device = world.device
@@ -142,7 +138,12 @@ def _measure(row: Row) -> dict[str, Any]:
             step = lambda: engine.train_step(batch, 1e-4)  # noqa: E731
         else:
             build = {"plain": PlainGPT, "transformers": _transformers}[row.implementation]
-            step = _plain_step(build(config.model).to(device), config, tokens, targets)
+            model = build(config.model).to(device)
+            optimizer = build_optimizer(model, config)
+            if config.train.compile:
+                model.compile()
+            bf16 = config.train.precision == "bf16"
+            step = lambda: plain_step(model, optimizer, tokens, targets, config.optimizer.clip_norm, bf16)  # noqa: E731
         seconds = []
         for _ in range(_WARMUP_STEPS + row.steps):
             _wait(device)
@@ -150,7 +151,7 @@ def _measure(row: Row) -> dict[str, Any]:
             step()
             _wait(device)
             seconds.append(time.perf_counter() - start)
-        return {
+        yield {
             "seconds": min(seconds[_WARMUP_STEPS:]),
             "memory": peak_memory(device),
             "device": device_name(device),
@@ -168,58 +169,6 @@ def _wait(device: torch.device) -> None:
 # --- the others ------------------------------------------------------------------------------------------------------
 
 
-def _plain_step(model: nn.Module, config: Config, tokens: Tensor, targets: Tensor) -> Callable[[], object]:
-    """The usual loop: autocast forward, mean cross-entropy over all logits, backward, clip, AdamW."""
-    optimizer = build_optimizer(model, config)
-    if config.train.compile:
-        model.compile()
-
-    def step() -> Tensor:
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-            output = model(tokens)
-            logits = output if isinstance(output, Tensor) else output.logits
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    return step
-
-
-class PlainGPT(nn.Module):
-    """GPT-2 as it is usually written, nothing fused or chunked, PyTorch's own initialisation."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        c = config.width
-        self.heads = config.heads
-        self.wte = nn.Embedding(config.padded_vocab_size, c)
-        self.wpe = nn.Embedding(config.context, c)
-        self.layers = nn.ModuleList(
-            nn.ModuleList([
-                nn.LayerNorm(c), nn.Linear(c, 3 * c), nn.Linear(c, c),
-                nn.LayerNorm(c), nn.Linear(c, 4 * c), nn.Linear(4 * c, c),
-            ])
-            for _ in range(config.layers)
-        )  # fmt: skip
-        self.norm = nn.LayerNorm(c)
-        nn.init.normal_(self.wte.weight, std=0.02)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        B, T = tokens.shape
-        x = self.wte(tokens) + self.wpe.weight[:T]
-        for layer in self.layers:
-            assert isinstance(layer, nn.ModuleList)
-            norm_1, qkv, out, norm_2, up, down = layer
-            q, k, v = qkv(norm_1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + out(y.transpose(1, 2).reshape(B, T, -1))
-            x = x + down(F.gelu(up(norm_2(x)), approximate="tanh"))
-        return F.linear(self.norm(x), self.wte.weight)
-
-
 def _transformers(config: ModelConfig) -> nn.Module:
     try:
         import transformers
@@ -229,10 +178,3 @@ def _transformers(config: ModelConfig) -> nn.Module:
 
     model: nn.Module = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf_config(config)))
     return model.train()
-
-
-if __name__ == "__main__":
-    try:
-        print(json.dumps(_measure(Row(**json.loads(sys.stdin.read())))))
-    except ExpectedError as error:
-        sys.exit(str(error))

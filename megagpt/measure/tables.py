@@ -1,4 +1,4 @@
-"""`megagpt parity`: the tables of docs/engines.md, made anew."""
+"""`megagpt parity`: the tables of docs/engines.md, measured again."""
 
 import argparse
 import dataclasses
@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from megagpt.errors import ExitCode, UserError
-from megagpt.measure.cases import ACCUMULATIONS, ACTIVATION_CHECKPOINTING, SETUPS, STEPS, Case, Setup
+from megagpt.measure.cases import ACCUMULATIONS, ACTIVATION_CHECKPOINTING, ENGINE_CASES, STEPS, Case, EngineCase
 from megagpt.measure.crossings import crossing_table
 from megagpt.measure.processes import run_cases
 from megagpt.planning.memory import state_bytes
@@ -22,7 +22,7 @@ NORM_TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}
 
 
 def parity(arguments: argparse.Namespace) -> int:
-    """Print the tables; exit code 1 where an engine leaves the tolerance."""
+    """Print the tables; exit code 1 if an engine leaves the tolerance."""
     wanted = [name for name in arguments.tables.split(",") if name]
     for name in wanted:
         if name not in TABLES:
@@ -30,12 +30,12 @@ def parity(arguments: argparse.Namespace) -> int:
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    setups = list(SETUPS.values())
+    engines = list(ENGINE_CASES.values())
     if device == "cuda":
-        # One rank a GPU: what does not fit this machine runs on the GPUs there are.
+        # One rank per GPU: an engine that wants more ranks than there are GPUs runs on as many as there are.
         count = torch.cuda.device_count()
-        setups = [
-            dataclasses.replace(s, ranks=min(s.ranks, count)) for s in setups if s.name.find("hybrid") < 0 or count > 3
+        engines = [
+            dataclasses.replace(s, ranks=min(s.ranks, count)) for s in engines if s.name.find("hybrid") < 0 or count > 3
         ]
     within = True
     for name in wanted:
@@ -47,32 +47,33 @@ def parity(arguments: argparse.Namespace) -> int:
             _print(table)
             within = within and same
             continue
-        results = curves(setups, name, device)
-        _print(curve_table(setups, name, results))
+        results = curves(engines, name, device)
+        _print(curve_table(engines, name, results))
         within = within and all(_within(name, r) for r in results.values())
     return ExitCode.DONE if within else ExitCode.DIFFERENT
 
 
+Curve = Sequence[tuple[float, float]]
 Differences = dict[tuple[str, int, str], tuple[float, float]]
 
 
-def curves(setups: Sequence[Setup], precision: str, device: str) -> Differences:
+def curves(engines: Sequence[EngineCase], precision: str, device: str) -> Differences:
     """Largest difference of loss and of gradient norm from the plain fp32 loop over all steps, for each
-    (setup, accumulation, recomputation)."""
-    grid = [(s, a, r) for s in setups for a in ACCUMULATIONS for r in ACTIVATION_CHECKPOINTING]
+    (engine, accumulation, activation checkpointing)."""
+    grid = [(s, a, r) for s in engines for a in ACCUMULATIONS for r in ACTIVATION_CHECKPOINTING]
     reference = run_cases("plain", [Case({}, 1)])[0][:STEPS]
     found: Differences = {}
     with tqdm(total=len(grid), unit="run", desc=precision, disable=None) as bar:
-        for setup in setups:
-            _say(f"{setup.name}, {precision}")
-            keys = [(a, r) for s, a, r in grid if s is setup]
-            cases = [Case(setup.engine, setup.ranks, a, r, precision, device) for a, r in keys]
+        for engine in engines:
+            _say(f"{engine.name}, {precision}")
+            keys = [(a, r) for s, a, r in grid if s is engine]
+            cases = [Case(engine.engine, engine.ranks, a, r, precision, device) for a, r in keys]
             for (a, r), curve in zip(keys, run_cases("curve", cases, bar.update), strict=True):
-                found[setup.name, a, r] = difference(curve, reference)
+                found[engine.name, a, r] = difference(curve, reference)
     return found
 
 
-def difference(curve: list[list[float]], reference: list[list[float]]) -> tuple[float, float]:
+def difference(curve: Curve, reference: Curve) -> tuple[float, float]:
     """Largest absolute difference of the losses, and of the norms."""
     pairs = list(zip(curve, reference, strict=True))
     loss, norm = (max(abs(a[i] - b[i]) for a, b in pairs) for i in (0, 1))
@@ -83,7 +84,7 @@ def _within(precision: str, pair: tuple[float, float]) -> bool:
     return pair[0] <= LOSS_TOLERANCE[precision] and pair[1] <= NORM_TOLERANCE[precision]
 
 
-def curve_table(setups: Sequence[Setup], precision: str, results: Differences) -> Iterator[list[str]]:
+def curve_table(engines: Sequence[EngineCase], precision: str, results: Differences) -> Iterator[list[str]]:
     """Rows for people: largest difference of the loss (of the gradient norm)."""
     what = "largest difference of the loss (of the gradient norm) from one plain fp32 process"
     yield [f"{precision}: {what}, {STEPS} steps"]
@@ -93,22 +94,22 @@ def curve_table(setups: Sequence[Setup], precision: str, results: Differences) -
         *(f"{a} x {r}" for a in ACCUMULATIONS for r in ACTIVATION_CHECKPOINTING),
         "within tolerance",
     ]
-    for setup in setups:
-        cells = [results[setup.name, a, r] for a in ACCUMULATIONS for r in ACTIVATION_CHECKPOINTING]
+    for engine in engines:
+        cells = [results[engine.name, a, r] for a in ACCUMULATIONS for r in ACTIVATION_CHECKPOINTING]
         shown = [f"{loss:.1e} ({norm:.1e})" for loss, norm in cells]
-        yield [setup.name, str(setup.ranks), *shown, "yes" if all(_within(precision, c) for c in cells) else "NO"]
+        yield [engine.name, str(engine.ranks), *shown, "yes" if all(_within(precision, c) for c in cells) else "NO"]
 
 
-def memory_rows() -> Iterator[tuple[Setup, str, dict[str, Any], Any]]:
+def memory_rows() -> Iterator[tuple[EngineCase, str, dict[str, Any], Any]]:
     """Measured and predicted bytes on the main rank, for each engine, precision and number of ranks."""
-    names = [name for name in SETUPS if "hybrid" not in name]
-    grid = [(SETUPS[name], ranks, "bf16") for name in names for ranks in (1, 2, 4)]
-    grid += [(SETUPS[name], 2, "fp32") for name in names]
-    for setup, ranks, precision in tqdm(grid, unit="run", desc="memory", disable=None):
-        _say(f"{setup.name}, {precision}, {ranks} rank(s)")
-        case = Case(setup.engine, ranks, 2, "none", precision)
+    names = [name for name in ENGINE_CASES if "hybrid" not in name]
+    grid = [(ENGINE_CASES[name], ranks, "bf16") for name in names for ranks in (1, 2, 4)]
+    grid += [(ENGINE_CASES[name], 2, "fp32") for name in names]
+    for engine, ranks, precision in tqdm(grid, unit="run", desc="memory", disable=None):
+        _say(f"{engine.name}, {precision}, {ranks} rank(s)")
+        case = Case(engine.engine, ranks, 2, "none", precision, timed=True)
         (measured,) = run_cases("memory", [case])
-        yield dataclasses.replace(setup, ranks=ranks), precision, measured, case
+        yield dataclasses.replace(engine, ranks=ranks), precision, measured, case
 
 
 def memory_table() -> Iterator[list[str]]:
@@ -117,13 +118,13 @@ def memory_table() -> Iterator[list[str]]:
 
     yield ["memory: bytes a parameter on one rank at the fullest point between passes, measured / by formula"]
     yield ["engine", "precision", "ranks", "weights", "gradients", "optimizer", "together", "ms a step"]
-    for setup, precision, measured, case in memory_rows():
+    for engine, precision, measured, case in memory_rows():
         config = memory_config(case)
-        count, formula = config.model.stored_parameters, state_bytes(config, setup.ranks)
+        count, formula = config.model.stored_parameters, state_bytes(config, engine.ranks)
         kinds = ("weights", "gradients", "optimizer")
         cells = [f"{measured[k] / count:.2f} / {getattr(formula, k) / count:.2f}" for k in kinds]
         together = f"{sum(measured[k] for k in kinds) / count:.2f} / {formula.total / count:.2f}"
-        yield [setup.name, precision, str(setup.ranks), *cells, together, f"{measured['seconds'] * 1e3:.0f}"]
+        yield [engine.name, precision, str(engine.ranks), *cells, together, f"{measured['seconds'] * 1e3:.0f}"]
 
 
 def _say(text: str) -> None:

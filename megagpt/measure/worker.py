@@ -1,16 +1,13 @@
-"""One rank of the compared runs: `python -m megagpt.measure.worker KIND`, with the cases as JSON on standard input."""
+"""What one rank of the compared runs does: curves, checkpoints, memory."""
 
 import dataclasses
 import gc
-import json
-import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -21,8 +18,8 @@ from megagpt.config import CheckpointConfig, Config
 from megagpt.data.loader import Batch
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.engines.flat_shard import FlatShard
-from megagpt.errors import ExpectedError, Reported
 from megagpt.measure.cases import LR, SAVED_AT, STEPS, Case, rows, share
+from megagpt.measure.plain import plain_optimizer, plain_step
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
 from megagpt.models.presets import ModelConfig
@@ -38,21 +35,11 @@ def plain(case: Case, steps: int = STEPS) -> Curve:
     config = case.config()
     model = GPT(config.model)
     initialize(model, config.model, config.run.seed)
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": config.optimizer.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, LR, betas=(0.9, 0.95), eps=1e-8)
-    curve = []
-    for step in range(steps):
-        batch = rows(step)
-        loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        curve.append((loss.item(), norm.item()))
-    return curve
+    optimizer = plain_optimizer(model, LR, (0.9, 0.95), 1e-8, config.optimizer.weight_decay)
+    batches = map(rows, range(steps))
+    clip_norm = config.optimizer.clip_norm
+    curve = [plain_step(model, optimizer, batch[:, :-1], batch[:, 1:], clip_norm) for batch in batches]
+    return [(loss.item(), norm.item()) for loss, norm in curve]
 
 
 def curve(case: Case, world: World) -> Curve:
@@ -113,12 +100,13 @@ def memory_config(case: Case) -> Config:
 
 
 def memory(case: Case, world: World) -> dict[str, Any]:
-    """Bytes that this rank's tensors hold at the fullest point of a step outside its passes, by kind, and the median
-    time of a step. Counted on the live tensors of the process, by storage, not on what the engine says it holds."""
+    """Bytes that this rank's tensors hold at the fullest point of a step outside its passes, by kind; of a timed case
+    also `seconds`, the median time of a step. Counted on the live tensors of the process, by storage, not on what the
+    engine says it holds."""
     config = memory_config(case)
     before = set(_storages(_live_tensors()))
     engine = build_engine(config, world)
-    fullest: dict[str, int] = {}
+    fullest: dict[str, Any] = {}
     accumulate = engine._accumulate
 
     def watched(tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
@@ -139,6 +127,8 @@ def memory(case: Case, world: World) -> dict[str, Any]:
     for _ in range(2):  # the moments appear in the first
         engine.train_step(batch, LR)
     engine._accumulate = accumulate  # type: ignore[method-assign]
+    if not case.timed:
+        return fullest
     seconds = []
     for _ in range(7):
         start = time.perf_counter()
@@ -179,23 +169,10 @@ def _by_kind(engine: Engine, held: dict[int, int]) -> dict[str, int]:
     return {kind: sum(held[k] for k in keys) for kind, keys in kinds.items()}
 
 
-def main() -> int:
-    """Run each case and print its result as a line of JSON, from the main rank."""
-    kind, cases = sys.argv[1], [Case(**case) for case in json.loads(sys.stdin.read())]
+def run(kind: str, cases: Sequence[Case]) -> Iterator[Any]:
+    """The cases' results, one after another; every rank calls it. `kind`: plain, curve, saved, resumed or memory."""
     torch.set_num_threads(1)  # ranks share a machine here
+    function = {"curve": curve, "memory": memory, "saved": saved, "resumed": resumed}.get(kind)
     with join(cases[0].device) as world:
         for case in cases:
-            if kind == "plain":
-                result: Any = plain(case, SAVED_AT + STEPS)
-            else:
-                result = {"curve": curve, "memory": memory, "saved": saved, "resumed": resumed}[kind](case, world)
-            if world.is_main:
-                print(json.dumps(result), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ExpectedError as error:
-        sys.exit(None if isinstance(error, Reported) else str(error))
+            yield function(case, world) if function else plain(case, SAVED_AT + STEPS)

@@ -27,7 +27,7 @@ from megagpt.cli import main as command_line
 from megagpt.errors import ExitCode
 from megagpt.incarnations import list_incarnations
 from tests.conftest import make_corpus, metrics, write_tiny
-from tests.ranks import start_ranks
+from tests.processes import start_ranks
 
 # How long ranks may take to start, to make progress, to notice that a peer is gone: generous, to find what hangs.
 PATIENCE = 120.0

@@ -9,7 +9,7 @@ import pytest
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
 from tests.checkpoints.drills import flip
-from tests.ranks import megagpt
+from tests.processes import megagpt
 
 Tiny = Callable[..., Path]
 

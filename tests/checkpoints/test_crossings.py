@@ -2,7 +2,7 @@
 
 import pytest
 
-from megagpt.measure.cases import SETUPS
+from megagpt.measure.cases import ENGINE_CASES
 from megagpt.measure.crossings import PAIRS, SETTINGS, TOLERANCE, WORLDS, Crossing, Result, Setting, cross
 
 pytestmark = pytest.mark.slow
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 # Under itself, on the same number of ranks: goes on bit for bit.
 SAME = [
-    (Setting(setup, 2), Setting(setup, 2)) for setup in SETUPS if (Setting(setup, 2), Setting(setup, 2)) not in PAIRS
+    (Setting(name, 2), Setting(name, 2)) for name in ENGINE_CASES if (Setting(name, 2), Setting(name, 2)) not in PAIRS
 ]
 
 
@@ -21,17 +21,17 @@ def results() -> dict[Crossing, Result]:
 
 def test_the_pairs_are_all_engines_worlds_and_places() -> None:
     """`megagpt parity --tables crossings` makes all of the 324 crossings."""
-    assert {(a.setup, b.setup) for a, b in PAIRS} == {(a, b) for a in SETUPS for b in SETUPS}
+    assert {(a.engine, b.engine) for a, b in PAIRS} == {(a, b) for a in ENGINE_CASES for b in ENGINE_CASES}
     assert {(a.ranks, b.ranks) for a, b in PAIRS} == {(a, b) for a in WORLDS for b in WORLDS}
     assert {a for a, _ in PAIRS} == {b for _, b in PAIRS} == set(SETTINGS)
     assert any(a == b for a, b in PAIRS)
 
 
-@pytest.mark.parametrize("target", SETUPS)
-@pytest.mark.parametrize("source", SETUPS)
+@pytest.mark.parametrize("target", ENGINE_CASES)
+@pytest.mark.parametrize("source", ENGINE_CASES)
 def test_what_follows_is_the_plain_run(source: str, target: str, results: dict[Crossing, Result]) -> None:
     """Over 20 steps; to the last bit where engine and number of ranks stay as they were."""
-    found = {c: r for c, r in results.items() if (c[0].setup, c[1].setup) == (source, target)}
+    found = {c: r for c, r in results.items() if (c[0].engine, c[1].engine) == (source, target)}
     assert found
     assert (source != target) or any(a == b for a, b in found)
     for (before, after), result in found.items():

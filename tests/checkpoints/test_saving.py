@@ -27,15 +27,15 @@ from megagpt.config_file import build_config
 from megagpt.engines.engine import Replica, build_engine
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.errors import UserError
-from megagpt.measure.cases import SETUPS, Case
+from megagpt.measure.cases import ENGINE_CASES, Case
 from megagpt.position import position
 from megagpt.world import World, join
-from tests.ranks import run_ranks
+from tests.processes import run_ranks
 
 CONFIG = build_config(
     {"model": {"layers": 1, "width": 8, "heads": 1, "context": 4}, "train": {"batch_tokens": 8, "tokens": 800}}, "test"
 )
-ALONE = World(0, 1, 0, torch.device("cpu"))
+ALONE = World.alone()
 SHAPES = {"model.matrix": (3, 5), "model.vector": (7,), "exp_avg.matrix": (3, 5)}
 
 
@@ -372,7 +372,7 @@ BUFFERS = storage._KEPT_BLOCKS * storage.BLOCK_BYTES + storage._AHEAD_BYTES  # o
 
 
 def large_config(name: str) -> Config:
-    case = Case(SETUPS[name].engine, 2)
+    case = Case(ENGINE_CASES[name].engine, 2)
     model = {"layers": LAYERS, "width": WIDTH, "heads": 8, "context": 32, "vocab_size": 500}
     tree = {
         "model": model,

@@ -13,7 +13,7 @@ from megagpt.cluster import scripts
 from megagpt.cluster.hosts import carried, read_hostfile
 from megagpt.cluster.scripts import find_script
 from megagpt.errors import UserError
-from tests.ranks import REPOSITORY
+from tests.processes import REPOSITORY
 
 Capture = pytest.CaptureFixture[str]
 SCRIPT = str(REPOSITORY / "launch" / "multinode.sh")

@@ -15,7 +15,7 @@ from megagpt.config import Config
 from megagpt.config_file import load_config
 from megagpt.incarnations import claim, list_incarnations
 from tests.conftest import write_tiny
-from tests.ranks import environment, free_port
+from tests.processes import environment, free_port
 
 DONE, GO_ON, STOP = 0, 75, 1
 TOKENS = 2560

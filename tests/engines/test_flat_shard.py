@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megagpt.engines.flat_shard import FlatShard, rectangles
-from tests.ranks import run_ranks
+from tests.processes import run_ranks
 
 Shape = tuple[int, ...]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is:UserWarning")

@@ -10,7 +10,7 @@ import pytest
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
 from tests.conftest import metrics, write_tiny
-from tests.ranks import megagpt, torchrun
+from tests.processes import megagpt, torchrun
 
 Tiny = Callable[..., Path]
 

@@ -9,7 +9,7 @@ import pytest
 from megagpt.config_file import build_config
 from megagpt.engines.zero_config import check_nvme, deepspeed_config
 from megagpt.errors import UserError
-from tests.ranks import run_ranks
+from tests.processes import run_ranks
 
 Tree = dict[str, Any]
 

@@ -16,7 +16,7 @@ from megagpt.training import occasions, safety
 from megagpt.training.reserve import Reserve
 from megagpt.training.safety import StopRequest
 from tests.conftest import metrics
-from tests.ranks import megagpt
+from tests.processes import megagpt
 
 Tiny = Callable[..., Path]
 

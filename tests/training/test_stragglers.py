@@ -12,7 +12,7 @@ from megagpt.cli import main
 from megagpt.models.gpt import Block
 from megagpt.training.stragglers import compare
 from tests.conftest import metrics, write_tiny
-from tests.ranks import run_ranks
+from tests.processes import run_ranks
 
 HOSTS = ["a", "a", "b", "b"]
 # Step, data wait, compute, communication wait.

@@ -22,7 +22,7 @@ from megagpt.incarnations import list_incarnations
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
 from tests.conftest import metrics
-from tests.ranks import environment, run_ranks, torchrun
+from tests.processes import environment, run_ranks, torchrun
 
 Tiny = Callable[..., Path]
 

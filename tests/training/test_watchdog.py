@@ -15,7 +15,7 @@ from megagpt.incarnations import list_incarnations
 from megagpt.training.watchdog import Watchdog
 from megagpt.world import World
 from tests.conftest import metrics, write_tiny
-from tests.ranks import megagpt, start_ranks
+from tests.processes import megagpt, start_ranks
 
 TIMEOUT = 4
 
@@ -95,7 +95,7 @@ def test_missing_ranks_and_their_phases_are_named(tmp_path: Path) -> None:
 def test_patient_work_may_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[float] = []
     monkeypatch.setattr(Watchdog, "_end", lambda self, silent: ended.append(silent))
-    with Watchdog(World(0, 1, 0, torch.device("cpu")), tmp_path, 1.5, print) as watchdog:
+    with Watchdog(World.alone(), tmp_path, 1.5, print) as watchdog:
         with watchdog.patient("a save"):
             time.sleep(3)
         for _ in range(4):

@@ -1,0 +1,76 @@
+"""The reference: GPT-2 as it is usually written, and the usual training step. Nothing fused, chunked or sharded."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megagpt.models.presets import ModelConfig
+
+Clip = Callable[[Iterable[Tensor], float], Tensor]
+
+
+def plain_optimizer(
+    model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, fused: bool | None = None
+) -> torch.optim.AdamW:
+    """PyTorch's AdamW. Matrices decay, vectors do not."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr, betas, eps, fused=fused)
+
+
+def plain_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    targets: Tensor,
+    clip_norm: float,
+    bf16: bool = False,
+    clip: Clip = nn.utils.clip_grad_norm_,
+) -> tuple[Tensor, Tensor]:
+    """Loss, and norm of the gradient before clipping, of one step over the whole batch: forward pass, mean
+    cross-entropy over all logits, backward pass, clipping, update. `tokens`, `targets`: int64 (batch, context)."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
+        output = model(tokens)
+        logits = output if isinstance(output, Tensor) else output.logits
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    loss.backward()
+    norm = clip(model.parameters(), clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach(), norm
+
+
+class PlainGPT(nn.Module):
+    """GPT-2 with PyTorch's own initialization."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config.width
+        self.heads = config.heads
+        self.wte = nn.Embedding(config.padded_vocab_size, c)
+        self.wpe = nn.Embedding(config.context, c)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([
+                nn.LayerNorm(c), nn.Linear(c, 3 * c), nn.Linear(c, c),
+                nn.LayerNorm(c), nn.Linear(c, 4 * c), nn.Linear(4 * c, c),
+            ])
+            for _ in range(config.layers)
+        )  # fmt: skip
+        self.norm = nn.LayerNorm(c)
+        nn.init.normal_(self.wte.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        B, T = tokens.shape
+        x = self.wte(tokens) + self.wpe.weight[:T]
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleList)
+            norm_1, qkv, out, norm_2, up, down = layer
+            q, k, v = qkv(norm_1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + out(y.transpose(1, 2).reshape(B, T, -1))
+            x = x + down(F.gelu(up(norm_2(x)), approximate="tanh"))
+        return F.linear(self.norm(x), self.wte.weight)

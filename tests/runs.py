@@ -1,0 +1,78 @@
+"""What runs leave behind, as tests read it; waiting for a run's steps."""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megagpt.incarnations import list_incarnations
+from tests.conftest import metrics
+from tests.processes import Process
+
+# How long ranks may take to start, to make progress, to notice that a peer is gone: generous, to find what hangs.
+PATIENCE = 240.0
+STEP_TOKENS = 128
+"""Of conftest's tiny run."""
+LOSS, NORM = 5e-6, 2e-5
+"""Largest differences of loss and gradient norm between two ways to compute the same fp32 run."""
+
+
+def shrunk(corpus: Path) -> list[str]:
+    """Overrides that make any config file a run of three steps of four sequences."""
+    return [
+        "model.layers=2", "model.width=32", "model.heads=2", "model.context=16",
+        "train.tokens=192", "train.batch_tokens=64", "train.batch_ramp_start=0", "train.batch_ramp_tokens=0",
+        "train.device=cpu", "train.precision=fp32", "schedule.warmup_tokens=64", "optimizer.lr=1e-2",
+        f"data.sources=[{{path: {corpus}}}]", "validation.tokens=64", "sampling.samples=1", "sampling.max_tokens=2",
+    ]  # fmt: skip
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run)]
+
+
+def assert_same_curve(run: Path, expected: Path | Sequence[tuple[float, float]], tolerance: float = LOSS) -> None:
+    """The same steps with the same losses and gradient norms as another run, or as (loss, norm) of each step."""
+    steps = metrics(run)
+    if isinstance(expected, Path):
+        assert [line["step"] for line in steps] == [line["step"] for line in metrics(expected)]
+        expected = [(line["loss"], line["gradient_norm"]) for line in metrics(expected)]
+    assert [line["step"] for line in steps] == list(range(1, len(expected) + 1))
+    for line, (loss, norm) in zip(steps, expected, strict=True):
+        assert line["loss"] == pytest.approx(loss, abs=tolerance)
+        assert line["gradient_norm"] == pytest.approx(norm, abs=NORM)
+
+
+def wait_for_steps(run: Path, count: int, ranks: Sequence[Process] = (), incarnation: int = 1) -> None:
+    """Until the run's incarnation of that number, or a later one, has taken `count` steps. Fails if a rank ends."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+            newest = list_incarnations(run)[-1]
+            begin = newest.start()["from_tokens"]
+            if newest.number >= incarnation and metrics(run)[-1]["tokens_seen"] >= begin + count * STEP_TOKENS:
+                return
+        assert all(rank.poll() is None for rank in ranks), f"a rank has ended:\n{logs(run)}"
+        time.sleep(0.02)
+    raise AssertionError(f"no progress:\n{logs(run)}")
+
+
+def logs(run: Path) -> str:
+    """What the ranks of a run below FOLDER/runs have printed into FOLDER/*.log."""
+    folder = run.parent.parent
+    return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
+
+
+def error_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "megagpt: error:" in line]
+
+
+def assert_one_error(text: str, *parts: str) -> None:
+    """One line of an error in what a job has printed, with all the parts, and no traceback."""
+    lines = error_lines(text)
+    assert len(lines) == 1, text
+    assert "Traceback" not in text, text
+    for part in parts:
+        assert part in lines[0]
