@@ -50,7 +50,10 @@ class Drill:
         self.differing = 0
         """Steps whose loss was not that of the uninterrupted run."""
         tokens = {"tokens": 128 * steps, "micro_batch": 2}
-        self.config = write_tiny(folder, corpus, train=tokens, checkpoint={"every_tokens": 128, "keep_last": 2})
+        self.config = write_tiny(
+            folder, corpus, train=tokens, checkpoint={"every_tokens": 128, "keep_last": 2},
+            validation={"every_tokens": 384, "tokens": 256}, sampling={"every_tokens": 640, "max_tokens": 2},
+        )  # fmt: skip
         ranks = self.start("whole", "checkpoint.every_tokens=0")
         self.wait(ranks, [0, 0])
         self.expected = self.losses("whole")
@@ -64,11 +67,20 @@ class Drill:
         return [line["loss"] for line in metrics(self.run(name))]
 
     def compare(self, name: str) -> None:
-        """Count the steps of a finished run that are not those of the uninterrupted one; none may be."""
+        """Count the steps of a finished run that differ from the uninterrupted one's; none may, nor any validation or
+        sample: a stop or a kill loses none of them."""
         pairs = zip(self.losses(name), self.expected, strict=True)
         differing = sum(abs(a - b) > self.tolerance for a, b in pairs)
         self.differing += differing
         assert differing == 0, f"{name}: {differing} steps differ"
+        for event, key in (("validation", "validation_loss"), ("samples", "samples")):
+            found, whole = (metrics(self.run(run), event) for run in (name, "whole"))
+            places = [[line["tokens_seen"] for line in lines] for lines in (found, whole)]
+            assert places[0] == places[1], f"{name}: {event} at {places[0]} instead of {places[1]}"
+            if event == "validation":
+                assert all(abs(a[key] - b[key]) <= self.tolerance for a, b in zip(found, whole, strict=True))
+            elif not self.tolerance:
+                assert [line[key] for line in found] == [line[key] for line in whole]
 
     def start(self, name: str, *overrides: str) -> Ranks:
         """Start the run on two ranks, or resume it."""
