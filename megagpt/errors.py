@@ -9,7 +9,7 @@ from typing import ClassVar
 
 
 class ExitCode(enum.IntEnum):
-    """What the process tells whoever started it."""
+    """Exit codes of the process."""
 
     DONE = 0
     DIFFERENT = 1

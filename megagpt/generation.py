@@ -1,4 +1,4 @@
-"""Sampling with a key/value cache."""
+"""Text generation with a key/value cache."""
 
 from collections.abc import Callable, Sequence
 
@@ -28,14 +28,16 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt by at most `max_tokens` tokens, ending before end-of-text; returns the new tokens only.
 
-    A row's draws depend on (seed, its number) alone, so it is the same beside any other prompts; numbers count from
-    `first_row`. When a row fills the context, the window slides: the row goes on from its last context // 2 tokens.
-    `on_token(row, token)` is called as tokens come. Raises UserError for an empty prompt and for one longer than the
+    A row's draws depend on the seed and the row's number alone, which counts from `first_row`, so other prompts do not
+    change them. When a row fills the context, the window slides: the row continues from its last context // 2 tokens.
+    `on_token(row, token)` is called for each new token. Raises UserError if a prompt is empty or longer than the
     context.
     """
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= config.context:
-            raise UserError(f"prompt {row + 1} has {len(prompt)} tokens; the model takes 1 to {config.context}")
+            raise UserError(
+                f"prompt {row + 1} has {len(prompt)} tokens; the model takes 1 to {config.context}: change the prompt"
+            )
     device = next(model.parameters()).device
     uniform = np.stack(
         [np.random.default_rng([seed, first_row + row]).random(max_tokens) for row in range(len(prompts))]
@@ -64,7 +66,7 @@ def generate(
 
 
 def _prefill(config: ModelConfig, windows: list[list[int]], device: torch.device) -> tuple[KeyValueCache, Tensor]:
-    """A fresh cache, and the rows' tokens padded on the left to one length, (B, longest)."""
+    """A new cache, and the rows' tokens padded on the left to one length, int64 (B, longest)."""
     longest = max(map(len, windows))
     padding = torch.tensor([longest - len(w) for w in windows], device=device)
     tokens = torch.tensor([[0] * (longest - len(w)) + w for w in windows], device=device)
@@ -75,8 +77,8 @@ def _prefill(config: ModelConfig, windows: list[list[int]], device: torch.device
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """One token per row: logits (B, V), uniform (B,) in [0, 1); int64 (B,) on the CPU.
 
-    temperature 0 is greedy; top_k 0 keeps all; top_p keeps the likeliest tokens up to and including the one that
-    reaches it (Holtzman et al. 2020).
+    temperature 0 is greedy; top_k 0 keeps all; top_p keeps the likeliest tokens up to and including the token
+    that reaches it (Holtzman et al. 2020).
     """
     logits = logits.cpu()
     if temperature == 0:
@@ -85,7 +87,7 @@ def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p:
     best, ids = logits.topk(k, dim=1)
     probability = torch.softmax(best.double() / temperature, dim=1)
     before = probability.cumsum(1) - probability
-    # A token counts while the ones before it have not reached top_p, so the likeliest always does.
+    # A token is kept if the likelier ones have not reached top_p, so the likeliest always is.
     probability = probability.where(before < top_p, 0.0)
     reached = probability.cumsum(1)
     chosen = torch.searchsorted(reached, (uniform * reached[:, -1])[:, None], right=True).clamp_max(k - 1)

@@ -36,7 +36,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of the device in a precision ("fp32", "bf16"); None where it is not known."""
+    """Peak FLOP/s of the device in a precision ("fp32", "bf16"); None if it is not known."""
     name = device_name(device)
     for key, accelerator in _ACCELERATORS.items():
         if key in name:

@@ -12,7 +12,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks for the next step instead of returning them to the kernel.
 
     A training step on a CPU frees and allocates the same hundreds of MB again and again; fresh pages, which the kernel
-    must zero, cost up to a third of the step. The peak stays what it was. Does nothing outside Linux with glibc.
+    must zero, cost up to a third of the step. The peak does not change. Does nothing outside Linux with glibc.
     """
     if sys.platform != "linux":
         return
@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take of the host: what is available, or what its cgroups leave of it."""
+    """Bytes of the host's memory that this process may still take, within the limits of its cgroups."""
     free = psutil.virtual_memory().available
     try:
         group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/")

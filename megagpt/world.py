@@ -35,7 +35,7 @@ class World:
     local_rank: int
     device: torch.device
     store: dist.Store | None = None
-    """Where the ranks can leave each other notes; None in a world of one that was not joined."""
+    """Keys and values that all ranks share; None in a world of one that was not joined."""
 
     @property
     def host(self) -> str:
@@ -75,7 +75,7 @@ class World:
         return [value > 0 for value in self._reduce(list(map(float, flags)), dist.ReduceOp.MAX)]
 
     def from_main(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-        """What the function gives on the main rank, on every rank; or raises on every rank what it raises there."""
+        """Call the function on the main rank only; every rank returns its result, or raises its error."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -148,7 +148,7 @@ def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float 
         try:
             _init_group(world, store, timeout)
             yield world
-            # The rank that holds the store leaves with the others: its going means a failure to those who watch.
+            # The rank that holds the store leaves with the others: those who watch take its exit for a failure.
             dist.barrier()
         except Exception as error:
             report(error, info.rank, info.size, store)
@@ -160,7 +160,7 @@ def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float 
 
 def _init_group(world: World, store: dist.Store, timeout: datetime.timedelta) -> None:
     on_gpu = world.device.type == "cuda"
-    # The last collectives, for whoever has to find out why one hangs.
+    # The flight recorder: if a collective hangs, it tells which one.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED_COLLECTIVES))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",

@@ -1,4 +1,4 @@
-"""Whether a checkpoint can go on under a config: the same model, the same recipe, the same data."""
+"""Whether a run may resume from a checkpoint under a config: the same model, the same recipe, the same data."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _RECIPE = {
 
 @dataclass(frozen=True)
 class Allowed:
-    """Differences that the user means."""
+    """Differences that the user intends."""
 
     data: bool = False
     """--allow-data-change: other shards, sources or weights from here on."""
@@ -59,7 +59,7 @@ def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowe
 
 
 def model_differences(saved: dict[str, Any], config: Config) -> list[str]:
-    """What differs between the model of a saved config and the one wanted."""
+    """The differences between the model of a saved config and that of the config."""
     ignored = ("preset", "dropout")  # neither shapes a tensor nor changes what the weights mean
 
     def shape(tree: dict[str, Any]) -> dict[str, Any]:

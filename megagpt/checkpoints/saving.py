@@ -1,4 +1,4 @@
-"""Saving: a copy of this rank's share of the state, written by a thread while training goes on."""
+"""Saving: a thread writes a copy of this rank's share of the state while training continues."""
 
 import dataclasses
 import datetime
@@ -28,11 +28,11 @@ from megagpt.position import Position
 from megagpt.process_memory import free_memory
 from megagpt.world import World
 
-# How long ranks wait for the slowest writer of a save.
+# Time that ranks wait for the slowest writer of a save.
 _TIMEOUT = datetime.timedelta(hours=3)
-# Written once at the start to learn how fast the disk is, bytes of each rank.
+# Bytes that each rank writes once at the start, to learn how fast the disk is.
 _PROBE_BYTES = 2**24
-# Of the memory that is free, what a copy of the state may take.
+# Share of the free memory that a copy of the state may take.
 _MEMORY_SHARE = 0.8
 
 
@@ -42,24 +42,24 @@ class Saved:
 
     checkpoint: Checkpoint
     stall_seconds: float
-    """How long training stood still for it, and for the end of the one before."""
+    """Time that training waited for it, and for the end of the one before."""
     save_seconds: float
-    """From its start to its marker."""
+    """Time from its begin to its marker."""
 
 
 class Saver:
     """Saves of one run, one at a time. Every rank has one and calls it in the same steps.
 
-    `save` returns as soon as the state is copied; `poll` and `finish` give what was saved. Where the disk did not take
-    it, `failed` is set on every rank.
+    `save` returns as soon as the state is copied; `poll` and `finish` return the checkpoint. If the disk refuses it,
+    `failed` is set on every rank.
     """
 
     def __init__(
         self, run: Path, config: CheckpointConfig, world: World, incarnation: Incarnation | None = None
     ) -> None:
-        """`incarnation`: once a newer one has started, saves raise Superseded and leave what is there as it is."""
+        """`incarnation`: once a newer one has begun, saves raise Superseded and change nothing on the disk."""
         self._run, self._config, self._world, self._incarnation = run, config, world, incarnation
-        # Of their own: collectives of the training step and of a save in the background must not meet in one group.
+        # A group of its own: collectives of a step and of a save in the background must not meet in one.
         self._group: dist.ProcessGroup | None = None
         self._ranks_here = 1
         if world.size > 1:
@@ -73,12 +73,12 @@ class Saver:
 
     @property
     def expected_seconds(self) -> float:
-        """How long the next save will take, by the longest so far or by the disk's speed at the start."""
+        """Expected duration of the next save: the longest so far, or at first an estimate by the disk's speed."""
         return self._seconds
 
     def probe(self, size: int) -> None:
-        """Write a little where checkpoints go, to learn whether that can be done and how long one of `size` bytes will
-        take. Raises UserError where the folder cannot be written."""
+        """Write a little into the checkpoints' folder, to learn whether it can be written and how long a checkpoint of
+        `size` bytes will take. Raises UserError if it cannot."""
         self._world.from_main(self._clear)
         share = size // self._world.size
         data = memoryview(bytearray(os.urandom(min(share, _PROBE_BYTES) or 1)))
@@ -143,17 +143,17 @@ class Saver:
         return isinstance(self._outcome, BaseException)
 
     def poll(self) -> Saved | None:
-        """What was saved since the last call, if anything was; never waits."""
+        """The checkpoint that was completed since the last call, if there is one; never waits."""
         return self.finish() if isinstance(self._outcome, Saved) else None
 
     def finish(self) -> Saved | None:
-        """Wait for the save in flight; what it saved, unless that was given before. Raises UserError if it failed."""
+        """Wait for the save in flight and return its checkpoint, unless that was returned before. Raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         outcome, self._outcome = self._outcome, None
         if isinstance(outcome, Saved):
-            # The first real one tells more than the probe.
+            # The first real save tells more than the probe.
             self._seconds = max(self._seconds, outcome.save_seconds) if self._measured else outcome.save_seconds
             self._measured = True
             return outcome
@@ -168,8 +168,8 @@ class Saver:
         raise outcome
 
     def _room_for(self, state: dict[str, FlatShard]) -> bool:
-        """Whether every rank has memory for a copy beside what it uses. Asked once: PyTorch and the C library keep the
-        memory of a copy for the next one."""
+        """Whether every rank has free memory for a copy. Asked once, because PyTorch and the C library keep the memory
+        of a copy for the next one."""
         if self._room is not None:
             return self._room
         sizes = [s.flat.nbytes for s in state.values()]
@@ -274,10 +274,10 @@ def _copy(shard: FlatShard) -> FlatShard:
 
 
 def hush() -> None:
-    """No more of PyTorch's warning that a process alone saves and loads alone."""
+    """Turn off PyTorch's warning that a single process saves and loads without peers."""
     warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """What failed on the ranks, behind an error that PyTorch made of it."""
+    """The errors of the ranks, behind the one that PyTorch made of them."""
     return [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else [error]

@@ -1,8 +1,8 @@
 """A checkpoint's files: PyTorch's distributed checkpoint format, checksummed block by block.
 
 The files are those of `torch.distributed.checkpoint`, which its own tools read. Each block of BLOCK_BYTES is hashed on
-its way to the disk, and compared on its way back before anything uses it: damage is found by whoever reads the block,
-at no second reading.
+its way to the disk, and compared on its way back before anything uses it: every read verifies its blocks, and no extra
+pass is needed. (Token shards have smaller blocks with CRC-32: a training batch reads single sequences of them.)
 """
 
 import contextlib
@@ -41,7 +41,7 @@ _AHEAD_BYTES = 2**24
 
 
 class CorruptError(UserError):
-    """A file of a checkpoint is missing, too short, or not what was written."""
+    """A file of a checkpoint is missing, too short, or differs from what was written."""
 
     def __init__(self, file: Path, what: str) -> None:
         super().__init__(file, what)  # both, so that it can be sent to other ranks
@@ -53,7 +53,7 @@ class CorruptError(UserError):
 
 @dataclass
 class FileSum:
-    """What a file held when it was written."""
+    """Size and checksums of a file when it was written."""
 
     size: int = 0
     blocks: list[str] = field(default_factory=list)
@@ -68,7 +68,7 @@ def sum_bytes(data: bytes) -> FileSum:
 
 
 def check_size(path: Path, expected: FileSum) -> None:
-    """Raises CorruptError where a file is missing or of another size."""
+    """Raises CorruptError if a file is missing or of another size."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -126,7 +126,7 @@ class CheckedReader(io.RawIOBase):
     """Reads a file, each block compared with its checksum before any byte of it is handed out.
 
     The last blocks stay in memory, since a tensor's own directory, at its end, is read before and after the tensor.
-    Raises CorruptError, naming the file, where a checksum differs.
+    Raises CorruptError, naming the file, if a checksum differs.
     """
 
     def __init__(self, path: Path, expected: FileSum) -> None:
@@ -183,7 +183,7 @@ class CheckedReader(io.RawIOBase):
                 raise CorruptError(self._path, f"ends before its byte {start + size}")
             filled += read
         if xxhash.xxh3_64_hexdigest(content) != self._expected.blocks[block]:
-            raise CorruptError(self._path, f"is damaged between its bytes {start} and {start + size} (wrong checksum)")
+            raise CorruptError(self._path, f"is corrupt between its bytes {start} and {start + size} (wrong checksum)")
         return content
 
     def close(self) -> None:
@@ -297,4 +297,4 @@ def _read_ahead(ranges: list[tuple[Path, int, int]], stopped: threading.Event) -
                         count = os.preadv(file.fileno(), [scratch], done)
                         done += count or stop
         except OSError:
-            return  # whoever needs these bytes will find out, and say so
+            return  # the reader that needs these bytes will raise the error

@@ -1,1 +1,1 @@
-"""From text to batches: tokenizer, sources, shards, sampler, loader."""
+"""From text to batches: tokenizer, sources, shards, order, loader."""

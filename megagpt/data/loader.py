@@ -19,21 +19,35 @@ _AHEAD = 2  # optimizer steps
 
 
 @dataclass(frozen=True)
+class Share:
+    """The part of every global batch that one rank takes, and how it cuts it up."""
+
+    rank: int
+    ranks: int
+    micro_batch: int
+    """Sequences."""
+
+    def micro_batches(self, sequences: int) -> int:
+        """Micro-batches that every rank takes for a global batch of `sequences`."""
+        return -(-sequences // (self.ranks * self.micro_batch))
+
+
+@dataclass(frozen=True)
 class Batch:
-    """One optimizer step's share of a rank."""
+    """One rank's share of one optimizer step."""
 
     micro_batches: list[tuple[Tensor, Tensor]]
-    """Tokens and targets, int64 (micro_batch, context) each, equally many on every rank; targets are -100 in rows that
-    only fill up a micro-batch."""
+    """Tokens and targets, int64 (micro_batch, context) each; every rank has the same number of pairs. Targets are -100
+    in rows that only fill up a micro-batch."""
     sequences: int
     """Sequences of the global batch."""
     tokens: int
-    """Targets of the global batch that count."""
+    """Targets of the global batch, without those in rows that only fill up."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One split of all sources, seen as numbered sequences of context + 1 tokens."""
+    """One split of all sources, as numbered sequences of context + 1 tokens."""
 
     streams: list[TokenStream]
     weights: list[int]
@@ -42,55 +56,50 @@ class Corpus:
 
     @property
     def sizes(self) -> list[int]:
-        """Sequences of each source; neighbours share one token, which is the last target of one and the first input of
-        the next."""
+        """Sequences of each source. Neighbours share a token: the last target of one is the next one's first input."""
         return [max(0, (s.tokens - 1) // self.context) for s in self.streams]
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """The sequences of these numbers, int64 (len(numbers), context + 1)."""
-        source, place = locate(numbers, self.sizes, self.weights, self.seed)
+        """The sequences with these numbers, int64 (len(numbers), context + 1)."""
+        source, index = locate(numbers, self.sizes, self.weights, self.seed)
         read = [
-            self.streams[s].read(p * self.context, self.context + 1)
-            for s, p in zip(source.tolist(), place.tolist(), strict=True)
+            self.streams[s].read(i * self.context, self.context + 1)
+            for s, i in zip(source.tolist(), index.tolist(), strict=True)
         ]
         return np.stack(read) if read else np.empty((0, self.context + 1), dtype=np.int64)
 
-    def batch(self, first: int, sequences: int, rank: int, world: int, micro_batch: int, accumulation: int) -> Batch:
-        """Sequences [first, first + sequences), dealt to the ranks in turn and cut into micro-batches.
+    def batch(self, sequences: range, share: Share) -> Batch:
+        """The sequences with these numbers, dealt to the ranks in turn; this rank's share, cut into micro-batches.
 
-        The ranks' shares differ by one sequence at most, and are filled up with rows that do not count, so that all
-        ranks take equally many steps whatever divides.
+        The ranks' shares differ by at most one sequence. Rows that do not count fill them up, so all ranks take the
+        same number of micro-batches, even if the batch does not divide over them.
         """
-        rows = self.rows(np.arange(first + rank, first + sequences, world))
-        filled = np.full((accumulation * micro_batch, self.context + 1), IGNORE, dtype=np.int64)
+        rows = self.rows(np.array(sequences[share.rank :: share.ranks], dtype=np.int64))
+        filled_rows = share.micro_batches(len(sequences)) * share.micro_batch
+        filled = np.full((filled_rows, self.context + 1), IGNORE, dtype=np.int64)
         filled[: len(rows)] = rows
-        pairs = torch.from_numpy(filled).split(micro_batch)
+        pairs = torch.from_numpy(filled).split(share.micro_batch)
         micro_batches = [(p[:, :-1].clamp_min(0), p[:, 1:].contiguous()) for p in pairs]
-        return Batch(micro_batches, sequences, sequences * self.context)
-
-
-def rounds(sequences: int, world: int, micro_batch: int) -> int:
-    """Micro-batches that every rank takes for a global batch of `sequences`."""
-    return -(-sequences // (world * micro_batch))
+        return Batch(micro_batches, len(sequences), len(sequences) * self.context)
 
 
 def open_corpus(data: DataConfig, split: str, context: int, seed: int) -> Corpus:
-    """Open "train" or "val" of every source. Raises UserError where a source is missing, empty or too short."""
+    """Open "train" or "val" of every source. Raises UserError if a source is missing, empty or too short."""
     streams = [open_stream(source.path, split) for source in data.sources]
     corpus = Corpus(streams, integer_weights(tuple(s.weight for s in data.sources)), context, seed)
     for stream, size in zip(streams, corpus.sizes, strict=True):
         if split == "train" and size == 0:
             raise UserError(
                 f"{stream.name}: {stream.tokens} tokens are less than one sequence of model.context {context} + 1; "
-                "prepare more text, or train with a smaller context"
+                "prepare more text, or reduce model.context"
             )
     return corpus
 
 
 def validation_sequences(corpus: Corpus, tokens: int) -> int:
-    """Sequences of the validation set: `tokens` worth of them, or as many as come before a source would repeat.
+    """Sequences of the validation set: `tokens` worth of them, or fewer if a source would otherwise repeat.
 
-    A function of config and corpus alone, so every world size validates on the same tokens.
+    A function of config and corpus alone, so any number of ranks validates on the same tokens.
     """
     wanted = tokens // corpus.context
     total = sum(corpus.weights)
@@ -101,7 +110,7 @@ def validation_sequences(corpus: Corpus, tokens: int) -> int:
 
 
 def read_ahead(batches: Iterator[Batch]) -> Generator[Batch]:
-    """The same batches, made by a thread that stays a few steps ahead. Its errors are raised here."""
+    """The same batches, made by a thread that stays a few steps ahead. Raises the thread's errors in their place."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_AHEAD)
     stopped = threading.Event()
 
@@ -136,16 +145,13 @@ def read_ahead(batches: Iterator[Batch]) -> Generator[Batch]:
 
 
 def train_batches(
-    corpus: Corpus,
-    sequences_seen: int,
-    total_sequences: int,
-    batch_size: Callable[[int], int],
-    rank: int,
-    world: int,
-    micro_batch: int,
+    corpus: Corpus, start: int, total: int, batch_size: Callable[[int], int], share: Share
 ) -> Iterator[Batch]:
-    """Every step's batch of this rank from `sequences_seen` on; `batch_size` maps sequences seen to the next batch."""
-    while sequences_seen < total_sequences:
-        sequences = min(batch_size(sequences_seen), total_sequences - sequences_seen)
-        yield corpus.batch(sequences_seen, sequences, rank, world, micro_batch, rounds(sequences, world, micro_batch))
-        sequences_seen += sequences
+    """This rank's share of every step from sequence `start` to sequence `total`.
+
+    batch_size: number of sequences already seen -> sequences in the next global batch.
+    """
+    while start < total:
+        end = min(start + batch_size(start), total)
+        yield corpus.batch(range(start, end), share)
+        start = end

@@ -1,10 +1,10 @@
-"""Sample number -> (source, place in it): pure functions, no state, O(1) memory.
+"""Sequence number -> (source, index in it): pure functions, no state, O(1) memory.
 
 A sequence is context + 1 consecutive tokens of one source. Sequences of the mixture are numbered from 0 in the order in
-which training takes them, so a run's position is one integer, and any rank finds its own sequences from it alone.
+which training takes them, so one integer is a run's position, and each rank finds its own sequences from it alone.
 
 Two steps: `interleave` spreads the sources over the numbers by weight; `permute` shuffles each source's sequences in
-a new order in every epoch, so that none comes twice before all came once.
+a new order in every epoch, so no sequence comes twice before every other one of its source has come once.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-_ROUNDS = 6
+_ROUNDS = 6  # of the Feistel network
 
 
 def _round_keys(*parts: object) -> list[int]:
@@ -32,8 +32,8 @@ def _mix(x: np.ndarray, key: int) -> np.ndarray:
 def permute(index: np.ndarray, size: int, *key: object) -> np.ndarray:
     """A pseudo-random permutation of range(size), applied to the numbers in `index`; int64 in and out.
 
-    A balanced Feistel network is a permutation of the next power of four, whatever its round function; a value that
-    falls outside the range walks on along its cycle until it is inside, which keeps it one (Black and Rogaway 2002).
+    A balanced Feistel network permutes the next power of four, whatever its round function. A value that falls outside
+    the range is mapped again until it is inside; the result is still a permutation (Black and Rogaway 2002).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
@@ -50,21 +50,21 @@ def permute(index: np.ndarray, size: int, *key: object) -> np.ndarray:
 
 
 def integer_weights(weights: tuple[float, ...]) -> list[int]:
-    """Weights as integers in exactly their proportion, each taken to 6 decimals."""
+    """Weights, rounded to 6 decimals, as integers in exactly the same proportion."""
     parts = [round(w * 10**6) for w in weights]
     divisor = math.gcd(*parts)
     return [p // divisor for p in parts]
 
 
 def interleave(number: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Source of each sequence number, and its number within that source; both int64.
+    """Source of each sequence number, and how many sequences of that source came before it; both int64.
 
-    The sources are halved again and again; at each split, the left half has received round(n w_left / w) of the first
-    n numbers. Each split is off by at most 1/2, scaled by the share of what is below it, so at every prefix every
+    The list of sources is split in halves, recursively. At each split, the left half gets round(n w_left / w) of the
+    first n numbers. That is off by at most 1/2, and each source inherits its share of the error, so after any n every
     source is within log2(sources) of its exact share.
     """
     source = np.zeros(len(number), dtype=np.int64)
-    rank = np.array(number, dtype=np.int64)
+    before = np.array(number, dtype=np.int64)
 
     def split(members: np.ndarray, lo: int, hi: int) -> None:
         if hi - lo == 1 or not len(members):
@@ -72,21 +72,21 @@ def interleave(number: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.n
             return
         middle = (lo + hi) // 2
         left, total = sum(weights[lo:middle]), sum(weights[lo:hi])
-        n = rank[members]
-        before, after = _rounded_share(n, left, total), _rounded_share(n + 1, left, total)
-        goes_left = after > before
-        rank[members] = np.where(goes_left, before, n - before)
+        n = before[members]
+        left_before, left_after = _rounded_share(n, left, total), _rounded_share(n + 1, left, total)
+        goes_left = left_after > left_before
+        before[members] = np.where(goes_left, left_before, n - left_before)
         split(members[goes_left], lo, middle)
         split(members[~goes_left], middle, hi)
 
     split(np.arange(len(number)), 0, len(weights))
-    return source, rank
+    return source, before
 
 
 def _rounded_share(n: np.ndarray, part: int, total: int) -> np.ndarray:
     """round(n * part / total), exact; int64 in and out."""
     if total > 2**31:
-        n = n.astype(object)  # Python's integers: the products of such weights do not fit into int64
+        n = n.astype(object)  # Python's integers: products of such weights do not fit into int64
     whole = n // total
     rest = n - whole * total
     share: np.ndarray = whole * part + (rest * part + total // 2) // total
@@ -94,16 +94,16 @@ def _rounded_share(n: np.ndarray, part: int, total: int) -> np.ndarray:
 
 
 def locate(number: np.ndarray, sizes: list[int], weights: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source of each sequence number, and which of that source's sequences it is, shuffled per epoch.
+    """Source of each sequence number, and its index among the source's sequences, which are shuffled in each epoch.
 
     sizes: sequences of each source; weights: from `integer_weights`. Both results are int64 like `number`.
     """
-    source, rank = interleave(number, weights)
-    place = np.empty_like(rank)
+    source, before = interleave(number, weights)
+    index = np.empty_like(before)
     for s in np.unique(source):
         mine = np.flatnonzero(source == s)
-        epoch, within = np.divmod(rank[mine], sizes[s])
+        epoch, within = np.divmod(before[mine], sizes[s])
         for e in np.unique(epoch):
             chosen = mine[epoch == e]
-            place[chosen] = permute(within[epoch == e], sizes[s], seed, int(s), int(e))
-    return source, place
+            index[chosen] = permute(within[epoch == e], sizes[s], seed, int(s), int(e))
+    return source, index

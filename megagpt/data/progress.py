@@ -7,11 +7,11 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-_PLAIN_SECONDS = 10.0
+_PLAIN_SECONDS = 10.0  # between two lines of a log
 
 
 class PrepareProgress:
-    """Shows documents, tokens/s and, where the source's size is known, the share done and the time left."""
+    """Shows documents, tokens/s and, if the source's size is known, the share done and the time left."""
 
     def __enter__(self) -> Self:
         self.start = time.monotonic()
@@ -21,10 +21,10 @@ class PrepareProgress:
         return self
 
     def report(self, documents: int, tokens: int, fraction: float | None) -> None:
-        """Called after each batch; `fraction` is the share of the source that is done, or None."""
+        """Called after each batch; `fraction` is the share of the source that is done, None if its size is unknown."""
         now = time.monotonic()
         if self.first is None:
-            # What an earlier start did is not this one's speed.
+            # The rate leaves out the work of an earlier, interrupted preparation.
             self.first = (tokens, fraction or 0.0)
             self.start = now
             return

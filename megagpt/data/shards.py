@@ -1,10 +1,10 @@
-"""Token shards on disk: the format, how it is written so that it is never half, verified, and read.
+"""Token shards on disk: the format, its verification, and its reading.
 
 A prepared folder holds `train_00000.npy`, ... and `val_00000.npy`, ... (uint16, or uint32 past 65,535 ids), beside each
 a `.crc32.npy` with one checksum per block of 64 KiB, and `manifest.json`, written last. Every read checks the blocks it
-touches, so an altered shard is found before it is trained on, at the price of one block, however large the corpus.
+touches, so a corrupt shard is found before it is trained on; the cost does not grow with the corpus.
 
-Also read as they are: the headed `.bin` shards of llm.c and modded-nanogpt, and build-nanogpt's bare `.npy`.
+The shards of llm.c and modded-nanogpt (`.bin` with a header) and of build-nanogpt (plain `.npy`) are read too.
 """
 
 import bisect
@@ -28,9 +28,10 @@ MANIFEST = "manifest.json"
 JOURNAL = "journal.json"
 FORMAT = "megagpt-shards-1"
 BLOCK_BYTES = 2**16
-# numpy pads the header of a one-dimensional array to this, with room for 20 digits of length.
+# Bytes to which numpy pads the header of a one-dimensional array, with room for 20 digits of length.
 HEADER_BYTES = 128
-# llm.c's data/README: 256 int32 of header, magic, version, number of tokens; uint16 for GPT-2, uint32 for Llama 3.
+# llm.c's data/README: a header of 256 int32 (magic, version, number of tokens), then uint16 for GPT-2, uint32 for
+# Llama 3.
 _BIN_HEADER_BYTES = 1024
 _BIN_GPT2 = 20240520
 _BIN_LLAMA3 = 20240801
@@ -66,17 +67,17 @@ class Shard:
     offset: int
     """Bytes before the first token."""
     checked: bool
-    """Whether block checksums stand beside it."""
+    """Whether it has a file of block checksums."""
 
 
 @dataclass
 class TokenStream:
-    """The tokens of one split of one corpus, end to end. Files are mapped when first touched, never read whole."""
+    """The tokens of one split of one corpus, end to end. A file is mapped when first touched, never read whole."""
 
     name: str
     shards: list[Shard]
     fingerprint: str
-    """Changes when the tokens change (for shards of others: when names or sizes change)."""
+    """Changes when the tokens change (shards of other programs: when names or sizes change)."""
     vocab_size: int = tokenizer.VOCAB_SIZE
     _starts: list[int] = field(init=False, repr=False)
     _maps: dict[int, tuple[np.ndarray, np.ndarray | None]] = field(init=False, repr=False, default_factory=dict)
@@ -89,7 +90,7 @@ class TokenStream:
         return self._starts[-1]
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), int64 of shape (count,). Raises UserError where a shard is damaged."""
+        """Tokens [start, start + count), int64 of shape (count,). Raises UserError if a shard is corrupt."""
         parts = []
         i = bisect.bisect_right(self._starts, start) - 1
         while count:
@@ -103,7 +104,7 @@ class TokenStream:
             wrong = found[(out >= self.vocab_size) | (out < 0)][0]
             raise UserError(
                 f"{self.name}: token {wrong} is outside GPT-2's vocabulary of {self.vocab_size}: "
-                "these shards were made with another tokenizer; prepare the text again"
+                "another tokenizer made these shards; prepare the text again"
             )
         return out
 
@@ -116,15 +117,15 @@ class TokenStream:
             return tokens[first : first + count]
         per_block = BLOCK_BYTES // shard.dtype.itemsize
         lo, hi = first // per_block, -(-(first + count) // per_block)
-        # One copy, so that the bytes that are checked are the bytes that are used.
+        # A copy: the bytes used must be the bytes checked.
         data = np.array(tokens[lo * per_block : hi * per_block])
         if not np.array_equal(block_checksums(data.view(np.uint8).data), crcs[lo:hi]):
-            raise _altered(shard.path)
+            raise _corrupt(shard.path)
         return data[first - lo * per_block :][:count]
 
 
-def _altered(path: Path) -> UserError:
-    return UserError(f"{path}: does not match its checksums: the shard was altered or damaged; prepare the data again")
+def _corrupt(path: Path) -> UserError:
+    return UserError(f"{path}: does not match its checksums: the file is corrupt; prepare the data again")
 
 
 def _map_shard(shard: Shard) -> tuple[np.ndarray, np.ndarray | None]:
@@ -142,7 +143,8 @@ def _map_shard(shard: Shard) -> tuple[np.ndarray, np.ndarray | None]:
 def open_stream(folder: str | Path, split: str) -> TokenStream:
     """Open one split ("train" or "val") of a folder of shards, checking names, headers and sizes but reading no tokens.
 
-    An absent "val" gives a stream of no tokens. Raises UserError for everything that is not whole and ours to read.
+    An absent "val" gives a stream of no tokens. Raises UserError if the folder is incomplete, corrupt or not of token
+    shards.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -153,33 +155,33 @@ def open_stream(folder: str | Path, split: str) -> TokenStream:
         shards = _own_shards(folder, manifest, split)
         fingerprint = hashlib.sha256(json.dumps(manifest["splits"][split], sort_keys=True).encode()).hexdigest()
     elif (folder / JOURNAL).exists():
-        raise UserError(f"{folder}: its preparation was not finished; run the same `megagpt prepare` again to go on")
+        raise UserError(f"{folder}: its preparation was not finished; run the same `megagpt prepare` again to resume")
     else:
         shards = _foreign_shards(folder, split)
         listed = [[s.path.name, s.tokens] for s in shards]
         fingerprint = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     stream = TokenStream(f"{folder} ({split})", shards, fingerprint)
     if split == "train" and stream.tokens == 0:
-        raise UserError(f"{folder}: the corpus is empty: there is not one training token in it")
+        raise UserError(f"{folder}: the corpus is empty: it has no training token; prepare more text")
     return stream
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder; raises UserError where it is damaged or of another tokenizer."""
+    """The manifest of a prepared folder. Raises UserError if it is corrupt, or its tokenizer or format is another."""
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind, name = manifest["format"], manifest["tokenizer"]["name"]
-        whole = manifest["checksum"] == manifest_checksum(manifest)
+        intact = manifest["checksum"] == manifest_checksum(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a readable manifest ({error!r:.60}); prepare the data again") from None
     if kind != FORMAT:
         raise UserError(f"{path}: format {kind!r}, this version reads {FORMAT!r}; prepare the data again")
     ours = {"name": tokenizer.NAME, "sha256": tokenizer.RANKS_SHA256}
     if manifest["tokenizer"] != ours:
-        raise UserError(f"{path}: shards of tokenizer {name!r}, the models here use {ours['name']!r}")
-    if not whole:
-        raise _altered(path)
+        raise UserError(f"{path}: its tokenizer is {name!r}, the models' is {ours['name']!r}; prepare the data again")
+    if not intact:
+        raise _corrupt(path)
     return manifest
 
 
@@ -210,7 +212,7 @@ def _check_size(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
     except OSError:
-        raise UserError(f"{path}: the manifest lists it, but it is missing; prepare the data again") from None
+        raise UserError(f"{path}: is missing, but the manifest lists it; prepare the data again") from None
     if size != expected:
         verb = "truncated" if size < expected else "too long"
         raise UserError(f"{path}: {verb}: {size} bytes instead of {expected}; prepare or fetch it again")
@@ -222,12 +224,12 @@ def _foreign_shards(folder: Path, split: str) -> list[Shard]:
         raise UserError(f"{folder}: its {MANIFEST} is missing; prepare the data again")
     if not files:
         raise UserError(f"{folder}: holds no token shards (no {MANIFEST}, no .bin, no .npy); run `megagpt prepare`")
-    # The first of the words counts: fineweb_train_000001, edufineweb_val_000000.
+    # Names are such as fineweb_train_000001 and edufineweb_val_000000; the first word that names a split decides.
     words = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
     named = [p for p in files if _split_of(p, words) == split]
     if split == "train" and not named:
         names = ", ".join(p.name for p in files[:3])
-        raise UserError(f"{folder}: no shard has 'train' in its name (found {names}, ...)")
+        raise UserError(f"{folder}: no shard has 'train' in its name (found {names}, ...); rename the training shards")
     return [_bin_shard(p) if p.suffix == ".bin" else _npy_shard(p) for p in named]
 
 
@@ -243,10 +245,10 @@ def _bin_shard(path: Path) -> Shard:
     with path.open("rb") as file:
         raw = file.read(_BIN_HEADER_BYTES)
     if len(raw) < _BIN_HEADER_BYTES:
-        raise UserError(f"{path}: truncated: shorter than the header of a token shard")
+        raise UserError(f"{path}: truncated: shorter than the header of a token shard; fetch it again")
     magic, version, tokens = (int(v) for v in np.frombuffer(raw, dtype="<i4")[:3])
     if magic == _BIN_LLAMA3:
-        raise UserError(f"{path}: shards of the Llama 3 tokenizer; the models here use GPT-2's")
+        raise UserError(f"{path}: its tokenizer is Llama 3's, the models use GPT-2's; prepare the text again")
     if magic != _BIN_GPT2 or version != 1:
         raise UserError(f"{path}: magic {magic}, version {version}: not an llm.c token shard (magic {_BIN_GPT2}, 1)")
     _check_size(path, _BIN_HEADER_BYTES + 2 * tokens)
@@ -263,13 +265,14 @@ def _npy_shard(path: Path) -> Shard:
     except (ValueError, SyntaxError, tokenize.TokenError) as error:
         raise UserError(f"{path}: not a .npy file: {first_line(error)}") from None
     if len(shape) != 1 or dtype.kind not in "ui":
-        raise UserError(f"{path}: holds {dtype} of shape {shape}; token shards are one-dimensional integers")
+        raise UserError(f"{path}: holds {dtype} of shape {shape}; token shards hold one-dimensional integers")
     _check_size(path, offset + shape[0] * dtype.itemsize)
     return Shard(path, shape[0], dtype, offset, checked=False)
 
 
 def verify(folder: str | Path) -> int:
-    """Read every token of a prepared folder against checksums and counts; returns the tokens that were checked."""
+    """Check every token of a prepared folder against checksums and counts; returns the tokens. Raises UserError for
+    the first file that is corrupt or missing."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -282,11 +285,11 @@ def verify(folder: str | Path) -> int:
             shard = _own_shard(folder, manifest, entry)
             with shard.path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    raise _altered(shard.path)
+                    raise _corrupt(shard.path)
             with checksum_path(shard.path).open("rb") as file:
                 blocks = _blocks(shard.tokens, shard.dtype)
                 if file.read(HEADER_BYTES) != npy_header(np.dtype("<u4"), blocks):
-                    raise _altered(checksum_path(shard.path))
+                    raise _corrupt(checksum_path(shard.path))
             checked += _read_all(TokenStream(shard.path.name, [shard], ""))
     return checked
 

@@ -1,7 +1,7 @@
-"""Documents out of text, jsonl, parquet, the Hugging Face hub and Python's standard library.
+"""Documents from text, jsonl, parquet, the Hugging Face hub and Python's standard library.
 
-A source yields batches of documents in a fixed order, each with a cursor: JSON that says where the next batch starts,
-so that reading can go on there in another process.
+A source yields batches of documents in a fixed order. Each has a cursor, which is JSON and marks the place at which the
+next batch starts, so another process can resume reading there.
 """
 
 import ast
@@ -20,7 +20,7 @@ import zstandard
 
 from megagpt.errors import UserError, did_you_mean, first_line
 
-# Characters of text in a batch: enough to amortise the trip to a worker, little enough to bound memory.
+# Characters of text in a batch: enough to be worth sending to a worker, few enough to bound memory.
 _BATCH_CHARACTERS = 1_000_000
 
 Cursor = dict[str, Any]
@@ -29,8 +29,8 @@ _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson")
 _PARQUET = (".parquet",)
 
 
-class Batch(NamedTuple):
-    """Documents, where the next batch starts, and the share of the source that is read so far (0 to 1, or None)."""
+class DocumentBatch(NamedTuple):
+    """Documents, the cursor of the next batch, and the share of the source read so far (0 to 1, None if unknown)."""
 
     documents: list[str]
     cursor: Cursor
@@ -42,16 +42,16 @@ class Source:
     """A corpus in a fixed order."""
 
     name: str
-    batches: Callable[[Cursor | None], Iterator[Batch]] = field(repr=False)
-    """Batches from a cursor on; None: from the start."""
+    batches: Callable[[Cursor | None], Iterator[DocumentBatch]] = field(repr=False)
+    """Batches from a cursor on, from the start if it is None."""
     identity: dict[str, Any]
-    """What the documents are a function of; equal identities give equal documents."""
+    """Equal identities give equal documents."""
 
 
 def open_source(name: str, text_key: str = "text", subset: str | None = None, split: str = "train") -> Source:
-    """The source of that name: `stdlib`, a file, a folder or a glob of files, or a data set on the hub.
+    """The source called `name`: `stdlib`, a file, a folder or a glob of files, or a data set on the hub.
 
-    Raises UserError where nothing is found.
+    Raises UserError if there is none.
     """
     if name == "stdlib":
         return _stdlib_source()
@@ -75,14 +75,16 @@ def open_source(name: str, text_key: str = "text", subset: str | None = None, sp
 
 def _file_source(name: str, files: list[Path], text_key: str) -> Source:
     if not files:
-        raise UserError(f"{name}: holds no {', '.join(_TEXT + _JSONL + _PARQUET)} files")
+        raise UserError(f"{name}: holds no {', '.join(_TEXT + _JSONL + _PARQUET)} files; choose another source")
     for file in files:
         if _reader(file) is None:
-            raise UserError(f"{file}: unknown kind of file; known: {', '.join(_TEXT + _JSONL + _PARQUET)}")
+            raise UserError(
+                f"{file}: unknown kind of file; convert it to one of: {', '.join(_TEXT + _JSONL + _PARQUET)}"
+            )
     sizes = [file.stat().st_size for file in files]
     total = max(1, sum(sizes))
 
-    def batches(cursor: Cursor | None) -> Iterator[Batch]:
+    def batches(cursor: Cursor | None) -> Iterator[DocumentBatch]:
         start_file, start_row = (cursor["file"], cursor["row"]) if cursor else (0, 0)
         documents: list[str] = []
         characters = 0
@@ -96,16 +98,17 @@ def _file_source(name: str, files: list[Path], text_key: str) -> Source:
                 characters += len(text)
                 fraction = (sum(sizes[:i]) + share * sizes[i]) / total
                 if characters >= _BATCH_CHARACTERS:
-                    yield Batch(documents, {"file": i, "row": row}, fraction)
+                    yield DocumentBatch(documents, {"file": i, "row": row}, fraction)
                     documents, characters = [], 0
-        yield Batch(documents, {"file": len(files), "row": 0}, 1.0)
+        yield DocumentBatch(documents, {"file": len(files), "row": 0}, 1.0)
 
     listed = [[file.name, size] for file, size in zip(files, sizes, strict=True)]
     return Source(name, batches, {"files": listed, "text_key": text_key})
 
 
 def _reader(path: Path) -> Callable[[Path, str, int], Iterator[tuple[str, float]]] | None:
-    """How a file of this name is read: (path, text key, rows to skip) -> (text, share of the file read)."""
+    """The reader for a file with this name, None if there is none: (path, text key, rows to skip) -> (text, share of
+    the file read)."""
     name = path.name.lower()
     for endings, reader in ((_JSONL, _read_jsonl), (_PARQUET, _read_parquet), (_TEXT, _read_text)):
         if name.endswith(endings):
@@ -129,15 +132,15 @@ def _read_jsonl(path: Path, text_key: str, skip: int) -> Iterator[tuple[str, flo
             for number, line in enumerate(_decompress(path, raw), start=1):
                 if number <= skip:
                     continue
-                # A blank line is an empty document to the cursor, and no document to the shards.
+                # The cursor counts a blank line as an empty document; `prepare` drops empty documents.
                 text = _json_text(path, number, line, text_key) if line.strip() else ""
                 yield text, raw.tell() / size
         except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-            raise UserError(f"{path}: damaged compression: {first_line(error)}; fetch the file again") from None
+            raise UserError(f"{path}: corrupt compression: {first_line(error)}; fetch the file again") from None
 
 
 def _decompress(path: Path, raw: BinaryIO) -> Iterable[bytes]:
-    """The lines of a file, decompressed as its name says."""
+    """The lines of a file, decompressed according to its name."""
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if path.suffix == ".zst":
@@ -146,8 +149,8 @@ def _decompress(path: Path, raw: BinaryIO) -> Iterable[bytes]:
 
 
 def _zstd_lines(raw: BinaryIO) -> Iterator[bytes]:
-    """Frame by frame: the library's own stream ends without a word where a file is cut off."""
-    # Corpora are compressed with --long; its largest window is 2 GiB.
+    """Decompress frame by frame: the library's own stream ends without an error if the file is cut off."""
+    # Many corpora are compressed with --long, whose largest window is 2 GiB.
     decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
     frame, rest = None, b""
     while compressed := raw.read(2**17):
@@ -164,7 +167,7 @@ def _zstd_lines(raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _json_text(path: Path, number: int, line: bytes, text_key: str) -> str:
-    remedy = "mend or remove the line"
+    remedy = "fix or remove the line"
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -197,10 +200,12 @@ def _read_parquet(path: Path, text_key: str, skip: int) -> Iterator[tuple[str, f
                         row += 1
                         if row > skip:
                             if not isinstance(text, str):
-                                raise UserError(f"{path} row {row}: {text_key!r} is {text!r:.40}, not text")
+                                raise UserError(
+                                    f"{path} row {row}: {text_key!r} is {text!r:.40}, not text; remove the row"
+                                )
                             yield text, row / rows
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {first_line(error)}") from None
+        raise UserError(f"{path}: corrupt, or not a parquet file: {first_line(error)}; fetch it again") from None
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
@@ -212,16 +217,16 @@ def _hub_source(name: str, text_key: str, subset: str | None, split: str) -> Sou
 
     datasets.utils.logging.set_verbosity_error()
     try:
-        # One commit for the whole preparation, also when it is interrupted and the data set changes meanwhile.
+        # One commit for the whole preparation, even if the data set changes during an interruption.
         revision = huggingface_hub.HfApi().dataset_info(name, revision="main").sha
         stream = datasets.load_dataset(name, subset, split=split, streaming=True, revision=revision)
     except Exception as error:
         raise UserError(
-            f"{name}: neither a file or folder here, nor to be had from the Hugging Face hub "
+            f"{name}: neither a file or folder here, nor readable from the Hugging Face hub "
             f"(subset {subset!r}, split {split!r}): {first_line(error)}"
         ) from None
 
-    def batches(cursor: Cursor | None) -> Iterator[Batch]:
+    def batches(cursor: Cursor | None) -> Iterator[DocumentBatch]:
         documents: list[str] = []
         characters = 0
         try:
@@ -231,16 +236,16 @@ def _hub_source(name: str, text_key: str, subset: str | None, split: str) -> Sou
             for row in dataset:
                 text = row[text_key]
                 if not isinstance(text, str):
-                    raise UserError(f"{name}: {text_key!r} of a row is {text!r:.40}, not text (--text-key)")
+                    raise UserError(f"{name}: {text_key!r} of a row is {text!r:.40}, not text; choose a --text-key")
                 documents.append(text)
                 characters += len(text)
                 if characters >= _BATCH_CHARACTERS:
-                    yield Batch(documents, dataset.state_dict(), None)
+                    yield DocumentBatch(documents, dataset.state_dict(), None)
                     documents, characters = [], 0
-            yield Batch(documents, dataset.state_dict(), 1.0)
+            yield DocumentBatch(documents, dataset.state_dict(), 1.0)
         except UserError:
             raise
-        except Exception as error:  # whatever the hub, its client, or a damaged file on it can raise
+        except Exception as error:  # from the hub, its client, or a corrupt file
             raise UserError(f"{name}: reading {text_key!r} (--text-key) failed: {first_line(error)}") from None
 
     identity = {"hub": name, "subset": subset, "split": split, "text_key": text_key, "revision": revision}
@@ -251,15 +256,15 @@ def _hub_source(name: str, text_key: str, subset: str | None, split: str) -> Sou
 
 
 def _stdlib_source() -> Source:
-    """English on every machine: the standard library's docstrings, and the language reference that `help()` shows.
+    """English text on every machine: the standard library's docstrings, and the language reference of `help()`.
 
-    Sources are left out: with their indentation a third of all tokens is a lone space, and losses look falsely low.
+    Code is left out: a third of its tokens would be single spaces of indentation, and losses would be falsely low.
     """
 
-    def batches(cursor: Cursor | None) -> Iterator[Batch]:
-        # Some texts stand in several modules; indentation is a third of what is left unless it is tabs.
+    def batches(cursor: Cursor | None) -> Iterator[DocumentBatch]:
+        # Some texts are in several modules. Spaces of indentation would be a third of all tokens; tabs are few.
         documents = [_tabbed(text) for text in dict.fromkeys(_stdlib_documents())]
-        yield Batch(documents[cursor["row"] if cursor else 0 :], {"row": len(documents)}, 1.0)
+        yield DocumentBatch(documents[cursor["row"] if cursor else 0 :], {"row": len(documents)}, 1.0)
 
     return Source("stdlib", batches, {"stdlib": sys.version})
 

@@ -14,16 +14,16 @@ from megagpt.errors import UserError
 NAME = "gpt2"
 END_OF_TEXT = 50256
 VOCAB_SIZE = 50257
-# The same literal stands in tiktoken's own source for r50k_base, whose ranks and split pattern are GPT-2's.
+# SHA-256 of the rank table, the same as in tiktoken's source for r50k_base, whose ranks and split pattern are GPT-2's.
 RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # GPT-2's split pattern, from encoder.py of its release.
 _PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 
 def encode(text: str) -> np.ndarray:
-    """Ids of a text, without end-of-text, whatever the text spells or holds; uint32.
+    """Ids of a text, uint32 (N,), without end-of-text, even if the text spells it.
 
-    Half a surrogate pair, which JSON can carry and UTF-8 cannot, becomes U+FFFD, as tiktoken's own `encode` does.
+    Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD, as in tiktoken's own `encode`.
     """
     try:
         # No special token is allowed, and none is forbidden: text that spells one is ordinary text.
@@ -31,7 +31,7 @@ def encode(text: str) -> np.ndarray:
     except UnicodeEncodeError:
         return encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
     except ValueError:
-        # tiktoken's regular expressions give up on white space by the hundred thousand. Split in Python instead.
+        # tiktoken's regular expressions fail on hundreds of thousands of spaces. Split in Python instead.
         pieces = (piece.encode() for piece in regex.findall(_PATTERN, text))
         ids = [token for piece in pieces for token in gpt2()._encode_single_piece(piece)]
         return np.array(ids, dtype=np.uint32)
@@ -39,10 +39,10 @@ def encode(text: str) -> np.ndarray:
 
 @functools.cache
 def gpt2() -> tiktoken.Encoding:
-    """The encoding. `encode_ordinary` never yields END_OF_TEXT, whatever the text spells; append it yourself."""
+    """The encoding. `encode_ordinary` never yields END_OF_TEXT, even if the text spells it; append it yourself."""
     data = resources.files("megagpt.data").joinpath("gpt2/r50k_base.tiktoken").read_bytes()
     if hashlib.sha256(data).hexdigest() != RANKS_SHA256:
-        raise UserError("megagpt/data/gpt2/r50k_base.tiktoken is damaged: reinstall megagpt")
+        raise UserError("megagpt/data/gpt2/r50k_base.tiktoken is corrupt: reinstall megagpt")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in data.splitlines())}
     return tiktoken.Encoding(
         NAME,

@@ -1,4 +1,4 @@
-"""PyTorch's DistributedDataParallel: weights, gradients and optimizer state whole on every rank."""
+"""PyTorch's DistributedDataParallel: every rank has all weights, gradients and optimizer state."""
 
 import contextlib
 
@@ -27,7 +27,7 @@ class DDPEngine(NativeEngine):
         self.clock = prepare_model(self.model, config, world.device)
         self.wrapped: nn.Module = self.model
         if world.size > 1:
-            # The buckets share memory with the gradients: no second copy of them.
+            # Buckets share memory with the gradients, which saves a copy.
             self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:

@@ -7,11 +7,11 @@ from types import ModuleType
 
 
 def load_deepspeed(on_gpu: bool) -> ModuleType:
-    """The `deepspeed` module, without its banner, for GPUs or for CPUs, where it then needs no compiler.
+    """The `deepspeed` module, without its banner, for GPUs or for CPUs; for CPUs it then needs no compiler.
 
-    The first call in a process decides which.
+    The first call in a process decides for which of the two.
     """
-    # Its collectives call names that PyTorch has renamed, once per call.
+    # DeepSpeed's collectives use deprecated names of PyTorch's, which warns at every call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -21,6 +21,6 @@ def load_deepspeed(on_gpu: bool) -> ModuleType:
 
     logger.setLevel(logging.ERROR)
     if not on_gpu:
-        # An operator for inference, which its start would compile for half a minute.
+        # An operator for inference; DeepSpeed would spend half a minute on compiling it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

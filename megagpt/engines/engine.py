@@ -1,4 +1,4 @@
-"""What an engine is, and the step that all engines share.
+"""The interface of an engine, and the step that all engines share.
 
 An engine owns weights, gradients and optimizer state of one model across the ranks. The shared step:
 
@@ -197,8 +197,8 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 def scaled(loss: Tensor, scale: float) -> Tensor:
-    """`scale` times the loss, with a gradient of NaN where the loss is not finite: then one check of the reduced
-    gradient's norm finds a bad loss of any rank on all of them."""
+    """`scale` times the loss, with a gradient of NaN if the loss is not finite: so a check of the reduced gradient's
+    norm finds any rank's bad loss, on all ranks."""
     return loss * (scale + 0.0 * loss.detach())
 
 

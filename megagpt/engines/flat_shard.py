@@ -1,9 +1,9 @@
-"""A rank's contiguous range of a flattened parameter, as PyTorch's distributed checkpoints take it.
+"""A rank's contiguous range of a flattened parameter, in the form of PyTorch's distributed checkpoints.
 
-What a rank holds of a parameter is such a range under every engine: all of it, some rows, or DeepSpeed's cut through
-the flattened parameter. A range of a row-major matrix is at most three rectangles (the end of a row, whole rows, the
-start of a row), and a checkpoint takes several rectangles of one tensor from one rank: so nothing is gathered, and the
-file holds the tensor in its true shape.
+Under every engine, a rank holds such a range of a parameter: all of it, some rows, or DeepSpeed's cut through the
+flattened parameter. A range of a row-major matrix is at most three rectangles (the end of a row, whole rows, the start
+of a row), and a checkpoint takes several rectangles of one tensor from one rank. So nothing is gathered, and the file
+holds the tensor in its true shape.
 """
 
 from collections.abc import Iterator
@@ -45,9 +45,9 @@ def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Rectan
 
 
 class FlatShard(Tensor):
-    """Looks like the whole parameter, holds `flat`: its elements from `start` on.
+    """A tensor with the shape of the whole parameter that holds only `flat`, its elements from `start` on.
 
-    `flat` is a view of the engine's memory, so that loading a checkpoint writes there.
+    `flat` is a view of the engine's memory, so a checkpoint is loaded straight into it.
     """
 
     flat: Tensor
@@ -61,7 +61,7 @@ class FlatShard(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise TypeError(f"{function}: a FlatShard holds a part of a tensor; compute with its `flat`")
+        raise TypeError(f"{function}: a FlatShard holds only a part of its tensor; compute with its `flat`")
 
     def boxes(self) -> list[Rectangle]:
         """The rectangles that this rank holds."""

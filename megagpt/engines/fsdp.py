@@ -1,9 +1,9 @@
 """PyTorch's FSDP2: every parameter a DTensor, sharded by rows over the ranks and gathered block by block.
 
 Weights, gradients and optimizer state are fp32 shards. A block's weights are gathered in the compute precision before
-its forward and backward pass, its gradients are summed in fp32 and scattered after each micro-batch. With hybrid
-sharding, groups of `shard_ranks` neighbouring ranks hold one copy of the model each, and the shards' gradients are
-summed over the copies once a step.
+its forward and its backward pass; its gradients are summed in fp32 and scattered after each micro-batch. With hybrid
+sharding, each group of `shard_ranks` neighbouring ranks holds one copy of the model, and the shards' gradients are
+summed over the copies once per step.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from megagpt.world import World
 
 
 class FSDPEngine(NativeEngine):
-    """Full sharding over all ranks, or hybrid: sharded inside groups of ranks, replicated over them."""
+    """Full sharding over all ranks, or hybrid: sharded inside groups of ranks, replicated over the groups."""
 
     def __init__(self, config: Config, world: World) -> None:
         super().__init__(config, world)
@@ -41,7 +41,7 @@ class FSDPEngine(NativeEngine):
         with torch.device("meta"):
             self.model = GPT(config.model)
         self.clock = prepare_model(self.model, config, device)
-        # The root holds what is left over: the tied embedding and head in one group, positions, final LayerNorm.
+        # The root gets the rest in one group: the tied embedding and head, the positions, the final LayerNorm.
         for module in (*self.model.blocks, self.model):
             fully_shard(
                 module,
@@ -74,7 +74,7 @@ class FSDPEngine(NativeEngine):
     def evaluation(self) -> Iterator[nn.Module]:
         with super().evaluation() as model:
             yield model
-        # Only a backward pass would drop the root's gathered weights.
+        # Without this, the root's gathered weights would stay until a backward pass.
         assert isinstance(self.model, FSDPModule)
         self.model.reshard()
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-_GROWTH_INTERVAL = 2000
+_GROWTH_INTERVAL = 2000  # finite steps in a row
 _LARGEST = 2.0**24
 
 
@@ -16,7 +16,7 @@ class LossScale:
     """Finite steps since the factor last changed."""
 
     def update(self, finite: bool) -> None:
-        """Halve after a step that overflowed; double after 2,000 that did not."""
+        """Halve after a step that overflowed; double after 2,000 finite steps in a row."""
         if not self.dynamic:
             return
         self.good_steps = self.good_steps + 1 if finite else 0
@@ -27,5 +27,5 @@ class LossScale:
 
 
 def loss_scale(precision: str) -> LossScale:
-    """At the start of a run: 2^16 in fp16, as in PyTorch's and DeepSpeed's own scalers."""
+    """The scale at the first step: 2^16 in fp16, as in the scalers of PyTorch and DeepSpeed."""
     return LossScale(True, 2.0**16) if precision == "fp16" else LossScale(False)

@@ -1,4 +1,4 @@
-"""What DDP and FSDP share: the model's parameters are the fp32 weights, and PyTorch's AdamW updates them."""
+"""The common part of DDP and FSDP: the model's parameters are the fp32 weights, and PyTorch's AdamW updates them."""
 
 import math
 from math import prod
@@ -13,10 +13,10 @@ from megagpt.engines.flat_shard import FlatShard
 
 
 class NativeEngine(Engine):
-    """An engine whose gradients and optimizer state lie where the parameters lie, whole or as DTensors."""
+    """An engine whose gradients and optimizer state are sharded like the parameters, or not at all."""
 
     shard_group: dist.ProcessGroup | None = None
-    """Ranks over which gradients are sharded; None where each rank has them whole."""
+    """Ranks over which gradients are sharded; None if each rank has all of them."""
 
     def _backward(self, loss: Tensor, scale: float) -> Tensor:
         scaled(loss, scale * self.loss_scale.value).backward()
@@ -58,7 +58,7 @@ class NativeEngine(Engine):
 
 
 def first_row(tensor: DTensor) -> int:
-    """Row of the whole tensor at which this rank's shard begins: FSDP deals rows in equal chunks, the last short."""
+    """First row of this rank's shard in the whole tensor. FSDP cuts rows into equal chunks, the last one shorter."""
     dimension = tensor.placements.index(Shard(0))
     rank, size = tensor.device_mesh.get_local_rank(dimension), tensor.device_mesh.size(dimension)
     rows = tensor.shape[0]
@@ -66,7 +66,7 @@ def first_row(tensor: DTensor) -> int:
 
 
 def _held(tensor: Tensor) -> FlatShard:
-    """What this rank has of a tensor, as a flat range."""
+    """This rank's part of a tensor, as a flat range."""
     if not isinstance(tensor, DTensor):
         return FlatShard(tensor.view(-1), tuple(tensor.shape), 0)
     return FlatShard(tensor.to_local().view(-1), tuple(tensor.shape), first_row(tensor) * prod(tensor.shape[1:]))

@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO (Rajbhandari et al. 2020): optimizer state, gradients and weights cut into flat ranges over the ranks.
+"""DeepSpeed ZeRO (Rajbhandari et al. 2020): optimizer state, gradients and weights in flat ranges over the ranks.
 
-Weights of the compute precision, an fp32 copy of this rank's ranges, both Adam moments. DeepSpeed reduces, clips and
-updates; precision, batch, clipping and loss scale are decided by this project and handed to it.
+A rank holds weights in the compute precision, an fp32 copy of its own ranges, and both Adam moments. DeepSpeed reduces,
+clips and updates; megagpt decides precision, batch, clipping and loss scale.
 """
 
 import os
@@ -36,10 +36,10 @@ class ZeroEngine(Engine):
         runs = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported}
         if config.train.precision in runs and not runs[config.train.precision]():
             raise UserError(
-                f"train.precision {config.train.precision}: DeepSpeed does not run it on this {world.device.type}; "
+                f"train.precision {config.train.precision}: DeepSpeed does not support it on this {world.device.type}; "
                 "use another precision, or another engine.name"
             )
-        os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed asks for it, whatever the launcher was
+        os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed reads it under any launcher
         deepspeed.init_distributed(auto_mpi_discovery=False)
         self.model = self._build(deepspeed)
         optimizer = build_optimizer(self.model, config)
@@ -61,14 +61,14 @@ class ZeroEngine(Engine):
         if config.engine.stage < 3:
             with torch.device("meta"):
                 model = GPT(config.model)
-            # Zeroed: DeepSpeed spreads the main rank's values, which nobody reads, and they should be numbers.
+            # Zeroed, because DeepSpeed broadcasts the values: uninitialized memory may hold NaN.
             return model.to(DTYPES[config.train.precision]).to_empty(device=device).apply(_zero)
         with deepspeed.zero.Init(config_dict_or_path=self._settings):
             model = GPT(config.model)
-        # Gathered block by block, as under FSDP: nothing happens inside a block but its own arithmetic, which is what
-        # compiled graphs and selective recomputation need.
+        # Weights are gathered block by block, as under FSDP, so a block contains no communication: compiled graphs and
+        # selective activation checkpointing need that.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
-        # The decoder reads the embedding's weight itself, as the head.
+        # The decoder also uses the embedding's weight as its head, outside the embedding's own forward pass.
         deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)
         return model
 
@@ -96,7 +96,7 @@ class ZeroEngine(Engine):
         return loss.detach()
 
     def _update(self) -> float:
-        # Clips by the global norm and leaves the weights as they are where it is not finite.
+        # Clips by the global norm; leaves the weights unchanged if the norm is not finite.
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
@@ -126,17 +126,17 @@ def _zero(module: nn.Module) -> None:
 
 
 class _WholeWeights:
-    """Stages 1 and 2: where DeepSpeed keeps each parameter's part of the flat fp32 copy."""
+    """Stages 1 and 2: this rank's part of each parameter, inside DeepSpeed's flat fp32 copy."""
 
     def __init__(self, engine: Any, model: GPT) -> None:
         self._zero = engine.optimizer
-        # BF16_Optimizer, which stage 1 uses in bf16, has another name for it.
+        # BF16_Optimizer, which stage 1 uses in bf16, has another name for the flat copies.
         self._flats: list[Tensor] = getattr(
             self._zero, "single_partition_of_fp32_groups", getattr(self._zero, "fp32_groups_flat_partition", [])
         )
 
     def make_moments(self) -> None:
-        """Moments of zero for what was never updated, and DeepSpeed's map from parameters to them made anew."""
+        """Make moments of zero for parameters never updated; rebuild DeepSpeed's map from parameters to moments."""
         for flat in self._flats:
             _make_moments(self._zero.optimizer, flat)
         self._zero._hp_optimizer_states_linked = False
@@ -144,18 +144,18 @@ class _WholeWeights:
 
     def shard(self, parameter: nn.Parameter, moment: str | None) -> FlatShard:
         mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:  # nothing of this parameter is this rank's
+        if mapping is None:  # this rank holds no part of the parameter
             return FlatShard(torch.empty(0), tuple(parameter.shape), 0)
         flat = mapping.get_hp_fragment(moment).detach()
         return FlatShard(flat, tuple(parameter.shape), mapping.lp_fragment_address.start)
 
     def publish(self) -> None:
-        """Bring the weights of every rank up to the fp32 copies."""
+        """Set the weights of every rank from the fp32 copies."""
         self._zero.update_lp_params()
 
 
 class _PartitionedWeights:
-    """Stage 3: each parameter is cut into equal flat ranges, the last one short."""
+    """Stage 3: each parameter is cut into equal flat ranges, the last of them shorter."""
 
     def __init__(self, engine: Any, model: GPT) -> None:
         self._zero = engine.optimizer
@@ -187,7 +187,7 @@ class _PartitionedWeights:
         self._refresh_whole()
 
     def _refresh_whole(self) -> None:
-        # The small ones stay whole on every rank: drop and gather them.
+        # Small parameters stay whole on every rank: drop them and gather them again.
         whole = [p for p in self._model.parameters() if p.ds_persist]  # type: ignore[attr-defined]
         if whole:
             first: Any = whole[0]
@@ -196,8 +196,8 @@ class _PartitionedWeights:
 
 
 class _SwappedWeights(_PartitionedWeights):
-    """Stage 3 with optimizer state on a disk: read from it into memory, and written back by `publish` while its reader
-    still holds it."""
+    """Stage 3 with optimizer state on a disk. `shard` gives a copy in memory; `publish` writes the copies still in
+    use back to the disk."""
 
     def __init__(self, engine: Any, model: GPT) -> None:
         super().__init__(engine, model)
@@ -207,7 +207,7 @@ class _SwappedWeights(_PartitionedWeights):
         self._read = []
         zero = self._zero
         for i, flat in enumerate(zero.fp32_partitioned_groups_flat):
-            swapped = zero._swappable_optimizer_subgroup(i)  # small ones stay in memory
+            swapped = zero._swappable_optimizer_subgroup(i)  # small groups stay in memory
             if swapped and "exp_avg" not in zero.optimizer.state[flat]:
                 zero._optimizer_states_and_gradient_swap_in(i)
                 _make_moments(zero.optimizer, flat)

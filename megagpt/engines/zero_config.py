@@ -1,4 +1,4 @@
-"""DeepSpeed's config, generated from ours, with the user's `engine.deepspeed` section checked and merged over it."""
+"""DeepSpeed's config, generated from megagpt's; the user's `engine.deepspeed` section is checked and merged over it."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,11 @@ from megagpt.config import Config
 from megagpt.errors import UserError, did_you_mean, first_line
 from megagpt.models.presets import ModelConfig
 
-# Most elements in a bucket of gradients or weights that travel together: 200 MB in fp32, where links are long
-# saturated. DeepSpeed's own 5e8 would take 2 GB each.
+# Largest bucket of gradients or weights, in elements: 200 MB in fp32, more than links need to run at full rate.
+# DeepSpeed's own 5e8 would take 2 GB for each bucket.
 _LARGEST_BUCKET = 50_000_000
 
-# Settings of DeepSpeed that change neither what is computed nor what this config decides.
+# DeepSpeed keys that a user may set, with their types: they change no result and contradict no key of megagpt's.
 _PASSED_THROUGH: dict[str, type | tuple[type, ...]] = {
     "zero_optimization": dict,
     "aio": dict,
@@ -27,7 +27,7 @@ _PASSED_THROUGH: dict[str, type | tuple[type, ...]] = {
     "wall_clock_breakdown": bool,
 }
 
-# What this config decides, and where.
+# DeepSpeed keys that a user may not set, with the megagpt key that decides each.
 _OWNED = {
     "train_batch_size": "train.batch_tokens",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -59,7 +59,7 @@ _OWNED_ZERO = {
     "cpu_offload": "engine.offload",
     "cpu_offload_param": "engine.offload",
     "cpu_offload_use_pin_memory": "engine.offload",
-    # The one breaks gradients where activations are recomputed, the other the map from weights to their fp32 copies.
+    # The first breaks gradients under activation checkpointing, the second the map from weights to their fp32 copies.
     "memory_efficient_linear": "megagpt, as false: it adds biases twice under selective activation checkpointing",
     "round_robin_gradients": "megagpt, as false: its order of the weights is not that of their optimizer state",
     "elastic_checkpoint": "megagpt, whose checkpoints fit any number of ranks",
@@ -72,13 +72,13 @@ _OWNED_ZERO = {
 
 
 def bucket_elements(model: ModelConfig) -> int:
-    """Elements in a bucket: a block's weights, where they are not more than links need."""
+    """Elements in a bucket: the weights of a block, but at most the largest bucket."""
     return min(_LARGEST_BUCKET, model.block_parameters)
 
 
 def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]:
-    """The whole DeepSpeed config of a run on `ranks` ranks. Raises UserError, naming the key, for what the pass-through
-    section may not hold."""
+    """The whole DeepSpeed config of a run on `ranks` ranks. Raises UserError, naming the key, if `engine.deepspeed`
+    holds a key or value that it may not."""
     model, train, engine = config.model, config.train, config.engine
     accumulation = config.accumulation(ranks)
     precision = train.precision
@@ -87,7 +87,7 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
         "stage": engine.stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        # Races with contiguous gradients were found in it more than once.
+        # Off: it has had races with contiguous gradients more than once.
         "overlap_comm": False,
         "contiguous_gradients": True,
         "round_robin_gradients": False,
@@ -96,15 +96,15 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
         zero |= {
             "memory_efficient_linear": False,
             "stage3_prefetch_bucket_size": bucket,
-            # Biases and LayerNorm gains, the longest of them 4 widths long, stay whole on every rank; no matrix does.
+            # Elements: biases and LayerNorm gains, at most 4 widths long, stay whole on every rank; matrices do not.
             "stage3_param_persistence_threshold": 4 * model.width,
         }
     device = "nvme" if engine.nvme_path else "cpu"
-    place = {"device": device, "pin_memory": on_gpu} | ({"nvme_path": engine.nvme_path} if engine.nvme_path else {})
+    target = {"device": device, "pin_memory": on_gpu} | ({"nvme_path": engine.nvme_path} if engine.nvme_path else {})
     if engine.offload != "none":
-        zero["offload_optimizer"] = place
+        zero["offload_optimizer"] = target
     if engine.offload == "all":
-        zero["offload_param"] = place
+        zero["offload_param"] = target
     generated: dict[str, Any] = {
         "train_batch_size": config.batch_sequences,
         "train_micro_batch_size_per_gpu": train.micro_batch,
@@ -112,9 +112,9 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
         "gradient_clipping": config.optimizer.clip_norm,
         "steps_per_print": 1_000_000_000,
         "zero_allow_untested_optimizer": True,
-        # PyTorch's fused AdamW updates on a CPU, too: the same one as under the other engines.
+        # PyTorch's fused AdamW updates on CPUs too, as under the other engines.
         "zero_force_ds_cpu_optimizer": False,
-        # Sums of gradients, over micro-batches and over ranks.
+        # Gradients are summed in fp32, over micro-batches and over ranks.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
@@ -122,7 +122,7 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
     if precision == "bf16":
         generated["bf16"] = {"enabled": True}
     if precision == "fp16":
-        # A constant scale here; the engine sets it before each step.
+        # Constant for DeepSpeed; the engine overrides it before each step.
         generated["fp16"] = {"enabled": True, "loss_scale": 1.0}
     _check_passed_through(engine.deepspeed)
     passed = dict(engine.deepspeed)
@@ -144,14 +144,14 @@ def _check_passed_through(section: dict[str, Any]) -> None:
             raise UserError(f"{place}: {value!r} is not {name}")
     if section.get("communication_data_type", "fp32") != "fp32":
         raise UserError(
-            f"engine.deepspeed.communication_data_type {section['communication_data_type']!r}: gradients are summed in "
-            "fp32 under every engine; leave it out"
+            f"engine.deepspeed.communication_data_type {section['communication_data_type']!r}: every engine sums "
+            "gradients in fp32; leave it out"
         )
     for key, value in section.get("zero_optimization", {}).items():
         place = f"engine.deepspeed.zero_optimization.{key}"
         _refuse_owned(place, key, _OWNED_ZERO)
         if value == "auto":
-            raise UserError(f"{place}: 'auto' is for other programs that fill it in; leave it out for megagpt's own")
+            raise UserError(f"{place}: 'auto' is for programs that fill it in; leave it out to get megagpt's value")
 
 
 def _refuse_owned(place: str, key: str, owned: dict[str, str]) -> None:
@@ -160,7 +160,7 @@ def _refuse_owned(place: str, key: str, owned: dict[str, str]) -> None:
 
 
 def _check_zero_section(zero: dict[str, Any], on_gpu: bool) -> None:
-    """The merged section, by DeepSpeed's own names and types."""
+    """Raise UserError if the merged section does not fit DeepSpeed's own names and types."""
     from pydantic import ValidationError
 
     from megagpt.engines.deepspeed_library import load_deepspeed
@@ -179,12 +179,12 @@ def _check_zero_section(zero: dict[str, Any], on_gpu: bool) -> None:
             raise UserError(f"engine.deepspeed.zero_optimization: {first_line(error)}") from None
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        where = f".{key}: {first['input']!r}" if key else ":"
-        raise UserError(f"engine.deepspeed.zero_optimization{where} {first['msg']}") from None
+        at = f".{key}: {first['input']!r}" if key else ":"
+        raise UserError(f"engine.deepspeed.zero_optimization{at} {first['msg']}") from None
 
 
 def check_nvme(folder: str, on_gpu: bool) -> None:
-    """Raises UserError where the folder cannot take offloaded state."""
+    """Raise UserError if the folder cannot take offloaded state."""
     import os
     import tempfile
 
@@ -195,7 +195,9 @@ def check_nvme(folder: str, on_gpu: bool) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UserError(f"engine.nvme_path {folder}: cannot be written to ({os.strerror(error.errno or 0)})") from None
+        raise UserError(
+            f"engine.nvme_path {folder}: cannot be written to ({os.strerror(error.errno or 0)}); choose another folder"
+        ) from None
     from megagpt.engines.deepspeed_library import load_deepspeed
 
     load_deepspeed(on_gpu)

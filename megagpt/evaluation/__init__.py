@@ -1,1 +1,1 @@
-"""What a model is worth: validation loss and the baselines to read it against."""
+"""Quality of a model: its validation loss, and the baselines to read it against."""

@@ -5,41 +5,37 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from megagpt.data.loader import Corpus, rounds
+from megagpt.data.loader import Corpus, Share
 from megagpt.engines.engine import Engine
 
-# Training tokens that the unigram is counted on: its estimate is settled long before.
+# Training tokens that the unigram is counted on; its estimate settles long before.
 _UNIGRAM_TOKENS = 2**24
 
 
 def validation_loss(
     engine: Engine, corpus: Corpus, sequences: int, interrupted: Callable[[], bool] = lambda: False
 ) -> float | None:
-    """Mean loss in nats over the first `sequences` sequences of the validation split, the same set on any world size.
+    """Mean loss in nats over the first `sequences` sequences of the validation split, the same on any number of ranks.
 
-    None where `interrupted`, which answers the same on every rank, became true on the way.
+    None if `interrupted`, which must answer the same on every rank, becomes true before the end.
     """
-    world, micro_batch = engine.world, engine.config.train.micro_batch
+    world = engine.world
+    share = Share(world.rank, world.size, engine.config.train.micro_batch)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    chunk = world.size * micro_batch
+    chunk = share.ranks * share.micro_batch
     with engine.evaluation() as model:
         for first in range(0, sequences, chunk):
             if interrupted():
                 return None
-            here = min(chunk, sequences - first)
-            batch = corpus.batch(
-                first, here, world.rank, world.size, micro_batch, rounds(here, world.size, micro_batch)
-            )
+            batch = corpus.batch(range(first, min(first + chunk, sequences)), share)
             for tokens, targets in batch.micro_batches:
                 total += model(tokens.to(world.device), targets.to(world.device))
     return world.sum(float(total)) / (sequences * corpus.context)
 
 
 def unigram_loss(train: Corpus, validation: Corpus, sequences: int) -> float:
-    """Cross-entropy in nats of the validation targets under the training split's token frequencies, add-one smoothed.
-
-    What a model knows that has only learned how common each token is.
-    """
+    """Cross-entropy in nats of the validation targets under the training split's token frequencies, add-one smoothed:
+    the loss of a model that knows only how common each token is."""
     vocab = train.streams[0].vocab_size
     frequencies = np.ones(vocab)
     total = sum(train.weights)

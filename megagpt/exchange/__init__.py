@@ -1,1 +1,1 @@
-"""Runs to and from other people's formats."""
+"""Runs to and from the format of `transformers`."""

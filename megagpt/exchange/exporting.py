@@ -17,7 +17,8 @@ _GENERATION = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "do_sam
 
 
 def export_checkpoint(checkpoint: OpenCheckpoint, folder: str | Path, shard_bytes: int) -> None:
-    """Write the folder, one safetensors file in memory at a time. Raises UserError."""
+    """Write the folder, one safetensors file in memory at a time. Raises UserError if `transformers` has no such model,
+    the checkpoint is incomplete or corrupt, or the folder is not empty."""
     meta = checkpoint.meta
     model = build_config(meta.config, str(checkpoint.path / "meta.json")).model
     files = {
@@ -39,7 +40,7 @@ def _card(checkpoint: OpenCheckpoint, meta: CheckpointMeta, model: ModelConfig) 
     rows = [
         ("run", f"`{config['run']['name']}`, seed {config['run']['seed']}"),
         ("trained on", f"{meta.tokens_seen:,} tokens in {meta.scalars['updates']:,} updates"),
-        ("validation loss", f"{validation:.4f} nats a token" if validation is not None else "not measured"),
+        ("validation loss", f"{validation:.4f} nats per token" if validation is not None else "not measured"),
         ("parameters", f"{model.parameters:,}"),
         (
             "shape",
@@ -83,6 +84,6 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER)
 
 
 def _validation_loss(checkpoint: OpenCheckpoint) -> float | None:
-    """The run's last one up to the checkpoint."""
+    """Loss of the run's last validation up to the checkpoint, in nats per token; None if there is none."""
     log = newest(checkpoint.path.parent.parent, up_to_tokens=checkpoint.meta.tokens_seen)
     return float(log[Event.VALIDATION]["validation_loss"]) if Event.VALIDATION in log else None

@@ -23,7 +23,7 @@ from megagpt.world import World
 
 
 class _Unread(FlatShard):
-    """A whole parameter that is read from its file when it is written."""
+    """A whole parameter, read from its file only when the checkpoint is written."""
 
     source: Pretrained
     parameter: str
@@ -33,8 +33,8 @@ class _Unread(FlatShard):
 
 
 def import_run(folder: str | Path, config: Config) -> Path:
-    """Make the config's run folder, with a checkpoint at its first token: the folder's weights, moments of zero. Holds
-    one tensor in memory at a time. Raises UserError where the shapes differ or the run exists."""
+    """Make the config's run folder with a checkpoint at token 0: the weights from `folder`, moments of zero. Holds one
+    tensor in memory at a time; returns the run folder. Raises UserError if the shapes differ or the run exists."""
     source = Pretrained(folder)
     theirs, ours = source.config, config.model
     differing = [
@@ -43,7 +43,7 @@ def import_run(folder: str | Path, config: Config) -> Path:
         if getattr(theirs, key) != getattr(ours, key)
     ]
     if differing:
-        raise UserError(f"{folder}: of another shape than the config: {'; '.join(differing)}")
+        raise UserError(f"{folder}: its shape is not the config's: {'; '.join(differing)}; change the config")
     run = Path(config.run.folder) / config.run.name
     if run.exists() and any(run.iterdir()):
         raise UserError(f"{run}: already holds a run; choose another run.name")
@@ -56,7 +56,7 @@ def import_run(folder: str | Path, config: Config) -> Path:
         nothing = zero.expand(parameter.numel())
         weights = _Unread(nothing, shape, 0)
         weights.source, weights.parameter = source, name
-        source.find(name, shape)  # a tensor that is missing is said before anything is written
+        source.find(name, shape)  # refuses a missing tensor before anything is written
         state[f"model.{name}"] = weights
         state[f"exp_avg.{name}"] = FlatShard(nothing, shape, 0)
         state[f"exp_avg_sq.{name}"] = FlatShard(nothing, shape, 0)
@@ -66,7 +66,7 @@ def import_run(folder: str | Path, config: Config) -> Path:
     try:
         saver.save(state, Replica(0, 1), meta)
         saver.finish()
-        # Last: a folder without it is no run.
+        # Written last: a folder without it does not count as a run.
         write_atomic(run / "config.yaml", to_yaml(config).encode())
     except BaseException:
         shutil.rmtree(run, ignore_errors=True)

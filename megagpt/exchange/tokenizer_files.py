@@ -51,8 +51,8 @@ def tokenizer_files(context: int) -> dict[str, str]:
 
 
 def _merges() -> list[tuple[bytes, bytes]]:
-    """The pair that each token of more than one byte is merged from, in the order of the merges: what byte-pair
-    encoding with all earlier merges leaves of it."""
+    """The pair that each token of more than one byte is merged from, in the order of the merges: byte-pair encoding
+    with all earlier merges leaves this pair of the token."""
     ranks = gpt2()._mergeable_ranks
     return [_pair(token, rank, ranks) for token, rank in sorted(ranks.items(), key=lambda i: i[1]) if len(token) > 1]
 
@@ -69,7 +69,7 @@ def _pair(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, byte
 
 @functools.cache
 def _letters() -> dict[int, str]:
-    """GPT-2's spelling of bytes (encoder.py of its release): printable ones as they are, others above U+0100."""
+    """GPT-2's spelling of bytes (encoder.py of its release): printable bytes as they are, others above U+0100."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}

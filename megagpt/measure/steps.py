@@ -174,7 +174,7 @@ def _transformers(config: ModelConfig) -> nn.Module:
         import transformers
     except ImportError:
         raise UserError("--against transformers needs it installed: pip install transformers") from None
-    from megagpt.models.huggingface import their_config
+    from megagpt.models.huggingface import hf_config
 
-    model: nn.Module = transformers.GPT2LMHeadModel(transformers.GPT2Config(**their_config(config)))
+    model: nn.Module = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf_config(config)))
     return model.train()

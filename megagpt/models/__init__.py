@@ -1,1 +1,1 @@
-"""The decoder, the papers' sizes, and the exchange with `transformers`."""
+"""The decoder, the papers' sizes, and weights to and from `transformers`."""

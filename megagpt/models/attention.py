@@ -10,7 +10,7 @@ from megagpt.models.presets import ModelConfig
 class KeyValueCache:
     """Keys and values of the tokens seen so far, for a batch whose rows are aligned at their last token.
 
-    Rows shorter than the longest are padded on the left; `padding[b]` counts the dead positions of row b.
+    Rows shorter than the longest are padded on the left; `padding[b]` is the number of dead positions of row b.
     """
 
     def __init__(self, config: ModelConfig, padding: Tensor, dtype: torch.dtype) -> None:
@@ -26,14 +26,14 @@ class KeyValueCache:
         return (index - self.padding[:, None]).clamp_min(0)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values, each (B, H, new, D), and return all so far, (B, H, length + new, D)."""
+        """Store the new keys and values, each (B, H, new, D); returns all so far, each (B, H, length + new, D)."""
         end = self.length + k.shape[2]
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def mask(self, new: int, window: int | None) -> Tensor:
-        """Which keys each of the next `new` queries may see, bool (B, 1, new, length + new)."""
+        """True if a query among the next `new` may see a key, bool (B, 1, new, length + new)."""
         key = torch.arange(self.length + new, device=self.padding.device)
         query = key[self.length :, None]
         seen = key <= query
@@ -52,7 +52,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float) -> Tensor:
     """Attention of each query i to keys i - window < j <= i; all (B, H, T, D).
 
-    Cut into blocks of `window` queries, each sees its own block and the one before: O(T window) instead of O(T^2).
+    Queries are cut into blocks of `window`; each sees its own block and the one before: O(T window), not O(T^2).
     """
     B, H, T, D = q.shape
     if window >= T:
@@ -67,6 +67,6 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: floa
     band = (j <= i) & (i - j < window)  # (window, 2 window)
     mask = band.expand(blocks, -1, -1).clone()
     mask[0] &= j >= 0
-    # The padded rows of the last block see only padding or real keys behind them; their output is cut off.
+    # Padded queries of the last block may see padding; their output is cut off.
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, H, blocks, window, D)
     return y.reshape(B, H, blocks * window, D)[:, :, :T]

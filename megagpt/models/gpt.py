@@ -53,7 +53,7 @@ class MLP(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In fp32, also where an engine hands the gain and bias over in bf16."""
+    """In fp32, even if an engine keeps gain and bias in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
@@ -76,7 +76,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Build on the meta device or any other, then fill with `initialize` or a checkpoint."""
+    """The model. Build it on any device, meta included, then fill it with `initialize` or a checkpoint."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -90,16 +90,16 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Loss or logits.
 
-        tokens: int (B, T). With `targets`, int (B, T) where -100 means "not counted": the SUM of the token losses,
-        fp32, in nats. Without: logits (B, T, vocab_size); with a `cache`, of the last position only, as T = 1.
+        tokens: int (B, T). With `targets`, int (B, T), -100 for "not counted": the SUM of the token losses, fp32, in
+        nats. Without: logits (B, T, vocab_size); with a `cache`, logits of the last position only, (B, 1, vocab_size).
         """
         T = tokens.shape[1]
         positions = cache.positions(T) if cache is not None else torch.arange(T, device=tokens.device)
         head = self.token_embedding.weight  # tied: (V, C)
-        # On a CPU, zeroing a dense gradient of the whole table costs more than the lookup; a sparse one is added into
-        # the head's dense gradient.
+        # On a CPU, zeroing a dense gradient of the whole table costs more than the lookup; a sparse gradient is added
+        # to the head's dense one.
         sparse = head.device.type == "cpu"
-        # The residual stream is fp32 in every precision: each block adds to it, and what it adds is small.
+        # The residual stream is fp32 in every precision: each block adds something small to it.
         x = F.embedding(tokens, head, sparse=sparse).float() + self.position_embedding(positions).float()  # (B, T, C)
         x = self.dropout(x)
         for block in self.blocks:

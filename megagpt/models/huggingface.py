@@ -18,10 +18,10 @@ from megagpt.errors import UserError, first_line
 from megagpt.models.gpt import GPT
 from megagpt.models.presets import ModelConfig
 
-# Gives parameters by our name, fp32 on the CPU, of the shapes asked for.
 ReadWeights = Callable[[dict[str, tuple[int, ...]]], dict[str, Tensor]]
+"""Our parameter name -> shape, to our parameter name -> values, fp32 on the CPU."""
 _INDEX = "model.safetensors.index.json"
-# GPT-2's release keeps its linear weights as (in, out); torch.nn.Linear has (out, in).
+# Linear weights: GPT-2's release keeps them as (in, out), torch.nn.Linear as (out, in).
 _TRANSPOSED = ("qkv.weight", "out.weight", "up.weight", "down.weight")
 _BLOCK = {
     "attention_norm": "ln_1",
@@ -32,7 +32,7 @@ _BLOCK = {
     "mlp.down": "mlp.c_proj",
 }
 _OUTER = {"token_embedding": "wte", "position_embedding": "wpe", "final_norm": "ln_f"}
-# What a GPT-2 config may say about arithmetic, and what it must say to be the paper's model.
+# Keys of a GPT-2 config that decide the arithmetic, with the values of the paper's model.
 _FIXED = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -46,8 +46,8 @@ _FIXED = {
 }
 
 
-def their_name(name: str) -> str:
-    """Our parameter name -> GPT-2's, without the `transformer.` in front."""
+def hf_name(name: str) -> str:
+    """Our parameter name -> the name in `transformers`, without the `transformer.` in front."""
     module, _, kind = name.rpartition(".")
     if module in _OUTER:
         return f"{_OUTER[module]}.{kind}"
@@ -55,18 +55,18 @@ def their_name(name: str) -> str:
     return f"h.{layer}.{_BLOCK[part]}.{kind}"
 
 
-def to_theirs(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """One parameter in their layout: transposed where theirs is, the vocabulary's padding cut off."""
+def to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """One parameter in the layout of `transformers`: linear weights transposed, the vocabulary's padding cut off."""
     if name == "token_embedding.weight":
-        tensor = tensor[: config.vocab_size].clone()  # a view would be saved with the padding behind it
+        tensor = tensor[: config.vocab_size].clone()  # safetensors would save the padding behind a view
     return tensor.T.contiguous() if name.endswith(_TRANSPOSED) else tensor.contiguous()
 
 
-def their_config(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a GPT-2 of this shape."""
+def hf_config(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of a GPT-2 of this shape. Raises UserError if `transformers` has no such model."""
     if config.attention != "dense":
         raise UserError(
-            "transformers' GPT-2 has dense attention only; a model with model.attention banded has no form there"
+            "model.attention banded: transformers' GPT-2 has dense attention only, so this model cannot be exported"
         )
     return {
         **_FIXED,
@@ -95,13 +95,13 @@ def export(
 ) -> None:
     """Write config.json, safetensors of at most `shard_bytes` each, and further text `files` by name.
 
-    `read` gives parameters by name and shape, fp32 on the CPU; it is asked for one safetensors file's at a time. The
-    folder appears when all of it is written. Raises UserError rather than overwrite.
+    `read` is called once per safetensors file, with the parameters of that file. The folder gets its name when it is
+    complete. Raises UserError if the folder exists and is not empty.
     """
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not empty; nothing was written, choose another folder")
-    description = their_config(config)
+    description = hf_config(config)
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in GPT(config).named_parameters()}
     folder = folder.resolve()
@@ -113,7 +113,7 @@ def export(
     for i, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         weights = read({name: shapes[name] for name in names})
-        theirs = {f"transformer.{their_name(name)}": to_theirs(name, weights.pop(name), config) for name in names}
+        theirs = {f"transformer.{hf_name(name)}": to_hf(name, weights.pop(name), config) for name in names}
         save_file(theirs, partial / file, metadata={"format": "pt"})
         index |= dict.fromkeys(theirs, file)
     if len(shards) > 1:
@@ -124,13 +124,13 @@ def export(
         (partial / _INDEX).write_text(text + "\n")
     for name, text in {"config.json": json.dumps(description, indent=2) + "\n", **files}.items():
         (partial / name).write_text(text, encoding="utf-8")
-    for path in partial.glob("*.safetensors"):  # which come readable by their owner only
+    for path in partial.glob("*.safetensors"):  # save_file makes them readable by their owner only
         shutil.copymode(partial / "config.json", path)
     partial.rename(folder)
 
 
 def _cut(shapes: dict[str, tuple[int, ...]], most: int) -> list[list[str]]:
-    """Names in order, in lists whose fp32 tensors take at most so many bytes; a larger tensor is alone in its list."""
+    """Names in order, in lists whose fp32 tensors take at most `most` bytes; a larger tensor is alone in its list."""
     lists: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
@@ -148,7 +148,7 @@ def is_pretrained(folder: Path) -> bool:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The shape of a GPT-2 folder; raises UserError where it is not the paper's model."""
+    """The shape of a GPT-2 folder. Raises UserError if it is not the paper's model."""
     path = Path(folder).expanduser() / "config.json"
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
@@ -159,7 +159,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     for key, value in _FIXED.items():
         given = theirs.get(key, value)
         if given != value and not (key == "n_inner" and given == 4 * theirs.get("n_embd", 0)):
-            raise UserError(f"{path}: {key} is {given!r}; this decoder computes {value!r}")
+            raise UserError(f"{path}: {key} is {given!r}; this decoder computes {value!r} only")
     try:
         return ModelConfig(
             layers=theirs["n_layer"],
@@ -176,7 +176,7 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def load_pretrained(folder: str | Path) -> GPT:
-    """A model, fp32 on the CPU, with the weights of a GPT-2 folder. Raises UserError where a tensor does not fit."""
+    """A model, fp32 on the CPU, with the weights of a GPT-2 folder. Raises UserError if a tensor does not fit."""
     pretrained = Pretrained(folder)
     with torch.device("meta"):
         model = GPT(pretrained.config)
@@ -188,24 +188,24 @@ def load_pretrained(folder: str | Path) -> GPT:
 
 
 class Pretrained:
-    """A GPT-2 folder whose tensors are read one by one."""
+    """A GPT-2 folder, read one tensor at a time."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         self.config = read_config(self.folder)
-        self._where = _tensor_files(self.folder)
+        self._files = _tensor_files(self.folder)
 
     def find(self, name: str, shape: tuple[int, ...]) -> str:
-        """The folder's key for a parameter of ours. Raises UserError where it is missing or does not fit."""
-        theirs = their_name(name)
-        key = next((k for k in (f"transformer.{theirs}", theirs) if k in self._where), None)
+        """The folder's key for one of our parameters. Raises UserError if it is missing or does not fit."""
+        theirs = hf_name(name)
+        key = next((k for k in (f"transformer.{theirs}", theirs) if k in self._files), None)
         if key is None:
             raise UserError(f"{self.folder}: tensor {theirs!r} is missing")
         try:
-            with safe_open(self._where[key], framework="pt") as file:
+            with safe_open(self._files[key], framework="pt") as file:
                 found = tuple(file.get_slice(key).get_shape())
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{self._where[key]}: cannot be read: {first_line(error)}") from None
+            raise UserError(f"{self._files[key]}: cannot be read: {first_line(error)}") from None
         needed = (self._rows(name, shape), *shape[1:])
         needed = needed[::-1] if name.endswith(_TRANSPOSED) else needed
         if found != needed:
@@ -213,13 +213,13 @@ class Pretrained:
         return key
 
     def _rows(self, name: str, shape: tuple[int, ...]) -> int:
-        """Without the vocabulary's padding."""
+        """Rows of a parameter without the vocabulary's padding."""
         return self.config.vocab_size if name == "token_embedding.weight" else shape[0]
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A parameter by our name, fp32 on the CPU, padded to our shape. Raises UserError where it does not fit."""
+        """A parameter by our name, fp32 on the CPU, padded to our shape. Raises UserError if it does not fit."""
         key = self.find(name, shape)
-        with safe_open(self._where[key], framework="pt") as file:
+        with safe_open(self._files[key], framework="pt") as file:
             tensor = file.get_tensor(key)
         padded = torch.zeros(shape)
         padded[: self._rows(name, shape)] = tensor.T if name.endswith(_TRANSPOSED) else tensor

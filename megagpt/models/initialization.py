@@ -1,8 +1,8 @@
 """Initial weights as a pure function of (seed, parameter name, row).
 
-Any rank can fill any rows of any parameter without knowing the others, so the same model starts on one process,
-on a thousand shards, or from the meta device. The generator is Philox, keyed by a hash of seed, name and row block:
-no draw depends on the order in which parameters are built.
+Any rank can fill any rows of any parameter by itself, so the same model starts on one process, on a thousand shards,
+or from the meta device. The generator is Philox, keyed by a hash of seed, name and row block: no draw depends on the
+order in which parameters are built.
 """
 
 import hashlib
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from megagpt.models.presets import ModelConfig
 
-# Rows are drawn in blocks of about this many numbers, each block with a key of its own.
+# Numbers in a block of rows; each block has its own key.
 _BLOCK_NUMEL = 2**20
 
 
 def initial_std(name: str, config: ModelConfig) -> float | None:
-    """Standard deviation of a parameter's initial values; None where they are constant.
+    """Standard deviation of a parameter's initial values, None if they are constant.
 
     GPT-2's released code: N(0, 0.02) for matrices, N(0, 0.01) for positions. Section 2.3 of the paper scales the
-    projections that write into the residual stream by 1/sqrt(N), N being the 2 residual branches of each layer.
+    projections that write into the residual stream by 1/sqrt(N), where N counts 2 residual branches per layer.
     """
     if name == "position_embedding.weight":
         return 0.01
@@ -61,12 +61,12 @@ def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of a model that is whole, in place, on whatever device it lies."""
+    """Fill every parameter of an unsharded model in place, on its device."""
     for name, p in model.named_parameters():
         p.copy_(initial_values(name, tuple(p.shape), config, seed, 0, p.numel()).view_as(p))
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay applies: to matrices only, never to biases and LayerNorm gains. Chosen by name, because
-    sharded engines flatten parameters and their dimensions no longer tell."""
+    """Whether weight decay applies: to matrices only, never to biases and LayerNorm gains. The name decides, because
+    sharded engines flatten parameters."""
     return name.endswith(".weight") and not name.endswith("norm.weight")

@@ -1,7 +1,7 @@
-"""Output head and cross-entropy in one, without ever holding the logits of all tokens.
+"""Output head and cross-entropy in one, without the logits of all tokens in memory.
 
 Tokens x 50,304 logits are the largest tensor of a small GPT. Here a chunk of tokens goes through head, softmax and
-both backward products before the next chunk starts, so the peak is one chunk, whatever the number of tokens.
+both backward products before the next chunk starts, so the peak is one chunk for any number of tokens.
 """
 
 from typing import Any
@@ -9,22 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Tokens whose logits exist at a time. Large enough that the products run at full rate and that adding the chunk's
-# share to the weight's gradient is cheap beside them.
+# Tokens whose logits exist at a time: enough that the products run at full rate, and that adding the chunk's share to
+# the weight's gradient is cheap in comparison.
 CHUNK = 1024
-# Rows of a chunk whose softmax is taken at a time on a CPU: 16 x 50,304 in fp32 are 3 MB, which stay in cache.
+# Rows of a chunk in one softmax on a CPU: 16 x 50,304 in fp32 are 3 MB, which stay in cache.
 _CPU_ROWS = 16
+# Rows of the weight's gradient in one sum on a CPU, for the same reason.
 _CPU_GRADIENT_ROWS = 1024
-# Targets that do not count.
+# Value of targets that do not count.
 IGNORE = -100
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats, as an fp32 scalar.
 
-    hidden (N, C), weight (V, C), targets (N,) with -100 where a token does not count. Only the first `vocab_size`
-    columns take part: the dead rows of a padded table get probability and gradient zero. Products run in the
-    autocast dtype where autocast is on, softmax and sums in fp32.
+    hidden (N, C), weight (V, C), targets (N,), -100 for tokens that do not count. Only the first `vocab_size` columns
+    take part: the dead rows of a padded table get probability and gradient zero. Products run in the autocast dtype
+    if autocast is on; softmax and sums in fp32.
     """
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()  # so that no gradient is computed
@@ -41,7 +42,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         ctx.dtypes = hidden.dtype, weight.dtype
         h, w = hidden.to(dtype), weight.to(dtype)
-        # Made once and used by every chunk: on a CPU, fresh memory of this size costs as much as the product in it.
+        # Allocated once for all chunks: on a CPU, new memory of this size costs as much as the product written to it.
         buffer = h.new_empty(min(CHUNK, len(h)), len(w))
         product = torch.empty_like(w) if need_weight and dtype != torch.float32 else None
         grad_hidden = torch.empty_like(h) if need_hidden else None
@@ -63,8 +64,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # The loss is one scalar, so its gradients are those of the forward pass times the scalar that arrives. They
-        # are scaled in place, which a second backward pass through the same graph must not do again.
+        # The loss is one scalar, so the gradients are those of the forward pass times the incoming scalar. They are
+        # scaled in place, so a second backward pass would scale them twice.
         if getattr(ctx, "spent", False):
             raise RuntimeError("linear_cross_entropy: backward through the same loss twice")
         ctx.spent = True
@@ -81,12 +82,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _accumulate_product_(total: Tensor, a: Tensor, b: Tensor, product: Tensor | None, first: bool) -> None:
-    """total = a @ b, or total += a @ b; `product` is scratch of the same shape where a and b are not fp32."""
+    """total = a @ b if `first`, else total += a @ b; `product` is scratch of that shape, None if a and b are fp32."""
     if product is None:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
         return
     torch.mm(a, b, out=product)
-    # On a CPU a mixed-precision sum goes through an fp32 copy of its whole operand: keep that copy in cache.
+    # On a CPU, a mixed-precision sum copies its whole operand to fp32; small steps keep the copy in cache.
     step = _CPU_GRADIENT_ROWS if total.device.type == "cpu" else len(total)
     for rows, share in zip(total.split(step), product.split(step), strict=True):
         if first:
@@ -98,8 +99,8 @@ def _accumulate_product_(total: Tensor, a: Tensor, b: Tensor, product: Tensor | 
 def softmax_cross_entropy_(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """Sum of the token losses, and its gradient with respect to the logits, which overwrites them.
 
-    logits (N, V), targets (N,). The loss is max - log p(max) - logit(target): unlike -log p(target) it stays finite
-    however small the target's probability.
+    logits (N, V), targets (N,). The loss is max - log p(max) - logit(target), which stays finite even if the target's
+    probability underflows, unlike -log p(target).
     """
     logits[:, vocab_size:] = -torch.inf
     counted = (targets != IGNORE)[:, None]

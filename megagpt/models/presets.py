@@ -29,24 +29,22 @@ class ModelConfig:
     context: int = Field(gt=0)
     """Longest sequence in tokens, n_ctx."""
     vocab_size: int = Field(default=50257, gt=0)
-    """Live vocabulary: GPT-2's 50,000 merges, 256 bytes and the end-of-text token."""
+    """Token ids in use: GPT-2's 50,000 merges, 256 bytes and the end-of-text token."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Probability at the embedding, the attention weights and both residual branches. GPT-3 publishes none."""
+    """Probability at the embedding, the attention weights and both residual branches. The GPT-3 paper gives none."""
     attention: Literal["dense", "banded"] = "dense"
-    """dense: every layer sees the whole past. banded: odd layers see the last `window` tokens only. GPT-3 alternates
-    the two without saying which layers or how wide, so the band is this project's own choice."""
+    """dense: every layer sees the whole past. banded: odd layers see the last `window` tokens only. The GPT-3 paper
+    alternates the two without naming layers or width, so the band is this project's own choice."""
     window: int = Field(default=256, gt=0)
     """Band width of banded layers in tokens, the token itself included."""
     preset: str = ""
-    """The paper's size that the fields above started from; empty for a shape of one's own."""
+    """Preset from which the fields above were taken; empty for a custom shape."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             fits = [h for h in range(1, self.width + 1) if self.width % h == 0]
             near = sorted(sorted(fits, key=lambda h: abs(h - self.heads))[:2])
-            raise ValueError(
-                f"width {self.width} is not a multiple of heads {self.heads}; heads {near} would divide it"
-            )
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; heads {near} divide it")
 
     @property
     def head_width(self) -> int:
@@ -62,7 +60,7 @@ class ModelConfig:
 
     @property
     def block_parameters(self) -> int:
-        """Exact count of one block, with biases and LayerNorms."""
+        """Exact number of parameters of one block, with biases and LayerNorms."""
         c = self.width
         layer_norm = 2 * c
         attention = (c * 3 * c + 3 * c) + (c * c + c)
@@ -71,13 +69,13 @@ class ModelConfig:
 
     @property
     def parameters(self) -> int:
-        """Exact count with biases, LayerNorms and the tied head; padding rows of the vocabulary do not count."""
+        """Exact number with biases, LayerNorms and the tied head, without the vocabulary's padding rows."""
         final_norm = 2 * self.width
         return (self.vocab_size + self.context) * self.width + self.layers * self.block_parameters + final_norm
 
     @property
     def stored_parameters(self) -> int:
-        """What lies in memory: `parameters` and the padding rows of the vocabulary."""
+        """Parameters in memory: `parameters` and the vocabulary's padding rows."""
         return self.parameters + (self.padded_vocab_size - self.vocab_size) * self.width
 
     @property
@@ -87,10 +85,10 @@ class ModelConfig:
 
     @property
     def flops_per_token(self) -> int:
-        """Forward and backward FLOPs a token: 6 per parameter that is multiplied, plus attention over the full context.
+        """Forward and backward FLOPs per token: 6 per multiplied parameter, plus attention over the full context.
 
-        The convention of PaLM's appendix B (12 L C T for the two attention products, no discount for causality),
-        with embeddings looked up, not multiplied, so the tied table counts once. A banded layer counts its window.
+        The convention of PaLM's appendix B: 12 L C T for the two attention products, no discount for causality. The
+        embedding is looked up, not multiplied, so the tied table counts once. A banded layer counts its window.
         """
         multiplied = self.parameters - self.context * self.width
         seen = sum(min(self.window, self.context) if self.is_banded(i) else self.context for i in range(self.layers))
@@ -103,11 +101,11 @@ class Preset:
 
     model: ModelConfig
     batch_tokens: int
-    """Global batch in tokens: the papers' 0.5M, 1M, 2M and 3.2M as whole numbers of sequences."""
+    """Tokens in the global batch: the papers' 0.5M, 1M, 2M and 3.2M as whole numbers of sequences."""
     peak_lr: float | None
-    """None where the paper publishes none (GPT-2)."""
+    """None if the paper does not publish it (GPT-2)."""
     paper_tokens: float | None
-    """Tokens that the paper trained on; GPT-2's is not published."""
+    """Tokens that the paper trained on; None if it does not publish them (GPT-2)."""
 
     @property
     def paper_flops(self) -> float | None:
@@ -123,7 +121,7 @@ def _preset(
     return name, Preset(model, batch_tokens, peak_lr, 300e9 if gpt3 else None)
 
 
-# 3.2M is 1,536 sequences of 2,048: the multiple of 512 sequences nearest to the paper's rounded number.
+# Tokens in a batch. 3.2M is 1,536 sequences of 2,048: the multiple of 512 sequences nearest to the paper's number.
 _HALF_M, _1M, _2M, _3M2 = 2**19, 2**20, 2**21, 1536 * 2048
 
 PRESETS: dict[str, Preset] = dict(
@@ -146,12 +144,12 @@ PRESETS: dict[str, Preset] = dict(
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of that name; raises UserError with the nearest names where there is none."""
+    """The preset of that name. Raises UserError with the nearest names if there is none."""
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}: {did_you_mean(name, PRESETS)}")
     return PRESETS[name]
 
 
 def preset_fields(name: str) -> dict[str, object]:
-    """A preset's shape as plain fields, for a config to override."""
+    """A preset's shape as plain fields, which a config may override."""
     return dataclasses.asdict(get_preset(name).model)

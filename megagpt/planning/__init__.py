@@ -1,1 +1,1 @@
-"""What a run will be, before it is paid for."""
+"""A run's steps and memory, computed before it starts."""

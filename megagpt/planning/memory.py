@@ -1,6 +1,6 @@
 """Bytes of weights, gradients and optimizer state on each rank, by formula.
 
-Activations, gathered weights and buffers that live for one operation are not in it.
+Activations, gathered weights and buffers of a single operation are not included.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ _MOMENTS = 2 * _FP32
 
 @dataclass(frozen=True)
 class StateBytes:
-    """What one rank holds at the end of a step's last backward pass, before the update, in bytes."""
+    """Bytes on one rank at the end of a step's last backward pass, before the update."""
 
     weights: float
-    """In the precision that an engine keeps for the forward pass."""
+    """In the precision that the engine keeps for the forward pass."""
     gradients: float
-    """Their sums, and the buckets that stay allocated for them."""
+    """Sums of gradients, and the buckets that stay allocated for them."""
     optimizer: float
-    """Both Adam moments; under ZeRO the fp32 weights, too."""
+    """Both Adam moments; under ZeRO also the fp32 weights."""
 
     @property
     def total(self) -> float:
@@ -29,12 +29,12 @@ class StateBytes:
 
 
 def state_bytes(config: Config, ranks: int) -> StateBytes:
-    """Per rank, for every engine. Wherever it lies: `engine.offload` moves it to the CPU's memory or to a disk.
+    """Per rank, for every engine; also the bytes that `engine.offload` moves to the CPU's memory or to a disk.
 
-    DDP 4 + 4 + 8 a parameter. FSDP the same over the ranks that share a copy. ZeRO keeps weights in the compute
-    precision (2 bytes in bf16 and fp16) beside an fp32 copy that is part of the optimizer state; all sums of gradients
-    are fp32. Stage 1 sums the gradients of all weights on each rank until the step ends; in bf16 it keeps the bf16
-    gradient of the last micro-batch beside them. Where a bucket stays allocated, it counts as gradients.
+    DDP: 4 + 4 + 8 bytes per parameter. FSDP: the same, divided by the ranks that share a copy. ZeRO keeps weights in
+    the compute precision (2 bytes in bf16 and fp16) beside an fp32 copy that is part of the optimizer state; all sums
+    of gradients are fp32. Stage 1 sums the gradients of all weights on each rank until the step ends; in bf16 it also
+    keeps the bf16 gradient of the last micro-batch. A bucket that stays allocated counts as gradients.
     """
     engine, parameters = config.engine, config.model.stored_parameters
     if engine.name == "ddp":

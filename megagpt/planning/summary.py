@@ -1,4 +1,4 @@
-"""What follows from a config: steps, micro-batches, memory."""
+"""A config's consequences: steps, micro-batches, memory."""
 
 import json
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from megagpt.training.schedule import learning_rate, step_count
 
 
 def summarize(config: Config, ranks: int) -> Iterator[str]:
-    """Lines for people about a run on `ranks` ranks. Raises UserError where the batch does not divide over them, and
-    for engine settings that cannot be."""
+    """Lines for people about a run on `ranks` ranks. Raises UserError if the batch does not divide over them, or the
+    engine settings are impossible."""
     model, train, context = config.model, config.train, config.model.context
-    dead = model.padded_vocab_size - model.vocab_size
-    yield f"parameters: {model.parameters:,} ({dead} dead rows of the vocabulary not counted)"
-    yield f"FLOPs: {model.flops_per_token:.3e} a token, {model.flops_per_token * train.tokens:.3e} in all"
+    padding = model.padded_vocab_size - model.vocab_size
+    yield f"parameters: {model.parameters:,} ({padding} padding rows of the vocabulary not counted)"
+    yield f"FLOPs: {model.flops_per_token:.3e} per token, {model.flops_per_token * train.tokens:.3e} in all"
     accumulation = config.accumulation(ranks)
     yield (
         f"batch: {config.batch_sequences} sequences of {context} on {ranks} rank(s) = "
@@ -32,7 +32,7 @@ def summarize(config: Config, ranks: int) -> Iterator[str]:
     held = state_bytes(config, ranks)
     yield (
         f"memory on each rank: weights {_gib(held.weights)}, gradients {_gib(held.gradients)}, optimizer "
-        f"{_gib(held.optimizer)}, together {_gib(held.total)}; activations aside"
+        f"{_gib(held.optimizer)}, total {_gib(held.total)}; without activations"
     )
     if config.engine.name == "zero":
         yield "DeepSpeed config:"

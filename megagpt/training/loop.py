@@ -1,4 +1,4 @@
-"""The loop: the only place where a run moves on. Batches in, steps out, and between steps whatever is due."""
+"""The loop: the only place where a run moves on. It takes steps, and between them it does what is due."""
 
 import contextlib
 import time

@@ -1,4 +1,4 @@
-"""What is due at token intervals besides training: saves, validations, samples.
+"""The work that is due at token intervals besides training: saves, validations, samples.
 
 An occasion is due by what the run log says was last held, and is asked for at the loop's top. So whatever a stop or a
 kill interrupted is made up after the resume, at the same tokens at which the uninterrupted run holds it.
@@ -51,8 +51,8 @@ def crossed(every: int, before: int, now: int) -> bool:
 
 
 def occasions(run: Run) -> tuple[Occasion, ...]:
-    """The run's occasions in the order in which they are held. The save comes first: whoever sends a signal may not
-    wait for a validation."""
+    """The run's occasions in the order in which they are held. The save comes first, so that a process that is killed
+    during a validation has saved."""
     config, last = run.config, run.last_held
     found = [_saves(run)]
     if run.validation_sequences:

@@ -16,7 +16,7 @@ from megagpt.config import Config
 from megagpt.config_file import to_yaml
 from megagpt.console import say
 from megagpt.data.builtin import prepare_builtin
-from megagpt.data.loader import Batch, Corpus, open_corpus, read_ahead, train_batches, validation_sequences
+from megagpt.data.loader import Batch, Corpus, Share, open_corpus, read_ahead, train_batches, validation_sequences
 from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.errors import UserError
@@ -67,7 +67,7 @@ class Run:
         batches = read_ahead(
             train_batches(
                 self.train_data, self.start.sequences, config.total_sequences,
-                functools.partial(batch_sequences, config), world.rank, world.size, config.train.micro_batch,
+                functools.partial(batch_sequences, config), Share(world.rank, world.size, config.train.micro_batch),
             )
         )  # fmt: skip
         try:
@@ -137,7 +137,7 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
     if not resume:
         check_free(folder)
     _check_vocabulary(config)
-    data = prepare_builtin(config.data, world, say)
+    data = prepare_builtin(config.data, world)
     train_data, validation_data = (
         open_corpus(data, split, config.model.context, config.run.seed) for split in ("train", "val")
     )

@@ -80,7 +80,7 @@ def test_a_flipped_bit_is_found_by_whoever_reads_its_block(
         for start in range(0, len(content), BLOCK):
             reader.seek(start)
             if start <= place < start + BLOCK:
-                with pytest.raises(CorruptError, match=f"{path.name} is damaged between its bytes {start} and"):
+                with pytest.raises(CorruptError, match=f"{path.name} is corrupt between its bytes {start} and"):
                     reader.read(1)
             else:
                 assert reader.read(BLOCK) == bytes(content[start : start + BLOCK])

@@ -18,7 +18,7 @@ from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.checkpoints.loading import read_weights
 from megagpt.cli import main
 from megagpt.config_file import load_config
-from megagpt.data.loader import open_corpus
+from megagpt.data.loader import Share, open_corpus
 from megagpt.data.tokenizer import encode, gpt2
 from megagpt.exchange.tokenizer_files import tokenizer_files
 from megagpt.models.gpt import GPT
@@ -183,7 +183,7 @@ def test_a_run_starts_from_their_weights(theirs: GPT2LMHeadModel, tiny: Tiny, tm
     assert main(["train", "--resume", str(run)]) == 0
     loaded = load_config(config)
     corpus = open_corpus(loaded.data, "train", 32, 0)
-    ((tokens, targets),) = corpus.batch(0, 4, 0, 1, 4, 1).micro_batches
+    ((tokens, targets),) = corpus.batch(range(4), Share(0, 1, 4)).micro_batches
     with torch.no_grad():
         expected = F.cross_entropy(theirs(tokens).logits.flatten(0, 1), targets.flatten())
     steps = metrics(run)

@@ -17,7 +17,7 @@ import yaml
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
 from megagpt.config_file import load_config
-from megagpt.data.loader import open_corpus
+from megagpt.data.loader import Share, open_corpus
 from megagpt.incarnations import list_incarnations
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
@@ -50,7 +50,7 @@ def reference_losses(config_path: Path) -> list[tuple[float, float]]:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     results = []
     for step in range(20):
-        batch = corpus.batch(4 * step, 4, 0, 1, 4, 1)
+        batch = corpus.batch(range(4 * step, 4 * step + 4), Share(0, 1, 4))
         ((tokens, targets),) = batch.micro_batches
         loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
         loss.backward()

@@ -1,0 +1,101 @@
+"""Writes token shards document by document. A kill leaves each shard complete or, until it is, named `.partial`."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megagpt.data.shards import HEADER_BYTES, block_checksums, checksum_path, npy_header
+from megagpt.errors import UserError
+from megagpt.files import write_atomic
+
+DTYPE = np.dtype("<u2")  # GPT-2's ids stay below 65,536
+
+
+class SplitWriter:
+    """Appends the documents of one split to shards of at most `shard_tokens` tokens."""
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int, state: dict[str, Any] | None) -> None:
+        state = state or {"shards": [], "tokens": 0, "documents": 0}
+        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.shards: list[dict[str, Any]] = state["shards"]
+        self.tokens: int = state["tokens"]
+        """Tokens in the open shard."""
+        self.documents: int = state["documents"]
+        """Documents that start in the open shard."""
+        self._open()
+
+    @property
+    def total(self) -> int:
+        return self.tokens + sum(s["tokens"] for s in self.shards)
+
+    def _path(self) -> Path:
+        return self.folder / f"{self.split}_{len(self.shards):05d}.npy"
+
+    def _open(self) -> None:
+        """Open the unfinished shard, cut back to the length that the journal records."""
+        path, partial = self._path(), self._path().with_suffix(".npy.partial")
+        if path.exists():  # completed after the last journal
+            path.rename(partial)
+        for stale in self.folder.glob(f"{self.split}_*"):
+            index = int(stale.name[len(self.split) + 1 :][:5])
+            if index > len(self.shards) or (index == len(self.shards) and stale != partial):
+                stale.unlink()
+        self.file = partial.open("r+b" if partial.exists() else "w+b")
+        known = HEADER_BYTES + self.tokens * DTYPE.itemsize
+        if self.tokens and self.file.seek(0, os.SEEK_END) < known:
+            raise UserError(
+                f"{partial}: is shorter than its journal says; remove {self.folder} and prepare the data again"
+            )
+        self.file.truncate(HEADER_BYTES + self.tokens * DTYPE.itemsize)
+        self.file.seek(0, os.SEEK_END)
+
+    def append(self, document: np.ndarray) -> None:
+        self.documents += 1
+        while True:
+            room = self.shard_tokens - self.tokens
+            self.file.write(document[:room].tobytes())
+            self.tokens += min(room, len(document))
+            document = document[room:]
+            if self.tokens < self.shard_tokens:
+                return
+            self._complete()
+            self._open()
+            if not len(document):
+                return
+
+    def flush(self) -> dict[str, Any]:
+        """Bring everything appended so far to the disk; returns the state for the journal."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return {"shards": list(self.shards), "tokens": self.tokens, "documents": self.documents}
+
+    def _complete(self) -> None:
+        self.file.seek(0)
+        self.file.write(npy_header(DTYPE, self.tokens))
+        self.flush()
+        self.file.close()
+        path = self._path()
+        partial = path.with_suffix(".npy.partial")
+        data = np.memmap(partial, dtype=np.uint8, mode="r")
+        crcs = block_checksums(data[HEADER_BYTES:].data)
+        write_atomic(checksum_path(path), npy_header(crcs.dtype, len(crcs)) + crcs.tobytes())
+        digest = hashlib.sha256(data.data).hexdigest()
+        partial.rename(path)
+        self.shards.append({"file": path.name, "tokens": self.tokens, "documents": self.documents, "sha256": digest})
+        self.tokens = self.documents = 0
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the last shard; returns the split's part of the manifest."""
+        if self.tokens:
+            self._complete()
+        else:
+            self.file.close()
+            self._path().with_suffix(".npy.partial").unlink()
+        return {
+            "tokens": sum(s["tokens"] for s in self.shards),
+            "documents": sum(s["documents"] for s in self.shards),
+            "shards": self.shards,
+        }

@@ -1,0 +1,73 @@
+"""The text of Python's standard library."""
+
+import collections
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from megagpt.data import sources
+from megagpt.data.sources import open_source
+from megagpt.data.tokenizer import gpt2
+from tests.data.writers import (
+    read,
+)
+
+# --- the standard library --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stdlib() -> list[str]:
+    return read(open_source("stdlib"))
+
+
+def test_stdlib_is_prose(stdlib: list[str]) -> None:
+    assert len(stdlib) > 300
+    assert all(text.strip() for text in stdlib)
+    tokens = np.concatenate([np.array(gpt2().encode_ordinary(text)) for text in stdlib])
+    assert len(tokens) > 300_000
+    assert np.mean(tokens == gpt2().encode_single_token(" ")) < 0.10
+
+
+def test_stdlib_has_no_document_twice(stdlib: list[str]) -> None:
+    """A text in both splits would make validation look better than it is."""
+    twice = {text[:60] for text, count in collections.Counter(stdlib).items() if count > 1}
+    assert not twice
+
+
+def test_stdlib_has_a_fixed_order(stdlib: list[str]) -> None:
+    program = """
+import hashlib, json
+from megagpt.data.sources import open_source
+texts = [text for batch in open_source("stdlib").batches(None) for text in batch.documents]
+print(hashlib.sha256(json.dumps(texts).encode()).hexdigest())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.strip() == hashlib.sha256(json.dumps(stdlib).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("characters", [5000, 10**6])
+def test_stdlib_every_cursor(monkeypatch: pytest.MonkeyPatch, stdlib: list[str], characters: int) -> None:
+    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", characters)
+    monkeypatch.setattr(sources, "_stdlib_documents", lambda: iter(stdlib))
+    source = open_source("stdlib")
+    done = 0
+    for batch in source.batches(None):
+        done += len(batch.documents)
+        assert read(source, json.loads(json.dumps(batch.cursor))) == stdlib[done:]
+    assert done == len(stdlib)
+
+
+def test_stdlib_identity_names_the_python() -> None:
+    assert sys.version in open_source("stdlib").identity.values()
