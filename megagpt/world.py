@@ -129,7 +129,7 @@ def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float 
         fail_together(error)
     if world.device.type == "cpu" and tune_allocator:
         keep_freed_memory()
-    store = _connect(info)
+    store, watched = (_connect(info), None) if world.size == 1 else _meet(info)
     world = dataclasses.replace(world, store=store)
     timeout = max(_TIMEOUT, datetime.timedelta(seconds=hang_timeout + 60))
     with console.voice(silent=True) if not world.is_main else contextlib.nullcontext():
@@ -144,9 +144,7 @@ def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float 
                 _leave()
             return
         left = threading.Event()
-        # A connection of its own: a call that waits for a peer blocks every user of its connection.
-        watch = threading.Thread(target=follow_failed_peers, args=(store.clone(), left), daemon=True)  # type: ignore[attr-defined]
-        watch.start()
+        threading.Thread(target=follow_failed_peers, args=(watched, left), daemon=True).start()
         try:
             _init_group(world, store, timeout)
             yield world
@@ -192,6 +190,20 @@ def _connect(info: RankInfo) -> dist.Store:
     store: dist.Store
     store, _, _ = next(iter(dist.rendezvous(url, info.rank, info.size, timeout=_TIMEOUT)))
     return store
+
+
+def _meet(info: RankInfo) -> tuple[dist.Store, dist.Store]:
+    """The ranks' store, and a connection of its own for the thread that watches it: a rank that waits for a peer blocks
+    all who share its connection.
+
+    A peer's watch connects before the ranks meet. The rank that holds the store lets all ranks meet there, and may then
+    fail and leave at once: a watch that connected later would wait for it until the timeout.
+    """
+    if info.rank == 0 or launchers.started_by_torchrun(os.environ):  # the holder outlives the connection
+        store = _connect(info)
+        return store, store.clone()  # type: ignore[attr-defined]
+    watched = dist.TCPStore(info.address, info.port, is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
+    return _connect(info), watched
 
 
 def _leave() -> None:
