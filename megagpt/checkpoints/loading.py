@@ -14,11 +14,15 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megagpt.checkpoints.compatibility import Allowed, check
-from megagpt.checkpoints.folder import INDEX, Checkpoint, damaged, list_checkpoints
+from megagpt.checkpoints.folder import INDEX, Checkpoint, damaged, find_checkpoint, list_checkpoints
 from megagpt.checkpoints.saving import hush
 from megagpt.checkpoints.storage import CorruptError, FileSum, Reader
+from megagpt.config import Config
+from megagpt.config_file import build_config
 from megagpt.engines.engine import Engine
 from megagpt.errors import ExpectedError, UserError, first_line
+from megagpt.models.gpt import GPT
+from megagpt.models.huggingface import is_pretrained, load_pretrained
 
 
 def resume(
@@ -114,6 +118,26 @@ def read_weights(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> 
     state = {f"model.{name}": torch.empty(shape) for name, shape in shapes.items()}
     _read(checkpoint.path, _whole(checkpoint)[1], state, no_dist=True)
     return {name: state[f"model.{name}"] for name in shapes}
+
+
+def saved_config(checkpoint: Checkpoint) -> Config:
+    """The config of the run that saved a checkpoint. Raises UserError."""
+    return build_config(checkpoint.meta()["config"], str(checkpoint.path))
+
+
+def load_model(folder: Path, say: Callable[[str], Any]) -> GPT:
+    """The model of a run's newest complete checkpoint, of a checkpoint, or of a transformers GPT-2 folder; fp32 on the
+    CPU. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if is_pretrained(folder):
+        return load_pretrained(folder)
+    checkpoint = find_checkpoint(folder, say)
+    with torch.device("meta"):
+        model = GPT(saved_config(checkpoint).model)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    model.load_state_dict(read_weights(checkpoint, shapes), assign=True)
+    return model
 
 
 def tensor_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.checkpoints.folder import Checkpoint
-from megagpt.checkpoints.loading import read_weights
-from megagpt.config_file import build_config
+from megagpt.checkpoints.loading import read_weights, saved_config
 from megagpt.data.tokenizer import END_OF_TEXT
 from megagpt.exchange.tokenizer_files import tokenizer_files
 from megagpt.models.huggingface import export
@@ -20,7 +19,7 @@ _GENERATION = {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT, "do_sam
 def export_checkpoint(checkpoint: Checkpoint, folder: str | Path, shard_bytes: int) -> None:
     """Write the folder, one safetensors file in memory at a time. Raises UserError."""
     meta = checkpoint.meta()
-    model = build_config(meta["config"], str(checkpoint.path / "meta.json")).model
+    model = saved_config(checkpoint).model
     files = {
         **tokenizer_files(model.context),
         "generation_config.json": json.dumps(_GENERATION, indent=2) + "\n",

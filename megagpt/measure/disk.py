@@ -28,7 +28,7 @@ def bench(config: Config, world: World, folder: Path, rounds: int) -> None:
     if world.from_main(lambda: folder.exists() and any(folder.iterdir())):
         raise UserError(f"{folder}: is not empty; name a folder that the measurement may fill and remove")
     engine = build_engine(config, world)
-    size = 12 * config.model.stored_parameters
+    size = config.model.checkpoint_bytes
     raw = folder / f"raw.{world.rank}"
     data = memoryview(np.random.default_rng(world.rank).bytes(min(_PIECE, size // world.size)))
     results: dict[str, list[float]] = {}

@@ -35,7 +35,7 @@ def test_list_verify_and_show(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [line.split()[0] for line in lines] == ["640", "1,280", "1,920", "2,560"]
     assert ["ddp x 1" in line for line in lines] == [True, True, False, False]
     assert ["milestone" in line for line in lines] == [False, True, False, False]
-    assert "not whole" in lines[2]
+    assert "incomplete" in lines[2]
     assert "meta.json" in lines[2]
     assert ".metadata is missing" in lines[3]
 

@@ -551,7 +551,7 @@ def test_other_recomputations_are_refused(text: str, capsys: pytest.CaptureFixtu
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
     sentence = error.split(": train.activation_checkpointing: ")[1]
-    for part in ("is none of: none, full, selective, {every: k}", "whole number"):
+    for part in ("is not one of: none, full, selective, {every: k}", "whole number"):
         assert part in sentence
 
 
