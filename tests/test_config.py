@@ -173,7 +173,7 @@ def test_an_unknown_config_names_the_nearest(capsys: pytest.CaptureFixture[str])
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 4096))
-def test_a_batch_divides_or_the_error_names_batches_that_do(ranks: int, micro_batch: int, sequences: int) -> None:
+def test_a_batch_divides_or_the_error_names_those_that_do(ranks: int, micro_batch: int, sequences: int) -> None:
     def config(sequences: int) -> Config:
         train = {"tokens": 10**9, "batch_tokens": 64 * sequences, "micro_batch": micro_batch}
         model = {"layers": 1, "width": 8, "heads": 1, "context": 64}
@@ -209,7 +209,7 @@ def test_every_key_has_a_mark_a_text_and_values(key: Key) -> None:
     assert key.values
 
 
-def test_the_recipe_is_what_decides_the_numbers() -> None:
+def test_the_recipe_is_optimizer_schedule_batch_seed_and_dropout() -> None:
     sections = [
         f"{section}.{field.name}"
         for section, kind in (("optimizer", OptimizerConfig), ("schedule", ScheduleConfig))

@@ -453,7 +453,7 @@ def test_what_each_engine_can_offload(place: tuple[str, int | None], offload: st
         ),
         (
             ["engine.name=zero", "engine.stage=3", "engine.nvme_path=/x"],
-            "engine.nvme_path is where offloaded state goes: set engine.offload to optimizer or all",
+            "engine.nvme_path holds offloaded state: set engine.offload to optimizer or all",
         ),
         (["engine.name=zero", "engine.stage=4"], "engine.stage: 4 should be less than or equal to 3"),
         (["engine.name=zero", "engine.stage=0"], "engine.stage: 0 should be greater than or equal to 1"),
