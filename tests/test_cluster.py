@@ -1,7 +1,7 @@
-"""launch/multinode.sh on a real Slurm with two nodes: every way in which a job is cut off, and the curve after it.
+"""launch/multinode.sh on a real Slurm with two nodes: every kind of interruption, and the curve after it.
 
-Each test trains the same tiny model with another engine; what follows a fault is compared with one process that never
-stopped.
+Each test trains the same tiny model with another engine; the curve across a fault is compared with that of one process
+that never stopped.
 """
 
 import contextlib
@@ -96,7 +96,7 @@ class Job:
             raise AssertionError(f"{error}\n{self.output}") from None
 
     def wait_for_steps(self, count: int, start: int = 1, timeout: float = PATIENCE) -> None:
-        """Until the run's start of that number, or a later one, has taken so many steps."""
+        """Until incarnation number `start`, or a later one, has taken `count` steps."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
@@ -118,7 +118,7 @@ class Job:
         return [(e.get("outcome"), e.get("reason")) for e in (i.ended() for i in list_incarnations(self.run))]
 
 
-def test_a_time_limit_saves_requeues_and_goes_on(
+def test_a_time_limit_saves_requeues_and_resumes(
     cluster: MiniCluster, corpus: Path, tmp_path: Path, expected: list[float]
 ) -> None:
     # Samples at each step: the signal comes half a minute after the job's start, and must not be too late.
@@ -152,7 +152,7 @@ def test_a_time_limit_saves_requeues_and_goes_on(
         assert part in status
 
 
-def test_scancel_saves_and_does_not_come_back_and_a_requeued_job_goes_on(
+def test_scancel_saves_and_ends_and_a_requeue_resumes(
     cluster: MiniCluster, corpus: Path, tmp_path: Path, expected: list[float]
 ) -> None:
     job = Job(cluster, tmp_path, corpus, *ENGINES["zero"])
@@ -176,7 +176,7 @@ def test_scancel_saves_and_does_not_come_back_and_a_requeued_job_goes_on(
     job.assert_whole_curve(expected)
 
 
-def test_a_node_that_loses_power_is_done_without(
+def test_a_job_resumes_without_a_node_that_lost_power(
     cluster: MiniCluster, corpus: Path, tmp_path: Path, expected: list[float]
 ) -> None:
     job = Job(cluster, tmp_path, corpus, *ENGINES["fsdp"])
@@ -189,10 +189,10 @@ def test_a_node_that_loses_power_is_done_without(
     job.assert_whole_curve(expected)
 
 
-def test_a_partition_leaves_a_stale_incarnation_that_writes_nothing_more(
+def test_a_stale_incarnation_behind_a_partition_writes_nothing(
     cluster: MiniCluster, corpus: Path, tmp_path: Path, expected: list[float]
 ) -> None:
-    """The main rank's node is cut off, while it still sees the folder. The job goes on on the other one."""
+    """The main rank's node is cut off, while it still sees the folder. The job resumes on the other node."""
     job = Job(cluster, tmp_path, corpus, *ENGINES["ddp"])
     job.submit("--nodes=1-2")
     job.wait_for_steps(15)
@@ -208,7 +208,7 @@ def test_a_partition_leaves_a_stale_incarnation_that_writes_nothing_more(
     assert not [problem for c in list_checkpoints(job.run) for problem in c.verify()]
 
 
-def test_a_failure_that_repeats_itself_ends_the_job(cluster: MiniCluster, corpus: Path, tmp_path: Path) -> None:
+def test_a_repeated_failure_ends_the_job(cluster: MiniCluster, corpus: Path, tmp_path: Path) -> None:
     """Rank 1 dies as the kernel would kill it, each time at the sixth step."""
     (tmp_path / "faults").mkdir()
     (tmp_path / "faults" / "sitecustomize.py").write_text(
@@ -235,7 +235,7 @@ def test_a_failure_that_repeats_itself_ends_the_job(cluster: MiniCluster, corpus
 
 
 def test_an_unfit_node_is_named_before_anything_starts(cluster: MiniCluster, corpus: Path, tmp_path: Path) -> None:
-    """The second node has a disk of its own where the shared folder should be."""
+    """The second node has a disk of its own in the place of the shared folder."""
     job = Job(cluster, tmp_path, corpus)
     job.run.mkdir(parents=True)
     cluster.on("n2", "mount", "-t", "tmpfs", "none", str(job.run.parent))
@@ -254,7 +254,9 @@ def test_an_unfit_node_is_named_before_anything_starts(cluster: MiniCluster, cor
     assert "Traceback" not in job.output
 
 
-def test_srun_alone(cluster: MiniCluster, corpus: Path, tmp_path: Path, expected: list[float]) -> None:
+def test_srun_without_the_script_trains_the_same_curve(
+    cluster: MiniCluster, corpus: Path, tmp_path: Path, expected: list[float]
+) -> None:
     job = Job(cluster, tmp_path, corpus)
     script = str(REPOSITORY / "launch" / "train.py")
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, script, *job.arguments]
@@ -262,8 +264,10 @@ def test_srun_alone(cluster: MiniCluster, corpus: Path, tmp_path: Path, expected
     job.assert_whole_curve(expected)
 
 
-def test_deepspeed_over_ssh(cluster: MiniCluster, corpus: Path, tmp_path: Path, expected: list[float]) -> None:
-    """ZeRO on two hosts of a hostfile. The second rank sees what is set on the first host alone."""
+def test_deepspeed_over_ssh_stops_and_resumes(
+    cluster: MiniCluster, corpus: Path, tmp_path: Path, expected: list[float]
+) -> None:
+    """ZeRO on two hosts of a hostfile. The second rank sees variables that are set on the first host alone."""
     if reason := missing_ssh():
         pytest.skip(reason)
     ssh = cluster.start_sshd()
@@ -286,7 +290,7 @@ def test_deepspeed_over_ssh(cluster: MiniCluster, corpus: Path, tmp_path: Path, 
     assert "TORCH_FR_DUMP_TEMP_FILE=a b\n" in (job.run / "logs" / "deepspeed_env").read_text()
 
 
-def test_an_elastic_job_goes_on_without_a_worker_and_without_a_node_and_takes_it_back(
+def test_an_elastic_job_survives_a_worker_and_a_node(
     cluster: MiniCluster, corpus: Path, tmp_path: Path, expected: list[float]
 ) -> None:
     job = Job(cluster, tmp_path, corpus, "train.tokens=51200", "schedule.decay_end_tokens=25600")
