@@ -38,7 +38,7 @@ class ModelConfig:
     window: int = Field(default=256, gt=0)
     """Band width of banded layers in tokens, the token itself included."""
     preset: str = ""
-    """Preset from which the fields above were taken; empty for a custom shape."""
+    """Preset whose shape the fields above started from; empty for a custom shape."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
