@@ -15,10 +15,8 @@ from megagpt.errors import ExitCode, UserError
 from megagpt.training import occasions, safety
 from megagpt.training.reserve import Reserve
 from megagpt.training.safety import StopRequest
-from tests.conftest import metrics
+from tests.conftest import Tiny, metrics
 from tests.processes import megagpt
-
-Tiny = Callable[..., Path]
 
 
 @pytest.mark.parametrize("number", safety.SIGNALS)

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,8 @@ from megagpt.data.loader import Share, open_corpus
 from megagpt.incarnations import list_incarnations
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
-from tests.conftest import metrics
+from tests.conftest import Tiny, metrics
 from tests.processes import environment, run_ranks, torchrun
-
-Tiny = Callable[..., Path]
 
 
 def losses(run: Path) -> list[float]:
