@@ -1,6 +1,7 @@
 """What runs leave behind, as tests read it; waiting for a run's steps."""
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ STEP_TOKENS = 128
 """Of conftest's tiny run."""
 LOSS, NORM = 5e-6, 2e-5
 """Largest differences of loss and gradient norm between two ways to compute the same fp32 run."""
+Started = Process | subprocess.Popen[bytes]
 
 
 def shrunk(corpus: Path) -> list[str]:
@@ -45,7 +47,9 @@ def assert_same_curve(run: Path, expected: Path | Sequence[tuple[float, float]],
         assert line["gradient_norm"] == pytest.approx(norm, abs=NORM)
 
 
-def wait_for_steps(run: Path, count: int, ranks: Sequence[Process] = (), incarnation: int = 1) -> None:
+def wait_for_steps(
+    run: Path, count: int, ranks: Sequence[Process | subprocess.Popen[bytes]] = (), incarnation: int = 1
+) -> None:
     """Until the incarnation of that number, or a later one, has taken `count` steps; fails if a rank ends before.
     `run`: a run's folder, FOLDER/runs/NAME; its ranks' logs are FOLDER/*.log."""
     deadline = time.monotonic() + PATIENCE
