@@ -5,10 +5,10 @@
 #
 # sbatch's options override the lines below, and so does its environment: --account or SBATCH_ACCOUNT, --partition or
 # SBATCH_PARTITION, --time or SBATCH_TIMELIMIT, --gpus-per-node or SBATCH_GPUS_PER_NODE, --signal, --exclude, ...
-# `megagpt launch slurm` writes the whole command, and refuses what cannot work.
+# `megagpt launch slurm` prints the whole command, and refuses a run that cannot work.
 #
-# Submitted with the environment activated that megagpt is installed in, or with PYTHON=/path/to/its/python.
-# RANKS_PER_NODE (the GPUs of a node) and MASTER_PORT (derived from the job's number) may be set.
+# Before sbatch, activate the environment in which megagpt is installed, or set PYTHON=/path/to/its/python.
+# Optional: RANKS_PER_NODE (default: the GPUs of a node), MASTER_PORT (default: derived from the job's number).
 #SBATCH --job-name=megagpt
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -17,7 +17,7 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# So many seconds before the time limit the ranks are told to save. Slurm may be a minute late.
+# Signal to save, and its time before the time limit (s); Slurm may be a minute late.
 #SBATCH --signal=USR1@300
 set -euo pipefail
 
@@ -33,20 +33,20 @@ hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${hosts%%$'\n'*}
 echo "== job $job on $SLURM_NNODES node(s), $RANKS_PER_NODE rank(s) each: $*"
 
-# 0: done. 75: stopped by a signal, or failed in a way that may pass: back into the queue. Else: to be mended.
+# Exit codes: 0: done; 75: stopped by a signal, or a failure that a retry may not repeat: requeue; others: fix first.
 end() {
   if [[ $1 == 75 ]] && [[ $(scontrol show job -o "$SLURM_JOB_ID") == *" JobState=RUNNING "* ]]; then
-    scontrol requeue "$SLURM_JOB_ID" && sleep 600 # Slurm ends this script long before
+    scontrol requeue "$SLURM_JOB_ID" && sleep 600 # Slurm ends this script earlier
   fi
   exit "$1"
 }
 
-# Refuses a config that cannot be and nodes that are not fit, and gives the run's folder; nothing if it is finished.
+# Refuses an impossible config and unfit nodes. Prints the run's folder, or nothing if the run is finished.
 run=$("$python" -m megagpt launch check "$@") || end $?
 [[ -n $run ]] || end 0
 
-# torchrun is deaf to signals: its ranks get them from Slurm, save, and end it by ending. It would die of SIGUSR1, and
-# kill its ranks 30 s after a SIGTERM.
+# torchrun ignores signals; Slurm signals the ranks; when they have saved and exited, torchrun exits. Otherwise SIGUSR1
+# would kill torchrun, and a SIGTERM to torchrun would kill its ranks after 30 s.
 export PET_SIGNALS_TO_HANDLE=SIGHUP
 export logs=$run/logs/$job python job
 srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
@@ -58,7 +58,7 @@ srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-
       --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" --rdzv-id="$job" --max-restarts=0 \
       --log-dir="$logs/$SLURMD_NODENAME" --redirects=3 --tee=0:3 \
       --module megagpt train --auto-resume "$@" 2>> "$logs/$SLURMD_NODENAME.torchrun.log"
-  ' train "$@" || true # the verdict tells
+  ' train "$@" || true # the verdict decides
 
 code=0
 "$python" -m megagpt launch verdict "$@" --logs "$logs" || code=$?

@@ -1,6 +1,7 @@
-"""One run = one Config: nested dataclasses, each key with its default and its unit.
+"""One run = one Config: nested dataclasses, each key with its default, its unit and its mark (config_marks).
 
-Quantities that the papers give in tokens stay in tokens. `config_file` reads one from YAML.
+Quantities that the papers give in tokens stay in tokens. `config_file` reads a Config from YAML; `megagpt config
+--keys` shows every key with its docstring.
 """
 
 from collections.abc import Iterator
@@ -9,19 +10,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
+from megagpt.config_marks import Data, For, ForFSDP, ForZero, Free, Recipe, Values, fields_of, mark_of
 from megagpt.errors import UserError
 from megagpt.models.presets import SECTION, ModelConfig
 
 
 @dataclass(frozen=True, config=SECTION)
 class RunConfig:
-    """What the run is called and where it lives."""
+    """The run's name and place."""
 
-    name: str = ""
-    """Folder of the run below `folder`; empty: the config file's name."""
-    folder: str = "runs"
+    name: Free[str] = ""
+    """Name of the run's folder in `folder`; empty: the config file's name."""
+    folder: Free[str] = "runs"
     """Folder that holds all runs; `tensorboard --logdir` takes it."""
-    seed: int = Field(default=0, ge=0)
+    seed: Recipe[int] = Field(default=0, ge=0)
     """Decides initial weights, data order and dropout, each through its own hash."""
 
 
@@ -29,21 +31,21 @@ class RunConfig:
 class SourceConfig:
     """One corpus of token shards."""
 
-    path: str
-    """Folder written by `megagpt prepare`, or of llm.c / modded-nanogpt .bin or build-nanogpt .npy shards.
+    path: Free[str]
+    """Folder written by `megagpt data prepare`, or of llm.c / modded-nanogpt .bin or build-nanogpt .npy shards.
     `stdlib` is the text of Python's own standard library, prepared on first use."""
-    weight: float = Field(default=1.0, gt=0, le=1e15)
-    """Share of this source in the mixture, relative to the others. Up to 6 decimals count."""
+    weight: Data[float] = Field(default=1.0, gt=0, le=1e15)
+    """Share of this source in the mixture, relative to the other sources. Up to 6 decimals count."""
 
 
 @dataclass(frozen=True, config=SECTION)
 class DataConfig:
-    """What is trained on."""
+    """The training data."""
 
-    sources: tuple[SourceConfig, ...] = Field(default=(SourceConfig("data/fineweb_edu_10bt"),), min_length=1)
+    sources: Data[tuple[SourceConfig, ...]] = Field(default=(SourceConfig("data/fineweb_edu_10bt"),), min_length=1)
     """The corpora and their weights."""
-    cache: str = "data"
-    """Where the built-in corpus is prepared."""
+    cache: Free[str] = "data"
+    """Folder in which the built-in corpus is prepared."""
 
 
 def _check_activation_checkpointing(value: Any) -> str | dict[str, int]:
@@ -52,14 +54,14 @@ def _check_activation_checkpointing(value: Any) -> str | dict[str, int]:
             return value
         case {"every": int(k), **rest} if not rest and k > 0 and not isinstance(k, bool):
             return {"every": k}
-    raise ValueError(f"{value!r} is none of: none, full, selective, {{every: k}} with a whole number k above 0")
+    raise ValueError(f"{value!r} is not one of: none, full, selective, {{every: k}} with a whole number k above 0")
 
 
 def _check_seconds(value: Any) -> float:
     if isinstance(value, str):
         days, dash, clock = value.rpartition("-")
         parts = clock.split(":")
-        if dash:  # hours come first then
+        if dash:  # after days, hours come first
             parts += ["0"] * (3 - len(parts))
         if all(p.isdigit() for p in [*parts, *([days] if dash else [])]) and len(parts) <= 3:
             seconds = 0
@@ -68,62 +70,67 @@ def _check_seconds(value: Any) -> float:
             return seconds + 86_400 * int(days or 0)
     if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
         return value
-    raise ValueError(f"{value!r} is no time: use seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")
+    raise ValueError(f"{value!r} is not a time: use seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")
 
 
-Seconds = Annotated[float, PlainValidator(_check_seconds)]
-ActivationCheckpointing = Annotated[str | dict[str, int], PlainValidator(_check_activation_checkpointing)]
+Seconds = Annotated[float, PlainValidator(_check_seconds), Values("seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")]
+ActivationCheckpointing = Annotated[
+    str | dict[str, int],
+    PlainValidator(_check_activation_checkpointing),
+    Values("none | full | selective | {every: k}"),
+]
 
 
 @dataclass(frozen=True, config=SECTION)
 class TrainConfig:
-    """How much is trained, in what pieces, in which precision."""
+    """Length of the run, size of its batches, precision, limits."""
 
-    tokens: int = Field(default=300_000_000_000, gt=0)
+    tokens: Free[int] = Field(default=300_000_000_000, gt=0)
     """Tokens of the whole run; the last batch is cut to fit."""
-    batch_tokens: int = Field(default=524_288, gt=0)
+    batch_tokens: Recipe[int] = Field(default=524_288, gt=0)
     """Global batch in tokens, whatever the number of ranks."""
-    batch_ramp_start: int = Field(default=0, ge=0)
+    batch_ramp_start: Recipe[int] = Field(default=0, ge=0)
     """Batch in tokens at the start of the ramp; 0: the full batch from the first step."""
-    batch_ramp_tokens: int = Field(default=0, ge=0)
+    batch_ramp_tokens: Recipe[int] = Field(default=0, ge=0)
     """Tokens over which the batch grows linearly from `batch_ramp_start` to `batch_tokens`."""
-    micro_batch: int = Field(default=8, gt=0)
-    """Sequences a rank takes through the model at a time. Accumulation is derived from it."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """What matrix products run in. The optimizer's weights, the sum of the gradients over micro-batches and over ranks,
-    LayerNorm, softmax and the residual stream are fp32 in all of them. fp16 scales the loss, dynamically."""
-    compile: bool = False
+    micro_batch: Free[int] = Field(default=8, gt=0)
+    """Sequences that a rank takes through the model at a time. Accumulation is derived from it."""
+    precision: Free[Literal["fp32", "bf16", "fp16"]] = "bf16"
+    """Number format of matrix products. The optimizer's weights, the sum of the gradients over micro-batches and over
+    ranks, LayerNorm, softmax and the residual stream are always fp32. fp16 scales the loss, dynamically."""
+    compile: Free[bool] = False
     """torch.compile each block. Evaluation and sampling run uncompiled."""
-    activation_checkpointing: ActivationCheckpointing = "none"
-    """What the backward pass computes again instead of keeping it. none: nothing; full: every block; {every: k}: one
-    block in k; selective: everything but the outputs of matrix products and attention."""
-    nonfinite_limit: int = Field(default=10, gt=0)
-    """A step whose loss or gradient is not finite on any rank is skipped on all; so many in a row end the run."""
-    time_limit: Seconds = 0
-    """Wall-clock time of a start, counted from the process's beginning, after which it has saved and ended as after a
-    signal: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS as in Slurm; 0: none."""
-    hang_timeout: Annotated[Seconds, Field(gt=0)] = 900
-    """How long a rank may go without a step, a validation batch or a sampled token; then the stacks of all ranks are
-    left in the run's folder and the run ends with code 3, resumable. Written as `time_limit`."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one."""
+    activation_checkpointing: Free[ActivationCheckpointing] = "none"
+    """Activations that the backward pass computes again instead of keeping them. none: no activations; full: every
+    block's; {every: k}: one block's in k; selective: all but the outputs of matrix products and attention."""
+    nonfinite_limit: Free[int] = Field(default=10, gt=0)
+    """A step whose loss or gradient is not finite on some rank is skipped on all ranks. The run ends after this many
+    skipped steps in a row."""
+    time_limit: Free[Seconds] = 0
+    """Wall-clock time of one incarnation, counted from the start of its process. By then it has saved and ended, as
+    after a signal. Seconds, MM:SS, HH:MM:SS or D-HH:MM:SS as in Slurm; 0: no limit."""
+    hang_timeout: Free[Annotated[Seconds, Field(gt=0)]] = 900
+    """Longest time that a rank may spend without a step, a validation batch or a sampled token. After it the stacks of
+    all ranks are left in the run's folder and the run ends with code 3, resumable. Written as `time_limit`."""
+    device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
+    """auto: cuda if there is a GPU."""
 
 
 @dataclass(frozen=True, config=SECTION)
 class OptimizerConfig:
     """AdamW. Defaults: GPT-3, appendix B."""
 
-    lr: float = Field(default=6.0e-4, gt=0)
+    lr: Recipe[float] = Field(default=6.0e-4, gt=0)
     """Peak learning rate."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta1: Recipe[float] = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
+    beta2: Recipe[float] = Field(default=0.95, ge=0, lt=1)
     """Decay of the second moment."""
-    eps: float = Field(default=1.0e-8, gt=0)
+    eps: Recipe[float] = Field(default=1.0e-8, gt=0)
     """Added to the root of the second moment."""
-    weight_decay: float = Field(default=0.1, ge=0)
+    weight_decay: Recipe[float] = Field(default=0.1, ge=0)
     """On matrices only: embeddings and linear layers, not biases and LayerNorm gains."""
-    clip_norm: float = Field(default=1.0, gt=0)
+    clip_norm: Recipe[float] = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
 
 
@@ -131,99 +138,100 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Learning rate as a function of tokens. Defaults: GPT-3, appendix B."""
 
-    shape: Literal["cosine", "wsd", "constant"] = "cosine"
+    shape: Recipe[Literal["cosine", "wsd", "constant"]] = "cosine"
     """After the warm-up: cosine to the floor; warm-up-stable-decay (constant, then linear to the floor); constant."""
-    warmup_tokens: int = Field(default=375_000_000, ge=0)
+    warmup_tokens: Recipe[int] = Field(default=375_000_000, ge=0)
     """Linear from zero to the peak over these tokens."""
-    decay_start_tokens: int = Field(default=0, ge=0)
-    """wsd only: where the stable part ends."""
-    decay_end_tokens: int = Field(default=260_000_000_000, ge=0)
-    """Where the floor is reached; constant from there on."""
-    floor_ratio: float = Field(default=0.1, ge=0, le=1)
+    decay_start_tokens: Recipe[int] = Field(default=0, ge=0)
+    """wsd only: end of the stable part."""
+    decay_end_tokens: Recipe[int] = Field(default=260_000_000_000, ge=0)
+    """Position at which the floor is reached; constant after it."""
+    floor_ratio: Recipe[float] = Field(default=0.1, ge=0, le=1)
     """The floor as a fraction of the peak."""
 
 
 @dataclass(frozen=True, config=SECTION)
 class EngineConfig:
-    """Where weights, gradients and optimizer state live."""
+    """Placement of weights, gradients and optimizer state."""
 
-    name: Literal["ddp", "fsdp", "zero"] = "ddp"
-    """ddp: everything on every rank. fsdp: PyTorch's FSDP2, all of it sharded. zero: DeepSpeed ZeRO, sharded by
-    `stage`. A name given on the command line drops the settings that the file makes for another engine."""
-    stage: int = Field(default=2, ge=1, le=3)
-    """zero: what is sharded. 1: optimizer state; 2: gradients too; 3: weights too."""
-    shard_ranks: int = Field(default=0, ge=0)
-    """fsdp: ranks that share one copy of the model, such as those of a node; copies are kept equal by an all-reduce
-    once a step (hybrid sharding). 0: all ranks share one."""
-    reshard_after_forward: bool = True
+    name: Free[Literal["ddp", "fsdp", "zero"]] = "ddp"
+    """ddp: everything on every rank. fsdp: PyTorch's FSDP2, everything sharded. zero: DeepSpeed ZeRO, sharded by
+    `stage`. A name given on the command line drops the file's settings for another engine."""
+    stage: ForZero[int] = Field(default=2, ge=1, le=3)
+    """zero: state that is sharded. 1: optimizer state; 2: gradients too; 3: weights too."""
+    shard_ranks: ForFSDP[int] = Field(default=0, ge=0)
+    """fsdp: number of ranks that share one copy of the model, such as a node's; an all-reduce in each step keeps the
+    copies equal (hybrid sharding). 0: all ranks share one copy."""
+    reshard_after_forward: ForFSDP[bool] = True
     """fsdp: drop a block's gathered weights after its forward pass and gather them again for its backward pass.
     false: keep them, one gather less for the memory of a whole model in the compute precision."""
-    offload: Literal["none", "optimizer", "all"] = "none"
-    """What lives in CPU memory instead of the GPU's. optimizer: optimizer state and update (zero). all: weights and
+    offload: Free[Literal["none", "optimizer", "all"]] = "none"
+    """State kept in CPU memory instead of GPU memory. optimizer: optimizer state and update (zero). all: weights and
     gradients too (fsdp, zero stage 3)."""
-    nvme_path: str = ""
-    """zero stage 3: folder on a local NVMe disk that takes what `offload` names, instead of CPU memory."""
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    nvme_path: ForZero[str] = ""
+    """zero stage 3: folder on a local NVMe disk for the state that `offload` names, instead of CPU memory."""
+    deepspeed: ForZero[dict[str, Any]] = Field(default_factory=dict)
     """zero: DeepSpeed settings merged over the generated ones, such as
-    {zero_optimization: {stage3_prefetch_bucket_size: 1e7}}. What this config decides itself is refused."""
+    {zero_optimization: {stage3_prefetch_bucket_size: 1e7}}. Settings that other keys of the config decide are
+    refused."""
 
 
 @dataclass(frozen=True, config=SECTION)
 class ValidationConfig:
     """Loss on held-out documents."""
 
-    every_tokens: int = Field(default=131_072_000, ge=0)
+    every_tokens: Free[int] = Field(default=131_072_000, ge=0)
     """Interval; 0: only at the end. The default is 250 steps of 0.5M tokens."""
-    tokens: int = Field(default=10_485_760, ge=0)
-    """Size of the validation set, the same on any number of ranks; cut where the corpus holds less. 0: none."""
+    tokens: Free[int] = Field(default=10_485_760, ge=0)
+    """Size of the validation set, the same on any number of ranks; less if the corpus holds less. 0: none."""
 
 
 @dataclass(frozen=True, config=SECTION)
 class SamplingConfig:
     """Text drawn from the model while it trains."""
 
-    every_tokens: int = Field(default=524_288_000, ge=0)
+    every_tokens: Free[int] = Field(default=524_288_000, ge=0)
     """Interval; 0: only at the end. The default is 1,000 steps of 0.5M tokens."""
-    prompt: str = "Hello, I'm a language model,"
-    """What the samples continue."""
-    samples: int = Field(default=4, ge=0)
-    """How many; 0: none."""
-    max_tokens: int = Field(default=32, gt=0)
-    """New tokens in each."""
-    temperature: float = Field(default=1.0, ge=0)
+    prompt: Free[str] = "Hello, I'm a language model,"
+    """Text that the samples continue."""
+    samples: Free[int] = Field(default=4, ge=0)
+    """Number of samples; 0: none."""
+    max_tokens: Free[int] = Field(default=32, gt=0)
+    """New tokens in each sample."""
+    temperature: Free[float] = Field(default=1.0, ge=0)
     """0: greedy."""
-    top_k: int = Field(default=50, ge=0)
-    """Draw from the k likeliest tokens only; 0: from all."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: Free[int] = Field(default=50, ge=0)
+    """Draw from the k likeliest tokens only; 0: from all tokens."""
+    top_p: Free[float] = Field(default=1.0, gt=0, le=1)
     """Draw from the likeliest tokens that together reach this probability."""
 
 
 @dataclass(frozen=True, config=SECTION)
 class CheckpointConfig:
-    """What is kept of the run."""
+    """How and when checkpoints are saved, and which are kept."""
 
-    asynchronous: bool = True
-    """Training stops only for a copy of each rank's share into CPU memory, which a thread then writes. false, or where
-    memory is short: training waits until all is written."""
-    every_tokens: int = Field(default=524_288_000, ge=0)
+    asynchronous: Free[bool] = True
+    """Training stops only while each rank's share is copied into CPU memory; a thread then writes the copy. If false,
+    or if memory is short, training waits until everything is written."""
+    every_tokens: Free[int] = Field(default=524_288_000, ge=0)
     """Interval; 0: only at the end and when stopped. The default is 1,000 steps of 0.5M tokens."""
-    keep_last: int = Field(default=3, ge=1)
-    """Newest interval checkpoints that stay."""
-    milestone_every_tokens: int = Field(default=0, ge=0)
-    """The first checkpoint at or past each multiple of this stays for good; 0: none."""
+    keep_last: Free[int] = Field(default=3, ge=1)
+    """Number of newest interval checkpoints that are kept."""
+    milestone_every_tokens: Free[int] = Field(default=0, ge=0)
+    """Milestones: the first checkpoint at or past each multiple of this is kept for good. 0: none."""
 
 
 @dataclass(frozen=True, config=SECTION)
 class LogConfig:
-    """How often the metrics are written."""
+    """How often metrics are written and ranks compared."""
 
-    every_tokens: int = Field(default=0, ge=0)
+    every_tokens: Free[int] = Field(default=0, ge=0)
     """Interval; 0: every step."""
-    straggler_every_steps: int = Field(default=50, ge=0)
-    """Steps after which the ranks compare how long each works by itself; 0: never."""
-    straggler_factor: float = Field(default=1.2, gt=1)
-    """A rank that works longer than so many times the median, three comparisons in a row, is named in the log and in
-    TensorBoard."""
+    straggler_every_steps: Free[int] = Field(default=50, ge=0)
+    """Steps between comparisons of the time that each rank works without waiting for others; 0: never."""
+    straggler_factor: Free[float] = Field(default=1.2, gt=1)
+    """A rank that works longer than this multiple of the median, in three comparisons in a row, is a straggler: it is
+    named in the log and in TensorBoard."""
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -252,11 +260,16 @@ class Config:
         """Sequences in the whole run."""
         return self.train.tokens // self.model.context
 
-    def accumulation(self, world: int) -> int:
-        """Micro-batches of a rank in a full step; raises UserError with the nearest batches that divide."""
-        unit = self.train.micro_batch * world
+    def check_ranks(self, ranks: int) -> None:
+        """Raises UserError, with what to change, if the run cannot be divided over that many ranks."""
+        self.accumulation(ranks)
+        self.sharing_ranks(ranks)
+
+    def accumulation(self, ranks: int) -> int:
+        """Micro-batches of a rank in a full step. Raises UserError with the nearest batches that divide."""
+        unit = self.train.micro_batch * ranks
         if self.batch_sequences % unit:
-            per_rank = self.batch_sequences // world if self.batch_sequences % world == 0 else 0
+            per_rank = self.batch_sequences // ranks if self.batch_sequences % ranks == 0 else 0
             fits = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
             fits = sorted(sorted(fits, key=lambda m: abs(m - self.train.micro_batch))[:2])
             low = self.batch_sequences // unit * unit * self.model.context
@@ -265,22 +278,22 @@ class Config:
             ways += f", or train.micro_batch {' or '.join(map(str, fits))}" if fits else ", or another number of ranks"
             raise UserError(
                 f"train.batch_tokens {self.train.batch_tokens} is {self.batch_sequences} sequences of "
-                f"{self.model.context}, which {world} rank(s) x train.micro_batch {self.train.micro_batch} "
+                f"{self.model.context}, which {ranks} rank(s) x train.micro_batch {self.train.micro_batch} "
                 f"do not divide; use {ways}"
             )
         return self.batch_sequences // unit
 
-    def sharing_ranks(self, world: int) -> int:
-        """Ranks that share one copy of the model under FSDP; raises UserError where they do not divide the world."""
-        shard = self.engine.shard_ranks or world
-        if world % shard:
-            fits = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-            raise UserError(f"engine.shard_ranks {shard} does not divide {world} ranks; these do: {fits}")
+    def sharing_ranks(self, ranks: int) -> int:
+        """Ranks that share one copy of the model under FSDP. Raises UserError if they do not divide all ranks."""
+        shard = self.engine.shard_ranks or ranks
+        if ranks % shard:
+            fits = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+            raise UserError(f"engine.shard_ranks {shard} does not divide {ranks} ranks; these do: {fits}")
         return shard
 
 
 def contradictions(config: Config) -> Iterator[str]:
-    """What no single field can know; yields one sentence for each contradiction."""
+    """One sentence for each contradiction between keys."""
     train, schedule, context = config.train, config.schedule, config.model.context
     for key in ("batch_tokens", "batch_ramp_start"):
         value = getattr(train, key)
@@ -311,14 +324,11 @@ def contradictions(config: Config) -> Iterator[str]:
 
 
 def _check_engine(engine: EngineConfig) -> Iterator[str]:
-    owners = {
-        "stage": "zero", "shard_ranks": "fsdp", "reshard_after_forward": "fsdp", "nvme_path": "zero",
-        "deepspeed": "zero",
-    }  # fmt: skip
     default = EngineConfig()
-    for key, owner in owners.items():
-        if owner != engine.name and getattr(engine, key) != getattr(default, key):
-            yield f"engine.{key} is for engine.name {owner}, and engine.name is {engine.name}"
+    for key, field in fields_of(EngineConfig).items():
+        only = mark_of(field, For)
+        if only and only.engine != engine.name and getattr(engine, key) != getattr(default, key):
+            yield f"engine.{key} is for engine.name {only.engine}, and engine.name is {engine.name}"
     stage = f" stage {engine.stage}" if engine.name == "zero" else ""
     ways = {"ddp": ("none",), "fsdp": ("none", "all"), "zero": ("none", "optimizer")}[engine.name]
     if engine.name == "zero" and engine.stage == 3:
@@ -329,4 +339,4 @@ def _check_engine(engine: EngineConfig) -> Iterator[str]:
         if engine.stage != 3:
             yield f"engine.nvme_path needs engine.stage 3, and it is {engine.stage}"
         if engine.offload == "none":
-            yield "engine.nvme_path is where offloaded state goes: set engine.offload to optimizer or all"
+            yield "engine.nvme_path holds offloaded state: set engine.offload to optimizer or all"

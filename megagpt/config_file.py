@@ -2,7 +2,7 @@
 
     config = load_config("gpt3_xl.yaml", ["train.tokens=1e9", "model.layers=2"])
 
-A file may name another as its `base` (beside itself, or by bare name) and then holds only what differs from it. Every
+A file may name another file as its `base` (beside itself, or by bare name); it then holds only the differences. Every
 error names file, key and value.
 """
 
@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
 
 def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
     value = float(loader.construct_scalar(node).replace("_", ""))
-    # 5e8 tokens are a whole number; 1.0e-4 is not, and 2.0 without an exponent is meant as a fraction.
+    # 5e8 tokens are a whole number; 1.0e-4 is not, and neither is 2.0, without an exponent.
     return int(value) if value.is_integer() and "e" in node.value.lower() else value
 
 
@@ -35,7 +35,7 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
         if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -65,13 +65,13 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def config_folders() -> list[Path]:
-    """Where a bare config name is looked for, in order."""
+    """Folders in which a bare config name is looked for, in order."""
     package = Path(__file__).resolve().parent
     return [Path(), Path("configs"), package / "configs", package.parent / "configs"]
 
 
 def find_config(name: str) -> Path:
-    """The file of that path or bare name (`gpt3_xl.yaml`); raises UserError with the nearest names."""
+    """The file of that path or bare name (`gpt3_xl.yaml`). Raises UserError with the nearest names."""
     for folder in config_folders():
         for candidate in (folder / name, folder / f"{name}.yaml"):
             if candidate.is_file():
@@ -114,7 +114,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def override(tree: dict[str, Any], text: str) -> dict[str, Any]:
-    """The tree with one `section.key=value` applied. Raises UserError where the text is not of that form."""
+    """The tree with one `section.key=value` applied. Raises UserError if the text is not of that form."""
     key, equals, value = text.partition("=")
     if not equals or not key or not all(key.split(".")):
         raise UserError(f"override {text!r} is not of the form section.key=value, such as train.tokens=1e9")
@@ -152,7 +152,7 @@ def _describe(error: Any) -> str:
     return f"{key}: {value!r} {message}"
 
 
-# Keys that had another name before: files, command lines and checkpoints with the old one are still read.
+# Former names of keys. Files, command lines and checkpoints that use them are still read.
 _RENAMED = {
     ("train", "collective_timeout"): "hang_timeout",
     ("optimizer", "clip"): "clip_norm",
@@ -197,7 +197,7 @@ def build_config(tree: dict[str, Any], where: str) -> Config:
 
 
 def _other_engine(tree: dict[str, Any], text: str) -> dict[str, Any]:
-    """Without the file's settings for another engine than the override names."""
+    """The tree without the file's settings for another engine than the override names."""
     engine, over = tree.get("engine"), override({}, text).get("engine")
     if not isinstance(engine, dict) or not isinstance(over, dict) or "name" not in over:
         return tree

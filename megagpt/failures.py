@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ _GRACE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a rank failed."""
+    """Why a rank failed, or the launcher that should have started it."""
 
     reason: str
-    rank: int
+    rank: int | None
+    """None if no rank is known to have failed."""
     host: str
+    """Empty if it is unknown."""
     retry: bool
     """Whether the same command may succeed later although nobody changed anything."""
     first: bool = True
@@ -43,11 +46,13 @@ class Failure:
 
     @property
     def where(self) -> str:
-        return f"rank {self.rank} on {self.host}"
+        if self.rank is None:
+            return self.host or "an unknown rank"
+        return f"rank {self.rank} on {self.host or 'an unknown host'}"
 
 
-def failure(error: BaseException, rank: int, first: bool = True) -> Failure:
-    """The record of an error. What is not expected is a fault of a program or a machine, and may pass."""
+def failure(error: BaseException, rank: int | None, first: bool = True) -> Failure:
+    """The record of an error. An unexpected one is a fault of a program or a machine: a retry may succeed."""
     known = expected(error)
     retry = known.retry if known is not None else True
     return Failure(str(known) if known is not None else first_line(error), rank, platform.node(), retry, first)
@@ -70,6 +75,12 @@ def read_record(path: Path) -> Failure | None:
     with contextlib.suppress(TypeError):
         return Failure(**values)
     return None
+
+
+def failure_of_end(end: Mapping[str, Any]) -> Failure:
+    """The failure that ended an incarnation, from the record of its end. Older records have `mend` for "no retry"."""
+    retry = end.get("retry", not end.get("mend", False))
+    return Failure(end["reason"], end.get("rank"), end.get("host", ""), bool(retry))
 
 
 def report(error: Exception, rank: int, ranks: int, store: dist.Store) -> None:

@@ -109,6 +109,16 @@ def slurm_gpus(environment: Mapping[str, str]) -> int:
     return int(environment.get("SLURM_GPUS_ON_NODE") or 0)
 
 
+def visible_gpus(environment: Mapping[str, str]) -> str:
+    """The GPUs of this job on this node, as CUDA names them; empty if it may use all."""
+    return environment.get("CUDA_VISIBLE_DEVICES", "")
+
+
+def deepspeed_env_name(environment: Mapping[str, str]) -> str:
+    """Name of the file whose variables DeepSpeed's launcher sets on all hosts."""
+    return environment.get("DS_ENV_FILE", ".deepspeed_env")
+
+
 def job_setting(environment: Mapping[str, str], name: str) -> int:
     """A number that launch/multinode.sh sets, such as RANKS_PER_NODE. Raises UserError if it is not set."""
     try:

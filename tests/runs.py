@@ -65,8 +65,9 @@ def wait_for_steps(
 
 
 def logs(folder: Path) -> str:
-    """What ranks have printed into the folder's *.log files."""
-    return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("*.log")))
+    """What ranks and jobs have printed into the folder's *.log and *.out files."""
+    files = sorted([*folder.glob("*.log"), *folder.glob("*.out")])
+    return "\n".join(f"{path.name}:\n{path.read_text()}" for path in files)
 
 
 def error_lines(text: str) -> list[str]:

@@ -1,6 +1,8 @@
-"""Configs: every file that ships, and everything that can be wrong with one."""
+"""Configs: the shipped files, errors, marks, and the explanation of keys."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt.cli import main
-from megagpt.config import Config
+from megagpt.config import Config, OptimizerConfig, ScheduleConfig
 from megagpt.config_file import build_config, find_config, load_config, to_yaml
+from megagpt.config_keys import Key, all_keys, keys_marked
+from megagpt.config_marks import Change, For, mark_of
 from megagpt.errors import UserError
-from megagpt.models.presets import PRESETS
+from megagpt.models.presets import PRESETS, ModelConfig
 from tests.processes import REPOSITORY
 
 FILES = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -30,7 +34,7 @@ TABLE = {
 }
 
 
-def test_every_preset_has_a_file_and_no_file_repeats_another() -> None:
+def test_every_preset_has_a_file_of_its_own() -> None:
     assert sorted(load_config(str(f)).model.preset for f in PRESET_FILES) == sorted(PRESETS)
     texts = [f.read_text() for f in FILES]
     assert len(set(texts)) == len(texts)
@@ -60,8 +64,7 @@ def test_preset_files_hold_the_papers_recipe(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_every_file_divides_over_the_usual_worlds(file: Path) -> None:
     config = load_config(str(file))
-    for ranks in (1,):
-        assert config.accumulation(ranks) * ranks * config.train.micro_batch == config.batch_sequences
+    assert config.accumulation(1) * config.train.micro_batch == config.batch_sequences
     if config.model.preset:
         for ranks in (8, 16, 32, 64, 128, 256):
             assert config.batch_sequences % ranks == 0  # some micro-batch fits
@@ -145,8 +148,8 @@ def test_bad_overrides_are_refused_in_one_line(
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("model: {preset: gpt2-124m}\nmodel: {preset: gpt3-xl}\n", ["line 2", "'model'", "twice"]),
-        ("model: {preset: gpt2-124m, preset: gpt3-xl}\n", ["'preset'", "twice"]),
+        ("model: {preset: gpt2-124m}\nmodel: {preset: gpt3-xl}\n", ["line 2", "duplicate key 'model'"]),
+        ("model: {preset: gpt2-124m, preset: gpt3-xl}\n", ["duplicate key 'preset'"]),
         ("model: [1, 2\n", ["line"]),
         ("- a\n- b\n", ["list"]),
         ("base: nowhere.yaml\n", ["nowhere.yaml"]),
@@ -170,7 +173,7 @@ def test_an_unknown_config_names_the_nearest(capsys: pytest.CaptureFixture[str])
 
 
 @given(st.integers(1, 64), st.integers(1, 64), st.integers(1, 4096))
-def test_a_batch_divides_or_the_error_names_batches_that_do(ranks: int, micro_batch: int, sequences: int) -> None:
+def test_a_batch_divides_or_the_error_names_those_that_do(ranks: int, micro_batch: int, sequences: int) -> None:
     def config(sequences: int) -> Config:
         train = {"tokens": 10**9, "batch_tokens": 64 * sequences, "micro_batch": micro_batch}
         model = {"layers": 1, "width": 8, "heads": 1, "context": 64}
@@ -194,3 +197,115 @@ def test_config_command_shows_what_is_derived(capsys: pytest.CaptureFixture[str]
     assert "1,315,723,264" in output  # GPT-3 XL by the closed form
     assert "8 micro-batch(es) of 4" in output  # 512 sequences / (16 x 4)
     assert "lr: 0.0002" in output
+
+
+# --- marks ---
+
+
+@pytest.mark.parametrize("key", all_keys(), ids=lambda key: key.name)
+def test_every_key_has_a_mark_a_text_and_values(key: Key) -> None:
+    assert key.change is not None, f"{key.name}: mark it as Free, Recipe, Data or Shape (config_marks)"
+    assert key.text.endswith("."), f"{key.name}: describe it in a docstring"
+    assert key.values
+
+
+def test_the_recipe_is_optimizer_schedule_batch_seed_and_dropout() -> None:
+    sections = [
+        f"{section}.{field.name}"
+        for section, kind in (("optimizer", OptimizerConfig), ("schedule", ScheduleConfig))
+        for field in dataclasses.fields(kind)
+    ]
+    others = ["run.seed", "train.batch_tokens", "train.batch_ramp_start", "train.batch_ramp_tokens", "model.dropout"]
+    assert sorted(keys_marked(Change.RECIPE)) == sorted(sections + others)
+
+
+def test_the_shape_is_the_model_without_dropout_and_preset() -> None:
+    names = {f"model.{field.name}" for field in dataclasses.fields(ModelConfig)}
+    assert set(keys_marked(Change.SHAPE)) == names - {"model.dropout", "model.preset"}
+
+
+def test_every_key_of_one_engine_is_refused_by_the_others() -> None:
+    values = {
+        "stage": "1",
+        "shard_ranks": "2",
+        "reshard_after_forward": "false",
+        "nvme_path": "/x",
+        "deepspeed": "{a: 1}",
+    }
+    engines = {key.name.removeprefix("engine."): mark_of(key.field, For) for key in all_keys()}
+    owners = {name: only.engine for name, only in engines.items() if only}
+    assert owners.keys() == values.keys()
+    for name, owner in owners.items():
+        for engine in {"ddp", "fsdp", "zero"} - {owner}:
+            with pytest.raises(
+                UserError, match=f"engine.{name} is for engine.name {owner}, and engine.name is {engine}"
+            ):
+                load_config("gpt3_xl", [f"engine.name={engine}", f"engine.{name}={values[name]}"])
+
+
+def test_check_ranks_refuses_what_accumulation_and_sharing_refuse() -> None:
+    config = load_config("gpt3_xl", ["engine.name=fsdp", "engine.shard_ranks=3"])
+    with pytest.raises(UserError, match=r"engine\.shard_ranks 3 does not divide 8 ranks"):
+        config.check_ranks(8)
+    with pytest.raises(UserError, match=r"24 rank\(s\)"):
+        config.check_ranks(24)
+    load_config("gpt3_xl", ["engine.name=fsdp", "engine.shard_ranks=4"]).check_ranks(8)
+
+
+# --- megagpt config --keys ---
+
+
+def explained(capsys: pytest.CaptureFixture[str], *word: str) -> list[str]:
+    """The lines that explain keys, without their indentation."""
+    assert main(["config", "--keys", *word]) == 0
+    return [line.strip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_key_is_explained_with_default_bounds_and_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explained(capsys, "clip_norm") == [
+        "optimizer.clip_norm = 1.0",
+        "number > 0; a resume needs --allow-recipe-change to change it",
+        "Largest global gradient norm.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("train.precision", ["train.precision = bf16", "fp32 | bf16 | fp16; a resume may change it"]),
+        ("model.layers", ["model.layers = required", "whole number > 0; no resume may change it"]),
+        (
+            "engine.stage",
+            ["engine.stage = 2", "whole number >= 1 and <= 3; engine.name zero only; a resume may change it"],
+        ),
+        ("train.time_limit", ["seconds, MM:SS, HH:MM:SS or D-HH:MM:SS; a resume may change it"]),
+        (
+            "data.sources",
+            ["data.sources = [{path: data/fineweb_edu_10bt, weight: 1.0}]", "data.sources[].weight = 1.0"],
+        ),
+        ("NVME", ["engine.nvme_path = ''"]),
+        ("activation_checkpointing", ["none | full | selective | {every: k}; a resume may change it"]),
+    ],
+)
+def test_values_of_each_kind_are_explained(word: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(parts) <= set(explained(capsys, word))
+
+
+def test_without_a_word_every_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of `megagpt config`, and those of the items of data.sources."""
+    config = dataclasses.asdict(load_config("gpt3_xl"))
+    names = [f"{section}.{key}" for section, keys in config.items() for key in keys]
+    lines = explained(capsys)
+    shown = [line.split(" = ")[0] for line in lines if re.match(r"[a-z]+\.\S+ = ", line)]
+    assert sorted(shown) == sorted([*names, "data.sources[].path", "data.sources[].weight"])
+
+
+def test_a_word_in_the_text_of_a_key_finds_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "log.straggler_factor = 1.2" in explained(capsys, "TensorBoard")
+
+
+def test_a_word_of_no_key_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--keys", "warmpu_tokens"]) == 2
+    error = capsys.readouterr().err
+    assert "'warmpu_tokens'" in error
+    assert "did you mean warmup_tokens" in error

@@ -39,7 +39,7 @@ def model(request: pytest.FixtureRequest) -> GPT:
 
 
 def uncached_greedy(model: GPT, prompt: Sequence[int], count: int) -> list[int]:
-    """The documented rule for one row alone: a full window goes on from its last context // 2 tokens."""
+    """The documented rule for one row alone: a full window continues from its last context // 2 tokens."""
     window, new = list(prompt), []
     context = model.config.context
     for _ in range(count):
@@ -49,7 +49,7 @@ def uncached_greedy(model: GPT, prompt: Sequence[int], count: int) -> list[int]:
             token = int(model(torch.tensor([window]))[0, -1].argmax())
         window.append(token)
         new.append(token)
-    # The reference neither repeats itself all the time nor ends, so equality says something.
+    # Equality proves something only if the reference varies and does not end.
     assert len(set(new)) > count // 4
     assert END_OF_TEXT not in new
     return new
@@ -60,18 +60,18 @@ def test_greedy_is_that_of_an_uncached_model(model: GPT) -> None:
     assert rows == [uncached_greedy(model, prompt, 9) for prompt in PROMPTS]
 
 
-def test_the_window_slides(model: GPT) -> None:
-    prompts = [*PROMPTS, list(range(100, 117)), list(range(200, 216))]  # the last two fill the context, and nearly
+def test_a_full_window_slides(model: GPT) -> None:
+    prompts = [*PROMPTS, list(range(100, 117)), list(range(200, 216))]  # the last two fill the context or nearly do
     rows = generate(model, model.config, prompts, 40, temperature=0)
     assert rows == [uncached_greedy(model, prompt, 40) for prompt in prompts]
 
 
-def test_one_row_alone_slides_the_same(model: GPT) -> None:
+def test_a_single_row_slides_the_same(model: GPT) -> None:
     for prompt in (PROMPTS[1], list(range(100, 117))):
         assert generate(model, model.config, [prompt], 30, temperature=0) == [uncached_greedy(model, prompt, 30)]
 
 
-def test_the_first_tokens_do_not_depend_on_how_many_follow(model: GPT) -> None:
+def test_the_first_tokens_do_not_depend_on_the_number(model: GPT) -> None:
     long = generate(model, model.config, PROMPTS, 12, seed=3)
     assert generate(model, model.config, PROMPTS, 5, seed=3) == [row[:5] for row in long]
     assert generate(model, model.config, PROMPTS, 0) == [[], [], [], []]
@@ -86,11 +86,11 @@ def test_a_row_does_not_depend_on_its_neighbours(model: GPT) -> None:
         assert generate(model, model.config, others[: row + 1], 30, **settings)[row] == together[row]
 
 
-def test_seeds(model: GPT) -> None:
+def test_seeds_and_rows_decide_the_draws(model: GPT) -> None:
     prompts = [[5, 17, 3]] * 3
     a, again, b = (generate(model, model.config, prompts, 8, seed=seed) for seed in (0, 0, 1))
     assert a == again
-    # Equal prompts are drawn apart, and every row anew for another seed.
+    # Equal prompts get different draws, and another seed changes every row.
     assert len({tuple(row) for row in a + b}) == 6
 
 
@@ -104,10 +104,10 @@ def test_generating_touches_no_global_generator() -> None:
 
 
 def test_top_k_one_is_greedy(model: GPT) -> None:
-    greedy = generate(model, model.config, PROMPTS, 20, temperature=0)
-    assert generate(model, model.config, PROMPTS, 20, temperature=3.0, top_k=1, seed=5) == greedy
-    assert generate(model, model.config, PROMPTS, 20, top_p=1e-9, seed=5) == greedy
-    assert generate(model, model.config, PROMPTS, 20, temperature=1e-6, seed=5) == greedy
+    greedy = generate(model, model.config, PROMPTS, 10, temperature=0)
+    assert generate(model, model.config, PROMPTS, 10, temperature=3.0, top_k=1, seed=5) == greedy
+    assert generate(model, model.config, PROMPTS, 10, top_p=1e-9, seed=5) == greedy
+    assert generate(model, model.config, PROMPTS, 10, temperature=1e-6, seed=5) == greedy
 
 
 def test_dead_rows_of_the_vocabulary_are_never_drawn() -> None:
@@ -122,7 +122,7 @@ def test_dead_rows_of_the_vocabulary_are_never_drawn() -> None:
         assert rows == generate(model, model.config, PROMPTS, 10, temperature=temperature)
 
 
-def test_a_model_with_another_vocabulary() -> None:
+def test_another_vocabulary_works() -> None:
     config = ModelConfig(layers=2, width=16, heads=2, context=16, vocab_size=200)
     model = random_model(config)
     prompts = [[5, 17, 3], [199]]
@@ -131,7 +131,7 @@ def test_a_model_with_another_vocabulary() -> None:
         assert generate(model, config, [prompt], 8, temperature=0) == [row]
 
 
-def test_a_context_of_one_token() -> None:
+def test_a_context_of_one_token_works() -> None:
     config = ModelConfig(layers=1, width=16, heads=2, context=1)
     model = random_model(config)
     (row,) = generate(model, config, [[3]], 4, temperature=0)
@@ -155,7 +155,7 @@ def test_impossible_prompts_are_refused(prompts: list[list[int]], named: list[st
 
 
 class Scripted(nn.Module):
-    """Says what it is told to, and counts how often it is asked."""
+    """Gives scripted logits and counts its calls."""
 
     def __init__(self, script: Callable[[int, int], Tensor], events: list[Any]) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ def test_end_of_text_ends_a_row() -> None:
     model, events = scripted([[5, end, 7, 8], [1, 2, 3, 4], [end, 9, 9, 9]])
     rows = generate(model, SHAPES["dense"], [[10], [10, 11], [12]], 4, on_token=lambda *event: events.append(event))
     assert rows == [[5], [1, 2, 3, 4], []]
-    # Each token is told at once, rows in order, and a row that has ended tells nothing more.
+    # on_token comes at each step, rows in order, and never for a row that has ended.
     assert events == ["forward", (0, 5), (1, 1), "forward", (1, 2), "forward", (1, 3), "forward", (1, 4)]
 
 
@@ -202,13 +202,13 @@ def test_the_end_of_text_in_a_prompt_does_not_end_it(model: GPT) -> None:
     assert generate(model, model.config, [prompt], 9, temperature=0) == [uncached_greedy(model, prompt, 9)]
 
 
-def test_tokens_are_told_in_order(model: GPT) -> None:
-    told: list[tuple[int, int]] = []
+def test_on_token_is_called_in_order(model: GPT) -> None:
+    calls: list[tuple[int, int]] = []
     rows = generate(
-        model, model.config, PROMPTS, 6, seed=2, on_token=lambda row, token: told.append((row, token))
+        model, model.config, PROMPTS, 6, seed=2, on_token=lambda row, token: calls.append((row, token))
     )  # fmt: skip
     assert all(len(row) == 6 for row in rows)
-    assert told == [(row, rows[row][i]) for i in range(6) for row in range(4)]
+    assert calls == [(row, rows[row][i]) for i in range(6) for row in range(4)]
 
 
 def test_draws_of_many_rows_follow_the_distribution() -> None:
@@ -221,7 +221,7 @@ def test_draws_of_many_rows_follow_the_distribution() -> None:
     for token, p in enumerate(probability):
         spread = math.sqrt(p * (1 - p) / drawn.size)
         assert abs((drawn == token).mean() - p) < 5 * spread
-    # A row's draws are not those of the row beside it, nor of the step before.
+    # A row's draws are independent of the row beside it and of the step before.
     for a, b in [(drawn[1:], drawn[:-1]), (drawn[:, 1:], drawn[:, :-1])]:
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / math.sqrt(a.size)
 
@@ -246,7 +246,7 @@ LOGITS = [0.3, 2.1, -1.7, 1.4, 0.9, -0.2, 2.6, -4.0, 1.1]
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_k", [0, 1, 2, 5, 9, 100])
 @pytest.mark.parametrize("top_p", [1.0, 0.95, 0.6, 0.2])
-def test_distribution_of_the_draw(temperature: float, top_k: int, top_p: float) -> None:
+def test_draws_follow_the_definitions_of_their_settings(temperature: float, top_k: int, top_p: float) -> None:
     expected = distribution(LOGITS, temperature, top_k, top_p)
     assert sum(expected) == pytest.approx(1)
     # Evenly spaced numbers instead of random ones: each token's share is exact to two parts of the grid.
@@ -262,7 +262,7 @@ def test_distribution_of_the_draw(temperature: float, top_k: int, top_p: float) 
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.6), (5, 0.7)])
-def test_the_ends_of_the_unit_interval(top_k: int, top_p: float) -> None:
+def test_the_ends_of_the_unit_interval_draw_allowed_tokens(top_k: int, top_p: float) -> None:
     allowed = {i for i, p in enumerate(distribution(LOGITS, 1.0, top_k, top_p)) if p > 0}
     ends = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
     drawn = draw(torch.tensor([LOGITS, LOGITS]), ends, 1.0, top_k, top_p).tolist()

@@ -10,8 +10,8 @@ from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 from pydantic import ValidationError
 from torch.distributed.run import parse_args
 
-from megagpt.cli import _parser
-from megagpt.config_file import load_config
+from megagpt.cli import make_parser
+from megagpt.commands.options import config_of, parse
 from tests.processes import REPOSITORY
 
 Tree = dict[str, Any]
@@ -110,10 +110,8 @@ def test_the_command_is_a_run_that_divides(job: Tree, monkeypatch: pytest.Monkey
     assert torchrun.shutdown_timeout < at(job, POD)["terminationGracePeriodSeconds"]
     assert (REPOSITORY / torchrun.training_script).is_file()
 
-    arguments, rest = _parser().parse_known_args(["train", *torchrun.training_script_args])
-    overrides = [*arguments.arguments, *rest]
-    assert all("=" in text and not text.startswith("-") for text in overrides), overrides
+    arguments = parse(make_parser(), ["train", *torchrun.training_script_args])
     assert arguments.auto_resume
-    config = load_config(arguments.config, overrides)
+    config = config_of(arguments)
     assert config.run.folder in [mount["mountPath"] for mount in at(job, POD)["containers"][0]["volumeMounts"]]
     assert config.accumulation(nodes * ranks) >= 1

@@ -1,4 +1,4 @@
-"""The cluster of pretended hosts itself: it runs jobs, survives a host's death, and leaves nothing behind."""
+"""The cluster of the tests itself: it runs jobs, survives a host's death, and leaves nothing behind."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,11 @@ import pytest
 
 from tests.minicluster import MiniCluster, mini_cluster, missing, missing_ssh
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.xdist_group("cluster"),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
 
 _JOB = """\
 #!/bin/bash
@@ -38,7 +42,7 @@ def test_a_job_gets_the_pretended_gpus(cluster: MiniCluster, tmp_path: Path) -> 
     assert (tmp_path / "job.out").read_text() == "8 GPUs 0,1,2,3,4,5,6,7\n"
 
 
-def test_urgent_jobs_take_the_place_of_others(cluster: MiniCluster, tmp_path: Path) -> None:
+def test_urgent_jobs_preempt_others(cluster: MiniCluster, tmp_path: Path) -> None:
     job = cluster.submit("--nodes=2", "--exclusive", "--wrap=sleep 300", cwd=tmp_path)
     cluster.wait(job, "RUNNING")
     urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true", cwd=tmp_path)
@@ -55,7 +59,7 @@ def test_a_host_without_cable_is_not_reached(cluster: MiniCluster) -> None:
     assert cluster.on("n1", "bash", "-c", ask, check=False).returncode == 0
 
 
-def test_a_program_that_does_not_end_is_ended_with_its_children(cluster: MiniCluster) -> None:
+def test_an_endless_program_is_killed_with_its_children(cluster: MiniCluster) -> None:
     with pytest.raises(AssertionError, match=r"did not end in 0\.5 s:\nstarted"):
         cluster.on("n1", "bash", "-c", "echo started; setsid sleep 301 & sleep 301", timeout=0.5)
     assert cluster.on("n1", "pgrep", "--full", "sleep 301", check=False).returncode == 1

@@ -6,17 +6,9 @@ from typing import Any
 
 from megagpt.checkpoints.checkpoint import OpenCheckpoint
 from megagpt.config import Config
+from megagpt.config_keys import keys_marked
+from megagpt.config_marks import Change
 from megagpt.errors import UserError
-
-# Keys that decide what is computed, beside the model's shape. The length of the run, its engine, precision and
-# intervals are not among them: they may change at any restart.
-_RECIPE = {
-    "run": ("seed",),
-    "train": ("batch_tokens", "batch_ramp_start", "batch_ramp_tokens"),
-    "optimizer": None,
-    "schedule": None,
-    "model": ("dropout",),
-}
 
 
 @dataclass(frozen=True)
@@ -37,7 +29,7 @@ def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowe
     model = model_differences(saved, config)
     recipe, data = [], []
     if meta.sequences_seen:  # before the first sequence there is nothing that a change could contradict
-        recipe = _differences(_recipe(saved), _recipe(wanted))
+        recipe = _differences(_marked(saved, Change.RECIPE), _marked(wanted, Change.RECIPE))
         data = _differences(
             {"data.sources weights": [s["weight"] for s in saved["data"]["sources"]], "data": meta.data},
             {"data.sources weights": [s["weight"] for s in wanted["data"]["sources"]], "data": fingerprints},
@@ -59,21 +51,14 @@ def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowe
 
 
 def model_differences(saved: dict[str, Any], config: Config) -> list[str]:
-    """The differences between the model of a saved config and that of the config."""
-    ignored = ("preset", "dropout")  # neither shapes a tensor nor changes what the weights mean
-
-    def shape(tree: dict[str, Any]) -> dict[str, Any]:
-        return {f"model.{k}": v for k, v in tree["model"].items() if k not in ignored}
-
-    return _differences(shape(saved), shape(dataclasses.asdict(config)))
+    """The differences between the shape of a saved config's model and that of the config's."""
+    return _differences(_marked(saved, Change.SHAPE), _marked(dataclasses.asdict(config), Change.SHAPE))
 
 
-def _recipe(tree: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{section}.{key}": tree[section].get(key)
-        for section, keys in _RECIPE.items()
-        for key in (keys or tree[section])
-    }
+def _marked(tree: dict[str, Any], change: Change) -> dict[str, Any]:
+    """The values of the keys with that mark, by `section.key`."""
+    keys = [(name, *name.split(".")) for name in keys_marked(change)]
+    return {name: tree[section].get(key) for name, section, key in keys}
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

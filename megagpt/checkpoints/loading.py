@@ -12,13 +12,16 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megagpt.checkpoints.checkpoint import INDEX, OpenCheckpoint
 from megagpt.checkpoints.compatibility import Allowed, check
-from megagpt.checkpoints.folder import list_checkpoints, quarantined
+from megagpt.checkpoints.folder import find_checkpoint, list_checkpoints, quarantined
 from megagpt.checkpoints.saving import hush
 from megagpt.checkpoints.storage import CorruptError, FileSum, Reader
 from megagpt.config import Config
+from megagpt.config_file import build_config
 from megagpt.console import say
 from megagpt.engines.engine import Engine
 from megagpt.errors import ExpectedError, UserError, first_line
+from megagpt.models.gpt import GPT
+from megagpt.models.huggingface import is_pretrained, load_pretrained
 from megagpt.world import World
 
 
@@ -95,6 +98,26 @@ def read_weights(found: OpenCheckpoint, shapes: dict[str, tuple[int, ...]]) -> d
     found.check_file(INDEX)
     _read(found.path, found.sums, state, no_dist=True)
     return {name: state[f"model.{name}"] for name in shapes}
+
+
+def load_model(folder: Path) -> GPT:
+    """The model of a run's newest complete checkpoint, of a checkpoint, or of a `transformers` GPT-2 folder; fp32 on
+    the CPU. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if is_pretrained(folder):
+        return load_pretrained(folder)
+    found = find_checkpoint(folder)
+    with torch.device("meta"):
+        model = GPT(saved_config(found).model)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    model.load_state_dict(read_weights(found, shapes), assign=True)
+    return model
+
+
+def saved_config(found: OpenCheckpoint) -> Config:
+    """The config of the run that saved a checkpoint. Raises UserError."""
+    return build_config(found.meta.config, str(found.path))
 
 
 def tensor_shapes(found: OpenCheckpoint) -> dict[str, tuple[int, ...]]:

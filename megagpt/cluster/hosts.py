@@ -1,4 +1,4 @@
-"""Ranks on hosts that ssh reaches: DeepSpeed's launcher, its hostfile, and the environment that it leaves behind."""
+"""Ranks on hosts that ssh reaches: DeepSpeed's launcher, its hostfile, and the environment for the other hosts."""
 
 import re
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 from megagpt.errors import UserError
 
 _LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
-# The launcher carries over only NCCL_*, PYTHON* and what a .deepspeed_env file says. These decide how ranks find each
-# other and what they compute with.
-_CARRIED = (
+# Variables, by their first letters, that decide how ranks find each other and what they compute with. The launcher
+# passes on only NCCL_*, PYTHON* and the content of a .deepspeed_env file.
+_PASSED_ON = (
     "CUDA_DEVICE_MAX_CONNECTIONS", "DS_ACCELERATOR", "FI_", "GLOO_", "HF_DATASETS_", "HF_HOME", "HF_HUB_CACHE",
     "LD_LIBRARY_PATH", "LD_PRELOAD", "MKL_",
     "NCCL_", "OMP_", "TORCH", "TRITON_", "UCX_", "XDG_CACHE_HOME",
@@ -18,7 +18,7 @@ _CARRIED = (
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Host -> ranks on it. Raises UserError with the line that is none."""
+    """Host -> number of ranks on it. Raises UserError naming the malformed line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -38,19 +38,19 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-def carried(environment: Mapping[str, str]) -> dict[str, str]:
-    """What of the environment the ranks of other hosts need, too; no secrets: it is written to a file."""
+def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that ranks on other hosts need too. No secrets: they are written to a file."""
     return {
         name: value
         for name, value in sorted(environment.items())
-        if name.startswith(_CARRIED) and not name.startswith("TORCHELASTIC_") and "\n" not in value
+        if name.startswith(_PASSED_ON) and not name.startswith("TORCHELASTIC_") and "\n" not in value
     }
 
 
 def deepspeed_command(
     hostfile: Path, hosts: Mapping[str, int], master: str, port: int, script: Path, arguments: Sequence[str]
 ) -> list[str]:
-    """DeepSpeed's launcher over pdsh and ssh. It starts one host's ranks where it stands, unless it is told not to."""
+    """DeepSpeed's launcher over pdsh and ssh. Without `--force_multi` a single host's ranks start on this one."""
     beside = Path(sys.executable).parent / "deepspeed"
     return [
         str(beside) if beside.exists() else "deepspeed", f"--hostfile={hostfile}", "--force_multi",

@@ -1,4 +1,4 @@
-"""Looks at a job's nodes before they are spent: name and port of the head node, the shared folder, clocks, versions,
+"""Checks a job's nodes before the ranks start: name and port of the head node, the shared folder, clocks, versions,
 GPUs, and one collective."""
 
 import contextlib
@@ -9,18 +9,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt.errors import TransientError, UserError
+from megagpt import launchers
+from megagpt.console import say
+from megagpt.errors import TransientError, UserError, first_line
 
-# Until a node's first word: Python's start and the import of torch from a cold file system that all nodes read.
+# Time until a node's first answer (s): Python's start and the import of torch from a cold file system shared by all.
 _ANSWER_SECONDS = 300.0
 _COLLECTIVE_SECONDS = 120.0
-# Of a clock: what comes later than this is no delay of the message.
+# Largest tolerated clock skew (s); less may be the delay of the message.
 _CLOCK_SECONDS = 5.0
-# Of a GPU: below it are drivers and monitors.
+# Memory (MiB) that drivers and monitors may use on an idle GPU.
 _IDLE_MIB = 1024
 Line = dict[str, Any]
 
@@ -29,11 +31,9 @@ class UnfitError(TransientError):
     """Some nodes cannot take part."""
 
 
-def preflight(
-    nodes: Sequence[str], gpus: int, folder: Path, port: int, say: Callable[[str], Any], answer_seconds: float = 0
-) -> None:
-    """Ask each node of the job for its facts, through srun. `gpus`: how many each must have, 0 on CPUs. Raises
-    UserError with every node that is not fit and why."""
+def preflight(nodes: Sequence[str], gpus: int, folder: Path, port: int, answer_seconds: float = 0) -> None:
+    """Ask each node of the job for its report, through srun. `gpus`: number that each must have, 0 on CPUs. Raises
+    UnfitError with every unfit node and the reason, and UserError if there is no srun."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "preflight").write_text("head")
     command = [
@@ -42,11 +42,11 @@ def preflight(
         str(folder), "--port", str(port), *(["--gpu"] if gpus else []),
     ]  # fmt: skip
     facts, collectives, said = _ask(command, len(nodes), answer_seconds or _ANSWER_SECONDS)
-    problems = judge(nodes, gpus, port, facts, collectives)
+    problems = find_problems(nodes, gpus, port, facts, collectives)
     for node in nodes:
         mark = folder / f"preflight.{node}"
         if node in facts and not facts[node]["folder"] and not mark.exists():
-            problems[node] = f"{mark} was written there and is not here: run.folder must be one that all nodes share"
+            problems[node] = f"{mark} was written there and is missing here: run.folder must be shared by all nodes"
         mark.unlink(missing_ok=True)
     (folder / "preflight").unlink(missing_ok=True)
     for index, node in enumerate(nodes):
@@ -57,7 +57,7 @@ def preflight(
         hint = f"\nsrun said: {said[-1]}" if -1 in said and len(facts) < len(nodes) else ""
         raise UnfitError(
             f"{len(problems)} of {len(nodes)} node(s) are not fit for this run:{lines}{hint}\n"
-            "leave them out with sbatch --exclude, or mend them"
+            "fix them, or leave them out with sbatch --exclude"
         )
     speeds = [c["bytes"] / c["seconds"] / 1e9 for c in collectives.values()]
     speed = f"; an all-reduce over all of them moves {min(speeds):.2f} GB/s" if speeds else ""
@@ -67,12 +67,12 @@ def preflight(
 def _ask(
     command: list[str], count: int, answer_seconds: float
 ) -> tuple[dict[str, Any], dict[str, Any], dict[int, str]]:
-    """Facts and collectives by node, as far as nodes answered in time; and the last line of each task's errors by its
-    index, srun's own under -1."""
+    """Facts and collectives by node, of the nodes that answered in time; and the last line of each task's stderr by
+    its index, srun's own under -1."""
     try:
         asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     except FileNotFoundError:
-        raise UserError("no srun here: this is for a Slurm job") from None
+        raise UserError("no srun here: run this inside a Slurm job") from None
     assert asking.stdout is not None
     assert asking.stderr is not None
     lines: queue.Queue[tuple[float, str] | None] = queue.Queue()
@@ -95,7 +95,7 @@ def _ask(
             if entry is None:
                 break
             arrived, text = entry
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # someone else's words
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # printed by another program
                 line: Line = json.loads(text.partition(": ")[2])
                 if "facts" in line:
                     facts[line["node"]] = {**line["facts"], "arrived": arrived}
@@ -119,10 +119,10 @@ def _ask(
     return facts, collectives, said
 
 
-def judge(
+def find_problems(
     nodes: Sequence[str], gpus: int, port: int, facts: dict[str, Any], collectives: dict[str, Any]
 ) -> dict[str, str]:
-    """Node -> why it is not fit."""
+    """Node -> the first problem found with it."""
     problems: dict[str, str] = {}
     head = nodes[0]
     versions = [json.dumps(facts[node]["versions"]) for node in nodes if node in facts]
@@ -133,15 +133,15 @@ def judge(
             problems[node] = "no answer"
             continue
         late = found["time"] - found["arrived"]
-        differing = [f"{k} {v} where others have {usual[k]}" for k, v in found["versions"].items() if v != usual[k]]
+        differing = [f"{k} {v} and other nodes have {usual[k]}" for k, v in found["versions"].items() if v != usual[k]]
         seen = found["gpus"] or {"count": 0, "used": []}
         busy = [f"{i} ({used} MiB in use)" for i, used in enumerate(seen["used"]) if used > _IDLE_MIB]
         if found["head"]:
-            problems[node] = f"does not know the head node's name {head} ({found['head']}): mend DNS or /etc/hosts"
+            problems[node] = f"does not know the head node's name {head} ({found['head']}): fix DNS or /etc/hosts"
         elif found["port"]:
             problems[node] = f"port {port} is taken there ({found['port']}): set MASTER_PORT"
         elif found["folder"]:
-            problems[node] = f"cannot use the run's folder ({found['folder']}): run.folder must be a shared one"
+            problems[node] = f"cannot use the run's folder ({found['folder']}): run.folder must be shared by all nodes"
         elif abs(late) > _CLOCK_SECONDS:
             problems[node] = f"its clock is {abs(late):.0f} s {'ahead of' if late > 0 else 'behind'} the head node's"
         elif differing:
@@ -151,7 +151,7 @@ def judge(
         elif seen["count"] < gpus:
             problems[node] = f"PyTorch sees {seen['count']} GPU(s) there, the job has {gpus}"
         elif busy:
-            problems[node] = f"in use by someone else: GPU {', '.join(busy)}"
+            problems[node] = f"in use by other processes: GPU {', '.join(busy)}"
     if not problems and len(nodes) > 1:
         failed = {node: collectives.get(node, {"error": "did not end"}) for node in nodes}
         problems = {n: f"the all-reduce failed: {c['error']}" for n, c in failed.items() if "error" in c}
@@ -159,12 +159,12 @@ def judge(
 
 
 def job_nodes() -> list[str]:
-    """The nodes of this Slurm job, in its order."""
+    """The nodes of this Slurm job, in Slurm's order. Raises UserError outside of a job."""
+    node_list = launchers.slurm_node_list(os.environ)
     try:
         shown = subprocess.run(
-            ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
-            capture_output=True, text=True, check=True,
+            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True
         )  # fmt: skip
-    except (KeyError, OSError, subprocess.CalledProcessError):
-        raise UserError("not inside a Slurm job: submit launch/multinode.sh with sbatch") from None
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"scontrol cannot name the nodes of this job ({node_list}): {first_line(error)}") from None
     return shown.stdout.split()

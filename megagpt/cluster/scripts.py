@@ -1,4 +1,4 @@
-"""The scripts of `launch/`, wherever the package is installed."""
+"""The scripts of `launch/`, in a repository or in an installed package."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from megagpt.errors import UserError
 
 
 def find_script(name: str) -> Path:
-    """A script of `launch/`, beside the package or in it."""
+    """The path of a script of `launch/`. Raises UserError if it is neither beside the package nor in it."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package.parent / "launch", package / "launch"):
         if (folder / name).is_file():

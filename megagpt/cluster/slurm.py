@@ -8,22 +8,22 @@ from megagpt.errors import UserError
 from megagpt.hardware import LARGEST_GPU_GB
 from megagpt.planning.memory import state_bytes
 
-# Seconds ahead of the limit: Slurm may be a minute late, and a step goes first.
+# Time from the signal to the time limit without the save (s): Slurm may be a minute late, and one step comes first.
 _SIGNAL_SECONDS = 120
-# Of a checkpoint, what a node writes a second on a poor shared disk.
+# Pessimistic checkpoint bandwidth of a node on a shared disk, bytes/s.
 _DISK_BYTES = 250e6
 
 
 def check_fits(config: Config, ranks: int, gpu_gb: float | None) -> str:
-    """What each rank holds, as a sentence. Raises UserError where that is more than a GPU has: `gpu_gb`, or, where that
-    is not said, the largest one that there is; and where the batch does not divide over the ranks."""
-    config.accumulation(ranks)
+    """A sentence about the memory that each rank needs. Raises UserError if a GPU has less (`gpu_gb` GB; if None, the
+    largest known one's), and if the run does not divide over the ranks."""
+    config.check_ranks(ranks)
     held = _on_gpu(config, ranks) / 1e9
     limit = gpu_gb or LARGEST_GPU_GB
     sentence = f"weights, gradients and optimizer take {held:.1f} GB of each GPU; activations come on top"
     if held <= limit:
         return sentence
-    of = f"{limit:g} GB" if gpu_gb else f"{limit:g} GB that the largest known one has (--gpu-memory says otherwise)"
+    of = f"{limit:g} GB" if gpu_gb else f"{limit:g} GB, which the largest known GPU has (set --gpu-memory for others)"
     raise UserError(f"{config.run.name} does not fit on {ranks} GPU(s): {sentence}, of {of}; {_way_out(config, ranks)}")
 
 
@@ -47,12 +47,12 @@ def _way_out(config: Config, ranks: int) -> str:
 def sbatch_command(
     config: Config, script: Path, arguments: Sequence[str], nodes: int, gpus_per_node: int, options: Sequence[str]
 ) -> list[str]:
-    """`options` are sbatch's own and come last, so that they win."""
-    save = 12 * config.model.stored_parameters / (nodes * _DISK_BYTES)
+    """`options` are sbatch's own; they come last, so that they override the others."""
+    save = config.model.checkpoint_bytes / (nodes * _DISK_BYTES)
     ahead = max(300, _SIGNAL_SECONDS + int(save))
     return [
         "sbatch", f"--job-name={config.run.name}",
-        # Two jobs of one run would take it from each other: the second waits for the first.
+        # Two jobs of one run would supersede each other: the second waits for the first.
         "--dependency=singleton",
         f"--nodes={nodes}", f"--gpus-per-node={gpus_per_node}", f"--signal=USR1@{ahead}",
         *options, str(script), *arguments,

@@ -1,1 +1,1 @@
-"""`megagpt <command>`: a module for each door. Rooms are imported on use, so that help is instant."""
+"""One module for each group of commands. They import what they run only when it runs, so that help is fast."""

@@ -5,7 +5,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megagpt.commands.options import Add, count
+from megagpt.commands.options import Add, add_actions, add_config, config_of, count
 from megagpt.errors import ExitCode, ExpectedError, UserError
 
 if TYPE_CHECKING:
@@ -13,32 +13,26 @@ if TYPE_CHECKING:
 
 
 def register(add: Add) -> None:
-    parser = add("checkpoint", _list, "Look at a run's checkpoints.")
-    actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
+    actions = add_actions(add("checkpoint", _list, "Look at a run's checkpoints."))
 
-    sub = actions.add_parser("list", help="One line for each: position, size, who wrote it, whether it is whole.")
+    sub = actions("list", _list, "One line for each: position, size, writer, time, kind, and whether it is complete.")
     sub.add_argument("run", metavar="RUN")
-    sub.set_defaults(command=_list)
 
-    sub = actions.add_parser("verify", help="Read every byte against its checksum; exit code 1 where one differs.")
+    sub = actions("verify", _verify, "Read every byte against its checksum; exit code 1 if one differs.")
     sub.add_argument("run", metavar="RUN_OR_CHECKPOINT")
-    sub.set_defaults(command=_verify)
 
-    sub = actions.add_parser("show", help="What a checkpoint says of itself; a run's newest whole one.")
+    sub = actions("show", _show, "Show the description of a checkpoint, or of a run's newest complete one.")
     sub.add_argument("run", metavar="RUN_OR_CHECKPOINT")
     sub.add_argument("--tensors", action="store_true", help="every tensor with its shape")
-    sub.set_defaults(command=_show)
 
-    sub = actions.add_parser("bench", help="Save and load beside the disk's own speed. Works under torchrun too.")
-    sub.add_argument("config", metavar="CONFIG")
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sub = actions("bench", _bench, "Compare saving and loading with the disk's own speed. Works under torchrun too.")
+    add_config(sub)
     sub.add_argument("--in", dest="folder", required=True, metavar="DIR", help="a folder on the disk to measure")
-    sub.add_argument("--rounds", type=count, default=3, help="the best of so many counts (3)")
-    sub.set_defaults(command=_bench)
+    sub.add_argument("--rounds", type=count, default=3, help="number of rounds; the fastest is reported (default 3)")
 
 
 def _chosen(path: str) -> "list[Checkpoint]":
-    """A checkpoint by its own folder, or all of a run's. Raises UserError where there is none."""
+    """A checkpoint by its own folder, or all of a run's. Raises UserError if there is none."""
     from megagpt.checkpoints.checkpoint import Checkpoint
     from megagpt.checkpoints.folder import is_checkpoint, list_checkpoints
 
@@ -99,11 +93,10 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from megagpt.config_file import load_config
     from megagpt.measure.disk import bench
     from megagpt.world import join
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = config_of(arguments)
     with join(config.train.device) as world:
         bench(config, world, Path(arguments.folder), arguments.rounds)
     return 0

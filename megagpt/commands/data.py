@@ -1,13 +1,22 @@
-"""prepare, verify: token shards."""
+"""data prepare, data verify: token shards."""
 
 import argparse
 
-from megagpt.commands.options import Add, count
+from megagpt.commands.options import Add, add_actions, count
 from megagpt.errors import UserError
 
 
 def register(add: Add) -> None:
-    sub = add("prepare", _prepare, "Turn text into token shards. Run again after an interruption, it goes on.")
+    actions = add_actions(add("data", _prepare, "Make and check token shards."))
+    _add_prepare(actions, "Turn text into token shards. After an interruption, run the same command again to resume.")
+    _add_verify(actions, "Read a folder of token shards from end to end against its checksums.")
+    # The commands' old names.
+    _add_prepare(add)
+    _add_verify(add)
+
+
+def _add_prepare(add: Add, text: str = "") -> None:
+    sub = add("prepare", _prepare, text)
     sub.add_argument("source", help="stdlib; a file, folder or glob of .txt .jsonl(.gz/.zst) .parquet; a hub data set")
     sub.add_argument("--out", required=True, help="folder of the shards")
     sub.add_argument("--text-key", default="text", help="key or column that holds the text (text)")
@@ -17,7 +26,9 @@ def register(add: Add) -> None:
     sub.add_argument("--shard-tokens", type=count, default=100_000_000, help="tokens in a shard (1e8)")
     sub.add_argument("--workers", type=int, help="encoding processes (one per core)")
 
-    sub = add("verify", _verify, "Read a folder of token shards from end to end against its checksums.")
+
+def _add_verify(add: Add, text: str = "") -> None:
+    sub = add("verify", _verify, text)
     sub.add_argument("folder")
 
 
@@ -49,5 +60,5 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from megagpt.data.shards import verify
 
-    print(f"{arguments.folder}: {verify(arguments.folder):,} tokens, all whole")
+    print(f"{arguments.folder}: {verify(arguments.folder):,} tokens, all complete")
     return 0

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megagpt.commands.options import Add, count
+from megagpt.commands.options import Add, add_config, config_of, count
 
 
 def register(add: Add) -> None:
@@ -14,8 +14,7 @@ def register(add: Add) -> None:
 
     sub = add("import", _import, "Start a run from a transformers GPT-2 folder: its weights, the config's recipe.")
     sub.add_argument("folder", metavar="FOLDER")
-    sub.add_argument("config", metavar="CONFIG")
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_config(sub)
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -32,9 +31,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from megagpt.config_file import load_config
     from megagpt.exchange.importing import import_run
 
-    run = import_run(arguments.folder, load_config(arguments.config, arguments.overrides))
+    run = import_run(arguments.folder, config_of(arguments))
     print(f"{run}: starts from {arguments.folder}; train it with: megagpt train --resume {run}")
     return 0

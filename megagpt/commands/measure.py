@@ -2,13 +2,12 @@
 
 import argparse
 
-from megagpt.commands.options import Add, count
+from megagpt.commands.options import Add, add_words, count, one_name, split_words
 
 
 def register(add: Add) -> None:
     sub = add("bench", _bench, "Measure training steps: tokens/s, MFU and peak memory, beside other implementations.")
-    sub.add_argument("model", help="a preset, such as gpt2-124m")
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as engine.stage=3")
+    add_words(sub, "PRESET", "a preset, such as gpt2-124m, and overrides, such as engine.stage=3")
     sub.add_argument("--batch", type=count, default=4, help="sequences in a step (4)")
     sub.add_argument("--context", type=count, help="tokens in a sequence (the preset's)")
     sub.add_argument("--precision", action="append", choices=("fp32", "bf16"), help="may be given twice (both)")
@@ -19,10 +18,12 @@ def register(add: Add) -> None:
         "--same-allocator", action="store_true", help="give the others megagpt's CPU allocator setting too"
     )
     sub.add_argument("--steps", type=count, default=5, help="measured steps in each round (5)")
-    sub.add_argument("--rounds", type=count, default=2, help="rounds, alternating between implementations (2)")
+    sub.add_argument(
+        "--rounds", type=count, default=2, help="number of rounds, alternating between implementations (2)"
+    )
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
-    sub = add("parity", _parity, "Compare every engine with one plain process, and measure what each holds in memory.")
+    sub = add("parity", _parity, "Compare every engine with one plain process, and measure the memory of each.")
     sub.add_argument(
         "--tables", default="fp32,bf16,memory", help="comma-separated: fp32, bf16, memory, crossings (the first three)"
     )
@@ -32,6 +33,8 @@ def register(add: Add) -> None:
 def _bench(arguments: argparse.Namespace) -> int:
     from megagpt.measure.steps import bench
 
+    names, arguments.overrides = split_words(arguments)
+    arguments.model = one_name(names, "preset, such as gpt2-124m")
     return bench(arguments)
 
 

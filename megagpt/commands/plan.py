@@ -1,27 +1,40 @@
-"""config, models: what a run will be."""
+"""config, models: what a run will be, and what can be set."""
 
 import argparse
 
-from megagpt.commands.options import Add, count
+from megagpt.commands.options import Add, add_config, config_of, count
 
 
 def register(add: Add) -> None:
-    sub = add("config", _config, "Show a resolved run and what is derived from it.")
-    sub.add_argument("config", metavar="CONFIG")
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
-    sub.add_argument("--ranks", type=count, default=1, help="world size to derive accumulation for (1)")
+    sub = add("config", _config, "Show a resolved run and what is derived from it, or explain the config's keys.")
+    add_config(sub)
+    sub.add_argument("--ranks", type=count, default=1, help="number of ranks to derive accumulation for (1)")
+    sub.add_argument(
+        "--keys", nargs="?", const="", metavar="WORD",
+        help="explain every key, or those with WORD in their name or text; needs no CONFIG",
+    )  # fmt: skip
 
     add("models", _models, "List the papers' sizes.")
 
 
 def _config(arguments: argparse.Namespace) -> int:
-    from megagpt.config_file import load_config, to_yaml
+    if arguments.keys is not None:
+        return _keys(arguments.keys)
+    from megagpt.config_file import to_yaml
     from megagpt.planning.summary import summarize
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = config_of(arguments)
     summary = summarize(config, arguments.ranks)
     print(to_yaml(config))
     print("\n".join(f"# {line}" for line in summary))
+    return 0
+
+
+def _keys(word: str) -> int:
+    from megagpt.config_keys import find_keys
+
+    for key in find_keys(word):
+        print("\n".join(key.lines()))
     return 0
 
 

@@ -1,7 +1,6 @@
 """sample: text from a model."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +9,6 @@ from megagpt.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-
-    from megagpt.models.gpt import GPT
 
 
 def register(add: Add) -> None:
@@ -25,34 +22,13 @@ def register(add: Add) -> None:
     sub.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass (1.0)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--stream", action="store_true", help="print tokens as they come, one continuation after another")
-    sub.add_argument("--slide", action="store_true", help="of a prompt longer than the context, keep the end")
+    sub.add_argument("--slide", action="store_true", help="keep the end of a prompt that is longer than the context")
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
-def _load_model(name: str) -> "GPT":
-    """The model of a GPT-2 folder, of a checkpoint, or of a run's newest whole one; fp32 on the CPU."""
-    import torch
-
-    from megagpt.checkpoints.folder import find_checkpoint
-    from megagpt.checkpoints.loading import read_weights
-    from megagpt.config_file import build_config
-    from megagpt.models.gpt import GPT
-    from megagpt.models.huggingface import is_pretrained, load_pretrained
-
-    folder = Path(name)
-    if not folder.is_dir():
-        raise UserError(f"{name}: no such folder")
-    if is_pretrained(folder):
-        return load_pretrained(folder)
-    found = find_checkpoint(folder)
-    with torch.device("meta"):
-        model = GPT(build_config(found.meta.config, str(found.path)).model)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    model.load_state_dict(read_weights(found, shapes), assign=True)
-    return model
-
-
 def _sample(arguments: argparse.Namespace) -> int:
+    from megagpt.checkpoints.loading import load_model
+    from megagpt.console import warn
     from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
     from megagpt.generation import generate
     from megagpt.world import join
@@ -69,7 +45,7 @@ def _sample(arguments: argparse.Namespace) -> int:
         if not holds:
             raise UserError(message)
     with join(arguments.device) as world:
-        model = _load_model(arguments.model).to(world.device).eval()
+        model = load_model(Path(arguments.model)).to(world.device).eval()
         context = model.config.context
         if model.config.vocab_size < VOCAB_SIZE:
             raise UserError(f"{arguments.model}: a vocabulary of {model.config.vocab_size} is not GPT-2's {VOCAB_SIZE}")
@@ -83,11 +59,11 @@ def _sample(arguments: argparse.Namespace) -> int:
                         f"the prompt has {len(tokens)} tokens, the model's context is {context}: "
                         f"shorten it, or let --slide keep its last {context}"
                     )
-                print(f"the prompt has {len(tokens)} tokens: its last {context} are used", file=sys.stderr)
+                warn(f"the prompt has {len(tokens)} tokens: its last {context} are used")
                 tokens = tokens[-context:]
             prompts.append(tokens)
         if max(map(len, prompts)) + arguments.max_tokens > context:
-            print(f"past the context of {context} tokens the window slides by half of it", file=sys.stderr)
+            warn(f"past the context of {context} tokens the window slides by half of it")
         settings: dict[str, Any] = {
             "temperature": arguments.temperature,
             "top_k": arguments.top_k,

@@ -1,4 +1,4 @@
-"""status: where a run is."""
+"""status: the progress of a run."""
 
 import argparse
 from pathlib import Path
@@ -7,16 +7,16 @@ from megagpt.commands.options import Add
 
 
 def register(add: Add) -> None:
-    sub = add("status", _status, "Where a run is: progress, speed, time to go, last checkpoint, restarts.")
+    sub = add("status", _status, "Show a run's progress, speed, time to go, last checkpoint and restarts.")
     sub.add_argument("run", metavar="RUN")
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from megagpt.commands.train import run_config
     from megagpt.config_file import load_config
+    from megagpt.training.run_folder import run_config
     from megagpt.training.status import status_lines
 
     run = Path(arguments.run)
-    for line in status_lines(run, load_config(run_config(run), [])):
+    for line in status_lines(run, load_config(run_config(run))):
         print(line)
     return 0

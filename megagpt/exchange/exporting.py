@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 
 from megagpt.checkpoints.checkpoint import CheckpointMeta, OpenCheckpoint
-from megagpt.checkpoints.loading import read_weights
-from megagpt.config_file import build_config
+from megagpt.checkpoints.loading import read_weights, saved_config
 from megagpt.data.tokenizer import END_OF_TEXT
 from megagpt.exchange.tokenizer_files import tokenizer_files
 from megagpt.models.huggingface import export
@@ -20,7 +19,7 @@ def export_checkpoint(checkpoint: OpenCheckpoint, folder: str | Path, shard_byte
     """Write the folder, one safetensors file in memory at a time. Raises UserError if `transformers` has no such model,
     the checkpoint is incomplete or corrupt, or the folder is not empty."""
     meta = checkpoint.meta
-    model = build_config(meta.config, str(checkpoint.path / "meta.json")).model
+    model = saved_config(checkpoint).model
     files = {
         **tokenizer_files(model.context),
         "generation_config.json": json.dumps(_GENERATION, indent=2) + "\n",

@@ -50,6 +50,7 @@ def tokenizer_files(context: int) -> dict[str, str]:
     }
 
 
+@functools.cache
 def _merges() -> list[tuple[bytes, bytes]]:
     """The pair that each token of more than one byte is merged from, in the order of the merges: byte-pair encoding
     with all earlier merges leaves this pair of the token."""

@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from megagpt.config_marks import Free, Recipe, Shape
 from megagpt.errors import UserError, did_you_mean
 
 SECTION = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
@@ -20,24 +21,24 @@ SECTION = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 class ModelConfig:
     """The shape of a GPT. Every count below follows from these fields alone."""
 
-    layers: int = Field(gt=0)
+    layers: Shape[int] = Field(gt=0)
     """Transformer blocks."""
-    width: int = Field(gt=0)
+    width: Shape[int] = Field(gt=0)
     """Residual stream, d_model. The MLP is 4 times as wide."""
-    heads: int = Field(gt=0)
+    heads: Shape[int] = Field(gt=0)
     """Attention heads, each width / heads wide."""
-    context: int = Field(gt=0)
+    context: Shape[int] = Field(gt=0)
     """Longest sequence in tokens, n_ctx."""
-    vocab_size: int = Field(default=50257, gt=0)
+    vocab_size: Shape[int] = Field(default=50257, gt=0)
     """Token ids in use: GPT-2's 50,000 merges, 256 bytes and the end-of-text token."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    dropout: Recipe[float] = Field(default=0.0, ge=0.0, lt=1.0)
     """Probability at the embedding, the attention weights and both residual branches. The GPT-3 paper gives none."""
-    attention: Literal["dense", "banded"] = "dense"
+    attention: Shape[Literal["dense", "banded"]] = "dense"
     """dense: every layer sees the whole past. banded: odd layers see the last `window` tokens only. The GPT-3 paper
     alternates the two without naming layers or width, so the band is this project's own choice."""
-    window: int = Field(default=256, gt=0)
+    window: Shape[int] = Field(default=256, gt=0)
     """Band width of banded layers in tokens, the token itself included."""
-    preset: str = ""
+    preset: Free[str] = ""
     """Preset from which the fields above were taken; empty for a custom shape."""
 
     def __post_init__(self) -> None:

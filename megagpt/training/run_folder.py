@@ -27,6 +27,14 @@ def run_folder(config: Config) -> Path:
     return Path(config.run.folder) / config.run.name
 
 
+def run_config(run: str | Path) -> str:
+    """The path of the config in a run's folder. Raises UserError if it is not a run's folder."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run}: not a run's folder (no config.yaml in it)")
+    return str(path)
+
+
 def holds_run(run: Path) -> bool:
     """Whether something of a run is there already."""
     return any(path.exists() for path in (run / "config.yaml", log_path(run), run / "checkpoints"))

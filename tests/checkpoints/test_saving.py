@@ -417,7 +417,7 @@ def save_and_load(folder: str, names: list[str]) -> dict[str, tuple[int, int]]:
 def test_memory_grows_by_a_few_of_the_largest_parameters(tmp_path: Path) -> None:
     """Not by a rank's share of the state, which is more than 40 of them here, nor by the whole model."""
     names = ["ddp", "fsdp", "zero-1", "zero-2", "zero-3"]
-    share = 12 * large_config("ddp").model.stored_parameters // 2
+    share = large_config("ddp").model.checkpoint_bytes // 2
     assert share > 40 * LARGEST
     for grown in run_ranks(2, save_and_load, str(tmp_path), names):
         for name, (written, read) in grown.items():

@@ -1,4 +1,4 @@
-"""Which nodes are fit, by what they say of themselves; and what is made of nodes that say nothing, or nonsense."""
+"""Which nodes are fit, judged by their reports; and nodes that report nothing, or print nonsense."""
 
 import json
 import shlex
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megagpt.cluster import preflight as room
-from megagpt.cluster.preflight import judge, preflight
+from megagpt.cluster import preflight as module
+from megagpt.cluster.preflight import find_problems, preflight
 from megagpt.errors import ExpectedError
 
 PORT = 20123
@@ -45,7 +45,7 @@ def names(count: int) -> list[str]:
 
 
 def fit(nodes: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Facts and collectives of nodes that are fit, with drivers on their GPUs."""
+    """Facts and collectives of fit nodes, with drivers on their GPUs."""
     facts = {
         node: {
             "head": "", "port": "", "folder": "", "versions": {"python": "3.11.9", "torch": "2.13.0"},
@@ -57,86 +57,86 @@ def fit(nodes: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     return facts, {node: {"seconds": 0.1, "bytes": 2**28} for node in nodes}
 
 
-def judged(nodes: list[str], facts: dict[str, Any], collectives: dict[str, Any]) -> dict[str, str]:
-    return judge(nodes, GPUS, PORT, facts, collectives)
+def problems_of(nodes: list[str], facts: dict[str, Any], collectives: dict[str, Any]) -> dict[str, str]:
+    return find_problems(nodes, GPUS, PORT, facts, collectives)
 
 
 @pytest.mark.parametrize("count", range(1, 7))
-def test_nodes_that_are_fit_have_no_problem(count: int) -> None:
-    assert judged(names(count), *fit(names(count))) == {}
+def test_fit_nodes_have_no_problem(count: int) -> None:
+    assert problems_of(names(count), *fit(names(count))) == {}
 
 
 def test_one_node_needs_no_collective() -> None:
     facts, _ = fit(["n0"])
-    assert judged(["n0"], facts, {}) == {}
+    assert problems_of(["n0"], facts, {}) == {}
 
 
 def test_nodes_without_gpus_are_fit_for_a_run_on_cpus() -> None:
     facts, collectives = fit(names(2))
     for found in facts.values():
         found["gpus"] = None
-    assert judge(names(2), 0, PORT, facts, collectives) == {}
+    assert find_problems(names(2), 0, PORT, facts, collectives) == {}
 
 
 @pytest.mark.parametrize("kind", BREAKS)
 @pytest.mark.parametrize("count", range(2, 7))
-def test_the_node_that_is_broken_is_named_and_no_other(kind: str, count: int) -> None:
+def test_only_the_broken_node_is_named(kind: str, count: int) -> None:
     nodes = names(count)
     for node in nodes:
         facts, collectives = fit(nodes)
         BREAKS[kind](facts[node], collectives[node])
-        problems = judged(nodes, facts, collectives)
+        problems = problems_of(nodes, facts, collectives)
         assert list(problems) == [node]
         for part in SAYS[kind]:
             assert part in problems[node]
 
 
 @pytest.mark.parametrize("count", range(2, 7))
-def test_the_node_that_does_not_answer_is_named_and_no_other(count: int) -> None:
-    """Without it no other one's collective ends."""
+def test_only_the_node_that_does_not_answer_is_named(count: int) -> None:
+    """Without it no collective ends."""
     nodes = names(count)
     for node in nodes:
         facts, _ = fit(nodes)
         del facts[node]
-        assert judged(nodes, facts, {}) == {node: "no answer"}
+        assert problems_of(nodes, facts, {}) == {node: "no answer"}
 
 
 @pytest.mark.parametrize("count", range(3, 7))
-def test_the_node_whose_version_differs_is_named_and_no_other(count: int) -> None:
+def test_only_the_node_with_another_version_is_named(count: int) -> None:
     nodes = names(count)
     for node in nodes:
         facts, collectives = fit(nodes)
         facts[node]["versions"] = {"python": "3.11.9", "torch": "2.12.1"}
-        assert judged(nodes, facts, collectives) == {node: "torch 2.12.1 where others have 2.13.0"}
+        assert problems_of(nodes, facts, collectives) == {node: "torch 2.12.1 and other nodes have 2.13.0"}
 
 
 @pytest.mark.parametrize("late", [-6.0, -4.0, 0.0, 4.0, 6.0])
 def test_a_clock_may_be_five_seconds_off(late: float) -> None:
     facts, collectives = fit(names(2))
     facts["n1"]["time"] += late
-    assert list(judged(names(2), facts, collectives)) == (["n1"] if abs(late) > 5 else [])
+    assert list(problems_of(names(2), facts, collectives)) == (["n1"] if abs(late) > 5 else [])
 
 
-def test_where_no_version_has_the_majority_the_head_nodes_is_right() -> None:
-    """Many times: a choice by hashes is right half of the time."""
+def test_without_a_majority_the_head_nodes_version_counts() -> None:
+    """Repeated, because a choice by hashes is right half of the time."""
     for number in range(20):
         facts, collectives = fit(names(2))
         facts["n1"]["versions"] = {"python": "3.11.9", "torch": f"2.12.{number}"}
-        assert list(judged(names(2), facts, collectives)) == ["n1"]
+        assert list(problems_of(names(2), facts, collectives)) == ["n1"]
 
 
-def test_the_node_whose_collective_never_ended_is_named_and_no_other() -> None:
+def test_only_the_node_whose_collective_never_ended_is_named() -> None:
     facts, collectives = fit(names(3))
     del collectives["n1"]
-    assert judged(names(3), facts, collectives) == {"n1": "the all-reduce failed: did not end"}
+    assert problems_of(names(3), facts, collectives) == {"n1": "the all-reduce failed: did not end"}
 
 
-def test_each_of_several_broken_nodes_is_named_with_its_own_reason() -> None:
+def test_each_broken_node_is_named_with_its_own_reason() -> None:
     facts, collectives = fit(names(4))
     facts["n1"]["folder"] = "FileNotFoundError: x"
     facts["n3"]["gpus"]["count"] = 4
     del facts["n2"]
-    problems = judged(names(4), facts, collectives)
+    problems = problems_of(names(4), facts, collectives)
     assert list(problems) == ["n1", "n2", "n3"]
     assert "FileNotFoundError" in problems["n1"]
     assert problems["n2"] == "no answer"
@@ -144,9 +144,10 @@ def test_each_of_several_broken_nodes_is_named_with_its_own_reason() -> None:
 
 
 class Srun:
-    """A fake srun that prints what nodes would, each line with its task's number, as --label has it."""
+    """A fake srun that prints lines of nodes, each with its task's number, as with --label."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
         self.folder, self.script = folder, folder / "bin" / "srun"
         self.logs = folder / "logs"
         self.script.parent.mkdir()
@@ -174,7 +175,8 @@ class Srun:
     def ask(self, nodes: list[str], seconds: float = 30) -> None:
         self.script.write_text("\n".join(self.lines) + "\n")
         self.script.chmod(0o755)
-        preflight(nodes, GPUS, self.logs, PORT, self.said.append, seconds)
+        preflight(nodes, GPUS, self.logs, PORT, seconds)
+        self.said = self.capsys.readouterr().out.splitlines()
 
     def refusal(self, nodes: list[str], seconds: float = 30) -> list[str]:
         """The lines that name nodes."""
@@ -185,11 +187,11 @@ class Srun:
 
 
 @pytest.fixture
-def srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Srun:
-    return Srun(tmp_path, monkeypatch)
+def srun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Srun:
+    return Srun(tmp_path, monkeypatch, capsys)
 
 
-def test_fit_nodes_are_said_with_the_slowest_ones_speed(srun: Srun) -> None:
+def test_fit_nodes_are_printed_with_the_slowest_speed(srun: Srun) -> None:
     for node in names(2):
         srun.facts(node)
     srun.collective("n0")
@@ -215,7 +217,7 @@ def test_one_node_alone_is_fit_without_a_collective(srun: Srun) -> None:
     assert srun.said == ["1 node(s) are fit: n0"]
 
 
-def test_nodes_that_never_answer_are_named_when_the_time_is_over(srun: Srun) -> None:
+def test_nodes_that_never_answer_are_named_after_the_timeout(srun: Srun) -> None:
     srun.facts("n0")
     srun.lines.append("exec sleep 60")
     began = time.monotonic()
@@ -225,7 +227,7 @@ def test_nodes_that_never_answer_are_named_when_the_time_is_over(srun: Srun) -> 
     assert "--exclude" in srun.message
 
 
-def test_nodes_that_do_not_answer_are_named_at_once_when_srun_ends(srun: Srun) -> None:
+def test_silent_nodes_are_named_at_once_when_srun_ends(srun: Srun) -> None:
     srun.says("slurm_load: note\nsrun: error: Task launch for StepId=7.0 failed on node n1: out of order", stream=2)
     srun.facts("n0")
     began = time.monotonic()
@@ -234,7 +236,7 @@ def test_nodes_that_do_not_answer_are_named_at_once_when_srun_ends(srun: Srun) -
     assert "srun said: srun: error: Task launch for StepId=7.0 failed on node n1: out of order" in srun.message
 
 
-def test_the_last_words_of_a_node_that_does_not_answer_are_said(srun: Srun) -> None:
+def test_the_last_line_of_a_silent_node_is_printed(srun: Srun) -> None:
     srun.facts("n0")
     srun.node_says("n1", "Traceback (most recent call last):", stream=2)
     srun.node_says("n1", "ModuleNotFoundError: No module named 'torch'", stream=2)
@@ -260,10 +262,8 @@ def test_a_collective_that_fails_on_one_node_names_it(srun: Srun) -> None:
     assert srun.refusal(names(3)) == ["n1: the all-reduce failed: DistBackendError: NCCL error: unhandled system error"]
 
 
-def test_a_collective_that_never_ends_is_named_when_its_time_is_over(
-    srun: Srun, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(room, "_COLLECTIVE_SECONDS", 0.5)
+def test_an_endless_collective_is_named_after_its_timeout(srun: Srun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_COLLECTIVE_SECONDS", 0.5)
     for node in names(2):
         srun.facts(node)
     srun.collective("n0")
@@ -278,7 +278,7 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("line", GARBAGE, ids=repr)
-def test_lines_that_are_no_facts_are_passed_over(line: str, srun: Srun) -> None:
+def test_lines_of_other_programs_are_ignored(line: str, srun: Srun) -> None:
     """A prolog, a library or a shell's start-up file may print."""
     for node in names(2):
         srun.node_says(node, line)
@@ -288,7 +288,7 @@ def test_lines_that_are_no_facts_are_passed_over(line: str, srun: Srun) -> None:
     assert len(srun.said) == 1
 
 
-def test_bytes_that_are_no_text_are_passed_over(srun: Srun) -> None:
+def test_bytes_that_are_not_text_are_ignored(srun: Srun) -> None:
     for node in names(2):
         srun.lines.append(r"printf '0: \377\376\n'")
         srun.facts(node)
@@ -297,7 +297,7 @@ def test_bytes_that_are_no_text_are_passed_over(srun: Srun) -> None:
     assert len(srun.said) == 1
 
 
-def test_a_flood_of_complaints_does_not_block_the_answers(srun: Srun) -> None:
+def test_a_flood_of_warnings_does_not_block_the_answers(srun: Srun) -> None:
     srun.lines.append("yes 'srun: a warning that is repeated' | head -n 20000 >&2")
     for node in names(2):
         srun.facts(node)
@@ -306,17 +306,17 @@ def test_a_flood_of_complaints_does_not_block_the_answers(srun: Srun) -> None:
     assert len(srun.said) == 1
 
 
-def test_a_node_that_writes_elsewhere_is_named(srun: Srun) -> None:
-    """It could write, and read a file of the head's name, on a disk of its own."""
+def test_a_node_with_another_disk_is_named(srun: Srun) -> None:
+    """Its run folder is on a disk of its own, on which it can write and read."""
     for node in names(2):
         srun.facts(node, mark=node == "n0")
         srun.collective(node)
     (line,) = srun.refusal(names(2))
     assert line.startswith("n1: ")
-    assert "run.folder must be one that all nodes share" in line
+    assert "run.folder must be shared by all nodes" in line
 
 
-def test_a_clock_is_compared_when_the_answer_arrives(srun: Srun) -> None:
+def test_clocks_are_compared_when_the_answer_arrives(srun: Srun) -> None:
     srun.facts("n0")
     srun.facts("n1", time=time.time() - 3600)
     (line,) = srun.refusal(names(2))
@@ -324,7 +324,7 @@ def test_a_clock_is_compared_when_the_answer_arrives(srun: Srun) -> None:
     assert line.endswith(" s behind the head node's")
 
 
-def test_a_refusal_leaves_no_marks_behind(srun: Srun) -> None:
+def test_a_refusal_leaves_no_files(srun: Srun) -> None:
     srun.facts("n0")
     srun.facts("n1", port="OSError: taken")
     srun.refusal(names(2))

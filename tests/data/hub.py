@@ -12,7 +12,7 @@ REPOSITORY = "someone/small-edu"
 
 
 class Hub(ThreadingHTTPServer):
-    """The part of the hub that streaming a parquet data set needs."""
+    """The part of the hub's protocol that streaming a parquet data set needs."""
 
     daemon_threads = True
 
@@ -20,15 +20,15 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files = files
         self.held = ""
-        """A file of this name is not given out until `released`."""
+        """The file with this name is not sent until `released`."""
         self.lost = ""
-        """A file of this name is listed, and not to be had."""
+        """The file with this name is listed, but cannot be read."""
         self.released = threading.Event()
         self.asked = threading.Event()
-        """Somebody waits for the held file."""
+        """Set when a client waits for the held file."""
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that was killed does not read its answer: no noise about that."""
+        """Print nothing about a killed client that did not read its answer."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
@@ -81,7 +81,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.path.startswith(f"/api/datasets/{REPOSITORY}/paths-info/"):
             self.absent("RepoNotFound")
             return
-        # A form or JSON, by version of the client.
+        # A form or JSON, depending on the client's version.
         wanted = [
             path for path in self.entries() if path.encode() in asked or path.replace("/", "%2F").encode() in asked
         ]

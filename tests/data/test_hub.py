@@ -93,7 +93,7 @@ def expected(tmp_path: Path, data_files: dict[str, bytes]) -> dict[str, bytes]:
     return shards(tmp_path / "expected")
 
 
-# The command line with batches and a journal that suit so small a corpus.
+# The command line with batches and a journal for a small corpus.
 _PROGRAM = """
 import sys
 from megagpt.data import prepare, sources
@@ -104,7 +104,7 @@ sys.exit(main())
 """
 
 
-# Reads on from every cursor, as other processes would: the cursors have been through JSON.
+# Resumes at every cursor, which has been through JSON as between processes.
 _CURSORS = """
 import json, sys
 from megagpt.data import sources
@@ -146,7 +146,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def kill_at(hub: Hub, name: str, home: Path, out: Path) -> int:
-    """Start, kill when that file is asked for and what comes before it is journalled; the documents journalled."""
+    """Start, and kill when the hub is asked for file `name`; returns the documents journalled by then."""
     hub.hold(name)
     process = start(hub, home, out, "--subset", "sample-10BT")
     documents = 0
@@ -164,14 +164,14 @@ def kill_at(hub: Hub, name: str, home: Path, out: Path) -> int:
     return documents
 
 
-def test_equals_the_same_files_read_locally(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
+def test_hub_files_give_the_bytes_of_local_files(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
     out = tmp_path / "out"
     code, err = finish(start(hub, tmp_path / "home", out, "--subset", "sample-10BT"))
     assert (code, err) == (0, "")
     assert shards(out) == expected
 
 
-def test_every_cursor(hub: Hub, tmp_path: Path) -> None:
+def test_reading_resumes_at_every_cursor(hub: Hub, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _CURSORS, REPOSITORY, "4000"],
         env=environment_of(hub, tmp_path / "home"),
@@ -189,20 +189,20 @@ def test_every_cursor(hub: Hub, tmp_path: Path) -> None:
         assert rest == DOCUMENTS[read:]
 
 
-def test_killed_in_the_middle(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
+def test_a_killed_preparation_resumes(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
     out = tmp_path / "out"
     documents = kill_at(hub, FILES[2], tmp_path / "home", out)
     assert 0 < documents < len(DOCUMENTS)
     with pytest.raises(UserError, match="not finished"):
         open_stream(out, "train")
-    # A fresh home: nothing that the first start has cached is needed.
+    # A new home: the second process needs nothing that the first has cached.
     code, err = finish(start(hub, tmp_path / "home2", out, "--subset", "sample-10BT"))
     assert (code, err) == (0, "")
     assert shards(out) == expected
 
 
-def test_a_data_set_that_changes_between_two_starts(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
-    """The documents of two revisions must not be mixed: go on with the first, or refuse."""
+def test_two_revisions_of_a_data_set_are_never_mixed(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    """The preparation resumes with the first revision, or refuses."""
     out = tmp_path / "out"
     assert kill_at(hub, FILES[2], tmp_path / "home", out) > 0
     hub.files = hub.files | {FILES[2]: parquet([f"revised {i}" for i in range(200)])}
@@ -225,7 +225,9 @@ def test_a_data_set_that_changes_between_two_starts(hub: Hub, tmp_path: Path, ex
     ],
     ids=["repository", "subset", "split", "column", "not text"],
 )
-def test_what_is_not_there(hub: Hub, tmp_path: Path, name: str, options: list[str], words: list[str]) -> None:
+def test_missing_names_and_columns_are_one_line(
+    hub: Hub, tmp_path: Path, name: str, options: list[str], words: list[str]
+) -> None:
     code, err = finish(start(hub, tmp_path / "home", tmp_path / "out", *options, name=name))
     assert code == 2, err
     assert len(err.splitlines()) == 1, err
@@ -235,7 +237,7 @@ def test_what_is_not_there(hub: Hub, tmp_path: Path, name: str, options: list[st
 
 
 @pytest.mark.parametrize("broken", ["lost", "corrupt"])
-def test_a_file_that_breaks_off_the_stream(hub: Hub, tmp_path: Path, broken: str) -> None:
+def test_a_lost_or_corrupt_file_is_one_line(hub: Hub, tmp_path: Path, broken: str) -> None:
     out, whole = tmp_path / "out", hub.files[FILES[2]]
     if broken == "lost":
         hub.lost = FILES[2]

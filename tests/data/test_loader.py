@@ -178,7 +178,7 @@ def test_validation_never_repeats_a_sequence(pairs: list[tuple[int, int]], token
 
 @given(weights=st.lists(st.integers(1, 60), min_size=2, max_size=9), parts=st.integers(1, 20))
 @settings(max_examples=200, deadline=None)
-def test_validation_stops_before_sources_that_end_together_repeat(weights: list[int], parts: int) -> None:
+def test_validation_stops_before_any_of_several_sources_repeats(weights: list[int], parts: int) -> None:
     """Sizes in proportion to the weights: one sequence too many of any source would be a repeated one."""
     check_validation([max(2, parts * weight * CONTEXT // 4) for weight in weights], weights, 10**12)
 

@@ -26,7 +26,7 @@ def test_every_document_comes_once_and_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val_fraction: float, shard_tokens: int
 ) -> None:
     monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 2000)
-    texts = make_documents(300)
+    texts = make_documents(150)
     source = open_source(str(write_corpus(tmp_path / "a.jsonl", texts)))
     manifest = prepare(source, tmp_path / "out", val_fraction=val_fraction, shard_tokens=shard_tokens)
     texts = [text for text in texts if text]

@@ -34,26 +34,32 @@ def make_corpus(folder: Path, documents: int, shard_tokens: int, val_fraction: f
 
 
 def split_tokens(folder: Path, split: str) -> np.ndarray:
-    """The split as numpy reads it, without this package's code."""
+    """The split, read by numpy alone."""
     files = sorted(p for p in folder.glob(f"{split}_*.npy") if not p.name.endswith(".crc32.npy"))
     return np.concatenate([np.load(p) for p in files]) if files else np.empty(0, np.uint16)
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of several blocks each, the last block of each partly filled."""
+    """Shards of several blocks each, the last of them partly filled."""
     return make_corpus(tmp_path_factory.mktemp("large"), documents=7000, shard_tokens=2 * BLOCK_TOKENS + 1000)
 
 
 @pytest.fixture(scope="module")
+def large_tokens(large: Path) -> np.ndarray:
+    """The large corpus's training tokens, read by numpy."""
+    return split_tokens(large, "train")
+
+
+@pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few hundred tokens in a few shards: small enough to damage every byte of it."""
+    """A few hundred tokens in a few shards: small enough to corrupt every byte."""
     return make_corpus(tmp_path_factory.mktemp("small"), documents=12, shard_tokens=200, val_fraction=0.2)
 
 
 @pytest.fixture
 def copy(small: Path, tmp_path: Path) -> Path:
-    """The small corpus, to be damaged."""
+    """A copy of the small corpus, for a test to corrupt."""
     return Path(shutil.copytree(small, tmp_path / "copy"))
 
 
@@ -73,8 +79,8 @@ def test_shards_are_plain_npy_files(large: Path) -> None:
 
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
-def test_reads_equal_the_concatenation(large: Path, data: st.DataObject) -> None:
-    stream, expected = open_stream(large, "train"), split_tokens(large, "train")
+def test_reads_equal_the_concatenation(large: Path, large_tokens: np.ndarray, data: st.DataObject) -> None:
+    stream, expected = open_stream(large, "train"), large_tokens
     assert stream.tokens == len(expected)
     shard = 2 * BLOCK_TOKENS + 1000
     edges = [e + b for e in range(0, len(expected), shard) for b in (0, BLOCK_TOKENS, 2 * BLOCK_TOKENS)]
@@ -89,9 +95,9 @@ def test_reads_equal_the_concatenation(large: Path, data: st.DataObject) -> None
     assert np.array_equal(result, expected[start:end])
 
 
-def test_one_stream_many_reads(large: Path) -> None:
-    """As a run does it: the same stream, forth and back."""
-    stream, expected = open_stream(large, "train"), split_tokens(large, "train")
+def test_one_stream_serves_many_reads(large: Path, large_tokens: np.ndarray) -> None:
+    """As in a run: the same stream, back and forth."""
+    stream, expected = open_stream(large, "train"), large_tokens
     draw = random.Random(0)
     for _ in range(200):
         start = draw.randrange(len(expected) - 1025)
@@ -100,19 +106,19 @@ def test_one_stream_many_reads(large: Path) -> None:
     assert np.array_equal(stream.read(stream.tokens - 1, 1), expected[-1:])
 
 
-def test_fingerprint_tells_corpora_apart(small: Path, large: Path, copy: Path) -> None:
+def test_fingerprints_tell_corpora_and_splits_apart(small: Path, large: Path, copy: Path) -> None:
     assert open_stream(small, "train").fingerprint == open_stream(copy, "train").fingerprint
     prints = [open_stream(folder, split).fingerprint for folder in (small, large) for split in ("train", "val")]
     assert len(set(prints)) == 4
 
 
-def test_a_split_that_is_absent(tmp_path: Path) -> None:
+def test_an_absent_validation_split_has_no_tokens(tmp_path: Path) -> None:
     folder = make_corpus(tmp_path, documents=5, shard_tokens=1000, val_fraction=0.0)
     assert open_stream(folder, "val").tokens == 0
     assert open_stream(folder, "train").tokens == len(split_tokens(folder, "train")) > 0
 
 
-def test_no_corpus(tmp_path: Path) -> None:
+def test_folders_without_shards_are_refused_by_name(tmp_path: Path) -> None:
     for action in (lambda: open_stream(tmp_path / "no", "train"), lambda: verify(tmp_path / "no")):
         assert str(tmp_path / "no") in error_of(action)
     assert str(tmp_path) in error_of(lambda: open_stream(tmp_path, "train"))
@@ -122,17 +128,17 @@ def test_no_corpus(tmp_path: Path) -> None:
     assert str(tmp_path / "file") in error_of(lambda: verify(tmp_path / "file"))
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
+# --- corrupt files ---------------------------------------------------------------------------------------------------
 
 
-def test_verify_counts_what_is_whole(small: Path, large: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_counts_every_token(small: Path, large: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in (small, large):
         assert verify(folder) == len(split_tokens(folder, "train")) + len(split_tokens(folder, "val"))
     assert main(["verify", str(small)]) == 0
     assert f"{verify(small):,} tokens" in capsys.readouterr().out
 
 
-def test_verify_of_a_damaged_folder_exits_with_two(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_of_a_corrupt_folder_exits_with_two(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard = copy / "train_00001.npy"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
     assert main(["verify", str(copy)]) == 2
@@ -143,7 +149,7 @@ def test_verify_of_a_damaged_folder_exits_with_two(copy: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("name", ["train_00000.npy", "train_00001.npy", "val_00000.npy"])
 @pytest.mark.parametrize("change", [-1, -2, -300, 1, 2, "empty", "gone"])
-def test_wrong_size(copy: Path, name: str, change: int | str) -> None:
+def test_a_shard_of_the_wrong_size_is_refused(copy: Path, name: str, change: int | str) -> None:
     path = copy / name
     data = path.read_bytes()
     if change == "gone":
@@ -157,7 +163,7 @@ def test_wrong_size(copy: Path, name: str, change: int | str) -> None:
 
 
 @pytest.mark.parametrize("change", ["cut", "empty", "gone", "zeros", "other shard's", "longer"])
-def test_damaged_checksum_file(copy: Path, change: str) -> None:
+def test_a_corrupt_checksum_file_is_refused(copy: Path, change: str) -> None:
     path = copy / "train_00001.crc32.npy"
     data = path.read_bytes()
     others = (copy / "train_00000.crc32.npy").read_bytes()
@@ -166,7 +172,7 @@ def test_damaged_checksum_file(copy: Path, change: str) -> None:
     )
     if change == "gone":
         path.unlink()
-    # The shard cannot be trusted any more; either file's name leads to it.
+    # The message may name the shard or its checksum file.
     assert str(copy / "train_00001") in error_of(lambda: verify(copy))
     assert str(copy / "train_00001") in error_of(lambda: open_stream(copy, "train").read(0, 300))
 
@@ -193,14 +199,19 @@ def test_every_read_checks_what_it_touches(large: Path, tmp_path: Path) -> None:
         assert str(path) in error_of(lambda start=start, count=count: stream.read(start, count))  # type: ignore[misc]
 
 
+# Of the bytes of a file, the quick suite corrupts every fifth one, the slow suite each one.
+EVERY = [5, pytest.param(1, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("every", EVERY)
 @pytest.mark.parametrize("name", ["train_00001.npy", "val_00000.npy", "train_00001.crc32.npy", "manifest.json"])
-def test_verify_finds_a_flipped_bit_anywhere(copy: Path, name: str) -> None:
+def test_verify_finds_a_flipped_bit_anywhere(copy: Path, name: str, every: int) -> None:
     path = copy / name
     data = path.read_bytes()
     draw = random.Random(0)
     missed: list[tuple[int, int, bytes]] = []
     unnamed: list[str] = []
-    for place in range(len(data)):
+    for place in range(0, len(data), every):
         bit = draw.randrange(8)
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
         try:
@@ -213,15 +224,16 @@ def test_verify_finds_a_flipped_bit_anywhere(copy: Path, name: str) -> None:
     assert not unnamed
 
 
+@pytest.mark.parametrize("every", EVERY)
 @pytest.mark.parametrize("name", ["train_00001.npy", "train_00001.crc32.npy", "manifest.json"])
-def test_reading_after_a_flipped_bit_is_right_or_refused(small: Path, copy: Path, name: str) -> None:
-    """Without `verify`: no other tokens, and no other exception, than there would be."""
+def test_reading_after_a_flipped_bit_is_right_or_refused(small: Path, copy: Path, name: str, every: int) -> None:
+    """Without `verify`: the same tokens or a UserError, nothing else."""
     expected = read_all(small)
     path = copy / name
     data = path.read_bytes()
     draw = random.Random(0)
     refused = 0
-    for place in range(0, len(data), 2):
+    for place in range(0, len(data), every):
         bit = draw.randrange(8)
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
         try:
@@ -231,10 +243,11 @@ def test_reading_after_a_flipped_bit_is_right_or_refused(small: Path, copy: Path
     assert refused
 
 
-def test_headers_of_checksum_files(copy: Path) -> None:
+@pytest.mark.parametrize("every", EVERY)
+def test_verify_finds_a_flipped_bit_in_a_checksum_header(copy: Path, every: int) -> None:
     path = copy / "train_00001.crc32.npy"
     data = path.read_bytes()
-    for place in range(128):
+    for place in range(0, 128, every):
         for bit in (0, 2, 5):
             path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
             assert str(copy / "train_00001") in error_of(lambda: verify(copy))
@@ -244,7 +257,7 @@ def test_headers_of_checksum_files(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("NAME", "gpt2-de"), ("RANKS_SHA256", "0" * 64)])
-def test_shards_of_another_tokenizer(tmp_path: Path, name: str, value: str) -> None:
+def test_shards_of_another_tokenizer_are_refused(tmp_path: Path, name: str, value: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, name, value)
         folder = make_corpus(tmp_path, documents=5, shard_tokens=1000)
@@ -254,7 +267,7 @@ def test_shards_of_another_tokenizer(tmp_path: Path, name: str, value: str) -> N
         assert "tokenizer" in message
 
 
-def test_shards_of_another_format(tmp_path: Path) -> None:
+def test_shards_of_another_format_are_refused(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(megagpt.data.prepare, "FORMAT", "megagpt-shards-99")
         folder = make_corpus(tmp_path, documents=5, shard_tokens=1000)
@@ -266,7 +279,7 @@ def test_shards_of_another_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '"x"', "{}", '{"format": "megagpt-shards-1"}', "\udcff"], ids=repr
 )
-def test_manifest_that_cannot_be_read(copy: Path, text: str) -> None:
+def test_an_unreadable_manifest_is_refused(copy: Path, text: str) -> None:
     path = copy / "manifest.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     assert str(path) in error_of(lambda: open_stream(copy, "train"))
@@ -287,15 +300,15 @@ def test_manifest_that_cannot_be_read(copy: Path, text: str) -> None:
         ("splits", {"train": {"shards": [{"file": "train_00000.npy"}]}, "val": {"shards": []}}),
     ],
 )
-def test_manifest_with_a_wrong_value(copy: Path, key: str, value: object) -> None:
+def test_a_manifest_with_a_wrong_value_is_refused(copy: Path, key: str, value: object) -> None:
     path = copy / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     assert str(copy) in error_of(lambda: open_stream(copy, "train"))
     assert str(copy) in error_of(lambda: verify(copy))
 
 
-def test_a_lost_manifest_is_not_a_foreign_corpus(copy: Path) -> None:
-    """Without it, checksum files must not be taken for tokens."""
+def test_checksum_files_are_never_taken_for_tokens(copy: Path) -> None:
+    """Even if the manifest is lost."""
     expected = split_tokens(copy, "train").tolist()
     (copy / "manifest.json").unlink()
     try:

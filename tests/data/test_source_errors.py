@@ -44,7 +44,7 @@ from tests.data.writers import (
     ],
     ids=lambda value: value[:20].decode(errors="replace") if isinstance(value, bytes) else "",
 )
-def test_bad_lines(tmp_path: Path, ending: str, line: bytes, words: list[str]) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, ending: str, line: bytes, words: list[str]) -> None:
     data = jsonl(DOCUMENTS[:3]) + b"\n" + line + b"\n" + jsonl(DOCUMENTS)
     path = tmp_path / f"corpus{ending}"
     compress = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(path.suffix, bytes)
@@ -54,7 +54,7 @@ def test_bad_lines(tmp_path: Path, ending: str, line: bytes, words: list[str]) -
         assert word in message
 
 
-def test_absurdly_nested_json_is_a_bad_line_too(tmp_path: Path) -> None:
+def test_absurdly_nested_json_is_a_bad_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(DOCUMENTS[:3]) + b"[" * 200_000 + b"\n")
     assert f"{path} line 4:" in error_of(path)
@@ -71,7 +71,7 @@ def test_the_documents_before_a_bad_line_are_kept(tmp_path: Path, monkeypatch: p
     assert found == DOCUMENTS[:3]
 
 
-def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+def test_a_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("good")
     path = tmp_path / "latin.txt"
     path.write_bytes("naïve".encode("latin-1"))
@@ -82,8 +82,10 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lost", [1, 5, 100, "half", "all but 3"])
 @pytest.mark.parametrize("write", [write_gz, write_zst])
-def test_truncated_compression(tmp_path: Path, write: Callable[[Path, list[str]], Path], lost: int | str) -> None:
-    """Of a download that broke off, the documents that are there must not pass for the whole."""
+def test_truncated_compression_is_refused(
+    tmp_path: Path, write: Callable[[Path, list[str]], Path], lost: int | str
+) -> None:
+    """The first part of a file must not pass for the whole."""
     path = write(tmp_path / "corpus", DOCUMENTS)
     data = path.read_bytes()
     left = {"half": len(data) // 2, "all but 3": 3}.get(lost) if isinstance(lost, str) else len(data) - lost
@@ -94,15 +96,15 @@ def test_truncated_compression(tmp_path: Path, write: Callable[[Path, list[str]]
 
 
 @pytest.mark.parametrize("write", [write_gz, write_zst])
-def test_damaged_compression(tmp_path: Path, write: Callable[[Path, list[str]], Path]) -> None:
+def test_corrupt_compression_is_refused(tmp_path: Path, write: Callable[[Path, list[str]], Path]) -> None:
     path = write(tmp_path / "corpus", DOCUMENTS)
     data = path.read_bytes()
-    for damaged in (b"\0" * 100 + data[100:], b"garbage", data + b"garbage"):
-        path.write_bytes(damaged)
+    for corrupt in (b"\0" * 100 + data[100:], b"garbage", data + b"garbage"):
+        path.write_bytes(corrupt)
         assert str(path) in error_of(path)
 
 
-def test_compression_with_checksum_finds_a_flipped_byte(tmp_path: Path) -> None:
+def test_a_checksum_in_the_compression_finds_a_flipped_byte(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     data = zstandard.ZstdCompressor(write_checksum=True, level=1).compress(jsonl(DOCUMENTS))
     for place in range(20, len(data), 97):
@@ -110,13 +112,13 @@ def test_compression_with_checksum_finds_a_flipped_byte(tmp_path: Path) -> None:
         assert str(path) in error_of(path)
 
 
-def test_parquet_errors(tmp_path: Path) -> None:
+def test_corrupt_parquet_and_missing_columns_are_refused(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "corpus", DOCUMENTS)
     data = path.read_bytes()
     message = error_of(path, text_key="txt")
     assert f"{path}: no column 'txt'" in message
     assert "did you mean text?" in message
-    for damaged in (
+    for corrupt in (
         data[:-1],
         data[: len(data) // 2],
         data[:3],
@@ -124,12 +126,12 @@ def test_parquet_errors(tmp_path: Path) -> None:
         b"garbage",
         data[:4] + b"\xff" * 400 + data[404:],
     ):
-        path.write_bytes(damaged)
+        path.write_bytes(corrupt)
         assert str(path) in error_of(path)
 
 
 @pytest.mark.parametrize(("value", "shown"), [(None, "None"), (17, "17")])
-def test_parquet_values_that_are_not_text(tmp_path: Path, value: int | None, shown: str) -> None:
+def test_a_parquet_value_that_is_not_text_is_named(tmp_path: Path, value: int | None, shown: str) -> None:
     path = tmp_path / "a.parquet"
     column: list[object] = ["x"] * 20 if value is None else list(range(20))
     column[17] = value
@@ -140,7 +142,7 @@ def test_parquet_values_that_are_not_text(tmp_path: Path, value: int | None, sho
     assert "not text" in message
 
 
-def test_nothing_to_read(tmp_path: Path) -> None:
+def test_missing_files_and_empty_folders_are_refused(tmp_path: Path) -> None:
     for name in ("missing.jsonl", "missing", "missing/*.jsonl", "sub/missing.txt"):
         message = error_of(tmp_path / name)
         assert str(tmp_path / name) in message
@@ -151,7 +153,7 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     assert ".jsonl" in message
 
 
-def test_relative_names_are_looked_for_here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_names_are_files_before_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "corpus", DOCUMENTS)
     assert read(open_source("corpus.jsonl")) == DOCUMENTS
@@ -161,7 +163,7 @@ def test_relative_names_are_looked_for_here_first(tmp_path: Path, monkeypatch: p
         assert f"{name}: no such file or folder" in error_of(name)
 
 
-def test_unknown_kind_of_file(tmp_path: Path) -> None:
+def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("text\nhello\n")
     for name in (path, tmp_path / "*.csv"):
@@ -170,10 +172,10 @@ def test_unknown_kind_of_file(tmp_path: Path) -> None:
         assert ".parquet" in message
 
 
-def test_a_file_that_vanishes(tmp_path: Path) -> None:
+def test_a_file_that_vanishes_is_named(tmp_path: Path) -> None:
     folder = write_text(tmp_path / "corpus", DOCUMENTS[:3])
     source = open_source(str(folder))
     (folder / "001.txt").unlink()
-    # `prepare` turns it into a line for the user.
+    # `prepare` turns the OSError into a line for the user.
     with pytest.raises((OSError, UserError), match=r"001\.txt"):
         read(source)

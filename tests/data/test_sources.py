@@ -16,7 +16,7 @@ from tests.data.writers import DOCUMENTS, jsonl, read, write_gz, write_jsonl, wr
 
 
 def write_folder(path: Path, documents: list[str]) -> Path:
-    """All kinds, in subfolders too, with a file that is none of them."""
+    """Files of all kinds, also in subfolders, and one of an unknown kind."""
     (path / "b").mkdir(parents=True)
     (path / "a.txt").write_text(documents[0], encoding="utf-8", newline="")
     (path / "b" / "c.jsonl").write_bytes(jsonl(documents[1:20]))
@@ -40,7 +40,7 @@ WRITERS = [write_text, write_jsonl, write_gz, write_zst, write_parquet, write_fo
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
 @pytest.mark.parametrize("characters", [1, 200, 10**6])
-def test_order_and_every_cursor(
+def test_documents_are_ordered_and_every_cursor_resumes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     write: Callable[[Path, list[str]], Path],
@@ -51,7 +51,7 @@ def test_order_and_every_cursor(
     batches = list(open_source(name).batches(None))
     assert [text for batch in batches for text in batch.documents] == DOCUMENTS
     if characters == 1:
-        assert len(batches) >= len(DOCUMENTS), "a cursor behind every document"
+        assert len(batches) >= len(DOCUMENTS), "a cursor after every document"
     shares = [batch.fraction for batch in batches]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
@@ -69,7 +69,7 @@ def test_a_batch_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert sum(map(len, batch.documents)) < 100 + longest
 
 
-def test_blank_lines_and_a_missing_last_newline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blank_lines_and_a_missing_last_newline_are_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 1)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\n{"text": "one"}\r\n\n  \n{"text": ""}\n{"text": "two"}')
@@ -80,7 +80,7 @@ def test_blank_lines_and_a_missing_last_newline(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("write", [write_jsonl, write_zst, write_parquet])
-def test_no_documents(tmp_path: Path, write: Callable[[Path, list[str]], Path]) -> None:
+def test_an_empty_file_gives_no_documents(tmp_path: Path, write: Callable[[Path, list[str]], Path]) -> None:
     if write is write_zst:
         path = tmp_path / "a.jsonl.zst"
         path.write_bytes(zstandard.ZstdCompressor().compress(b""))
@@ -92,14 +92,14 @@ def test_no_documents(tmp_path: Path, write: Callable[[Path, list[str]], Path]) 
     assert read(open_source(str(path))) == []
 
 
-def test_another_key(tmp_path: Path) -> None:
+def test_text_may_have_another_key(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(DOCUMENTS, "body"))
     pq.write_table(pa.table({"body": DOCUMENTS}), tmp_path / "b.parquet")
     assert read(open_source(str(tmp_path), text_key="body")) == DOCUMENTS * 2
 
 
-def test_parquet_kinds_of_string(tmp_path: Path) -> None:
+def test_every_parquet_kind_of_string_is_read(tmp_path: Path) -> None:
     for kind in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
         pq.write_table(pa.table({"text": pa.array(DOCUMENTS).cast(kind)}), tmp_path / "a.parquet")
         assert read(open_source(str(tmp_path / "a.parquet"))) == DOCUMENTS, kind
@@ -115,8 +115,8 @@ def test_identity_tells_sources_apart(tmp_path: Path, write: Callable[[Path, lis
     json.dumps(first)
 
 
-def test_zst_of_a_long_window(tmp_path: Path) -> None:
-    """As `zstd --long=31` writes it; public dumps are distributed so."""
+def test_zst_with_a_long_window_is_read(tmp_path: Path) -> None:
+    """As from `zstd --long=31`, the form of many public dumps."""
     path = tmp_path / "a.jsonl.zst"
     settings = zstandard.ZstdCompressionParameters(
         window_log=28, hash_log=6, chain_log=6, search_log=1, min_match=4, strategy=zstandard.STRATEGY_FAST

@@ -65,7 +65,7 @@ def _ranks() -> dict[bytes, int]:
 
 
 def _merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The pair whose merge makes this token: what is left of it when only earlier merges are applied."""
+    """The pair whose merge makes this token: its parts after all earlier merges."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [ranks.get(a + b, END_OF_TEXT) for a, b in itertools.pairwise(parts)]
@@ -79,7 +79,7 @@ def _merge_of(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 @pytest.fixture(scope="module")
 def independent() -> Tokenizer:
     """Hugging Face's byte-level BPE, built from the rank table alone; it has its own pattern and merge loop."""
-    # GPT-2's printable stand-ins for bytes.
+    # GPT-2's printable substitutes for bytes.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     letter = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
@@ -97,12 +97,12 @@ def independent() -> Tokenizer:
 
 
 @pytest.mark.parametrize("text", GOLDEN, ids=lambda text: repr(text)[:20])
-def test_golden_encodings(text: str) -> None:
+def test_encodings_are_gpt2s_published_ones(text: str) -> None:
     assert gpt2().encode_ordinary(text) == GOLDEN[text]
     assert gpt2().decode(GOLDEN[text]) == text
 
 
-def test_vocabulary() -> None:
+def test_the_vocabulary_is_gpt2s() -> None:
     assert gpt2().n_vocab == VOCAB_SIZE == 50257
     assert gpt2().eot_token == END_OF_TEXT == 50256
     assert gpt2().decode([END_OF_TEXT]) == "<|endoftext|>"
@@ -153,7 +153,7 @@ def test_text_that_spells_the_special_token_is_ordinary() -> None:
         assert lengths.tolist() == [len(tokens)]
 
 
-def test_documents_are_encoded_as_single_texts_are() -> None:
+def test_documents_are_encoded_like_single_texts() -> None:
     corpus = [*fuzz_corpus(300), "", "last"]
     tokens, lengths = encode_documents(corpus)
     expected = [[*gpt2().encode_ordinary(text), END_OF_TEXT] for text in corpus if text]
@@ -165,7 +165,7 @@ def test_documents_are_encoded_as_single_texts_are() -> None:
 
 
 def test_half_a_surrogate_pair_does_not_stop_a_corpus() -> None:
-    """JSON can spell it (`"\\ud83d"`), UTF-8 cannot; tiktoken itself puts a replacement character there."""
+    """JSON can spell it (`"\\ud83d"`), UTF-8 cannot; tiktoken replaces it."""
     text = json.loads('"broken \\ud83d emoji"')
     tokens, _ = encode_documents([text])
     assert tokens[:-1].tolist() == gpt2().encode_ordinary(text)
@@ -178,7 +178,7 @@ def test_very_long_runs_do_not_stop_a_corpus(text: str) -> None:
     assert gpt2().decode(tokens[:-1].tolist()) == f"before{text}after"
 
 
-def test_needs_no_network(tmp_path: Path) -> None:
+def test_the_tokenizer_needs_no_network(tmp_path: Path) -> None:
     program = """
 import sys
 
@@ -196,4 +196,4 @@ print(gpt2().encode_ordinary("Hello world"))
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[15496, 995]"
-    assert not list(tmp_path.iterdir()), "something was cached, so something was fetched"
+    assert not list(tmp_path.iterdir()), "a cached file was fetched first"

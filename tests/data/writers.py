@@ -16,7 +16,7 @@ DOCUMENTS = [f"Document {i}: naïve 日本 😀\n" + "word " * (i % 7) for i in 
 
 
 def jsonl(documents: list[str], key: str = "text") -> bytes:
-    """One object a line, with another key beside the text."""
+    """One object per line, with another key beside the text."""
     return b"".join(json.dumps({"id": i, key: text}).encode() + b"\n" for i, text in enumerate(documents))
 
 
@@ -34,14 +34,14 @@ def write_jsonl(path: Path, documents: list[str]) -> Path:
 
 
 def write_gz(path: Path, documents: list[str]) -> Path:
-    """Two members, as `cat a.gz b.gz` makes them."""
+    """Two members, as from `cat a.gz b.gz`."""
     path = path.with_suffix(".jsonl.gz")
     path.write_bytes(gzip.compress(jsonl(documents[:25])) + gzip.compress(jsonl(documents[25:])))
     return path
 
 
 def write_zst(path: Path, documents: list[str]) -> Path:
-    """Three frames; the second boundary lies within a line, as parallel compressors put it."""
+    """Three frames; the second boundary is within a line, as parallel compressors write it."""
     path = path.with_suffix(".jsonl.zst")
     data = jsonl(documents)
     cut = len(jsonl(documents[: len(documents) // 3]))
@@ -65,7 +65,7 @@ def read(source: Source, cursor: dict[str, object] | None = None) -> list[str]:
 
 
 def error_of(name: Path | str, **options: str) -> str:
-    """The message with which reading this source fails; it must fit on a line."""
+    """The message of the error that reading this source raises, which must be one line."""
     with pytest.raises(UserError) as caught:
         read(open_source(str(name), **options))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Activation checkpointing changes what is kept, and nothing that is computed."""
+"""Activation checkpointing changes the memory that is kept, and no computed number."""
 
 import contextlib
 from collections import Counter
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from megagpt.config import ActivationCheckpointing
 from megagpt.engines import activation_checkpointing
-from megagpt.engines.activation_checkpointing import Mode, checkpoint_activations
+from megagpt.engines.activation_checkpointing import checkpoint_activations
 from megagpt.models.attention import KeyValueCache
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
@@ -20,7 +21,7 @@ from megagpt.models.presets import ModelConfig
 
 LAYERS = 4
 LENGTH = 48
-MODES: list[Mode] = ["none", "full", {"every": 2}, "selective"]
+MODES: list[ActivationCheckpointing] = ["none", "full", {"every": 2}, "selective"]
 NAMES = ["none", "full", "every 2", "selective"]
 
 # The products of a block by name: four linear layers; attention is one kernel, or batched products around a softmax.
@@ -28,7 +29,7 @@ LINEAR = ("mm", "addmm")
 ATTENTION = ("bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")
 
 
-def build(mode: Mode, dropout: float = 0.0, attention: str = "dense") -> GPT:
+def build(mode: ActivationCheckpointing, dropout: float = 0.0, attention: str = "dense") -> GPT:
     config = ModelConfig(
         layers=LAYERS,
         width=32,
@@ -61,7 +62,9 @@ def loss_of(model: GPT) -> Tensor:
 @pytest.mark.parametrize("attention", ["dense", "banded"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("mode", MODES, ids=NAMES)
-def test_loss_and_gradients_are_those_of_the_untouched_model(mode: Mode, dropout: float, attention: str) -> None:
+def test_loss_and_gradients_are_those_of_the_untouched_model(
+    mode: ActivationCheckpointing, dropout: float, attention: str
+) -> None:
     """Bit for bit, over two steps of one stream of random numbers: with dropout, the backward pass draws what the
     forward pass drew, and leaves the stream where it was."""
     untouched, model = build("none", dropout, attention), build(mode, dropout, attention)
@@ -88,9 +91,11 @@ def test_loss_and_gradients_are_those_of_the_untouched_model(mode: Mode, dropout
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("attention", ["dense", "banded"])
 @pytest.mark.parametrize("mode", MODES[1:], ids=NAMES[1:])
-def test_gradients_under_dropout_on_a_gpu(mode: Mode, attention: str, precision: torch.dtype) -> None:
-    """There, attention's kernels draw their dropout themselves: one that is kept and does not run again must not leave
-    the draws behind it out of step."""
+def test_a_gpus_gradients_under_dropout_are_the_same(
+    mode: ActivationCheckpointing, attention: str, precision: torch.dtype
+) -> None:
+    """A GPU's attention kernels draw their own dropout: if a kernel is kept and does not run again, later draws must
+    still be the same."""
     gradients = []
     for m in (build("none", 0.2, attention).cuda(), build(mode, 0.2, attention).cuda()):
         torch.manual_seed(7)
@@ -100,19 +105,19 @@ def test_gradients_under_dropout_on_a_gpu(mode: Mode, attention: str, precision:
         gradients.append({name: p.grad for name, p in m.named_parameters()})
     for name, expected in gradients[0].items():
         assert expected is not None, name
-        # Their backward passes add in any order; another dropout mask would differ by about as much as there is.
+        # Backward passes add in any order; another dropout mask would change gradients by about their own size.
         assert (gradients[1][name] - expected).abs().max() < 0.02 * expected.abs().max(), name
 
 
 @pytest.mark.parametrize("mode", MODES, ids=NAMES)
-def test_names_stay(mode: Mode) -> None:
+def test_names_stay_the_same(mode: ActivationCheckpointing) -> None:
     untouched, model = build("none"), build(mode)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in untouched.named_parameters()]
     assert [n for n, _ in model.named_modules()] == [n for n, _ in untouched.named_modules()]
     assert model.state_dict().keys() == untouched.state_dict().keys()
 
 
-# --- what is computed again ---
+# --- repeated operators ---
 
 
 class Count(TorchDispatchMode):
@@ -136,8 +141,8 @@ def count_block(attention: str, dropout: float, layer: int) -> Counter[str]:
     return count.calls
 
 
-def count_step(mode: Mode, attention: str, dropout: float) -> Counter[str]:
-    """The operators of a whole forward and backward pass, every recomputation running to its end."""
+def count_step(mode: ActivationCheckpointing, attention: str, dropout: float) -> Counter[str]:
+    """The operators of a whole forward and backward pass, every checkpointed block running to its end."""
     model = build(mode, dropout, attention)
     with set_checkpoint_early_stop(False), Count() as count:
         loss_of(model).backward()
@@ -150,7 +155,7 @@ def count_step(mode: Mode, attention: str, dropout: float) -> Counter[str]:
     ("mode", "redone"), [("full", range(LAYERS)), ({"every": 2}, (0, 2)), ({"every": 3}, (0, 3)), ({"every": 9}, (0,))]
 )
 def test_checkpointed_blocks_run_twice_and_the_others_once(
-    mode: Mode, redone: range | tuple[int, ...], attention: str, dropout: float
+    mode: ActivationCheckpointing, redone: range | tuple[int, ...], attention: str, dropout: float
 ) -> None:
     added = count_step(mode, attention, dropout) - count_step("none", attention, dropout)
     blocks = sum((count_block(attention, dropout, layer) for layer in redone), Counter[str]())
@@ -163,7 +168,7 @@ def test_checkpointed_blocks_run_twice_and_the_others_once(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("attention", ["dense", "banded"])
-def test_selective_runs_no_product_twice_and_all_else(attention: str, dropout: float) -> None:
+def test_selective_repeats_all_but_products(attention: str, dropout: float) -> None:
     plain, selective = (count_step(mode, attention, dropout) for mode in ("none", "selective"))
     for name in (*LINEAR, *ATTENTION):
         assert selective[name] == plain[name], name
@@ -171,7 +176,7 @@ def test_selective_runs_no_product_twice_and_all_else(attention: str, dropout: f
     assert selective["native_layer_norm"] == plain["native_layer_norm"] + 2 * LAYERS
 
 
-# --- what is kept ---
+# --- memory ---
 
 
 @contextlib.contextmanager
@@ -188,7 +193,7 @@ def saved_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
         yield kept
 
 
-def kept_bytes(mode: Mode, attention: str) -> int:
+def kept_bytes(mode: ActivationCheckpointing, attention: str) -> int:
     """Bytes that the forward pass keeps, without the weights."""
     model = build(mode, attention=attention)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -198,7 +203,7 @@ def kept_bytes(mode: Mode, attention: str) -> int:
 
 
 @pytest.mark.parametrize("attention", ["dense", "banded"])
-def test_more_recomputation_keeps_less(attention: str) -> None:
+def test_more_checkpointing_keeps_less(attention: str) -> None:
     none, every_2, full = (kept_bytes(mode, attention) for mode in ("none", {"every": 2}, "full"))
     assert none > every_2 > full
     # A block without checkpointing keeps well over ten times its input; with it, its input.
@@ -207,7 +212,7 @@ def test_more_recomputation_keeps_less(attention: str) -> None:
     assert every_2 - full > 2 * 10 * stream
 
 
-def held_bytes(mode: Mode, attention: str) -> int:
+def held_bytes(mode: ActivationCheckpointing, attention: str) -> int:
     """Bytes that the forward pass takes from the allocator and does not give back, by PyTorch's profiler."""
     model = build(mode, attention=attention)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -227,11 +232,13 @@ def test_selective_keeps_less_than_none_and_more_than_full() -> None:
     assert LAYERS * 9 * stream < selective - full < LAYERS * 10.5 * stream
 
 
-# --- where there is nothing to recompute for ---
+# --- no checkpointing ---
 
 
 @pytest.mark.parametrize("mode", MODES, ids=NAMES)
-def test_nothing_is_checkpointed_without_gradients_or_with_a_cache(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_without_gradients_or_with_a_cache_run_once(
+    mode: ActivationCheckpointing, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     real = activation_checkpointing.checkpoint
 
@@ -246,7 +253,7 @@ def test_nothing_is_checkpointed_without_gradients_or_with_a_cache(mode: Mode, m
         expected = untouched(tokens)
         assert torch.equal(model(tokens), expected)
     assert not calls
-    # Gradients are on, and the cache, which each token may be written to only once, comes first.
+    # Gradients are on, but each token may be written to the cache only once.
     cache = KeyValueCache(model.config, torch.zeros(2, dtype=torch.long), torch.float32)
     logits = model(tokens, cache=cache)
     assert cache.length == 8

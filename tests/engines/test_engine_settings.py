@@ -28,7 +28,7 @@ OFFLOADS = {
     list(itertools.product(OFFLOADS, ["none", "optimizer", "all"])),
     ids=lambda v: v if isinstance(v, str) else f"{v[0]} {v[1] or ''}".strip(),
 )
-def test_what_each_engine_can_offload(place: tuple[str, int | None], offload: str) -> None:
+def test_each_engine_refuses_what_it_cannot_offload(place: tuple[str, int | None], offload: str) -> None:
     name, stage = place
     overrides = [f"engine.name={name}", f"engine.offload={offload}"] + ([f"engine.stage={stage}"] if stage else [])
     if offload in OFFLOADS[place]:
@@ -99,18 +99,18 @@ def zero_file(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_another_engine_on_the_command_line_drops_the_files_settings(zero_file: str, name: str) -> None:
+def test_another_engine_drops_the_files_engine_settings(zero_file: str, name: str) -> None:
     assert load_config(zero_file, [f"engine.name={name}"]).engine == EngineConfig(name=name)  # type: ignore[arg-type]
     assert load_config(zero_file, [f"engine.name={name}", "train.micro_batch=2"]).train.micro_batch == 2
 
 
-def test_further_overrides_hold_wherever_they_stand(zero_file: str) -> None:
+def test_overrides_hold_before_and_after_the_engines_name(zero_file: str) -> None:
     expected = EngineConfig(name="fsdp", shard_ranks=4)
     assert load_config(zero_file, ["engine.name=fsdp", "engine.shard_ranks=4"]).engine == expected
     assert load_config(zero_file, ["engine.shard_ranks=4", "engine.name=fsdp"]).engine == expected
 
 
-def test_the_same_engine_on_the_command_line_keeps_them(zero_file: str) -> None:
+def test_the_same_engine_keeps_the_files_settings(zero_file: str) -> None:
     expected = load_config(zero_file).engine
     assert (expected.stage, expected.offload, expected.nvme_path) == (3, "all", "/local")
     assert load_config(zero_file, ["engine.name=zero"]).engine == expected
@@ -124,7 +124,7 @@ def test_the_engine_section_reads_back_to_itself(zero_file: str, tmp_path: Path)
 
 def test_ranks_that_share_a_copy_divide_the_world() -> None:
     run = load_config("gpt3_xl", ["engine.name=fsdp", "engine.shard_ranks=4"])
-    assert [run.sharing_ranks(world) for world in (4, 8, 12)] == [4, 4, 4]
+    assert [run.sharing_ranks(ranks) for ranks in (4, 8, 12)] == [4, 4, 4]
     with pytest.raises(UserError, match=r"engine\.shard_ranks 4 does not divide 6 ranks; these do: 1, 2, 3, 6"):
         run.sharing_ranks(6)
     assert load_config("gpt3_xl", ["engine.name=fsdp"]).sharing_ranks(6) == 6
@@ -144,13 +144,13 @@ def test_ranks_that_share_a_copy_divide_the_world() -> None:
         ("{every: 1000}", {"every": 1000}),
     ],
 )
-def test_recomputation_is_read_and_written(text: str, value: Any, tmp_path: Path) -> None:
+def test_activation_checkpointing_is_read_and_written(text: str, value: Any, tmp_path: Path) -> None:
     run = load_config("gpt3_xl", [f"train.activation_checkpointing={text}"])
     assert run.train.activation_checkpointing == value
     assert yaml.safe_load(to_yaml(run))["train"]["activation_checkpointing"] == value
     (tmp_path / "resolved.yaml").write_text(to_yaml(run))
     assert load_config(str(tmp_path / "resolved.yaml")) == run
-    # And over a file that says it in the other form.
+    # An override replaces the file's value, also one of the other form.
     assert load_config(str(tmp_path / "resolved.yaml"), ["train.activation_checkpointing=full"]).train == (
         load_config("gpt3_xl", ["train.activation_checkpointing=full"]).train
     )
@@ -163,7 +163,7 @@ def test_recomputation_is_read_and_written(text: str, value: Any, tmp_path: Path
         "{}", "true", "false", "all", "2", "[full]", "null", "''",
     ],
 )  # fmt: skip
-def test_other_recomputations_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_activation_checkpointing_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "gpt3_xl", f"train.activation_checkpointing={text}"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error

@@ -1,4 +1,4 @@
-"""Flat ranges of parameters: the boxes that they are made of, and their way through a distributed checkpoint."""
+"""Flat ranges of parameters: their boxes, and their way through a distributed checkpoint."""
 
 import math
 import random
@@ -37,7 +37,7 @@ def ranges(draw: st.DrawFn, shapes: st.SearchStrategy[Shape] = SHAPES) -> tuple[
 @given(ranges())
 @settings(max_examples=300)
 def test_boxes_tile_the_range_in_order_and_each_is_contiguous(case: tuple[Shape, int, int]) -> None:
-    """By the number of every element: box after box they count from start to stop."""
+    """Numbered elements count from start to stop, box after box."""
     shape, start, stop = case
     numbers = torch.arange(math.prod(shape)).view(shape)
     elements: list[int] = []
@@ -52,13 +52,13 @@ def test_boxes_tile_the_range_in_order_and_each_is_contiguous(case: tuple[Shape,
 
 @given(ranges())
 @settings(max_examples=300)
-def test_boxes_are_few(case: tuple[Shape, int, int]) -> None:
-    """At most three in a matrix: the end of a row, whole rows, the start of a row. Each further dimension adds two."""
+def test_a_range_of_a_matrix_is_at_most_three_boxes(case: tuple[Shape, int, int]) -> None:
+    """The end of a row, whole rows, the start of a row; each further dimension adds two."""
     shape, start, stop = case
     assert len(list(rectangles(shape, start, stop))) <= 2 * len(shape) - 1
 
 
-def test_the_boxes_of_a_matrix() -> None:
+def test_a_range_of_a_matrix_is_the_expected_boxes() -> None:
     assert [tuple(box) for box in rectangles((4, 5), 3, 17)] == [
         ((0, 3), (1, 2)),
         ((1, 0), (2, 5)),
@@ -72,19 +72,19 @@ def test_the_boxes_of_a_matrix() -> None:
 
 
 def whole_tensor(shape: Shape) -> Tensor:
-    """Every element another number, and exact in fp32."""
+    """Every element is a different number, exact in fp32."""
     return torch.arange(math.prod(shape), dtype=torch.float32).view(shape) + 1
 
 
-def random_cases(world: int) -> list[tuple[Shape, list[int]]]:
-    """Shapes, mostly of matrices, each with the places where the ranks' ranges meet."""
-    numbers = random.Random(world)
+def random_cases(ranks: int) -> list[tuple[Shape, list[int]]]:
+    """Shapes, mostly of matrices, each with the edges of the ranks' ranges."""
+    numbers = random.Random(ranks)
     cases: list[tuple[Shape, list[int]]] = []
     for dims in [2] * 16 + [1, 1, 3, 4]:
         shape = tuple(numbers.randint(1, 9) for _ in range(dims))
         size = math.prod(shape)
-        cases.append((shape, [0, *sorted(numbers.randint(0, size) for _ in range(world - 1)), size]))
-    cases.append(((3, 4), [0] * world + [12]))  # all ranks but the last hold nothing
+        cases.append((shape, [0, *sorted(numbers.randint(0, size) for _ in range(ranks - 1)), size]))
+    cases.append(((3, 4), [0] * ranks + [12]))  # all ranks but the last hold nothing
     return cases
 
 
@@ -100,10 +100,10 @@ def save_pieces(folder: str, cases: list[tuple[Shape, list[int]]]) -> int:
         return world.size
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)], ids="{} ranks".format)
-def test_pieces_of_several_ranks_are_read_as_whole_tensors(world: int, tmp_path: Path) -> None:
-    cases = random_cases(world)
-    assert run_ranks(world, save_pieces, str(tmp_path / "saved"), cases) == [world] * world
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)], ids="{} ranks".format)
+def test_pieces_of_several_ranks_are_read_as_whole_tensors(ranks: int, tmp_path: Path) -> None:
+    cases = random_cases(ranks)
+    assert run_ranks(ranks, save_pieces, str(tmp_path / "saved"), cases) == [ranks] * ranks
 
     metadata = dcp.FileSystemReader(tmp_path / "saved").read_metadata().state_dict_metadata
     state = {f"w{i}": torch.full(shape, math.nan) for i, (shape, _) in enumerate(cases)}
@@ -113,7 +113,7 @@ def test_pieces_of_several_ranks_are_read_as_whole_tensors(world: int, tmp_path:
     for i, (shape, _) in enumerate(cases):
         assert torch.equal(state[f"w{i}"], whole_tensor(shape)), shape
 
-    # And as the pieces of another number of ranks, each of which reads what several have written.
+    # Another number of ranks reads its pieces, each of them written by several ranks.
     for other in (1, 4):
         held: dict[str, list[Tensor]] = {}
         for rank in range(other):
@@ -139,14 +139,14 @@ def plain() -> Iterator[Path]:
         yield Path(folder)
 
 
-@given(data=st.data(), shape=st.tuples(st.integers(1, 6), st.integers(1, 6)), world=st.integers(1, 4))
+@given(data=st.data(), shape=st.tuples(st.integers(1, 6), st.integers(1, 6)), ranks=st.integers(1, 4))
 @settings(max_examples=25, deadline=None)
-def test_whole_tensors_are_read_into_the_pieces_of_any_number_of_ranks(
-    plain: Path, data: st.DataObject, shape: Shape, world: int
+def test_whole_tensors_are_read_into_the_pieces_of_any_ranks(
+    plain: Path, data: st.DataObject, shape: Shape, ranks: int
 ) -> None:
-    """Into the memory that the pieces are views of, and not a byte beside it."""
+    """Into the memory of which the pieces are views, and not a byte beside it."""
     size = math.prod(shape)
-    cuts = data.draw(st.lists(st.integers(0, size), min_size=world - 1, max_size=world - 1).map(sorted), label="cuts")
+    cuts = data.draw(st.lists(st.integers(0, size), min_size=ranks - 1, max_size=ranks - 1).map(sorted), label="cuts")
     expected = whole_tensor(shape).flatten()
     for start, stop in pairwise([0, *cuts, size]):
         memory = torch.full((stop - start + 4,), -1.0)
@@ -170,7 +170,7 @@ def test_a_tensor_of_another_shape_is_refused(plain: Path) -> None:
 # --- as a tensor ---
 
 
-def test_it_looks_like_the_whole_and_does_not_compute() -> None:
+def test_it_looks_like_the_whole_and_refuses_to_compute() -> None:
     shard = FlatShard(torch.zeros(4, dtype=torch.bfloat16), (3, 4), 5)
     assert (shard.shape, shard.dtype, shard.device.type) == ((3, 4), torch.bfloat16, "cpu")
     with pytest.raises(TypeError, match="compute with its `flat`"):

@@ -41,7 +41,7 @@ def scales_of(scale: LossScale, outcomes: list[bool]) -> list[float]:
     return scales
 
 
-def test_the_reference_is_the_documented_one() -> None:
+def test_pytorchs_scaler_has_its_documented_defaults() -> None:
     assert (REFERENCE.get_growth_factor(), REFERENCE.get_backoff_factor()) == (2.0, 0.5)
     assert REFERENCE.get_growth_interval() == 2000
 
@@ -54,7 +54,7 @@ def test_fp16_starts_where_pytorchs_scaler_starts() -> None:
 
 @given(stretches=STRETCHES, power=st.integers(0, 24))
 @settings(max_examples=40, deadline=None)
-@example(stretches=[(True, 1999), (False, 1), (True, 2000)], power=16)  # an overflow starts the count anew
+@example(stretches=[(True, 1999), (False, 1), (True, 2000)], power=16)  # an overflow resets the count
 @example(stretches=[(True, 2000)] * 3, power=23)  # the largest
 @example(stretches=[(False, 20), (True, 2000)], power=16)  # the smallest
 def test_every_step_is_that_of_pytorchs_scaler(stretches: list[tuple[bool, int]], power: int) -> None:
@@ -74,9 +74,7 @@ def test_the_scale_stays_between_1_and_2_to_the_24() -> None:
 
 @given(first=STRETCHES, second=STRETCHES)
 @settings(max_examples=20, deadline=None)
-def test_its_two_numbers_are_all_that_a_resumed_run_needs(
-    first: list[tuple[bool, int]], second: list[tuple[bool, int]]
-) -> None:
+def test_value_and_good_steps_suffice_to_resume(first: list[tuple[bool, int]], second: list[tuple[bool, int]]) -> None:
     before, after = ([f for f, steps in stretches for _ in range(steps)] for stretches in (first, second))
     whole = scales_of(loss_scale("fp16"), before + after)
     cut = loss_scale("fp16")

@@ -24,7 +24,7 @@ MODEL = {"layers": 2, "width": 32, "heads": 2, "context": 64}
 
 
 def config(ranks: int = 1, micro_batch: int = 2, accumulation: int = 3, **sections: Tree) -> Config:
-    """A ZeRO run whose batch is that many micro-batches on each of that many ranks."""
+    """A ZeRO run with `accumulation` micro-batches on each of `ranks` ranks."""
     train = {"batch_tokens": 64 * ranks * micro_batch * accumulation, "micro_batch": micro_batch}
     tree: Tree = {"model": MODEL, "train": train, "engine": {"name": "zero"}}
     for name, values in sections.items():
@@ -66,13 +66,13 @@ def test_gradients_are_summed_in_fp32_in_every_precision(precision: str, stage: 
         assert made["fp16"]["loss_scale"] > 0  # constant: 0 would start DeepSpeed's own dynamic one
 
 
-def test_clipping_is_the_optimizers() -> None:
+def test_gradient_clipping_is_the_optimizers_clip_norm() -> None:
     made = deepspeed_config(config(optimizer={"clip_norm": 0.625}), ranks=1, on_gpu=False)
     assert made["gradient_clipping"] == 0.625
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_stage_and_what_goes_with_it(stage: int) -> None:
+def test_each_stage_has_its_own_keys(stage: int) -> None:
     zero = generated(stage=stage)["zero_optimization"]
     assert zero["stage"] == stage
     assert zero["round_robin_gradients"] is False
@@ -84,14 +84,14 @@ def test_stage_and_what_goes_with_it(stage: int) -> None:
 
 def test_at_stage_3_vectors_stay_whole_and_matrices_do_not() -> None:
     threshold = generated(stage=3)["zero_optimization"]["stage3_param_persistence_threshold"]
-    # DeepSpeed keeps what has at most so many elements.
+    # DeepSpeed keeps parameters with at most `threshold` elements whole.
     assert 4 * 32 <= threshold < 32 * 32
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("nvme_path", ["", "/local"])
 @pytest.mark.parametrize("offload", ["optimizer", "all"])
-def test_offloading(offload: str, nvme_path: str, on_gpu: bool) -> None:
+def test_offloading_names_a_device_for_each_state(offload: str, nvme_path: str, on_gpu: bool) -> None:
     run = config(engine={"stage": 3, "offload": offload, "nvme_path": nvme_path})
     zero = deepspeed_config(run, ranks=1, on_gpu=on_gpu)["zero_optimization"]
     place: Tree = {"device": "cpu", "pin_memory": on_gpu}
@@ -107,7 +107,7 @@ def test_the_lower_stages_offload_their_optimizer(stage: int) -> None:
     assert zero["offload_optimizer"]["device"] == "cpu"
 
 
-def test_it_is_plain_json_and_another_one_each_time() -> None:
+def test_the_config_is_json_and_new_at_each_call() -> None:
     run = config(engine={"stage": 3, "offload": "all", "deepspeed": {"zero_optimization": {"sub_group_size": 1000}}})
     made = deepspeed_config(run, ranks=1, on_gpu=True)
     assert json.loads(json.dumps(made)) == made
@@ -138,7 +138,7 @@ def test_zero_plus_plus_passes_through() -> None:
     assert {key: made[key] for key in keys} == keys
 
 
-def test_sections_of_tools_and_the_one_allowed_type_pass_through() -> None:
+def test_sections_of_deepspeeds_tools_pass_through() -> None:
     passed = {
         "communication_data_type": "fp32",
         "comms_logger": {"enabled": True},
@@ -149,7 +149,7 @@ def test_sections_of_tools_and_the_one_allowed_type_pass_through() -> None:
     assert {key: made[key] for key in passed} == passed
 
 
-def test_a_file_may_hold_it(tmp_path: Path) -> None:
+def test_a_config_file_may_hold_the_section(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(
         "base: gpt3_xl\nengine: {name: zero, stage: 3, deepspeed: {zero_optimization: {reduce_bucket_size: 1e6}}}\n"
     )
@@ -196,7 +196,7 @@ def refused(passed: Tree, *parts: str, stage: int = 3) -> None:
         ("elasticity", {"enabled": True}),
     ],
 )
-def test_what_the_config_decides_is_refused(key: str, value: Any) -> None:
+def test_keys_that_megagpt_decides_are_refused(key: str, value: Any) -> None:
     refused({key: value}, f"engine.deepspeed.{key} is decided by", "leave it out")
 
 
@@ -214,12 +214,12 @@ def test_what_the_config_decides_is_refused(key: str, value: Any) -> None:
         ("zenflow", {}),
     ],
 )
-def test_what_the_config_decides_about_zero_is_refused(key: str, value: Any) -> None:
+def test_zero_keys_that_megagpt_decides_are_refused(key: str, value: Any) -> None:
     refused({"zero_optimization": {key: value}}, f"engine.deepspeed.zero_optimization.{key} is decided by")
 
 
 @pytest.mark.parametrize("value", ["bf16", "fp16", "fp64"])
-def test_gradients_do_not_travel_in_less(value: str) -> None:
+def test_gradients_in_less_than_fp32_are_refused(value: str) -> None:
     refused({"communication_data_type": value}, "engine.deepspeed.communication_data_type", value, "fp32")
 
 
@@ -276,12 +276,12 @@ def test_the_config_command_shows_deepspeeds_config(capsys: pytest.CaptureFixtur
         assert shown == deepspeed_config(run, ranks, on_gpu=True)
         assert shown["train_batch_size"] == 512
         assert shown["gradient_accumulation_steps"] * shown["train_micro_batch_size_per_gpu"] * ranks == 512
-        # The whole output is still the config.
+        # With the comments, the output is still the config.
         (tmp_path / "gpt3_xl.yaml").write_text(output)
         assert load_config(str(tmp_path / "gpt3_xl.yaml")) == run
 
 
-def test_the_config_command_refuses_what_deepspeed_would_be_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_config_command_refuses_the_same_keys(capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["engine.name=zero", "engine.deepspeed={zero_optimization: {stage: 3}}"]
     assert main(["config", "gpt3_xl.yaml", *overrides]) == 2
     captured = capsys.readouterr()

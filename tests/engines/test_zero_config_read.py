@@ -24,7 +24,7 @@ MODEL = {"layers": 2, "width": 32, "heads": 2, "context": 64}
 
 
 def read_by_deepspeed(trees: list[Tree]) -> list[Tree]:
-    """What DeepSpeed's own reader makes of the configs generated for this world."""
+    """The generated configs, as DeepSpeed's own reader understands them on this number of ranks."""
     from megagpt.engines.deepspeed_library import load_deepspeed
     from megagpt.world import join
 
@@ -64,7 +64,7 @@ def read_by_deepspeed(trees: list[Tree]) -> list[Tree]:
 
 
 @pytest.mark.slow
-def test_deepspeed_reads_what_is_meant() -> None:
+def test_deepspeed_reads_every_setting_as_meant() -> None:
     cases = [
         (stage, precision, offload)
         for stage in (1, 2, 3)
@@ -73,7 +73,7 @@ def test_deepspeed_reads_what_is_meant() -> None:
     ]
     trees: list[Tree] = []
     for stage, precision, offload in cases:
-        # Buckets given by the user, so that each can be told from DeepSpeed's defaults and from the others.
+        # Given buckets, each different from the others and from DeepSpeed's defaults.
         zero: Tree = {"reduce_bucket_size": 111, "allgather_bucket_size": 222}
         if stage == 3:
             zero |= {"stage3_prefetch_bucket_size": 333, "zero_hpz_partition_size": 2}
@@ -94,7 +94,7 @@ def test_deepspeed_reads_what_is_meant() -> None:
     assert first == second
     for (stage, precision, offload), read in zip(cases, first, strict=True):
         assert (read["world"], read["batch"], read["micro_batch"], read["accumulation"]) == (2, 30, 5, 3)
-        assert read["clip"] == 0.75
+        assert read["clip_norm"] == 0.75
         assert read["gradients"] == ("fp32", "torch.float32")
         assert (read["bf16"], read["fp16"]) == (precision == "bf16", precision == "fp16")
         assert precision != "fp16" or read["constant scale"] == 1.0
@@ -121,7 +121,7 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
 def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o500)
-    if os.access(folder, os.W_OK):  # as root, who is kept out of the kernel's own folders only
+    if os.access(folder, os.W_OK):  # root may write everywhere but in the kernel's own folders
         folder = Path("/proc")
     if not folder.is_dir():
         pytest.skip("root may write everywhere here")
@@ -130,7 +130,7 @@ def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     assert f"engine.nvme_path {folder}: cannot be written to" in str(caught.value)
 
 
-def test_a_good_folder_passes_where_libaio_is_installed(tmp_path: Path) -> None:
+def test_a_good_folder_passes_or_libaio_is_missing(tmp_path: Path) -> None:
     message = ""
     try:
         check_nvme(str(tmp_path), on_gpu=False)

@@ -23,14 +23,16 @@ from megagpt.exchange.tokenizer_files import tokenizer_files
 from megagpt.models.gpt import GPT
 from megagpt.models.huggingface import export
 from megagpt.models.presets import ModelConfig
-from tests.conftest import Tiny, metrics
+from tests.conftest import Tiny, metrics, write_tiny
 
 
-@pytest.fixture
-def run(tiny: Tiny, tmp_path: Path) -> Path:
-    config = tiny(checkpoint={"every_tokens": 1280, "keep_last": 9})
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with two checkpoints, to be read only."""
+    folder = tmp_path_factory.mktemp("run")
+    config = write_tiny(folder, corpus, checkpoint={"every_tokens": 1280, "keep_last": 9})
     assert main(["train", str(config), "optimizer.lr=1e-2"]) == 0
-    return tmp_path / "runs" / "tiny"
+    return folder / "runs" / "tiny"
 
 
 def our_logits(run: Path, which: int, tokens: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ def test_the_card_has_the_runs_facts(run: Path, tmp_path: Path) -> None:
     assert all(path.stat().st_mode & 0o044 for path in (tmp_path / "out").iterdir()), "others cannot read it"
 
 
-def test_a_large_model_is_read_and_written_piece_by_piece(run: Path, tmp_path: Path) -> None:
+def test_an_export_holds_one_file_in_memory_at_a_time(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     config = load_config(str(run / "config.yaml")).model
     checkpoint = list_checkpoints(run)[-1]
@@ -101,7 +103,7 @@ def test_a_large_model_is_read_and_written_piece_by_piece(run: Path, tmp_path: P
             assert (model.eval()(tokens).logits - our_logits(run, -1, tokens)).abs().max() <= 1e-5
 
 
-def test_an_export_that_was_cut_off_is_no_folder(run: Path, tmp_path: Path) -> None:
+def test_an_interrupted_export_leaves_no_folder(run: Path, tmp_path: Path) -> None:
     config = load_config(str(run / "config.yaml")).model
 
     def fail(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -114,7 +116,7 @@ def test_an_export_that_was_cut_off_is_no_folder(run: Path, tmp_path: Path) -> N
     assert not list(tmp_path.glob("*.megagpt-export"))
 
 
-def test_streamed_samples_are_the_same_samples(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_streamed_samples_are_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["sample", str(run), "--prompt", "One", "--prompt", "Two", "--samples", "2", "--max-tokens", "5"]
     capsys.readouterr()
     assert main(arguments) == 0
@@ -137,11 +139,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @given(text=st.text(max_size=60))
-def test_their_tokenizer_encodes_as_ours(text: str, tokenizer: Any) -> None:
+def test_the_exported_tokenizer_encodes_alike(text: str, tokenizer: Any) -> None:
     assert tokenizer(text).input_ids == encode(text).tolist()
 
 
-def test_their_tokenizer_has_our_vocabulary(tokenizer: Any) -> None:
+def test_the_exported_tokenizer_has_the_same_vocabulary(tokenizer: Any) -> None:
     assert len(tokenizer) == 50257
     assert tokenizer.model_max_length == 1024
     assert tokenizer.eos_token_id == tokenizer.bos_token_id == 50256
@@ -153,7 +155,7 @@ def test_their_tokenizer_has_our_vocabulary(tokenizer: Any) -> None:
     assert len(merges) == 1 + 50_000
 
 
-# --- in ---
+# --- import ---
 
 
 @pytest.fixture
@@ -164,8 +166,8 @@ def theirs(tmp_path: Path) -> GPT2LMHeadModel:
     return model
 
 
-def test_a_run_starts_from_their_weights(theirs: GPT2LMHeadModel, tiny: Tiny, tmp_path: Path) -> None:
-    """Its first loss is what their model has on the first batch, and its weights go back as they came."""
+def test_a_run_starts_from_imported_weights(theirs: GPT2LMHeadModel, tiny: Tiny, tmp_path: Path) -> None:
+    """Its first loss is the model's loss on the first batch, and its weights are exported unchanged."""
     config = str(tiny())
     assert main(["import", str(tmp_path / "theirs"), config, "run.name=tuned"]) == 0
     run = tmp_path / "runs" / "tuned"
@@ -188,7 +190,7 @@ def test_a_run_starts_from_their_weights(theirs: GPT2LMHeadModel, tiny: Tiny, tm
     assert [line["step"] for line in steps] == list(range(1, 21))
 
 
-def test_what_an_import_is_refused_for(
+def test_impossible_imports_are_refused_in_one_line(
     theirs: GPT2LMHeadModel, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, config = str(tmp_path / "theirs"), str(tiny())
@@ -214,7 +216,7 @@ def test_what_an_import_is_refused_for(
     refused([folder, config], "already holds a run", "run.name")
 
 
-def test_banded_attention_has_no_folder(tmp_path: Path) -> None:
+def test_the_export_of_banded_attention_is_refused(tmp_path: Path) -> None:
     config = ModelConfig(layers=2, width=32, heads=2, context=32, attention="banded", window=8)
     with pytest.raises(Exception, match="banded"):
         export(tmp_path / "out", config, lambda shapes: {})

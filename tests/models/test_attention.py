@@ -67,7 +67,7 @@ def test_a_window_of_one_copies_the_values() -> None:
     torch.testing.assert_close(banded_attention(q, k, v, 1, 0.0), v)
 
 
-def test_causal_attention_by_hand() -> None:
+def test_causal_attention_is_that_computed_by_hand() -> None:
     q, k, v = qkv(6)
     scores = (q @ k.transpose(-1, -2) / 2).masked_fill(~band(6, 6), -torch.inf)  # sqrt of head width 4
     torch.testing.assert_close(causal_attention(q, k, v, 0.0), scores.softmax(-1) @ v)
@@ -95,7 +95,7 @@ def test_banded_attention_is_linear_in_the_length(length: int) -> None:
 
 
 @pytest.mark.parametrize("layer", range(4))
-def test_odd_layers_of_a_banded_model_see_their_window_only(layer: int) -> None:
+def test_odd_layers_of_a_banded_model_see_only_their_window(layer: int) -> None:
     config = SHAPES["banded"]
     attention = random_model(config).blocks[layer].attention
     x = torch.randn(1, 17, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -151,7 +151,7 @@ def test_the_cache_changes_nothing(shape: str, steps: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_prompt_in_pieces_that_begin_with_padding_only(shape: str) -> None:
+def test_a_piece_of_a_prompt_may_be_all_padding(shape: str) -> None:
     config = SHAPES[shape]
     model = random_model(config)
     tokens = torch.randint(60, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -164,7 +164,7 @@ def test_a_prompt_in_pieces_that_begin_with_padding_only(shape: str) -> None:
             torch.testing.assert_close(logits[row, 0], expected, rtol=1e-4, atol=2e-5)
 
 
-def test_what_stands_in_the_padding_does_not_matter() -> None:
+def test_tokens_in_the_padding_do_not_matter() -> None:
     config = SHAPES["banded"]
     model = random_model(config)
     tokens = torch.randint(60, (2, 12), generator=torch.Generator().manual_seed(4))
@@ -179,7 +179,7 @@ def test_what_stands_in_the_padding_does_not_matter() -> None:
         assert torch.equal(a, b)
 
 
-def test_cache_positions_and_mask() -> None:
+def test_the_caches_positions_and_masks_skip_the_padding() -> None:
     cache = KeyValueCache(SHAPES["dense"], torch.tensor([0, 2]), torch.float32)
     assert cache.positions(4).tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
     x, o = True, False

@@ -9,12 +9,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from megagpt.models.gpt import GPT
 from megagpt.models.presets import ModelConfig
 
-# 301 is not a multiple of 128: the table has 83 dead rows.
+# 301 is not a multiple of 128: the table has 83 padding rows.
 CONFIG = ModelConfig(layers=3, width=48, heads=4, context=24, vocab_size=301)
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> GPT:
-    """Every parameter random, biases and LayerNorm gains too: a swapped or forgotten one shows."""
+    """Every parameter random, biases and LayerNorm gains too, so a swapped or forgotten one shows."""
     model = GPT(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_dropout_is_active_in_training_only() -> None:
         assert torch.equal(reference(tokens), reference(tokens))
 
 
-def test_dropout_at_embedding_and_both_residual_branches() -> None:
+def test_dropout_is_at_the_embedding_and_both_branches() -> None:
     config = ModelConfig(layers=1, width=64, heads=2, context=24, vocab_size=301, dropout=0.25)
     model = random_model(config).train()
     seen: dict[str, Tensor] = {}
@@ -181,7 +181,7 @@ def test_dropout_at_embedding_and_both_residual_branches() -> None:
 
 
 @pytest.mark.parametrize("attention", ["dense", "banded"])
-def test_dropout_of_the_attention_weights(attention: str) -> None:
+def test_dropout_is_at_the_attention_weights(attention: str) -> None:
     config = ModelConfig(
         layers=2, width=16, heads=2, context=64, vocab_size=301, dropout=0.25, attention=attention, window=8
     )

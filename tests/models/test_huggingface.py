@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "theirs"
 
 
-def test_load(folder: Path) -> None:
+def test_a_folder_is_loaded(folder: Path) -> None:
     ours = load_pretrained(folder)
     assert ours.config == CONFIG
     assert is_pretrained(folder)
@@ -73,7 +73,7 @@ def test_load(folder: Path) -> None:
     assert_same_logits(ours, their_model())
 
 
-def test_load_shards(tmp_path: Path) -> None:
+def test_a_sharded_folder_is_loaded(tmp_path: Path) -> None:
     theirs = their_model()
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -81,15 +81,15 @@ def test_load_shards(tmp_path: Path) -> None:
     assert_same_logits(load_pretrained(tmp_path), theirs)
 
 
-def test_load_names_without_a_prefix(tmp_path: Path) -> None:
-    """As in GPT-2's own release, which was written from the headless model."""
+def test_names_without_a_prefix_are_loaded(tmp_path: Path) -> None:
+    """As in GPT-2's own release, whose names lack `transformer.`."""
     theirs = their_model()
     theirs.transformer.save_pretrained(tmp_path)
     assert "wte.weight" in load_file(tmp_path / "model.safetensors")
     assert_same_logits(load_pretrained(tmp_path), theirs)
 
 
-def test_load_half_precision_as_fp32(tmp_path: Path) -> None:
+def test_half_precision_is_loaded_as_fp32(tmp_path: Path) -> None:
     theirs = their_model().to(torch.bfloat16)
     theirs.save_pretrained(tmp_path)
     ours = load_pretrained(tmp_path)
@@ -97,13 +97,13 @@ def test_load_half_precision_as_fp32(tmp_path: Path) -> None:
     assert_same_logits(ours, theirs.float())
 
 
-def test_an_inner_width_that_says_the_usual_is_taken(tmp_path: Path) -> None:
+def test_an_explicit_inner_width_of_4_widths_is_accepted(tmp_path: Path) -> None:
     theirs = their_model(n_inner=128)
     theirs.save_pretrained(tmp_path)
     assert_same_logits(load_pretrained(tmp_path), theirs)
 
 
-def test_export(tmp_path: Path) -> None:
+def test_transformers_loads_an_exported_model(tmp_path: Path) -> None:
     ours = our_model()
     export_model(ours, tmp_path / "new" / "folder")
     theirs, report = GPT2LMHeadModel.from_pretrained(
@@ -116,7 +116,7 @@ def test_export(tmp_path: Path) -> None:
     assert_same_logits(ours, theirs)
 
 
-def test_export_describes_the_model(tmp_path: Path) -> None:
+def test_an_export_describes_the_model(tmp_path: Path) -> None:
     config = ModelConfig(layers=2, width=32, heads=4, context=16, vocab_size=131, dropout=0.15)
     export_model(our_model(config), tmp_path)
     theirs = GPT2Config.from_pretrained(tmp_path)
@@ -131,7 +131,7 @@ def test_export_describes_the_model(tmp_path: Path) -> None:
     assert is_pretrained(tmp_path)
 
 
-def test_export_of_a_training_model_leaves_it_alone(tmp_path: Path) -> None:
+def test_an_export_leaves_the_model_unchanged(tmp_path: Path) -> None:
     ours = our_model().train()
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}
     export_model(ours, tmp_path / "out")
@@ -141,7 +141,7 @@ def test_export_of_a_training_model_leaves_it_alone(tmp_path: Path) -> None:
         assert torch.equal(parameter, before[name])
 
 
-def test_round_trip_from_ours_is_bit_exact(tmp_path: Path) -> None:
+def test_a_round_trip_of_a_model_is_bit_exact(tmp_path: Path) -> None:
     ours = our_model()
     export_model(ours, tmp_path)
     back = dict(load_pretrained(tmp_path).named_parameters())
@@ -150,7 +150,7 @@ def test_round_trip_from_ours_is_bit_exact(tmp_path: Path) -> None:
         assert torch.equal(back[name][live], parameter[live]), name
 
 
-def test_round_trip_from_theirs_is_bit_exact(folder: Path, tmp_path: Path) -> None:
+def test_a_round_trip_of_a_folder_is_bit_exact(folder: Path, tmp_path: Path) -> None:
     export_model(load_pretrained(folder), tmp_path / "back")
     before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "back"))
     assert after.keys() == before.keys()
@@ -218,7 +218,7 @@ def test_an_untransposed_weight_is_refused(folder: Path) -> None:
         ("n_inner", 64),
     ],
 )
-def test_another_arithmetic_is_refused(folder: Path, key: str, value: object) -> None:
+def test_a_model_with_other_arithmetic_is_refused(folder: Path, key: str, value: object) -> None:
     edit_config(folder, **{key: value})
     message = refusal(lambda: load_pretrained(folder))
     assert key in message
@@ -247,18 +247,18 @@ def test_a_missing_context_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "", "[]", "3"])
-def test_a_config_that_is_no_description_is_refused(folder: Path, text: str) -> None:
+def test_a_config_that_is_not_a_mapping_is_refused(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     assert "config.json" in refusal(lambda: load_pretrained(folder))
 
 
-def test_a_folder_without_a_config(folder: Path) -> None:
+def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
     assert not is_pretrained(folder)
     assert "config.json" in refusal(lambda: load_pretrained(folder))
 
 
-def test_a_folder_without_safetensors(folder: Path) -> None:
+def test_a_folder_without_safetensors_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     message = refusal(lambda: load_pretrained(folder))
     assert "model.safetensors" in message
@@ -274,24 +274,24 @@ def test_a_truncated_file_is_refused(folder: Path, kept: int) -> None:
     assert str(folder) in message
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("corruption", ["truncated", "missing"])
+def test_a_corrupt_shard_is_named(tmp_path: Path, corruption: str) -> None:
     their_model().save_pretrained(tmp_path, max_shard_size="20KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
-    if damage == "truncated":
+    if corruption == "truncated":
         shard.write_bytes(shard.read_bytes()[:-100])
     else:
         shard.unlink()
     assert shard.name in refusal(lambda: load_pretrained(tmp_path))
 
 
-def test_a_banded_model_is_not_exported(tmp_path: Path) -> None:
+def test_the_export_of_a_banded_model_is_refused(tmp_path: Path) -> None:
     banded = ModelConfig(layers=2, width=32, heads=4, context=16, vocab_size=131, attention="banded", window=4)
     assert "banded" in refusal(lambda: export_model(our_model(banded), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_export_overwrites_nothing(tmp_path: Path) -> None:
+def test_an_export_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("precious")
     assert str(tmp_path) in refusal(lambda: export_model(our_model(), tmp_path))
     assert [f.name for f in tmp_path.iterdir()] == ["config.json"]

@@ -26,7 +26,7 @@ def fresh(config: ModelConfig, seed: int = 0) -> GPT:
 
 
 @pytest.mark.parametrize("layers", [2, 5])
-def test_initial_distribution(layers: int) -> None:
+def test_initial_weights_follow_gpt2s_distribution(layers: int) -> None:
     model = fresh(ModelConfig(layers=layers, width=128, heads=4, context=192, vocab_size=300))
     residual = 0.02 / math.sqrt(2 * layers)
     expected = {"token_embedding.weight": 0.02, "position_embedding.weight": 0.01}
@@ -80,7 +80,7 @@ def test_any_rows_are_a_slice_of_the_whole(data: st.DataObject, seed: int, colum
     np.testing.assert_array_equal(part, whole[start:stop])
 
 
-def test_slices_at_the_real_block_size() -> None:
+def test_any_rows_are_a_slice_at_the_real_block_size() -> None:
     columns = 2**18 + 1  # three rows a block
     whole = normal_rows(3, "w", columns, 0, 7)
     for start, stop in [(0, 2), (2, 4), (3, 6), (4, 5), (5, 7), (7, 7)]:
@@ -104,7 +104,7 @@ def test_initial_weights_are_the_named_rows() -> None:
         np.testing.assert_allclose(parameter[5:9], rows * std, rtol=1e-6)
 
 
-def test_initial_weights_do_not_depend_on_the_rest_of_the_model() -> None:
+def test_a_weight_does_not_depend_on_the_rest_of_the_model() -> None:
     small = ModelConfig(layers=2, width=32, heads=2, context=16, vocab_size=200)
     deep = ModelConfig(layers=8, width=32, heads=4, context=40, vocab_size=500, attention="banded", dropout=0.1)
     a, b = fresh(small), dict(fresh(deep).named_parameters())
@@ -122,7 +122,7 @@ def test_initial_weights_do_not_depend_on_the_rest_of_the_model() -> None:
         assert torch.equal(parameter, whole[name]), name
 
 
-def test_initial_weights_do_not_depend_on_memory_device_or_generators() -> None:
+def test_weights_do_not_depend_on_memory_device_or_generators() -> None:
     expected = fresh(CONFIG, seed=5).state_dict()
     with torch.device("meta"):
         model = GPT(CONFIG)
@@ -155,7 +155,7 @@ def test_seeds_and_names_give_different_weights() -> None:
     assert np.abs(correlation).max() < 0.8
 
 
-def test_decay_takes_the_matrices_and_nothing_else() -> None:
+def test_weight_decay_applies_to_matrices_alone() -> None:
     model = GPT(CONFIG)
     matrices = {
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)

@@ -47,7 +47,7 @@ def test_the_ranges_of_any_number_of_ranks_make_the_whole(data: st.DataObject, n
     assert torch.equal(torch.cat(pieces), initial_values(name, SHAPES[name], CONFIG, seed, 0, whole))
 
 
-def test_rows_outside_the_range_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rows_of_the_range_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank's cost is its own share of a parameter, not the whole of it."""
     asked = []
     original = initialization.normal_rows

@@ -57,24 +57,26 @@ def check(tokens: int, width: int, vocab_size: int, rows: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 32, 33, 50])
 @pytest.mark.parametrize(("vocab_size", "rows"), [(128, 128), (77, 128), (129, 256)])
-def test_value_and_gradients(tokens: int, vocab_size: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_value_and_gradients_are_the_references(
+    tokens: int, vocab_size: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "CHUNK", 16)
     check(tokens, 12, vocab_size, rows)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40])
-def test_the_chunk_does_not_matter(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_chunk_gives_the_same_loss(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
     check(41, 12, 77, 128)
 
 
 @pytest.mark.parametrize("tokens", [1023, 1024, 1025, 2100])
-def test_at_the_real_chunk(tokens: int) -> None:
+def test_the_real_chunk_gives_the_same_loss(tokens: int) -> None:
     assert module.CHUNK == 1024
     check(tokens, 8, 77, 128)
 
 
-def test_no_target_counts() -> None:
+def test_the_loss_is_zero_if_no_target_counts() -> None:
     hidden, weight, targets = problem(20, 12, 77, 128)
     loss, grad_hidden, grad_weight = fused(hidden, weight, torch.full_like(targets, -100), 77)
     assert float(loss) == 0
@@ -82,7 +84,7 @@ def test_no_target_counts() -> None:
     assert not grad_weight.any()
 
 
-def test_the_gradient_that_arrives_is_applied() -> None:
+def test_the_incoming_gradient_scales_the_gradients() -> None:
     hidden, weight, targets = problem(40, 12, 77, 128)
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     (linear_cross_entropy(h, w, targets, 77) * -0.37).backward()
@@ -103,7 +105,7 @@ def test_gradients_accumulate_over_micro_batches() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight"])
-def test_one_gradient_alone(wanted: str) -> None:
+def test_one_gradient_may_be_computed_alone(wanted: str) -> None:
     hidden, weight, targets = problem(40, 12, 77, 128)
     expected = dict(zip(("hidden", "weight"), reference(hidden, weight, targets, 77)[1:], strict=True))
     tensors = {"hidden": hidden, "weight": weight}
@@ -115,11 +117,11 @@ def test_one_gradient_alone(wanted: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [1e2, 1e4, 1e15])
-def test_huge_logits(scale: float) -> None:
+def test_huge_logits_stay_finite(scale: float) -> None:
     hidden, weight, targets = problem(40, 12, 77, 128)
     hidden, weight = hidden * scale, weight * scale
     expected = reference(hidden, weight, targets, 77)
-    assert expected[0] > 10 * scale**2  # far beyond what exp can hold
+    assert expected[0] > 10 * scale**2  # far beyond the range of exp
     for a, b in zip(fused(hidden, weight, targets, 77), expected, strict=True):
         assert_near(a, b, 1e-5)
 
@@ -139,7 +141,7 @@ def test_the_sum_keeps_its_precision() -> None:
     assert float(loss) == pytest.approx(float(reference(hidden, weight, targets, 77)[0]), rel=1e-6)
 
 
-def test_bf16_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_autocast_is_near_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", 64)
     hidden, weight, targets = problem(150, 48, 1100, 1152)  # more rows than are summed at a time on a CPU
     weight = weight * 0.2
@@ -183,7 +185,7 @@ def test_a_second_derivative_is_refused(power: int) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradient(mode: Any) -> None:
+def test_the_loss_is_the_same_without_gradients(mode: Any) -> None:
     hidden, weight, targets = problem(40, 12, 77, 128)
     weight = torch.nn.Parameter(weight)
     with mode():
@@ -230,7 +232,7 @@ def test_the_logits_of_all_tokens_never_exist(tokens: int, dtype: torch.dtype, m
 
     with LargestTensor() as plain:
         F.cross_entropy(hidden @ weight.T, targets, reduction="sum").backward()
-    assert plain.numel == tokens * rows  # the probe sees what it is there to see
+    assert plain.numel == tokens * rows  # the probe does see all logits
 
 
 def test_bf16_gradients_are_scaled_without_a_common_error() -> None:

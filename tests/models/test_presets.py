@@ -39,12 +39,12 @@ TRAINING_COMPUTE = {
 }
 
 
-def test_exactly_the_papers_sizes() -> None:
+def test_the_presets_are_the_papers_sizes() -> None:
     assert list(PRESETS) == NAMES
 
 
 @pytest.mark.parametrize("row", TABLE, ids=NAMES)
-def test_table(row: tuple) -> None:
+def test_every_preset_is_its_row_of_the_papers_table(row: tuple) -> None:
     name, layers, width, heads, head_width, context, parameters, batch, peak_lr = row
     preset = get_preset(name)
     model = preset.model
@@ -55,7 +55,7 @@ def test_table(row: tuple) -> None:
     assert model.dropout == 0.0
     assert model.attention == "dense"
     assert model.preset == name
-    # 175B would not fit: that this returns shows that nothing is allocated.
+    # 175B would not fit in memory, so nothing is allocated.
     assert model.parameters == parameters
     assert preset.peak_lr == peak_lr
     # The paper rounds the batch; ours is a whole number of sequences that rounds to it.
@@ -64,7 +64,7 @@ def test_table(row: tuple) -> None:
     assert preset.batch_tokens % context == 0
 
 
-def test_batches_to_the_token() -> None:
+def test_batches_are_exact_to_the_token() -> None:
     batches = {name: PRESETS[name].batch_tokens for name in ("gpt2-124m", "gpt3-xl", "gpt3-13b", "gpt3-175b")}
     assert batches == {"gpt2-124m": 524_288, "gpt3-xl": 1_048_576, "gpt3-13b": 2_097_152, "gpt3-175b": 3_145_728}
 
@@ -79,7 +79,7 @@ def test_parameters_are_those_of_the_module(row: tuple) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING_COMPUTE)
-def test_training_compute(name: str) -> None:
+def test_training_compute_is_that_of_table_d1(name: str) -> None:
     preset = get_preset(name)
     flops, pf_days = TRAINING_COMPUTE[name]
     assert preset.paper_tokens == 300e9
@@ -108,7 +108,7 @@ def test_flops_per_token_are_the_products_that_run() -> None:
     assert counter.get_total_flops() == tokens.numel() * (config.flops_per_token - 6 * vectors)
 
 
-def test_flops_per_token_by_hand() -> None:
+def test_flops_per_token_are_those_computed_by_hand() -> None:
     shape = {"layers": 3, "width": 4, "heads": 2, "context": 8, "vocab_size": 10}
     # A block of width 4: two LayerNorms 16, qkv 60, out 20, up 80, down 68.
     multiplied = 10 * 4 + 3 * (16 + 60 + 20 + 80 + 68) + 8
@@ -136,7 +136,7 @@ def test_unknown_preset_names_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize(("vocab_size", "padded"), [(1, 128), (127, 128), (128, 128), (129, 256), (50257, 50304)])
-def test_vocabulary_padding(vocab_size: int, padded: int) -> None:
+def test_the_vocabulary_is_padded_to_multiples_of_128(vocab_size: int, padded: int) -> None:
     assert ModelConfig(1, 8, 2, 8, vocab_size=vocab_size).padded_vocab_size == padded
 
 

@@ -1,4 +1,4 @@
-"""What one node says of itself before a run: printed as a line of JSON, so that it needs no network but Slurm's."""
+"""A node's report before a run, printed as lines of JSON, so that it needs no network but Slurm's."""
 
 import contextlib
 import datetime
@@ -16,42 +16,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megagpt.errors import UserError, first_line
+from megagpt import launchers
+from megagpt.errors import first_line
+from megagpt.launchers import SlurmNode
 
 _COLLECTIVE_BYTES = {"cuda": 2**28, "cpu": 2**24}
-# Until the last node has imported what it needs; whoever asks gives up earlier.
+# Timeout of the collective: until the last node has imported PyTorch. The pre-flight check gives up earlier.
 _PATIENCE = datetime.timedelta(minutes=10)
 _ROUNDS = 3
 
 
-def report(folder: Path, port: int, on_gpu: bool) -> None:
-    """Print this node's facts, then what one all-reduce over all nodes took. Run by each node, once, under srun."""
-    try:
-        node, index = os.environ["SLURMD_NODENAME"], int(os.environ["SLURM_NODEID"])
-        nodes, head = int(os.environ["SLURM_NNODES"]), os.environ["MASTER_ADDR"]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"launch/multinode.sh asks this of each node of a Slurm job ({first_line(error)})") from None
+def print_report(folder: Path, port: int, on_gpu: bool) -> None:
+    """Print this node's facts, then the time of one all-reduce over all nodes. Each node runs it once, under srun.
+    Raises UserError outside of launch/multinode.sh."""
+    task = launchers.slurm_node(os.environ)
     facts = {
-        "head": _resolves(head),
-        "port": _taken(port) if index == 0 else "",
-        "folder": _writable(folder, node),
+        "head": _name_problem(task.head),
+        "port": _port_problem(port) if task.index == 0 else "",
+        "folder": _folder_problem(folder, task.name),
         "versions": versions(),
-        "gpus": _gpus() if on_gpu else None,
+        "gpus": _gpu_facts() if on_gpu else None,
         "time": time.time(),
     }
-    print(json.dumps({"node": node, "facts": facts}), flush=True)
-    if nodes > 1 and not facts["head"]:
-        print(json.dumps({"node": node, "collective": _collective(index, nodes, head, port + 1, on_gpu)}), flush=True)
+    print(json.dumps({"node": task.name, "facts": facts}), flush=True)
+    if task.nodes > 1 and not facts["head"]:
+        print(json.dumps({"node": task.name, "collective": _time_all_reduce(task, port + 1, on_gpu)}), flush=True)
 
 
 def versions() -> dict[str, str]:
-    """What must be the same on all nodes."""
+    """Versions that must be the same on all nodes."""
     found = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy", "megagpt")}
     return {"python": platform.python_version(), **found, "cuda": str(torch.version.cuda)}
 
 
-def _resolves(host: str) -> str:
-    """Why a host's name leads nowhere; empty where it does."""
+def _name_problem(host: str) -> str:
+    """Why a host's name has no address; empty if it has one."""
     try:
         socket.getaddrinfo(host, None)
         return ""
@@ -59,7 +58,8 @@ def _resolves(host: str) -> str:
         return first_line(error)
 
 
-def _taken(port: int) -> str:
+def _port_problem(port: int) -> str:
+    """Why the port cannot be used; empty if it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -69,8 +69,8 @@ def _taken(port: int) -> str:
             return first_line(error)
 
 
-def _writable(folder: Path, node: str) -> str:
-    """Leave a file for the head node to find, and look for the one that it left."""
+def _folder_problem(folder: Path, node: str) -> str:
+    """Leave a file for the head node, and read the one that it left. Why that fails; empty if it succeeds."""
     try:
         (folder / f"preflight.{node}").write_text(node)
         (folder / "preflight").read_text()
@@ -79,13 +79,13 @@ def _writable(folder: Path, node: str) -> str:
         return first_line(error)
 
 
-def _gpus() -> dict[str, Any]:
-    """How many PyTorch sees, and how much of each one's memory is in use, in MiB; `error` where one does not answer."""
+def _gpu_facts() -> dict[str, Any]:
+    """`count` of GPUs that PyTorch sees, memory of each that others use (`used`, MiB), `error` of one that fails."""
     found: dict[str, Any] = {"count": torch.cuda.device_count(), "used": [], "error": ""}
     try:
         for index in range(found["count"]):
             torch.ones(1, device=torch.device("cuda", index)).item()
-        # Not by PyTorch: it would count what it has just taken.
+        # PyTorch would count the memory that the line above has just taken.
         if shutil.which("nvidia-smi"):
             found["used"] = _used_by_others()
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:
@@ -96,8 +96,8 @@ def _gpus() -> dict[str, Any]:
 def _used_by_others() -> list[int]:
     """MiB that other processes use of each GPU of this job."""
     query = ["nvidia-smi", "--format=csv,noheader,nounits"]
-    if os.environ.get("CUDA_VISIBLE_DEVICES"):
-        query.append(f"--id={os.environ['CUDA_VISIBLE_DEVICES']}")
+    if visible := launchers.visible_gpus(os.environ):
+        query.append(f"--id={visible}")
 
     def ask(what: str) -> list[list[str]]:
         done = subprocess.run([*query, what], capture_output=True, text=True, check=False, timeout=60)
@@ -111,13 +111,13 @@ def _used_by_others() -> list[int]:
     return list(used.values())
 
 
-def _collective(index: int, nodes: int, head: str, port: int, on_gpu: bool) -> dict[str, Any]:
-    """Seconds of the quickest of a few all-reduces, and their bytes; or the error."""
+def _time_all_reduce(task: SlurmNode, port: int, on_gpu: bool) -> dict[str, Any]:
+    """`seconds` of the fastest of a few all-reduces, and their `bytes`; or the `error`."""
     device = "cuda" if on_gpu else "cpu"
     try:
         dist.init_process_group(
-            "nccl" if on_gpu else "gloo", init_method=f"tcp://{head}:{port}", rank=index, world_size=nodes,
-            timeout=_PATIENCE,
+            "nccl" if on_gpu else "gloo", init_method=f"tcp://{task.head}:{port}", rank=task.index,
+            world_size=task.nodes, timeout=_PATIENCE,
         )  # fmt: skip
         data = torch.empty(_COLLECTIVE_BYTES[device] // 4, device=device)
         seconds = []
@@ -130,7 +130,7 @@ def _collective(index: int, nodes: int, head: str, port: int, on_gpu: bool) -> d
             if on_gpu:
                 torch.cuda.synchronize()
             seconds.append(time.monotonic() - begin)
-        if not bool((data == nodes).all()):
+        if not bool((data == task.nodes).all()):
             return {"error": "its sum is wrong"}
         return {"seconds": min(seconds), "bytes": _COLLECTIVE_BYTES[device]}
     except (RuntimeError, ValueError) as error:

@@ -1,0 +1,59 @@
+"""Marks on the config's fields: whether a resume may change a key, which engine it is for, which values it takes.
+
+    lr: Recipe[float] = Field(default=6.0e-4, gt=0)
+
+Every field has exactly one of the marks of `Change`.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from pydantic.fields import FieldInfo
+
+T = TypeVar("T")
+
+
+class Change(enum.Enum):
+    """What a resume does if the key's value is not the checkpoint's."""
+
+    FREE = "a resume may change it"
+    RECIPE = "a resume needs --allow-recipe-change to change it"
+    DATA = "a resume needs --allow-data-change to change it"
+    SHAPE = "no resume may change it"
+
+
+@dataclass(frozen=True)
+class For:
+    """The only engine that a key is for; the others refuse a value that is not the default."""
+
+    engine: str
+
+
+@dataclass(frozen=True)
+class Values:
+    """The values that a key takes, in words, where its type does not say it."""
+
+    text: str
+
+
+Free = Annotated[T, Change.FREE]
+Recipe = Annotated[T, Change.RECIPE]
+Data = Annotated[T, Change.DATA]
+Shape = Annotated[T, Change.SHAPE]
+ForFSDP = Annotated[T, Change.FREE, For("fsdp")]
+ForZero = Annotated[T, Change.FREE, For("zero")]
+
+
+def fields_of(section: Any) -> dict[str, FieldInfo]:
+    """The fields of a section by name, with type, default, docstring and marks."""
+    fields: dict[str, FieldInfo] = section.__pydantic_fields__
+    return fields
+
+
+def mark_of(field: FieldInfo, kind: type[T]) -> T | None:
+    """A field's mark of that kind. Raises ValueError if it has several."""
+    marks = [mark for mark in field.metadata if isinstance(mark, kind)]
+    if len(marks) > 1:
+        raise ValueError(f"{marks} contradict each other")
+    return marks[0] if marks else None
