@@ -28,7 +28,7 @@ def save(by: Saver, value: float, step: int) -> None:
     by.finish()
 
 
-def test_each_start_has_the_next_number_and_supersedes_all_before(tmp_path: Path) -> None:
+def test_each_incarnation_supersedes_all_before(tmp_path: Path) -> None:
     starts = [claim(tmp_path, {"host": f"h{i}"}) for i in range(3)]
     assert [start.number for start in starts] == [1, 2, 3]
     assert [start.is_superseded() for start in starts] == [True, True, False]
@@ -77,7 +77,7 @@ def test_an_older_incarnation_saves_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob("*.saving-*"))
 
 
-def test_a_save_under_way_does_not_take_the_place_of_a_newer_ones(
+def test_a_save_under_way_leaves_a_newer_ones_place_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both save the same position. The older one is halted when all of its files are written."""

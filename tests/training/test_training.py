@@ -95,7 +95,7 @@ def test_a_ramped_batch_is_the_same_run_on_any_ranks(tiny: Tiny, tmp_path: Path)
     assert_same_curve(tmp_path / "runs" / "two", tmp_path / "runs" / "one")
 
 
-def test_bf16_and_dropout_train(tiny: Tiny, tmp_path: Path) -> None:
+def test_bf16_and_dropout_stay_near_the_fp32_curve(tiny: Tiny, tmp_path: Path) -> None:
     config = str(tiny(optimizer={"lr": 3e-3}))
     assert train(config, "run.name=fp32") == 0
     assert train(config, "run.name=bf16", "train.precision=bf16") == 0
@@ -104,7 +104,8 @@ def test_bf16_and_dropout_train(tiny: Tiny, tmp_path: Path) -> None:
     assert bf16 != fp32
     assert bf16 == pytest.approx(fp32, abs=3e-2)
     assert dropout[0] != fp32[0]
-    assert dropout[-1] < dropout[0]
+    assert dropout == pytest.approx(fp32, abs=0.15)
+    assert dropout[-1] < dropout[0] - 1
 
 
 @pytest.mark.slow
