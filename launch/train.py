@@ -1,4 +1,4 @@
-"""The script that launchers start: torchrun --nproc-per-node 8 launch/train.py --config gpt2_124m.yaml [section.key=value ...]"""
+"""The script for launchers: torchrun --nproc-per-node 8 launch/train.py --config gpt2_124m.yaml [section.key=value]"""
 
 import sys
 
