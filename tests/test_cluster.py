@@ -96,7 +96,7 @@ class Job:
     def wait_for_steps(self, count: int, start: int = 1) -> None:
         wait_for_steps(self.run, count, incarnation=start)
 
-    def assert_whole_curve(self, expected: list[float]) -> None:
+    def assert_complete_curve(self, expected: list[float]) -> None:
         """Every step once, with the loss of one process that never stopped."""
         steps = metrics(self.run)
         assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
@@ -117,7 +117,7 @@ def test_a_time_limit_saves_requeues_and_resumes(
     assert job.ends()[0] == ("stopped", "SIGUSR1")
     cluster.control("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
     assert job.wait("COMPLETED", "FAILED")["JobState"] == "COMPLETED", job.output
-    job.assert_whole_curve(expected)
+    job.assert_complete_curve(expected)
     assert "2 node(s) are fit: n1, n2; an all-reduce" in job.output
 
     events = EventAccumulator(str(job.run))
@@ -162,7 +162,7 @@ def test_scancel_saves_and_ends_and_a_requeue_resumes(
     cluster.control("scontrol", "requeue", str(job.id))
     assert job.wait("COMPLETED", "FAILED", restarts=1)["JobState"] == "COMPLETED", job.output
     assert job.ends() == [("stopped", "SIGTERM"), ("stopped", "SIGTERM"), ("finished", "the last token")]
-    job.assert_whole_curve(expected)
+    job.assert_complete_curve(expected)
 
 
 def test_a_job_resumes_without_a_node_that_lost_power(
@@ -175,7 +175,7 @@ def test_a_job_resumes_without_a_node_that_lost_power(
     cluster.power_off("n2")
     assert job.wait("COMPLETED", "FAILED", restarts=1)["JobState"] == "COMPLETED", job.output
     assert cluster.job(job.id)["NodeList"] == "n1"
-    job.assert_whole_curve(expected)
+    job.assert_complete_curve(expected)
 
 
 def test_a_stale_incarnation_behind_a_partition_writes_nothing(
@@ -193,7 +193,7 @@ def test_a_stale_incarnation_behind_a_partition_writes_nothing(
     cluster.link("n1", up=True)
     assert job.wait("COMPLETED", "FAILED")["JobState"] == "COMPLETED", job.output
     assert cluster.job(job.id)["NodeList"] == "n2"
-    job.assert_whole_curve(expected)
+    job.assert_complete_curve(expected)
     assert not [problem for c in list_checkpoints(job.run) for problem in c.verify()]
 
 
@@ -250,7 +250,7 @@ def test_srun_without_the_script_trains_the_same_curve(
     script = str(REPOSITORY / "launch" / "train.py")
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, script, *job.arguments]
     cluster.control(*command, cwd=tmp_path, env=ENVIRONMENT)
-    job.assert_whole_curve(expected)
+    job.assert_complete_curve(expected)
 
 
 def test_deepspeed_over_ssh_stops_and_resumes(
@@ -274,7 +274,7 @@ def test_deepspeed_over_ssh_stops_and_resumes(
         time.sleep(0.1)
     assert job.ends() == [("stopped", "SIGTERM")], (tmp_path / "output").read_text()
     cluster.on("n1", *command, cwd=tmp_path, env=environment)
-    job.assert_whole_curve(expected)
+    job.assert_complete_curve(expected)
     assert list_incarnations(job.run)[-1].start()["world_size"] == 2
     assert "TORCH_FR_DUMP_TEMP_FILE=a b\n" in (job.run / "logs" / "deepspeed_env").read_text()
 
