@@ -60,20 +60,12 @@ class Run:
     reserve: Reserve
     ending: Ending
 
-    @contextlib.contextmanager
-    def batches(self) -> Iterator[Generator[Batch]]:
+    def batches(self) -> Generator[Batch]:
         """This rank's share of every remaining batch, read ahead."""
-        config, world = self.config, self.world
-        batches = read_ahead(
-            train_batches(
-                self.train_data, self.start.sequences, config.total_sequences,
-                functools.partial(batch_sequences, config), Share(world.rank, world.size, config.train.micro_batch),
-            )
-        )  # fmt: skip
-        try:
-            yield batches
-        finally:
-            batches.close()
+        first, total = self.start.sequences, self.config.total_sequences
+        share = Share(self.world.rank, self.world.size, self.config.train.micro_batch)
+        size = functools.partial(batch_sequences, self.config)
+        return read_ahead(train_batches(self.train_data, first, total, size, share))
 
     def agree_to_stop(self, stop: StopRequest) -> bool:
         """Whether some rank was asked to stop, or has too little of its time left for another step and a save."""
@@ -108,12 +100,9 @@ class Run:
         if saved is None:
             return
         path, seconds, stall = str(saved.checkpoint.path), saved.save_seconds, saved.stall_seconds
-        self.reporter.event(
-            Event.CHECKPOINT,
-            at,
-            {"tokens_seen": saved.checkpoint.tokens, "path": path, "save_seconds": seconds, "stall_seconds": stall},
-            f"saved {path} in {seconds:.1f} s; training waited for {stall:.2f} s",
-        )
+        values = {"path": path, "save_seconds": seconds, "stall_seconds": stall}
+        text = f"saved {path} in {seconds:.1f} s; training waited for {stall:.2f} s"
+        self.reporter.event(Event.CHECKPOINT, at, {"tokens_seen": saved.checkpoint.tokens, **values}, text)
 
     def say_bound(self) -> None:
         """Print how long a stop takes at most."""
