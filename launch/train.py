@@ -1,4 +1,4 @@
-"""The script that launchers start: torchrun --nproc-per-node 8 launch/train.py gpt2_124m.yaml [section.key=value ...]"""
+"""The script that launchers start, such as `torchrun --nproc-per-node 8 launch/train.py gpt2_124m.yaml`."""
 
 import sys
 

@@ -311,7 +311,7 @@ def contradictions(config: Config) -> Iterator[str]:
     if train.batch_ramp_start > train.batch_tokens:
         yield f"train.batch_ramp_start {train.batch_ramp_start} exceeds train.batch_tokens {train.batch_tokens}"
     if schedule.shape == "cosine" and schedule.decay_start_tokens:
-        yield "schedule.decay_start_tokens is for schedule.shape wsd; a cosine starts where the warm-up ends"
+        yield "schedule.decay_start_tokens is for schedule.shape wsd; a cosine starts at the end of the warm-up"
     start = schedule.decay_start_tokens if schedule.shape == "wsd" else schedule.warmup_tokens
     if schedule.shape == "wsd" and start < schedule.warmup_tokens:
         yield f"schedule.decay_start_tokens {start} lies before the end of the warm-up, {schedule.warmup_tokens}"

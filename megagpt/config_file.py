@@ -136,7 +136,7 @@ def _valid_names(location: tuple[str | int, ...]) -> list[str]:
     return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 
-def _describe(error: Any) -> str:
+def _error_text(error: Any) -> str:
     location, value = error["loc"], error["input"]
     key = ".".join(map(str, location)) or "config"
     match error["type"]:
@@ -187,7 +187,7 @@ def build_config(tree: dict[str, Any], where: str) -> Config:
         # JSON mode is pydantic's strict mode for parsed files: no string passes for a number, no bool for an int.
         config = TypeAdapter(Config).validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_describe(e) for e in error.errors())) from None
+        raise UserError(f"{where}: " + "; ".join(_error_text(e) for e in error.errors())) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
     problems = list(contradictions(config))

@@ -32,7 +32,7 @@ class For:
 
 @dataclass(frozen=True)
 class Values:
-    """The values that a key takes, in words, where its type does not say it."""
+    """The values that a key takes, in words, if its type does not say it."""
 
     text: str
 

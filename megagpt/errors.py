@@ -56,16 +56,7 @@ class Interrupted(ExpectedError):
 
 
 # Causes that a person must remove: a retry on the same disk fails again.
-_LASTING = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-)
+_LASTING = {getattr(errno, n) for n in ["ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "EEXIST"]}
 
 
 def expected(error: BaseException) -> ExpectedError | None:
@@ -74,7 +65,7 @@ def expected(error: BaseException) -> ExpectedError | None:
         return error
     if isinstance(error, OSError) and error.errno in _LASTING:
         where = f"{error.filename}: " if error.filename else ""
-        return UserError(f"{where}{os.strerror(error.errno)}; fix this, then run the same command again")
+        return UserError(f"{where}{os.strerror(error.errno or 0)}; fix this, then run the same command again")
     return None
 
 

@@ -78,9 +78,8 @@ def read_record(path: Path) -> Failure | None:
 
 
 def failure_of_end(end: Mapping[str, Any]) -> Failure:
-    """The failure that ended an incarnation, from the record of its end. Older records have `mend` for "no retry"."""
-    retry = end.get("retry", not end.get("mend", False))
-    return Failure(end["reason"], end.get("rank"), end.get("host", ""), bool(retry))
+    """The failure that ended an incarnation, from the record of its end."""
+    return Failure(end["reason"], end.get("rank"), end.get("host", ""), bool(end.get("retry", True)))
 
 
 def report(error: Exception, rank: int, ranks: int, store: dist.Store) -> None:

@@ -16,7 +16,7 @@ class Accelerator:
     """FLOP/s of fp32 products as PyTorch runs them by default (no TF32)."""
 
 
-# From NVIDIA's data sheets. The first that is part of the device's name wins.
+# From NVIDIA's data sheets. The first key that is part of the device's name counts.
 _ACCELERATORS = {
     "H200": Accelerator(989.4e12, 66.9e12),  # GH200 too: the same chip
     "H100 PCIe": Accelerator(756e12, 51.2e12),
@@ -25,7 +25,7 @@ _ACCELERATORS = {
     "A100": Accelerator(312e12, 19.5e12),
     "L40S": Accelerator(362e12, 91.6e12),
 }
-# GB of memory of the largest of them, an H200.
+# Memory of the largest of them, an H200 (GB).
 LARGEST_GPU_GB = 141.0
 
 
@@ -36,7 +36,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of the device in a precision ("fp32", "bf16"); None if it is not known."""
+    """Peak FLOP/s of the device in a precision ("fp32", "bf16"); None if it is unknown."""
     name = device_name(device)
     for key, accelerator in _ACCELERATORS.items():
         if key in name:

@@ -55,13 +55,8 @@ def find_rank(environment: Mapping[str, str]) -> RankInfo:
         return RankInfo(rank, size, local_rank, environment["MASTER_ADDR"], number("MASTER_PORT"))
     # One port per step, so that steps of one job, and jobs that share a node, rarely meet.
     port = 20_000 + (number("SLURM_JOB_ID") * 31 + number("SLURM_STEP_ID")) % 20_000
-    return RankInfo(
-        rank,
-        size,
-        local_rank,
-        environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"]),
-        number("MASTER_PORT") if environment.get("MASTER_PORT") else port,
-    )
+    address = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
+    return RankInfo(rank, size, local_rank, address, number("MASTER_PORT") if environment.get("MASTER_PORT") else port)
 
 
 def slurm_job(environment: Mapping[str, str]) -> str | None:

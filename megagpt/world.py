@@ -132,43 +132,33 @@ def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float 
     store, watched = (_connect(info), None) if world.size == 1 else _meet(info)
     world = dataclasses.replace(world, store=store)
     timeout = max(_TIMEOUT, datetime.timedelta(seconds=hang_timeout + 60))
-    with console.voice(silent=True) if not world.is_main else contextlib.nullcontext():
-        if world.size == 1:
-            try:
-                _init_group(world, store, timeout)
-                yield world
-            except Exception as error:
-                leave_record(failure(error, 0))
-                raise
-            finally:
-                _leave()
-            return
-        left = threading.Event()
+    left = threading.Event()
+    if watched is not None:
         threading.Thread(target=follow_failed_peers, args=(watched, left), daemon=True).start()
-        try:
+    try:
+        with console.voice(silent=not world.is_main):
             _init_group(world, store, timeout)
             yield world
             # The rank that holds the store leaves with the others: those who watch take its exit for a failure.
-            dist.barrier()
-        except Exception as error:
-            report(error, info.rank, info.size, store)
-            raise Reported from None
-        finally:
-            _leave()
-            left.set()
+            world.barrier()
+    except Exception as error:
+        if world.size == 1:
+            leave_record(failure(error, 0))
+            raise
+        report(error, info.rank, info.size, store)
+        raise Reported from None
+    finally:
+        _leave()
+        left.set()
 
 
 def _init_group(world: World, store: dist.Store, timeout: datetime.timedelta) -> None:
     on_gpu = world.device.type == "cuda"
     # The flight recorder: if a collective hangs, it tells which one.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED_COLLECTIVES))
+    backend, device = ("cpu:gloo,cuda:nccl", world.device) if on_gpu else ("gloo", None)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        timeout=timeout,
-        store=store,
-        rank=world.rank,
-        world_size=world.size,
-        device_id=world.device if on_gpu else None,
+        backend, timeout=timeout, store=store, rank=world.rank, world_size=world.size, device_id=device
     )
 
 

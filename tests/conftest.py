@@ -26,6 +26,14 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)  # two threads of a busy machine wait for each other
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that need a cluster, kill again and again, or are about time as slow ones."""
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("cluster", "drill", "timing")):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"))

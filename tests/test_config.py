@@ -243,7 +243,7 @@ def test_every_key_of_one_engine_is_refused_by_the_others() -> None:
                 load_config("gpt3_xl", [f"engine.name={engine}", f"engine.{name}={values[name]}"])
 
 
-def test_check_ranks_refuses_what_accumulation_and_sharing_refuse() -> None:
+def test_check_ranks_refuses_batches_and_copies_that_do_not_fit() -> None:
     config = load_config("gpt3_xl", ["engine.name=fsdp", "engine.shard_ranks=3"])
     with pytest.raises(UserError, match=r"engine\.shard_ranks 3 does not divide 8 ranks"):
         config.check_ranks(8)

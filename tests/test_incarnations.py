@@ -1,9 +1,6 @@
 """The newest start of a run writes; an older one cannot, whatever it was about to do."""
 
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,8 @@ from megagpt.incarnations import Incarnation, Superseded, claim, list_incarnatio
 from megagpt.world import World
 from tests.checkpoints.test_saving import WHOLE, meta, saved_value, state_of
 from tests.conftest import metrics, write_tiny
-from tests.processes import environment
+from tests.processes import start_train
+from tests.runs import PATIENCE, wait_for_steps
 
 ALONE = World.alone()
 
@@ -30,7 +28,7 @@ def save(by: Saver, value: float, step: int) -> None:
     by.finish()
 
 
-def test_each_start_has_the_next_number_and_supersedes_all_before(tmp_path: Path) -> None:
+def test_each_incarnation_supersedes_all_before(tmp_path: Path) -> None:
     starts = [claim(tmp_path, {"host": f"h{i}"}) for i in range(3)]
     assert [start.number for start in starts] == [1, 2, 3]
     assert [start.is_superseded() for start in starts] == [True, True, False]
@@ -79,9 +77,7 @@ def test_an_older_incarnation_saves_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob("*.saving-*"))
 
 
-def test_a_save_under_way_does_not_take_the_place_of_a_newer_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_under_way_leaves_a_newer_ones_place_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both save the same position. The older one is halted when all of its files are written."""
     old = saver(tmp_path, claim(tmp_path, {}))
     reached, go_on = threading.Event(), threading.Event()
@@ -132,27 +128,16 @@ def test_of_two_live_starts_the_older_one_ends(tmp_path: Path, corpus: Path) -> 
         tmp_path, corpus, train={"tokens": 128 * 100_000}, checkpoint={"every_tokens": 640, "keep_last": 3}
     )
     run = tmp_path / "runs" / "tiny"
-    command = [sys.executable, "-m", "megagpt", "train", str(config), "--auto-resume"]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    old = subprocess.Popen(command, cwd=tmp_path, env=environment(), text=True, **pipes)  # type: ignore[call-overload]
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 20:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    new = subprocess.Popen(command, cwd=tmp_path, env=environment(), text=True, **pipes)  # type: ignore[call-overload]
-    try:
-        said = old.communicate(timeout=120)[1]
-        assert old.returncode == 2
-        assert "taken this run over" in said
-        assert "Traceback" not in said
-        steps = len(metrics(run))
-        while len(metrics(run)) < steps + 20:
-            assert new.poll() is None
-            time.sleep(0.1)
-    finally:
-        for process in (old, new):
-            process.kill()
-            process.wait()
+    arguments, log = [str(config), "--auto-resume"], tmp_path / "old.log"
+    old = start_train(arguments, tmp_path, log)
+    wait_for_steps(run, 20, [old])
+    new = start_train(arguments, tmp_path, tmp_path / "new.log")
+    assert old.wait(PATIENCE) == 2
+    assert "taken this run over" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    wait_for_steps(run, 20, [new], incarnation=2)
+    new.kill()
+    new.wait()
     steps_seen = [line["step"] for line in metrics(run)]
     assert steps_seen == list(range(1, len(steps_seen) + 1))
     whole = [c for c in list_checkpoints(run) if c.problem() is None]

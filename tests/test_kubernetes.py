@@ -32,7 +32,7 @@ def at(tree: Any, path: str) -> Any:
 
 
 def pod_of(job: Tree) -> Tree:
-    """The pod that the Trainer makes of it: the patched pod, whose container gets what `trainer` says."""
+    """The pod that the Trainer makes: the patched pod, with the image, command and environment of `trainer`."""
     spec, trainer = copy.deepcopy(at(job, POD)), job["spec"]["trainer"]
     container = {name: trainer[name] for name in ("image", "command", "args", "env")}
     spec["containers"][0].update(container, resources=trainer["resourcesPerNode"])
@@ -40,7 +40,7 @@ def pod_of(job: Tree) -> Tree:
 
 
 def check_trainjob(job: Tree) -> None:
-    """The models refuse wrong types and missing keys; unknown keys they drop, which the way back shows."""
+    """The models refuse wrong types and missing keys, but drop unknown keys: the round trip shows those."""
     parsed = TrainerV1alpha1TrainJob.from_dict(job)
     assert (parsed and parsed.to_dict()) == job
 
@@ -96,11 +96,11 @@ def test_a_broken_pod_is_refused(job: Tree, what: str) -> None:
         check_pod(job)
 
 
-def test_the_command_is_a_run_that_divides(job: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_is_a_run_that_divides_over_its_ranks(job: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = job["spec"]["trainer"]
     nodes, ranks = trainer["numNodes"], trainer["numProcPerNode"]
     assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == ranks
-    # What the torch-distributed runtime sets on the second node.
+    # Variables that the torch-distributed runtime sets on the second node.
     runtime = {"NNODES": nodes, "NPROC_PER_NODE": ranks, "NODE_RANK": 1, "MASTER_ADDR": "first", "MASTER_PORT": 29400}
     for name, value in runtime.items():
         monkeypatch.setenv(f"PET_{name}", str(value))

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from megagpt.cli import _parser
 from megagpt.launchers import first_host
 from tests.conftest import metrics
 from tests.minicluster import MiniCluster, end_processes, mini_cluster, missing
-from tests.processes import REPOSITORY, environment, free_port
+from tests.processes import REPOSITORY, environment, free_port, megagpt, start_ranks, torchrun_command
+from tests.runs import PATIENCE, assert_one_error, logs, losses, shrunk
 
-pytestmark = pytest.mark.slow
+# One group: all of it is compared with one run.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("launchers")]
 
 SCRIPT = str(REPOSITORY / "launch" / "train.py")
 ZERO3 = ["engine.name=zero", "engine.stage=3"]
@@ -21,15 +24,10 @@ Done = subprocess.CompletedProcess[str]
 SLURM_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 
 
-def shrunk(corpus: Path, folder: Path, name: str, micro_batch: int = 4) -> list[str]:
-    """Arguments that make GPT-3 XL a run of three steps of four sequences."""
-    return [
-        "--config", "gpt3_xl.yaml", "model.layers=2", "model.width=32", "model.heads=2", "model.context=16",
-        "train.tokens=192", "train.batch_tokens=64", f"train.micro_batch={micro_batch}", "train.batch_ramp_start=0",
-        "train.batch_ramp_tokens=0", f"data.sources=[{{path: {corpus}}}]", f"run.folder={folder}", f"run.name={name}",
-        "validation.tokens=64", "sampling.samples=1", "sampling.max_tokens=2", "train.device=cpu",
-        "train.precision=fp32", "schedule.warmup_tokens=64", "optimizer.lr=1e-2",
-    ]  # fmt: skip
+def arguments_of(corpus: Path, folder: Path, micro_batch: int = 2) -> list[str]:
+    """GPT-3 XL as a run of three steps of four sequences, below `folder`/runs."""
+    name = [f"run.folder={folder / 'runs'}", "run.name=run", f"train.micro_batch={micro_batch}"]
+    return ["--config", "gpt3_xl.yaml", *shrunk(corpus), *name]
 
 
 def run(command: list[str], cwd: Path) -> Done:
@@ -41,20 +39,6 @@ def run(command: list[str], cwd: Path) -> Done:
         end_processes("TEST_FOLDER", str(cwd))
 
 
-def python(arguments: list[str], cwd: Path) -> Done:
-    return run([sys.executable, SCRIPT, *arguments], cwd)
-
-
-def torchrun(arguments: list[str], cwd: Path) -> Done:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    return run([*launcher, SCRIPT, *arguments], cwd)
-
-
-def deepspeed(arguments: list[str], cwd: Path) -> Done:
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
-    return run([*launcher, f"--master_port={free_port()}", SCRIPT, *arguments], cwd)
-
-
 def srun(arguments: list[str], cwd: Path, cluster: MiniCluster) -> Done:
     command = ["srun", "-n", "2", sys.executable, SCRIPT, *arguments]
     return cluster.control(*command, cwd=cwd, env={**SLURM_ENVIRONMENT, "TEST_FOLDER": str(cwd)}, check=False)
@@ -62,14 +46,14 @@ def srun(arguments: list[str], cwd: Path, cluster: MiniCluster) -> Done:
 
 @pytest.fixture(scope="module")
 def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses under plain python."""
+    """The losses of one process."""
     folder = tmp_path_factory.mktemp("plain")
-    done = python(shrunk(corpus, folder, "plain"), folder)
+    done = megagpt("train", *arguments_of(corpus, folder, micro_batch=4), cwd=folder)
     assert done.returncode == 0, done.stderr
-    losses = [line["loss"] for line in metrics(folder / "plain")]
-    assert len(losses) == 3
-    assert len({round(loss, 3) for loss in losses}) == 3, "steps that change nothing would hide a difference"
-    return losses
+    found = losses(folder / "runs" / "run")
+    assert len(found) == 3
+    assert len({round(loss, 3) for loss in found}) == 3, "steps that change nothing would hide a difference"
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -82,82 +66,97 @@ def cluster() -> Iterator[MiniCluster]:
 
 def assert_same_run(done: Done, folder: Path, expected: list[float]) -> None:
     assert done.returncode == 0, done.stderr
-    assert [line["loss"] for line in metrics(folder)] == pytest.approx(expected, abs=5e-6)
+    steps = metrics(folder / "runs" / "run")
+    assert [line["loss"] for line in steps] == pytest.approx(expected, abs=5e-6)
     # Three lines written by one rank: two worlds of one would have written six, or refused each other's folder.
-    assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
+    assert [line["step"] for line in steps] == [1, 2, 3]
 
 
-def assert_one_error(done: Done, *parts: str) -> None:
-    assert done.returncode != 0
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if "megagpt: error:" in line]
-    assert len(lines) == 1, lines
-    for part in parts:
-        assert part in lines[0]
-
-
-def test_torchrun(corpus: Path, tmp_path: Path, expected: list[float]) -> None:
-    assert_same_run(torchrun(shrunk(corpus, tmp_path, "run", 2), tmp_path), tmp_path / "run", expected)
+def test_python_and_torchrun_train_the_same_run(corpus: Path, tmp_path: Path, expected: list[float]) -> None:
+    for name, launcher, micro_batch in (("python", [sys.executable], 4), ("torchrun", torchrun_command(2), 2)):
+        done = run([*launcher, SCRIPT, *arguments_of(corpus, tmp_path / name, micro_batch)], tmp_path)
+        assert_same_run(done, tmp_path / name, expected)
 
 
 def test_deepspeed(corpus: Path, tmp_path: Path, expected: list[float]) -> None:
-    done = deepspeed([*shrunk(corpus, tmp_path, "run", 2), *ZERO3], tmp_path)
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
+    command = [*launcher, f"--master_port={free_port()}", SCRIPT, *arguments_of(corpus, tmp_path), *ZERO3]
+    done = run(command, tmp_path)
     assert "--local_rank=1" in done.stdout + done.stderr, "the launcher has not passed the option that is tested here"
-    assert_same_run(done, tmp_path / "run", expected)
+    assert_same_run(done, tmp_path, expected)
 
 
+@pytest.mark.parametrize("option", ["--local-rank=0", "--local_rank=0"])
+def test_the_local_rank_of_older_launchers_is_accepted(option: str) -> None:
+    """It comes before the script's own arguments, and changes nothing."""
+    parser, words = _parser(), ["--config", "gpt3_xl.yaml", "train.tokens=192"]
+    found, rest = parser.parse_known_args(["train", option, *words])
+    assert found.local_rank == 0
+    found.local_rank = None
+    assert (found, rest) == parser.parse_known_args(["train", *words])
+
+
+# --- an impossible config is one line of one rank ---
+
+# Found before the ranks meet, after, and while they do.
+IMPOSSIBLE = [
+    pytest.param(["train.tokns=1"], ["train.tokns", "did you mean"], id="unknown key"),
+    pytest.param(["train.micro_batch=3"], ["micro_batch"], id="batch that does not divide"),
+    pytest.param(
+        ["train.device=cuda"],
+        ["train.device", "train.device=cpu"],
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        id="absent device",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), IMPOSSIBLE)
+def test_an_impossible_config_is_one_line(overrides: list[str], parts: list[str], corpus: Path, tmp_path: Path) -> None:
+    """Without a launcher, which would end ranks by itself."""
+    ranks = start_ranks(2, [*arguments_of(corpus, tmp_path), *overrides], tmp_path)
+    assert [rank.wait(PATIENCE) for rank in ranks] == [2, 2]
+    assert_one_error(logs(tmp_path), "of 2] ", *parts)
+
+
+def test_an_impossible_config_is_one_line_under_torchrun(corpus: Path, tmp_path: Path) -> None:
+    """The launcher's own process holds the store, and prints a summary of its own."""
+    done = run([*torchrun_command(2), SCRIPT, *arguments_of(corpus, tmp_path), "train.tokns=1"], tmp_path)
+    assert done.returncode != 0
+    assert_one_error(done.stdout + done.stderr, "of 2] ", "train.tokns", "did you mean")
+
+
+# --- Slurm ---
+
+
+@pytest.mark.cluster
 @pytest.mark.parametrize("engine", [[], ZERO3], ids=["config's engine", "zero3"])
 def test_srun(engine: list[str], corpus: Path, tmp_path: Path, expected: list[float], cluster: MiniCluster) -> None:
-    done = srun([*shrunk(corpus, tmp_path, "run", 2), *engine], tmp_path, cluster)
-    assert_same_run(done, tmp_path / "run", expected)
+    assert_same_run(srun([*arguments_of(corpus, tmp_path), *engine], tmp_path, cluster), tmp_path, expected)
 
 
-def test_python_in_a_batch_script_is_a_world_of_one(
+@pytest.mark.cluster
+def test_python_in_a_batch_script_is_alone(
     corpus: Path, tmp_path: Path, expected: list[float], cluster: MiniCluster
 ) -> None:
     """There SLURM_NTASKS is 2 and nobody else comes."""
     script = tmp_path / "job.sh"
     script.write_text('#!/bin/sh\nexec "$@"\n')
     command = ["sbatch", "--wait", "-n", "2", f"--output={tmp_path / 'output'}", str(script), sys.executable, SCRIPT]
-    done = cluster.control(*command, *shrunk(corpus, tmp_path, "run"), cwd=tmp_path, env=SLURM_ENVIRONMENT, check=False)
+    arguments = arguments_of(corpus, tmp_path, micro_batch=4)
+    done = cluster.control(*command, *arguments, cwd=tmp_path, env=SLURM_ENVIRONMENT, check=False)
     assert done.returncode == 0, (tmp_path / "output").read_text()
-    assert_same_run(done, tmp_path / "run", expected)
+    assert_same_run(done, tmp_path, expected)
 
 
-@pytest.mark.parametrize("option", ["--local-rank=0", "--local_rank=0"])
-def test_the_local_rank_of_older_launchers_is_accepted(
-    option: str, corpus: Path, tmp_path: Path, expected: list[float]
-) -> None:
-    """It comes before the script's own arguments."""
-    assert_same_run(python([option, *shrunk(corpus, tmp_path, "run")], tmp_path), tmp_path / "run", expected)
+@pytest.mark.cluster
+def test_an_impossible_config_is_one_line_under_srun(corpus: Path, tmp_path: Path, cluster: MiniCluster) -> None:
+    done = srun([*arguments_of(corpus, tmp_path), "train.micro_batch=3"], tmp_path, cluster)
+    assert done.returncode != 0
+    assert_one_error(done.stdout + done.stderr, "of 2] ", "micro_batch")
 
 
-class TestImpossibleConfigIsOneLine:
-    # Found before the ranks meet, after, and while they do.
-    @pytest.mark.parametrize(
-        ("overrides", "parts"),
-        [
-            (["train.tokns=1"], ["train.tokns", "did you mean"]),
-            (["train.micro_batch=3"], ["micro_batch"]),
-            pytest.param(
-                ["train.device=cuda"],
-                ["train.device", "train.device=cpu"],
-                marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-            ),
-        ],
-        ids=["unknown key", "batch that does not divide", "absent device"],
-    )
-    def test_torchrun(self, overrides: list[str], parts: list[str], corpus: Path, tmp_path: Path) -> None:
-        assert_one_error(torchrun([*shrunk(corpus, tmp_path, "run"), *overrides], tmp_path), "of 2] ", *parts)
-
-    def test_deepspeed(self, corpus: Path, tmp_path: Path) -> None:
-        arguments = [*shrunk(corpus, tmp_path, "run"), *ZERO3, "train.tokns=1"]
-        assert_one_error(deepspeed(arguments, tmp_path), "of 2] ", "train.tokns", "did you mean")
-
-    def test_srun(self, corpus: Path, tmp_path: Path, cluster: MiniCluster) -> None:
-        arguments = [*shrunk(corpus, tmp_path, "run"), "train.micro_batch=3"]
-        assert_one_error(srun(arguments, tmp_path, cluster), "of 2] ", "micro_batch")
-
-
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     "nodes",
     ["n1", "n1,n2", "n[3-5,9]", "n[007-012,020],login", "login,n[007-012]", "rack[2-3]node[08-10]", "a-b[1]"],

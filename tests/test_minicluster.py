@@ -7,7 +7,11 @@ import pytest
 
 from tests.minicluster import MiniCluster, mini_cluster, missing, missing_ssh
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.xdist_group("cluster"),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
 
 _JOB = """\
 #!/bin/bash

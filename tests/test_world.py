@@ -125,7 +125,7 @@ def test_a_killed_rank_ends_a_peer_in_a_collective(tmp_path: Path, failing: int)
 
 
 @pytest.mark.slow
-def test_a_peer_that_sleeps_ends_with_the_rank_that_held_the_store(tmp_path: Path) -> None:
+def test_a_peer_that_sleeps_ends_with_the_stores_holder(tmp_path: Path) -> None:
     codes, stderr = without_launcher(tmp_path, 0, "kill", "sleep")
     assert codes == [-9, 2], stderr
 

@@ -70,7 +70,7 @@ def _port_problem(port: int) -> str:
 
 
 def _folder_problem(folder: Path, node: str) -> str:
-    """Leave a file for the head node, and read the one that it left. Why that fails; empty if it succeeds."""
+    """Why this node cannot leave a file for the head node, or read the one that it left; empty if it can."""
     try:
         (folder / f"preflight.{node}").write_text(node)
         (folder / "preflight").read_text()

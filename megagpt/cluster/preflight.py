@@ -51,7 +51,7 @@ def preflight(nodes: Sequence[str], gpus: int, folder: Path, port: int, answer_s
     (folder / "preflight").unlink(missing_ok=True)
     for index, node in enumerate(nodes):
         if node not in facts and index in said:
-            problems[node] += f"; its last words: {said[index]}"
+            problems[node] += f"; the last line of its stderr: {said[index]}"
     if problems:
         lines = "".join(f"\n  {node}: {problem}" for node, problem in sorted(problems.items()))
         hint = f"\nsrun said: {said[-1]}" if -1 in said and len(facts) < len(nodes) else ""

@@ -10,7 +10,7 @@ from megagpt.models.presets import ModelConfig
 class KeyValueCache:
     """Keys and values of the tokens seen so far, for a batch whose rows are aligned at their last token.
 
-    Rows shorter than the longest are padded on the left; `padding[b]` is the number of dead positions of row b.
+    Rows shorter than the longest are padded on the left; `padding[b]` is the number of padded positions of row b.
     """
 
     def __init__(self, config: ModelConfig, padding: Tensor, dtype: torch.dtype) -> None:

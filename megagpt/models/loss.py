@@ -24,7 +24,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats, as an fp32 scalar.
 
     hidden (N, C), weight (V, C), targets (N,), -100 for tokens that do not count. Only the first `vocab_size` columns
-    take part: the dead rows of a padded table get probability and gradient zero. Products run in the autocast dtype
+    take part: the padding rows of the table get probability and gradient zero. Products run in the autocast dtype
     if autocast is on; softmax and sums in fp32.
     """
     if not torch.is_grad_enabled():

@@ -25,56 +25,70 @@ import torch
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main as command_line
 from megagpt.errors import ExitCode
-from megagpt.incarnations import list_incarnations
 from tests.conftest import make_corpus, metrics, write_tiny
-from tests.processes import start_ranks
+from tests.processes import Process, end_all, start_ranks
+from tests.runs import PATIENCE, logs, losses, wait_for_steps
 
-# How long ranks may take to start, to make progress, to notice that a peer is gone: generous, to find what hangs.
-PATIENCE = 120.0
-SETUPS = {
+# Steps of a drill are a multiple of this: then the uninterrupted run holds its validations and samples where a shorter
+# run holds its last ones.
+EVERY = 15
+ENGINES = {
     "ddp": ["engine.name=ddp"],
     "fsdp": ["engine.name=fsdp"],
     "zero-1": ["engine.name=zero", "engine.stage=1"],
     "zero-3": ["engine.name=zero", "engine.stage=3"],
 }
-Ranks = list[subprocess.Popen[str]]
+Ranks = list[Process]
+
+
+def drill_config(folder: Path, corpus: Path, steps: int) -> Path:
+    """A run for two ranks that saves after every step."""
+    return write_tiny(
+        folder, corpus, train={"tokens": 128 * steps, "micro_batch": 2},
+        checkpoint={"every_tokens": 128, "keep_last": 2},
+        validation={"every_tokens": 384, "tokens": 256}, sampling={"every_tokens": 640, "max_tokens": 2},
+    )  # fmt: skip
+
+
+def uninterrupted(folder: Path, corpus: Path, steps: int) -> Path:
+    """The run of every drill, as it is without faults. The learning rate does not depend on the number of steps, so
+    that the runs of all drills are prefixes of it."""
+    config = drill_config(folder, corpus, steps)
+    ranks = start_ranks(2, [str(config), "run.name=whole", "checkpoint.every_tokens=0"], folder)
+    assert [rank.wait(PATIENCE) for rank in ranks] == [0, 0], logs(folder)
+    assert len(losses(folder / "runs" / "whole")) == steps
+    return folder / "runs" / "whole"
 
 
 class Drill:
-    """A run on two ranks that saves after every step, and the losses that it must have in the end."""
+    """A run on two ranks that saves after every step, and the run that it must be in the end."""
 
-    def __init__(self, folder: Path, corpus: Path, steps: int, tolerance: float = 0.0) -> None:
-        self.folder, self.corpus, self.steps, self.tolerance = folder, corpus, steps, tolerance
+    def __init__(self, folder: Path, corpus: Path, whole: Path, steps: int, tolerance: float = 0.0) -> None:
+        assert steps % EVERY == 0
+        self.folder, self.whole, self.steps, self.tolerance = folder, whole, steps, tolerance
         self.done: Counter[str] = Counter()
-        """What was done to runs, by kind."""
+        """Faults of this drill, by kind."""
         self.differing = 0
         """Steps whose loss was not that of the uninterrupted run."""
-        tokens = {"tokens": 128 * steps, "micro_batch": 2}
-        self.config = write_tiny(
-            folder, corpus, train=tokens, checkpoint={"every_tokens": 128, "keep_last": 2},
-            validation={"every_tokens": 384, "tokens": 256}, sampling={"every_tokens": 640, "max_tokens": 2},
-        )  # fmt: skip
-        ranks = self.start("whole", "checkpoint.every_tokens=0")
-        self.wait(ranks, [0, 0])
-        self.expected = self.losses("whole")
-        assert len(self.expected) == steps
+        self.config = drill_config(folder, corpus, steps)
 
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name
 
     def losses(self, name: str) -> list[float]:
         assert [line["step"] for line in metrics(self.run(name))] == list(range(1, self.steps + 1))
-        return [line["loss"] for line in metrics(self.run(name))]
+        return losses(self.run(name))
 
     def compare(self, name: str) -> None:
         """Count the steps of a finished run that differ from the uninterrupted one's; none may, nor any validation or
         sample: a stop or a kill loses none of them."""
-        pairs = zip(self.losses(name), self.expected, strict=True)
+        pairs = zip(self.losses(name), losses(self.whole)[: self.steps], strict=True)
         differing = sum(abs(a - b) > self.tolerance for a, b in pairs)
         self.differing += differing
         assert differing == 0, f"{name}: {differing} steps differ"
         for event, key in (("validation", "validation_loss"), ("samples", "samples")):
-            found, whole = (metrics(self.run(run), event) for run in (name, "whole"))
+            found = metrics(self.run(name), event)
+            whole = [line for line in metrics(self.whole, event) if line["tokens_seen"] <= 128 * self.steps]
             places = [[line["tokens_seen"] for line in lines] for lines in (found, whole)]
             assert places[0] == places[1], f"{name}: {event} at {places[0]} instead of {places[1]}"
             if event == "validation":
@@ -96,27 +110,11 @@ class Drill:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"a rank hangs:\n{self.log()}") from None
         finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
+            end_all()
         assert codes is None or found == list(codes), f"exit codes {found}:\n{self.log()}"
 
     def log(self) -> str:
-        return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(self.folder.glob("rank_*.log")))
-
-    def wait_for_progress(self, ranks: Ranks, name: str, starts: int, steps: int = 3) -> None:
-        """Until the run's start of that number has taken so many steps."""
-        run, deadline = self.run(name), time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                found = list_incarnations(run)
-                if len(found) >= starts:
-                    position = found[-1].start()["from_tokens"]
-                    if metrics(run)[-1]["tokens_seen"] >= position + 128 * steps:
-                        return
-            assert all(rank.poll() is None for rank in ranks), f"ended early:\n{self.log()}"
-            time.sleep(0.01)
-        raise AssertionError(f"no progress:\n{self.log()}")
+        return logs(self.folder)
 
     # --- what is done to runs ---
 
@@ -124,8 +122,8 @@ class Drill:
         """SIGKILL one rank, or all, at random moments, most of them inside a save."""
         name = "killed"
         for kill in range(kills):
-            ranks = self.start(name, *SETUPS[moments.choice(setups)])
-            self.wait_for_progress(ranks, name, kill + 1)
+            ranks = self.start(name, *ENGINES[moments.choice(setups)])
+            wait_for_steps(self.run(name), 3, ranks, kill + 1)
             time.sleep(moments.random() * 0.4)
             saving = any((self.run(name) / "checkpoints").glob("*.saving-*"))
             one = moments.random() < 0.5
@@ -136,7 +134,7 @@ class Drill:
             self.done[
                 f"SIGKILL of {'one rank' if one else 'all ranks'}, {'inside' if saving else 'outside'} a save"
             ] += 1
-        self.wait(self.start(name, *SETUPS["ddp"]), [0, 0])
+        self.wait(self.start(name, *ENGINES["ddp"]), [0, 0])
         self.compare(name)
 
     def signals(self) -> None:
@@ -144,7 +142,7 @@ class Drill:
         name = "stopped"
         for i, number in enumerate((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)):
             ranks = self.start(name, "checkpoint.every_tokens=0")
-            self.wait_for_progress(ranks, name, i + 1)
+            wait_for_steps(self.run(name), 3, ranks, i + 1)
             ranks[1].send_signal(number)
             if number != signal.SIGINT:  # schedulers send them more than once
                 time.sleep(0.005)
@@ -176,7 +174,7 @@ class Drill:
     def read_only(self) -> None:
         """The checkpoints' folder becomes read-only while the run saves."""
         ranks = self.start("read-only")
-        self.wait_for_progress(ranks, "read-only", 1)
+        wait_for_steps(self.run("read-only"), 3, ranks)
         folder = self.run("read-only") / "checkpoints"
         with mounted(["--bind", str(folder)], folder):
             subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
@@ -287,17 +285,19 @@ def main() -> int:
     began, moments, done, differing = time.monotonic(), random.Random(arguments.seed), Counter[str](), 0
     with tempfile.TemporaryDirectory() as folder:
         corpus = make_corpus(Path(folder))
+        longest = EVERY * (4 + arguments.kills)
+        whole = uninterrupted(Path(folder), corpus, longest)
         parts: list[tuple[str, int, float, Callable[[Drill], None]]] = [
-            ("kills", 30 + 12 * arguments.kills, 5e-6, lambda d: d.kill(arguments.kills, moments, list(SETUPS))),
+            ("kills", longest, 5e-6, lambda d: d.kill(arguments.kills, moments, list(ENGINES))),
             ("signals", 60, 0.0, Drill.signals),
-            ("full disk", 20, 0.0, Drill.full_disk),
-            ("read-only folder", 40, 0.0, Drill.read_only),
-            ("damage", 12, 5e-6, Drill.damage),
+            ("full disk", 15, 0.0, Drill.full_disk),
+            ("read-only folder", 45, 0.0, Drill.read_only),
+            ("damage", 15, 5e-6, Drill.damage),
         ]
         for name, steps, tolerance, part in parts:
             print(f"{name} ...", file=sys.stderr, flush=True)
             (Path(folder) / name).mkdir()
-            drill = Drill(Path(folder) / name, corpus, steps, tolerance)
+            drill = Drill(Path(folder) / name, corpus, whole, steps, tolerance)
             part(drill)
             done += drill.done
             differing += drill.differing

@@ -1,7 +1,6 @@
 """megagpt checkpoint list, verify, show, bench."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,9 +8,8 @@ import pytest
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
 from tests.checkpoints.drills import flip
+from tests.conftest import Tiny
 from tests.processes import megagpt
-
-Tiny = Callable[..., Path]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from megagpt.measure.cases import ENGINE_CASES
 from megagpt.measure.crossings import PAIRS, SETTINGS, TOLERANCE, WORLDS, Crossing, Result, Setting, cross
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("crossings")]
 
 
 # Under itself, on the same number of ranks: goes on bit for bit.
@@ -19,7 +19,7 @@ def results() -> dict[Crossing, Result]:
     return cross(PAIRS + SAME)
 
 
-def test_the_pairs_are_all_engines_worlds_and_places() -> None:
+def test_the_pairs_have_every_engine_and_every_world_size() -> None:
     """`megagpt parity --tables crossings` makes all of the 324 crossings."""
     assert {(a.engine, b.engine) for a, b in PAIRS} == {(a, b) for a in ENGINE_CASES for b in ENGINE_CASES}
     assert {(a.ranks, b.ranks) for a, b in PAIRS} == {(a, b) for a in WORLDS for b in WORLDS}
@@ -29,7 +29,7 @@ def test_the_pairs_are_all_engines_worlds_and_places() -> None:
 
 @pytest.mark.parametrize("target", ENGINE_CASES)
 @pytest.mark.parametrize("source", ENGINE_CASES)
-def test_what_follows_is_the_plain_run(source: str, target: str, results: dict[Crossing, Result]) -> None:
+def test_a_resumed_run_is_the_plain_run(source: str, target: str, results: dict[Crossing, Result]) -> None:
     """Over 20 steps; to the last bit where engine and number of ranks stay as they were."""
     found = {c: r for c, r in results.items() if (c[0].engine, c[1].engine) == (source, target)}
     assert found

@@ -147,7 +147,7 @@ def test_one_save_is_in_flight_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_an_error_of_the_disk_is_told_and_the_last_checkpoint_stays(
+def test_a_disk_error_is_told_and_the_last_checkpoint_stays(
     asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = Saver(tmp_path, CheckpointConfig(asynchronous=asynchronous, keep_last=1), ALONE)
@@ -183,7 +183,7 @@ def test_training_waits_for_saves_if_memory_is_short(
     assert capsys.readouterr().out.count("training waits for its saves") == 1
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path: Path) -> None:
+def test_a_folder_without_write_access_is_found_early(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(UserError, match="checkpoints cannot be written there"):
         Saver(tmp_path, CheckpointConfig(), ALONE).probe(1000)
@@ -267,9 +267,7 @@ def test_the_same_position_may_be_saved_again(tmp_path: Path) -> None:
     assert saved_value(checkpoint) == 2.0
 
 
-def test_a_removal_that_others_delay_leaves_nothing_that_looks_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_delayed_removal_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On NFS a file that is open elsewhere stays in its folder, under another name."""
     saver = Saver(tmp_path, CheckpointConfig(keep_last=1), ALONE)
     save(saver, 1)

@@ -1,4 +1,4 @@
-"""What the ranks of a Slurm job leave behind, and the verdict on it."""
+"""The files that the ranks of a Slurm job leave behind, and the verdict on them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -241,7 +241,7 @@ def test_the_last_line_of_a_silent_node_is_printed(srun: Srun) -> None:
     srun.node_says("n1", "Traceback (most recent call last):", stream=2)
     srun.node_says("n1", "ModuleNotFoundError: No module named 'torch'", stream=2)
     (line,) = srun.refusal(names(2))
-    assert line == "n1: no answer; its last words: ModuleNotFoundError: No module named 'torch'"
+    assert line == "n1: no answer; the last line of its stderr: ModuleNotFoundError: No module named 'torch'"
 
 
 def test_more_than_ten_nodes_have_labels_of_one_width(srun: Srun) -> None:

@@ -2,19 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
-from tests.conftest import metrics, write_tiny
-from tests.processes import megagpt, torchrun
+from tests.conftest import Tiny, metrics, write_tiny
+from tests.processes import megagpt, start_ranks
+from tests.runs import LOSS, PATIENCE, assert_same_curve, logs
 
-Tiny = Callable[..., Path]
-
-pytestmark = pytest.mark.slow
+# One group: all of it is compared with one run.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("runs")]
 
 ENGINES = {
     "fsdp": ["engine.name=fsdp"],
@@ -24,13 +23,9 @@ ENGINES = {
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    steps, wanted = metrics(run), metrics(expected)
-    assert [line["step"] for line in steps] == [line["step"] for line in wanted]
-    for line, reference in zip(steps, wanted, strict=True):
-        assert line["loss"] == pytest.approx(reference["loss"], abs=5e-6)
-        assert line["gradient_norm"] == pytest.approx(reference["gradient_norm"], abs=2e-5)
+    assert_same_curve(run, expected)
     validation, reference = metrics(run, "validation")[-1], metrics(expected, "validation")[-1]
-    assert validation["validation_loss"] == pytest.approx(reference["validation_loss"], abs=5e-6)
+    assert validation["validation_loss"] == pytest.approx(reference["validation_loss"], abs=LOSS)
     assert metrics(run, "samples")[-1]["samples"] == metrics(expected, "samples")[-1]["samples"]
 
 
@@ -43,29 +38,29 @@ def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     return config, folder / "runs" / "one"
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_run_on_two_ranks_is_the_run_of_one_process(name: str, one: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["fsdp", "zero-3"])
+def test_two_ranks_train_the_run_of_one_process(name: str, one: tuple[Path, Path], tmp_path: Path) -> None:
     """Losses, gradient norms, validations and samples."""
     config, expected = one
-    done = torchrun(2, ["--config", str(config), f"run.name={name}", "train.micro_batch=2", *ENGINES[name]], tmp_path)
+    ranks = start_ranks(2, [str(config), f"run.name={name}", "train.micro_batch=2", *ENGINES[name]], tmp_path)
+    assert [rank.wait(PATIENCE) for rank in ranks] == [0, 0], logs(tmp_path)
+    assert_same_run(expected.parent / name, expected)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_one_process_trains_under_every_engine(name: str, one: tuple[Path, Path], tmp_path: Path) -> None:
+    config, expected = one
+    arguments = [str(config), f"run.name={name}-alone", "train.micro_batch=2", *ENGINES[name]]
+    done = megagpt("train", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    run = expected.parent / name
+    run = expected.parent / f"{name}-alone"
     assert_same_run(run, expected)
     if "zero" in name:
         settings = json.loads((run / "deepspeed.json").read_text())
         assert settings["zero_optimization"]["stage"] == int(name[-1])
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_one_process_alone_trains_under_every_engine(name: str, one: tuple[Path, Path], tmp_path: Path) -> None:
-    config, expected = one
-    arguments = [str(config), f"run.name={name}-alone", "train.micro_batch=2", *ENGINES[name]]
-    done = megagpt("train", *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert_same_run(expected.parent / f"{name}-alone", expected)
-
-
-def test_what_engines_refuse_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
+def test_an_engine_refuses_in_one_line(tiny: Tiny, tmp_path: Path) -> None:
     config = str(tiny(train={"micro_batch": 2}))
     refused = {
         ("engine.name=fsdp", "engine.shard_ranks=2"): ["engine.shard_ranks 2", "1 ranks"],

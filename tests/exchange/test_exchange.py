@@ -1,7 +1,6 @@
 """Runs that become folders of `transformers`, which itself reads them here, and such folders that become runs."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,7 @@ from megagpt.exchange.tokenizer_files import tokenizer_files
 from megagpt.models.gpt import GPT
 from megagpt.models.huggingface import export
 from megagpt.models.presets import ModelConfig
-from tests.conftest import metrics, write_tiny
-
-Tiny = Callable[..., Path]
+from tests.conftest import Tiny, metrics, write_tiny
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize, is_decayed, normal_rows
 from megagpt.models.presets import ModelConfig
 
-# 301 is not a multiple of 128: the table has 83 dead rows.
+# 301 is not a multiple of 128: the table has 83 padding rows.
 CONFIG = ModelConfig(layers=3, width=48, heads=4, context=24, vocab_size=301)
 
 

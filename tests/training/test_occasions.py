@@ -20,9 +20,7 @@ from megagpt.training import loop, occasions
 from megagpt.training.occasions import Occasion, crossed
 from megagpt.training.run import Run
 from megagpt.training.safety import StopRequest
-from tests.conftest import metrics
-
-Tiny = Callable[..., Path]
+from tests.conftest import Tiny, metrics
 
 
 class Killed(BaseException):

@@ -15,10 +15,8 @@ from megagpt.errors import ExitCode, UserError
 from megagpt.training import occasions, safety
 from megagpt.training.reserve import Reserve
 from megagpt.training.safety import StopRequest
-from tests.conftest import metrics
+from tests.conftest import Tiny, metrics
 from tests.processes import megagpt
-
-Tiny = Callable[..., Path]
 
 
 @pytest.mark.parametrize("number", safety.SIGNALS)
@@ -73,7 +71,7 @@ def test_other_time_limits_are_refused(text: str, tiny: Tiny) -> None:
         load_config(str(tiny()), [f"train.time_limit={text}"])
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_a_run_ends_itself_in_time_and_resumes(tiny: Tiny, tmp_path: Path) -> None:
     config = str(tiny(train={"tokens": 128 * 100_000}))
     done = megagpt("train", config, "train.time_limit=12", cwd=tmp_path)

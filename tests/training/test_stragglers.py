@@ -73,7 +73,7 @@ def slow_second_rank(arguments: list[str]) -> int:
     return main(arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.parametrize("engine", [["engine.name=fsdp"], ["engine.name=zero", "engine.stage=3"]], ids=["fsdp", "zero"])
 def test_a_slow_rank_of_a_real_run_is_named(engine: list[str], tmp_path: Path, corpus: Path) -> None:
     """Both ranks end each step together: only what a rank does by itself tells them apart."""

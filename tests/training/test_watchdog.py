@@ -1,6 +1,5 @@
 """A rank that stops: the others leave their stacks, say who is missing, and end."""
 
-import os
 import pickle
 import signal
 import time
@@ -16,6 +15,7 @@ from megagpt.training.watchdog import Watchdog
 from megagpt.world import World
 from tests.conftest import metrics, write_tiny
 from tests.processes import megagpt, start_ranks
+from tests.runs import PATIENCE, logs, wait_for_steps
 
 TIMEOUT = 4
 
@@ -26,31 +26,22 @@ def hang(tmp_path: Path, corpus: Path, stopped: int, wakes: bool) -> tuple[list[
     config = write_tiny(tmp_path, corpus, train={"tokens": 128 * 100_000, "micro_batch": 2})
     run = tmp_path / "runs" / "tiny"
     ranks = start_ranks(2, [str(config), f"train.hang_timeout={TIMEOUT}", "checkpoint.every_tokens=640"], tmp_path)
-    try:
-        deadline = time.monotonic() + 60
-        while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 12:
-            assert time.monotonic() < deadline
-            assert all(rank.poll() is None for rank in ranks)
-            time.sleep(0.1)
-        os.kill(ranks[stopped].pid, signal.SIGSTOP)
-        noticed = run / "hangs" / "000001" / f"flight_recorder_{1 - stopped}"
+    wait_for_steps(run, 12, ranks)
+    ranks[stopped].send_signal(signal.SIGSTOP)
+    if wakes:
+        noticed, deadline = run / "hangs" / "000001" / f"flight_recorder_{1 - stopped}", time.monotonic() + PATIENCE
         while not noticed.exists():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        if wakes:
-            os.kill(ranks[stopped].pid, signal.SIGCONT)
-        codes = [ranks[1 - stopped].wait(timeout=60)]
-        os.kill(ranks[stopped].pid, signal.SIGCONT)
-        codes.insert(stopped, ranks[stopped].wait(timeout=60))
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    return codes, "".join(path.read_text() for path in sorted(tmp_path.glob("rank_*.log")))
+        ranks[stopped].send_signal(signal.SIGCONT)
+    codes = [ranks[1 - stopped].wait(PATIENCE)]
+    ranks[stopped].send_signal(signal.SIGCONT)
+    codes.insert(stopped, ranks[stopped].wait(PATIENCE))
+    return codes, logs(tmp_path)
 
 
-@pytest.mark.slow
-def test_every_rank_leaves_its_stacks_and_its_last_collectives(tmp_path: Path, corpus: Path) -> None:
+@pytest.mark.timing
+def test_every_rank_leaves_stacks_and_last_collectives(tmp_path: Path, corpus: Path) -> None:
     codes, output = hang(tmp_path, corpus, stopped=1, wakes=True)
     run = tmp_path / "runs" / "tiny"
     assert codes[0] == ExitCode.HUNG
@@ -74,7 +65,7 @@ def test_every_rank_leaves_its_stacks_and_its_last_collectives(tmp_path: Path, c
     assert [step["step"] for step in metrics(run)] == list(range(1, total // 128 + 1))
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_a_rank_that_never_answers_delays_nobody(tmp_path: Path, corpus: Path) -> None:
     """Not even the one that holds the store, by which ranks tell each other."""
     codes, _ = hang(tmp_path, corpus, stopped=0, wakes=False)
