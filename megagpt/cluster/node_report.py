@@ -46,13 +46,8 @@ def print_report(folder: Path, port: int, on_gpu: bool) -> None:
 
 def versions() -> dict[str, str]:
     """Versions that must be the same on all nodes."""
-    found = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy")}
-    return {
-        "python": platform.python_version(),
-        "megagpt": megagpt.__version__,
-        **found,
-        "cuda": str(torch.version.cuda),
-    }
+    ours = {"python": platform.python_version(), "megagpt": megagpt.__version__, "cuda": str(torch.version.cuda)}
+    return ours | {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy")}
 
 
 def _name_problem(host: str) -> str:
