@@ -77,9 +77,7 @@ def test_an_older_incarnation_saves_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob("*.saving-*"))
 
 
-def test_a_save_under_way_leaves_a_newer_ones_place_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_under_way_leaves_a_newer_ones_place_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both save the same position. The older one is halted when all of its files are written."""
     old = saver(tmp_path, claim(tmp_path, {}))
     reached, go_on = threading.Event(), threading.Event()
