@@ -11,7 +11,7 @@ from megagpt.checkpoints.saving import Saver
 from megagpt.config import CheckpointConfig
 from megagpt.incarnations import Incarnation, Superseded, claim, list_incarnations
 from megagpt.world import World
-from tests.checkpoints.test_saving import WHOLE, meta, saved_value, state_of
+from tests.checkpoints.toy_state import WHOLE, meta, saved_value, state_of
 from tests.conftest import metrics, write_tiny
 from tests.processes import start_train
 from tests.runs import PATIENCE, wait_for_steps
