@@ -122,7 +122,7 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
     """Begin the config's run or resume it, and record how it ended if that is an error. Raises UserError before
     anything is written, for all that can be known by then."""
     folder = run_folder(config)
-    config.accumulation(world.size)
+    config.check_ranks(world.size)
     if not resume:
         check_free(folder)
     _check_vocabulary(config)
