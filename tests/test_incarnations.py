@@ -123,7 +123,7 @@ def test_the_list_is_in_order_of_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_of_two_live_starts_the_older_one_ends(tmp_path: Path, corpus: Path) -> None:
-    """Real processes of one run at the same time, both healthy: as where a scheduler has lost sight of the first."""
+    """Real processes of one run at the same time, both healthy, as if a scheduler had lost contact with the first."""
     config = write_tiny(
         tmp_path, corpus, train={"tokens": 128 * 100_000}, checkpoint={"every_tokens": 640, "keep_last": 3}
     )

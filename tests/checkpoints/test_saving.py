@@ -76,7 +76,7 @@ class Gate:
 
 
 def test_training_goes_on_while_its_state_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes to the disk is the state as it was when the save began."""
+    """The disk gets the state as it was when the save began."""
     gate = Gate(monkeypatch)
     saver = Saver(tmp_path, CheckpointConfig(), ALONE)
     state = state_of(1)
