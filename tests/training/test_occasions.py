@@ -117,6 +117,7 @@ def test_crossed_is_a_multiple_in_between(every: int, before: int, more: int) ->
     assert crossed(every, before, now) == any(before < n <= now for n in range(0, now + 1, every))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["step", "save", "validation", "samples"])
 def test_a_stop_loses_no_validation_and_no_samples(
     where: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -95,6 +95,7 @@ def test_a_ramped_batch_is_the_same_run_on_any_ranks(tiny: Tiny, tmp_path: Path)
     assert_same_curve(tmp_path / "runs" / "two", tmp_path / "runs" / "one")
 
 
+@pytest.mark.slow
 def test_bf16_and_dropout_stay_near_the_fp32_curve(tiny: Tiny, tmp_path: Path) -> None:
     config = str(tiny(optimizer={"lr": 3e-3}))
     assert train(config, "run.name=fp32") == 0
