@@ -24,11 +24,9 @@ def _mix(x: np.ndarray, key: np.uint32) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, *key: object) -> np.ndarray:
-    """A pseudo-random permutation of range(size), applied to the numbers in `index`; int64 in and out.
-
-    A balanced Feistel network permutes the next power of four, whatever its round function. A value that falls outside
-    the range is mapped again until it is inside; the result is still a permutation (Black and Rogaway 2002).
-    """
+    """A pseudo-random permutation of range(size), applied to the numbers in `index`; int64 in and out. A balanced
+    Feistel network permutes the next power of four, whatever its round function. A value that falls outside the range
+    is mapped again until it is inside; the result is still a permutation (Black and Rogaway 2002)."""
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
@@ -51,12 +49,10 @@ def integer_weights(weights: tuple[float, ...]) -> list[int]:
 
 
 def interleave(number: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Source of each sequence number, and how many sequences of that source came before it; both int64.
-
-    The list of sources is split in halves, recursively. At each split, the left half gets round(n w_left / w) of the
-    first n numbers. That is off by at most 1/2, and each source inherits its share of the error, so after any n every
-    source is within log2(sources) of its exact share.
-    """
+    """Source of each sequence number, and how many sequences of that source came before it; both int64. The list of
+    sources is split in halves, recursively. At each split, the left half gets round(n w_left / w) of the first n
+    numbers. That is off by at most 1/2, and each source inherits its share of the error, so after any n every source is
+    within log2(sources) of its exact share."""
     source = np.zeros(len(number), dtype=np.int64)
     before = np.array(number, dtype=np.int64)
 

@@ -49,12 +49,10 @@ def prepare(
     workers: int | None = None,
     report: Report = lambda documents, tokens, fraction: None,
 ) -> Json:
-    """Encode every document of `source` once into `folder`, end-of-text after each; returns the manifest.
-
-    Document i goes to validation if i * val_fraction passes a half-integer: an even spread, the same for any number of
-    workers. A second call resumes an interrupted preparation, and does nothing if the folder is finished. Raises
-    UserError if the folder holds something else, or the text is empty or unreadable, and Interrupted after Ctrl-C.
-    """
+    """Encode every document of `source` once into `folder`, end-of-text after each; returns the manifest. Document i
+    goes to validation if i * val_fraction passes a half-integer: an even spread, the same for any number of workers. A
+    second call resumes an interrupted preparation, and does nothing if the folder is finished. Raises UserError if the
+    folder holds something else, or the text is empty or unreadable, and Interrupted after Ctrl-C."""
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction}: must be at least 0 and below 1")
     if shard_tokens < 1:
@@ -71,7 +69,7 @@ def prepare(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose a folder for --out")
     names = {p.name for p in folder.iterdir()} if folder.exists() else set()
-    if JOURNAL not in names and names - {JOURNAL + ".tmp"}:
+    if names - {JOURNAL + ".tmp"} and not (folder / JOURNAL).exists():
         raise UserError(f"{folder}: is not empty and holds no unfinished preparation; choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)

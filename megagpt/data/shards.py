@@ -142,10 +142,8 @@ def _map_shard(shard: Shard) -> tuple[np.ndarray, np.ndarray | None]:
 
 def open_stream(folder: str | Path, split: str) -> TokenStream:
     """Open one split ("train" or "val") of a folder of shards, checking names, headers and sizes but reading no tokens.
-
     An absent "val" gives a stream of no tokens. Raises UserError if the folder is incomplete, corrupt or not of token
-    shards.
-    """
+    shards."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of shards; make it with `megagpt prepare SOURCE --out {folder}`")
