@@ -26,13 +26,11 @@ def generate(
     first_row: int = 0,
     on_token: Callable[[int, int], None] = lambda row, token: None,
 ) -> list[list[int]]:
-    """Continue each prompt by at most `max_tokens` tokens, ending before end-of-text; returns the new tokens only.
-
-    A row's draws depend on the seed and the row's number alone, which counts from `first_row`, so other prompts do not
+    """Continue each prompt by at most `max_tokens` tokens, ending before end-of-text; returns the new tokens only. A
+    row's draws depend on the seed and the row's number alone, which counts from `first_row`, so other prompts do not
     change them. When a row fills the context, the window slides: the row continues from its last context // 2 tokens.
     `on_token(row, token)` is called for each new token. Raises UserError if a prompt is empty or longer than the
-    context.
-    """
+    context."""
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= config.context:
             remedy = f"the model takes 1 to {config.context}: change the prompt"
