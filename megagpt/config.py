@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
-from megagpt.config_marks import Data, For, ForFSDP, ForZero, Free, Recipe, Values, fields_of, mark_of
+from megagpt.config_marks import Data, For, ForFSDP, ForZero, Free, Recipe, Values, Was, fields_of, mark_of
 from megagpt.errors import UserError
 from megagpt.models.presets import SECTION, ModelConfig
 
@@ -109,7 +109,7 @@ class TrainConfig:
     time_limit: Free[Seconds] = 0
     """Wall-clock time of one incarnation, counted from the start of its process. By then it has saved and ended, as
     after a signal. Seconds, MM:SS, HH:MM:SS or D-HH:MM:SS as in Slurm; 0: no limit."""
-    hang_timeout: Free[Annotated[Seconds, Field(gt=0)]] = 900
+    hang_timeout: Annotated[Free[Annotated[Seconds, Field(gt=0)]], Was("collective_timeout")] = 900
     """Longest time that a rank may spend without a step, a validation batch or a sampled token. After it the stacks of
     all ranks are left in the run's folder and the run ends with code 3, resumable. Written as `time_limit`."""
     device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
@@ -130,7 +130,7 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: Recipe[float] = Field(default=0.1, ge=0)
     """On matrices only: embeddings and linear layers, not biases and LayerNorm gains."""
-    clip_norm: Recipe[float] = Field(default=1.0, gt=0)
+    clip_norm: Annotated[Recipe[float], Was("clip")] = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
 
 
@@ -146,7 +146,7 @@ class ScheduleConfig:
     """wsd only: end of the stable part."""
     decay_end_tokens: Recipe[int] = Field(default=260_000_000_000, ge=0)
     """Position at which the floor is reached; constant after it."""
-    floor_ratio: Recipe[float] = Field(default=0.1, ge=0, le=1)
+    floor_ratio: Annotated[Recipe[float], Was("floor")] = Field(default=0.1, ge=0, le=1)
     """The floor as a fraction of the peak."""
 
 
@@ -215,7 +215,7 @@ class CheckpointConfig:
     or if memory is short, training waits until everything is written."""
     every_tokens: Free[int] = Field(default=524_288_000, ge=0)
     """Interval; 0: only at the end and when stopped. The default is 1,000 steps of 0.5M tokens."""
-    keep_last: Free[int] = Field(default=3, ge=1)
+    keep_last: Annotated[Free[int], Was("keep")] = Field(default=3, ge=1)
     """Number of newest interval checkpoints that are kept."""
     milestone_every_tokens: Free[int] = Field(default=0, ge=0)
     """Milestones: the first checkpoint at or past each multiple of this is kept for good. 0: none."""
@@ -227,9 +227,9 @@ class LogConfig:
 
     every_tokens: Free[int] = Field(default=0, ge=0)
     """Interval; 0: every step."""
-    straggler_every_steps: Free[int] = Field(default=50, ge=0)
+    straggler_every_steps: Annotated[Free[int], Was("pace_steps")] = Field(default=50, ge=0)
     """Steps between comparisons of the time that each rank works without waiting for others; 0: never."""
-    straggler_factor: Free[float] = Field(default=1.2, gt=1)
+    straggler_factor: Annotated[Free[float], Was("slow_rank")] = Field(default=1.2, gt=1)
     """A rank that works longer than this multiple of the median, in three comparisons in a row, is a straggler: it is
     named in the log and in TensorBoard."""
 

@@ -7,6 +7,7 @@ error names file, key and value.
 """
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from megagpt.config import Config, EngineConfig, SourceConfig, contradictions
+from megagpt.config_marks import Was, fields_of, mark_of
 from megagpt.errors import UserError, did_you_mean
 from megagpt.models.presets import preset_fields
 
@@ -152,26 +154,23 @@ def _error_text(error: Any) -> str:
     return f"{key}: {value!r} {message}"
 
 
-# Former names of keys. Files, command lines and checkpoints that use them are still read.
-_RENAMED = {
-    ("train", "collective_timeout"): "hang_timeout",
-    ("optimizer", "clip"): "clip_norm",
-    ("schedule", "floor"): "floor_ratio",
-    ("checkpoint", "keep"): "keep_last",
-    ("log", "pace_steps"): "straggler_every_steps",
-    ("log", "slow_rank"): "straggler_factor",
-}
+@functools.cache
+def _renamed() -> list[tuple[str, str, str]]:
+    """Section, former name and name of each key that was renamed."""
+    keys = [
+        (section, *key) for section, field in fields_of(Config).items() for key in fields_of(field.annotation).items()
+    ]
+    return [(section, was.name, name) for section, name, field in keys if (was := mark_of(field, Was))]
 
 
 def with_current_keys(tree: dict[str, Any], where: str) -> dict[str, Any]:
     """The tree with today's names for keys that were renamed. Raises UserError if a key has both of its names."""
-    for (section, old), new in _RENAMED.items():
+    for section, old, new in _renamed():
         values = tree.get(section)
         if isinstance(values, dict) and old in values:
             if new in values:
                 raise UserError(f"{where}: {section}.{old} is the old name of {section}.{new}: leave one of them out")
-            renamed = {new if key == old else key: value for key, value in values.items()}
-            tree = {**tree, section: renamed}
+            tree = {**tree, section: {new if key == old else key: value for key, value in values.items()}}
     return tree
 
 

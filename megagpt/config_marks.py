@@ -31,6 +31,13 @@ class For:
 
 
 @dataclass(frozen=True)
+class Was:
+    """A key's former name. Files, command lines and checkpoints that use it are still read."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Values:
     """The values that a key takes, in words, if its type does not say it."""
 

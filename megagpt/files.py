@@ -1,10 +1,16 @@
 """Files that are either complete or absent, and the reading of what a crash may have cut off."""
 
+import datetime
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+
+def now() -> str:
+    """The time as files store it: ISO 8601, UTC, whole seconds."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def write_atomic(path: Path, data: bytes) -> None:

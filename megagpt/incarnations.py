@@ -8,7 +8,6 @@ with, or behind a broken link. Such ranks see the shared folder long before anyo
 """
 
 import contextlib
-import datetime
 import json
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.errors import ExpectedError
-from megagpt.files import create_json, read_json, write_atomic
+from megagpt.files import create_json, now, read_json, write_atomic
 
 # Seconds between two looks for a newer incarnation: cheap for a shared file system, soon enough for people.
 _LOOK_SECONDS = 5.0
@@ -107,7 +106,7 @@ def claim(run: Path, facts: dict[str, Any]) -> Incarnation:
         number = max((i.number for i in list_incarnations(run)), default=0) + 1
         mine = Incarnation(run, number)
         try:
-            create_json(mine._path, {"incarnation": number, "started": _now(), **facts})
+            create_json(mine._path, {"incarnation": number, "started": now(), **facts})
             return mine
         except FileExistsError:  # another process was quicker
             continue
@@ -123,9 +122,5 @@ def _folder(run: Path) -> Path:
     return run / "incarnations"
 
 
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
 def _end(outcome: str, reason: str, tokens_seen: int, more: dict[str, Any]) -> dict[str, Any]:
-    return {"outcome": outcome, "reason": reason, "tokens_seen": tokens_seen, "ended": _now(), **more}
+    return {"outcome": outcome, "reason": reason, "tokens_seen": tokens_seen, "ended": now(), **more}

@@ -1,4 +1,4 @@
-"""What several tests share: a small corpus, a small run, and the reading of its metrics."""
+"""Shared by several tests: a small corpus, a small run, and the reading of its metrics."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -15,9 +15,9 @@ from megagpt.data.sources import open_source
 from tests import processes
 
 Tiny = Callable[..., Path]
-"""What the fixture `tiny` is: (**sections) -> path of a config."""
+"""Type of the fixture `tiny`: (**sections) -> path of a config."""
 Refusal = Callable[..., str]
-"""What the fixture `refusal` is: (arguments, *parts) -> the line."""
+"""Type of the fixture `refusal`: (arguments, *parts) -> the line."""
 
 
 def pytest_configure() -> None:

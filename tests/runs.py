@@ -1,4 +1,4 @@
-"""What runs leave behind, as tests read it; waiting for a run's steps."""
+"""Reads the files that runs leave behind, and waits for a run's steps."""
 
 import contextlib
 import subprocess
@@ -65,7 +65,7 @@ def wait_for_steps(
 
 
 def logs(folder: Path) -> str:
-    """What ranks and jobs have printed into the folder's *.log and *.out files."""
+    """The output of ranks and jobs in the folder's *.log and *.out files."""
     files = sorted([*folder.glob("*.log"), *folder.glob("*.out")])
     return "\n".join(f"{path.name}:\n{path.read_text()}" for path in files)
 

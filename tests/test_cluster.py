@@ -137,7 +137,7 @@ def test_a_time_limit_saves_requeues_and_resumes(
 
     status = megagpt("status", str(job.run), cwd=tmp_path).stdout
     progress = f"100.0% of {STEPS * STEP_TOKENS:,} tokens, step {STEPS}"
-    for part in ("finished", progress, "1 of them restarts", "SIGUSR1"):
+    for part in ("finished", progress, "incarnations 2", "SIGUSR1"):
         assert part in status
 
 

@@ -56,7 +56,7 @@ def command_lines(document: str) -> Iterator[list[str]]:
 
 
 def megagpt_arguments(words: list[str]) -> list[str] | None:
-    """What a command hands to megagpt's parser; None if it starts something else."""
+    """The arguments that a command hands to megagpt's parser; None if it starts something else."""
     if words and words[0] in ("megagpt", ".venv/bin/megagpt"):
         return words[1:]
     for start, command in (("launch/train.py", ["train"]), ("launch/multinode.sh", ["train"]), ("megagpt", [])):

@@ -11,7 +11,7 @@ from megagpt.checkpoints.saving import Saver
 from megagpt.config import CheckpointConfig
 from megagpt.incarnations import Incarnation, Superseded, claim, list_incarnations
 from megagpt.world import World
-from tests.checkpoints.test_saving import WHOLE, meta, saved_value, state_of
+from tests.checkpoints.toy_state import WHOLE, meta, saved_value, state_of
 from tests.conftest import metrics, write_tiny
 from tests.processes import start_train
 from tests.runs import PATIENCE, wait_for_steps
@@ -123,7 +123,7 @@ def test_the_list_is_in_order_of_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_of_two_live_starts_the_older_one_ends(tmp_path: Path, corpus: Path) -> None:
-    """Real processes of one run at the same time, both healthy: as where a scheduler has lost sight of the first."""
+    """Real processes of one run at the same time, both healthy, as if a scheduler had lost contact with the first."""
     config = write_tiny(
         tmp_path, corpus, train={"tokens": 128 * 100_000}, checkpoint={"every_tokens": 640, "keep_last": 3}
     )

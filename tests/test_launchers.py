@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagpt.cli import _parser
+from megagpt.cli import make_parser
+from megagpt.commands.options import parse
 from megagpt.launchers import first_host
 from tests.conftest import metrics
 from tests.minicluster import MiniCluster, end_processes, mini_cluster, missing
@@ -89,11 +90,11 @@ def test_deepspeed(corpus: Path, tmp_path: Path, expected: list[float]) -> None:
 @pytest.mark.parametrize("option", ["--local-rank=0", "--local_rank=0"])
 def test_the_local_rank_of_older_launchers_is_accepted(option: str) -> None:
     """It comes before the script's own arguments, and changes nothing."""
-    parser, words = _parser(), ["--config", "gpt3_xl.yaml", "train.tokens=192"]
-    found, rest = parser.parse_known_args(["train", option, *words])
+    words = ["--config", "gpt3_xl.yaml", "train.tokens=192"]
+    found = parse(make_parser(), ["train", option, *words])
     assert found.local_rank == 0
     found.local_rank = None
-    assert (found, rest) == parser.parse_known_args(["train", *words])
+    assert found == parse(make_parser(), ["train", *words])
 
 
 # --- an impossible config is one line of one rank ---

@@ -8,7 +8,6 @@ RUN/checkpoints/000000000524288/    named by tokens seen; while incarnation 3 wr
 """
 
 import dataclasses
-import datetime
 import errno
 import importlib.metadata
 import json
@@ -25,7 +24,7 @@ import megagpt
 from megagpt.checkpoints.storage import BLOCK_BYTES, CheckedReader, CorruptError, FileSum, check_size, sum_bytes
 from megagpt.config_file import with_current_keys
 from megagpt.errors import ExpectedError, UserError, first_line
-from megagpt.files import flush_folder, write_atomic
+from megagpt.files import flush_folder, now, write_atomic
 
 MARKER = "COMPLETE"
 META = "meta.json"
@@ -37,10 +36,6 @@ REMOVED = ".removed"
 SHARE = "run.folder must be one that all hosts share"
 
 Progress = Callable[[int], Any]
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _versions() -> dict[str, str]:
@@ -72,7 +67,7 @@ class CheckpointMeta:
     """The engine's state that is not a tensor: `updates`, `loss_scale`."""
     milestone: bool = False
     skipped_updates: int = 0
-    saved: str = field(default_factory=_now)
+    saved: str = field(default_factory=now)
     versions: dict[str, str] = field(default_factory=_versions)
 
     def to_json(self) -> bytes:

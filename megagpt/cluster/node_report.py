@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import megagpt
 from megagpt import launchers
 from megagpt.errors import first_line
 from megagpt.launchers import SlurmNode
@@ -45,8 +46,8 @@ def print_report(folder: Path, port: int, on_gpu: bool) -> None:
 
 def versions() -> dict[str, str]:
     """Versions that must be the same on all nodes."""
-    found = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy", "megagpt")}
-    return {"python": platform.python_version(), **found, "cuda": str(torch.version.cuda)}
+    ours = {"python": platform.python_version(), "megagpt": megagpt.__version__, "cuda": str(torch.version.cuda)}
+    return ours | {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy")}
 
 
 def _name_problem(host: str) -> str:

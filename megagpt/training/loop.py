@@ -37,7 +37,7 @@ def loop(run: Run, stop: StopRequest) -> Outcome:
     """Every remaining step, until the end or a request to stop. Every rank calls it, and all decide alike."""
     began, at, due = time.monotonic(), run.start, occasions(run)
     saves = due[0]
-    with run.batches() as batches:
+    with contextlib.closing(run.batches()) as batches:
         while True:
             # Each incarnation takes a step before it asks, however short its time limit is.
             stopping = at != run.start and run.between_steps(at, stop)

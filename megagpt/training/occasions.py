@@ -53,14 +53,11 @@ def crossed(every: int, before: int, now: int) -> bool:
 def occasions(run: Run) -> tuple[Occasion, ...]:
     """The run's occasions in the order in which they are held. The save comes first, so that a process that is killed
     during a validation has saved."""
-    config, last = run.config, run.last_held
-    found = [_saves(run)]
+    config, last, found = run.config, run.last_held, [_saves(run)]
     if run.validation_sequences:
-        interval = (config.validation.every_tokens,)
-        found.append(Occasion(_validate(run), interval, last.get(Event.VALIDATION, 0)))
+        found.append(Occasion(_validate(run), (config.validation.every_tokens,), last.get(Event.VALIDATION, 0)))
     if config.sampling.samples:
-        interval = (config.sampling.every_tokens,)
-        found.append(Occasion(_sample(run), interval, last.get(Event.SAMPLES, 0)))
+        found.append(Occasion(_sample(run), (config.sampling.every_tokens,), last.get(Event.SAMPLES, 0)))
     return tuple(found)
 
 
@@ -90,13 +87,10 @@ def _validate(run: Run) -> Work:
 
         loss = validation_loss(run.engine, run.validation_data, sequences, interrupted)
         if loss is not None and run.world.is_main:
-            run.reporter.event(
-                Event.VALIDATION,
-                at,
-                {"validation_loss": loss, "unigram_loss": unigram()},
-                f"validation loss {loss:.4f} over {tokens:,} held-out tokens (a model that knows only how common each "
-                f"token is: {unigram():.4f})",
-            )
+            text = f"validation loss {loss:.4f} over {tokens:,} held-out tokens"
+            text += f" (a model that knows only how common each token is: {unigram():.4f})"
+            values = {"validation_loss": loss, "unigram_loss": unigram()}
+            run.reporter.event(Event.VALIDATION, at, values, text)
         return loss is not None
 
     return work

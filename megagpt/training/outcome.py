@@ -1,6 +1,7 @@
 """How a run's incarnation ends, and the record that it leaves of that."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megagpt.errors import ExitCode
@@ -38,6 +39,17 @@ class Ending:
         self.reached = tokens
         """Tokens of the last position that the loop reached."""
 
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Records an error in the block, and raises its cause."""
+        try:
+            yield
+        except Exception as error:
+            cause = self._failed(error)
+            if cause is error:
+                raise
+            raise cause from None
+
     def outcome(self, outcome: Outcome) -> None:
         if self._world.is_main:
             self._incarnation.end(outcome.name, outcome.reason, self.reached)
@@ -46,7 +58,7 @@ class Ending:
         """Called on the rank that noticed first."""
         self._incarnation.end("failed", reason, self.reached, rank=self._world.rank, host=self._world.host, retry=True)
 
-    def failed(self, error: Exception) -> Exception:
+    def _failed(self, error: Exception) -> Exception:
         """Record the failure; returns the error to raise. If a newer incarnation has taken the run over, that is the
         cause, whatever this rank saw: the newer one removes files and the ranks' peers end."""
         with contextlib.suppress(OSError):

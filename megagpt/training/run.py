@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,20 +60,12 @@ class Run:
     reserve: Reserve
     ending: Ending
 
-    @contextlib.contextmanager
-    def batches(self) -> Iterator[Generator[Batch]]:
+    def batches(self) -> Generator[Batch]:
         """This rank's share of every remaining batch, read ahead."""
-        config, world = self.config, self.world
-        batches = read_ahead(
-            train_batches(
-                self.train_data, self.start.sequences, config.total_sequences,
-                functools.partial(batch_sequences, config), Share(world.rank, world.size, config.train.micro_batch),
-            )
-        )  # fmt: skip
-        try:
-            yield batches
-        finally:
-            batches.close()
+        first, total = self.start.sequences, self.config.total_sequences
+        share = Share(self.world.rank, self.world.size, self.config.train.micro_batch)
+        size = functools.partial(batch_sequences, self.config)
+        return read_ahead(train_batches(self.train_data, first, total, size, share))
 
     def agree_to_stop(self, stop: StopRequest) -> bool:
         """Whether some rank was asked to stop, or has too little of its time left for another step and a save."""
@@ -108,12 +100,9 @@ class Run:
         if saved is None:
             return
         path, seconds, stall = str(saved.checkpoint.path), saved.save_seconds, saved.stall_seconds
-        self.reporter.event(
-            Event.CHECKPOINT,
-            at,
-            {"tokens_seen": saved.checkpoint.tokens, "path": path, "save_seconds": seconds, "stall_seconds": stall},
-            f"saved {path} in {seconds:.1f} s; training waited for {stall:.2f} s",
-        )
+        values = {"path": path, "save_seconds": seconds, "stall_seconds": stall}
+        text = f"saved {path} in {seconds:.1f} s; training waited for {stall:.2f} s"
+        self.reporter.event(Event.CHECKPOINT, at, {"tokens_seen": saved.checkpoint.tokens, **values}, text)
 
     def say_bound(self) -> None:
         """Print how long a stop takes at most."""
@@ -133,7 +122,7 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
     """Begin the config's run or resume it, and record how it ended if that is an error. Raises UserError before
     anything is written, for all that can be known by then."""
     folder = run_folder(config)
-    config.accumulation(world.size)
+    config.check_ranks(world.size)
     if not resume:
         check_free(folder)
     _check_vocabulary(config)
@@ -142,61 +131,55 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
         open_corpus(data, split, config.model.context, config.run.seed) for split in ("train", "val")
     )
     engine = build_engine(config, world)
-    found, lease = _claim(folder, config, engine, train_data, resume, allowed)
-    start = _position(config, found)
-    ending = Ending(lease.incarnation, world, start.tokens)
-    reporter = None
-    try:
+    fingerprints = [stream.fingerprint for stream in train_data.streams]
+    seek = functools.partial(choose, folder, config, fingerprints, allowed, world)
+    # The run is claimed when it is known that it can resume here, and before anything of it is read.
+    found = seek() if resume else None
+    tokens = found.meta.tokens_seen if found else 0
+    lease = Lease(claim_run(folder, engine, tokens))
+    ending = Ending(lease.incarnation, world, tokens)
+    with ending.recording(), contextlib.ExitStack() as stack:
+        found = _load(found, seek, engine)
+        if resume and found is None:
+            say(f"{folder}: no checkpoint was completed; starting from the first token")
+        start = _position(config, found)
+        ending.reached = start.tokens
         world.barrier()
         saver = Saver(folder, config.checkpoint, world, lease.incarnation)
         saver.probe(config.model.checkpoint_bytes)
         reporter = Reporter(folder, start, config.train.tokens, resume, world.is_main)
+        stack.callback(reporter.close)
         reporter.text(start, "config", f"```yaml\n{to_yaml(config)}```")
         reporter.text(start, "start", start_as_markdown(lease.incarnation))
         hangs = folder / "hangs" / f"{lease.incarnation.number:06d}"
-        guard = FiniteGuard(config.train.nonfinite_limit, found.meta.skipped_updates if found else 0)
-        with Watchdog(world, hangs, config.train.hang_timeout, ending.hung) as watchdog:
-            engine.clock.on_pass = watchdog.progress
-            yield Run(
-                config, world, folder, engine, train_data, validation_data,
-                validation_sequences(validation_data, config.validation.tokens), start, resume,
-                world.from_main(lambda: {event: line["tokens_seen"] for event, line in newest(folder).items()}),
-                lease, saver, watchdog, reporter, guard,
-                Stragglers(world, world.hosts(), config.log.straggler_every_steps, config.log.straggler_factor),
-                Reserve(saver), ending,
-            )  # fmt: skip
-    except Exception as error:
-        cause = ending.failed(error)
-        if cause is error:
-            raise
-        raise cause from None
-    finally:
-        if reporter is not None:
-            reporter.close()
+        watchdog = stack.enter_context(Watchdog(world, hangs, config.train.hang_timeout, ending.hung))
+        engine.clock.on_pass = watchdog.progress
+        log = config.log
+        yield Run(
+            config, world, folder, engine, train_data, validation_data,
+            validation_sequences(validation_data, config.validation.tokens), start, resume,
+            world.from_main(lambda: {event: line["tokens_seen"] for event, line in newest(folder).items()}),
+            lease, saver, watchdog, reporter,
+            FiniteGuard(config.train.nonfinite_limit, found.meta.skipped_updates if found else 0),
+            Stragglers(world, world.hosts(), log.straggler_every_steps, log.straggler_factor), Reserve(saver), ending,
+        )  # fmt: skip
 
 
-def _claim(
-    folder: Path, config: Config, engine: Engine, train_data: Corpus, resume: bool, allowed: Allowed
-) -> tuple[OpenCheckpoint | None, Lease]:
-    """Choose a checkpoint, claim the run, load. The run is claimed when it is known that it can resume here, and before
-    anything of it is read; a checkpoint that turns out to be corrupt gives way to an older one."""
-    world, lease = engine.world, None
-    fingerprints = [stream.fingerprint for stream in train_data.streams]
-    while True:
-        found = choose(folder, config, fingerprints, allowed, world) if resume else None
-        lease = lease or Lease(claim_run(folder, engine, found.meta.tokens_seen if found else 0))
-        if found is None:
-            if resume:
-                say(f"{folder}: no checkpoint was completed; starting from the first token")
-            return None, lease
+def _load(
+    found: OpenCheckpoint | None, seek: Callable[[], OpenCheckpoint | None], engine: Engine
+) -> OpenCheckpoint | None:
+    """Load the checkpoint, or the next older one for each that turns out to be corrupt; returns the loaded one."""
+    while found is not None:
         try:
             load(found, engine)
         except CorruptError as error:
-            quarantine(found, error, world)
+            quarantine(found, error, engine.world)
+            found = seek()
             continue
         meta = found.meta
         say(f"resuming at {meta.tokens_seen:,} tokens, saved by {meta.engine} on {meta.world_size} rank(s)")
-        return found, lease
+        break
+    return found
 
 
 def _position(config: Config, found: OpenCheckpoint | None) -> Position:

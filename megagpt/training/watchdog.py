@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch._C._distributed_c10d as c10d
@@ -70,9 +69,7 @@ class Watchdog:
             threading.Thread(target=self._listen, args=(self._store.clone(),), daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._left.set()
         self._thread.join()
 

@@ -202,16 +202,16 @@ class Drill:
         }  # fmt: skip
         for harm, apply in harms.items():
             for kind in kinds:
-                self._resume_damaged("sound", last, kind, apply)
+                self._resume_corrupt("sound", last, kind, apply)
                 self.done[f"{harm}: {kind.replace('1', '0')}"] += 1
-        self._resume_damaged("sound", last, ".metadata", lambda path: empty_but_for(path.parent, "COMPLETE"))
+        self._resume_corrupt("sound", last, ".metadata", lambda path: empty_but_for(path.parent, "COMPLETE"))
         self.done["marker without data"] += 1
 
-        self._all_damaged("sound")
+        self._all_corrupt("sound")
 
-    def _all_damaged(self, source: str) -> None:
-        """Nothing is started, the first time and later: a run of days would begin anew."""
-        run = self.run("damaged")
+    def _all_corrupt(self, source: str) -> None:
+        """Nothing is started, neither the first time nor later: a run of days would begin from its first token."""
+        run = self.run("corrupt")
         shutil.copytree(self.run(source), run)
         before = (run / "metrics.jsonl").read_text()
         for checkpoint in list_checkpoints(run):
@@ -222,10 +222,10 @@ class Drill:
             assert "no checkpoint of this run is complete" in errors.getvalue()
         assert (run / "metrics.jsonl").read_text() == before
         shutil.rmtree(run)
-        self.done["every checkpoint damaged"] += 1
+        self.done["every checkpoint corrupt"] += 1
 
-    def _resume_damaged(self, source: str, checkpoint: str, kind: str, apply: Callable[[Path], None]) -> None:
-        run = self.run("damaged")
+    def _resume_corrupt(self, source: str, checkpoint: str, kind: str, apply: Callable[[Path], None]) -> None:
+        run = self.run("corrupt")
         shutil.copytree(self.run(source), run)
         apply(run / "checkpoints" / checkpoint / kind)
         output = resume_here(run)
@@ -233,7 +233,7 @@ class Drill:
         assert str(run / "checkpoints" / checkpoint) in line
         assert kind in line or ".distcp" in line
         assert (run / "checkpoints" / f"{checkpoint}.corrupt").is_dir()
-        self.compare("damaged")
+        self.compare("corrupt")
         shutil.rmtree(run)
 
 

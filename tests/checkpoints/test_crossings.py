@@ -8,7 +8,7 @@ from megagpt.measure.crossings import PAIRS, SETTINGS, TOLERANCE, WORLDS, Crossi
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("crossings")]
 
 
-# Under itself, on the same number of ranks: goes on bit for bit.
+# The same engine on the same number of ranks resumes bit for bit.
 SAME = [
     (Setting(name, 2), Setting(name, 2)) for name in ENGINE_CASES if (Setting(name, 2), Setting(name, 2)) not in PAIRS
 ]

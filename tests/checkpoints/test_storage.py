@@ -67,7 +67,7 @@ def test_reads_are_those_of_a_plain_file(
 
 @given(pieces=pieces_of_bytes.filter(lambda p: any(p)), data=st.data())
 @settings(max_examples=50)
-def test_a_flipped_bit_is_found_by_whoever_reads_its_block(
+def test_a_flipped_bit_is_found_by_each_reader_of_its_block(
     pieces: list[bytes], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("flips") / "file"

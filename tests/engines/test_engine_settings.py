@@ -70,7 +70,7 @@ def test_each_engine_refuses_what_it_cannot_offload(place: tuple[str, int | None
         ),
         (
             ["engine.name=zero", "engine.stage=3", "engine.nvme_path=/x"],
-            "engine.nvme_path is where offloaded state goes: set engine.offload to optimizer or all",
+            "engine.nvme_path holds offloaded state: set engine.offload to optimizer or all",
         ),
         (["engine.name=zero", "engine.stage=4"], "engine.stage: 4 should be less than or equal to 3"),
         (["engine.name=zero", "engine.stage=0"], "engine.stage: 0 should be greater than or equal to 1"),
@@ -168,5 +168,5 @@ def test_other_activation_checkpointing_is_refused(text: str, capsys: pytest.Cap
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
     sentence = error.split(": train.activation_checkpointing: ")[1]
-    for part in ("is none of: none, full, selective, {every: k}", "whole number"):
+    for part in ("is not one of: none, full, selective, {every: k}", "whole number"):
         assert part in sentence

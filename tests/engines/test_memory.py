@@ -21,7 +21,7 @@ Memory = Callable[[Case], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def memory() -> Memory:
-    """What was counted on rank 0 in a case; one start of ranks for all cases on as many of them."""
+    """The bytes counted on rank 0 in a case. Cases on equally many ranks share one start of ranks."""
 
     @functools.cache
     def on(ranks: int) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def our_logits(run: Path, which: int, tokens: Tensor) -> Tensor:
-    checkpoint = list_checkpoints(run)[which]
+    checkpoint = list_checkpoints(run)[which].open()
     model = GPT(load_config(str(run / "config.yaml")).model)
     weights = read_weights(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()})
     model.load_state_dict(weights)
@@ -69,7 +69,7 @@ def test_the_card_has_the_runs_facts(run: Path, tmp_path: Path) -> None:
     validation = metrics(run, "validation")[-1]["validation_loss"]
     for fact in ("2,560 tokens in 20 updates", f"{validation:.4f} nats", "peak learning rate 0.01", "128 tokens"):
         assert fact in card
-    (fingerprint,) = list_checkpoints(run)[-1].meta()["data"]
+    (fingerprint,) = list_checkpoints(run)[-1].open().meta.data or []
     assert fingerprint in card
     assert all(path.stat().st_mode & 0o044 for path in (tmp_path / "out").iterdir()), "others cannot read it"
 
@@ -77,7 +77,7 @@ def test_the_card_has_the_runs_facts(run: Path, tmp_path: Path) -> None:
 def test_an_export_holds_one_file_in_memory_at_a_time(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     config = load_config(str(run / "config.yaml")).model
-    checkpoint = list_checkpoints(run)[-1]
+    checkpoint = list_checkpoints(run)[-1].open()
     most, asked = 20_000, []
 
     def read(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ def test_a_run_starts_from_imported_weights(theirs: GPT2LMHeadModel, tiny: Tiny,
     run = tmp_path / "runs" / "tuned"
     (checkpoint,) = list_checkpoints(run)
     assert checkpoint.verify() == []
-    assert (checkpoint.tokens, checkpoint.meta()["updates"]) == (0, 0)
+    assert (checkpoint.tokens, checkpoint.open().meta.scalars["updates"]) == (0, 0)
     assert main(["export", str(run), "--to", str(tmp_path / "back")]) == 0
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", local_files_only=True)
     for (name, ours), (_, wanted) in zip(back.named_parameters(), theirs.named_parameters(), strict=True):

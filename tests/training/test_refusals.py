@@ -1,4 +1,4 @@
-"""What a run is refused for, what it may be told to accept, and which checkpoints it passes over."""
+"""Refusals of a run, changes that it accepts when told to, and checkpoints that it passes over."""
 
 import json
 import shutil

@@ -79,6 +79,7 @@ def test_missing_ranks_and_their_phases_are_named(tmp_path: Path) -> None:
     watchdog.phase("step 7")
     for rank, phase in ((0, "step 7"), (1, "step 6, waiting for data"), (3, "step 7")):
         store.set(f"megagpt/hung/{rank}", phase)
+    assert store.get("megagpt/hung/3") == b"step 7"  # so the other connection sees them, too
     expected = "; rank 1 in step 6, waiting for data; no answer from rank(s) 2: stopped, or their host is gone"
     assert watchdog._others() == expected
 
