@@ -85,10 +85,8 @@ def open_corpus(data: DataConfig, split: str, context: int, seed: int) -> Corpus
     corpus = Corpus(streams, integer_weights(tuple(s.weight for s in data.sources)), context, seed)
     for stream, size in zip(streams, corpus.sizes, strict=True):
         if split == "train" and size == 0:
-            raise UserError(
-                f"{stream.name}: {stream.tokens} tokens are less than one sequence of model.context {context} + 1; "
-                "prepare more text, or reduce model.context"
-            )
+            problem = f"{stream.tokens} tokens are less than one sequence of model.context {context} + 1"
+            raise UserError(f"{stream.name}: {problem}; prepare more text, or reduce model.context")
     return corpus
 
 

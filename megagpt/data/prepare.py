@@ -121,20 +121,14 @@ def _prepare(source: Source, folder: Path, identity: Json, workers: int | None, 
         raise UserError(f"{source.name}: the corpus is empty: none of its documents holds text; choose another source")
     if val_fraction and splits["val"].total == 0:
         larger = f" or at least {math.ceil(51 / documents) / 100}" if documents > 1 else ""
-        raise UserError(
-            f"{source.name}: none of its {documents} document(s) went to validation at --val-fraction {val_fraction}; "
-            f"remove {folder} and choose --val-fraction 0 (no validation){larger}"
-        )
+        problem = f"none of its {documents} document(s) went to validation at --val-fraction {val_fraction}"
+        remedy = f"remove {folder} and choose --val-fraction 0 (no validation){larger}"
+        raise UserError(f"{source.name}: {problem}; {remedy}")
     save()
-    manifest = {
-        "format": FORMAT,
-        "tokenizer": identity["tokenizer"],
-        "dtype": DTYPE.str,
-        "documents": documents,
-        "tokens": sum(w.total for w in splits.values()),
-        "splits": {name: writer.finish() for name, writer in splits.items()},
-        "identity": identity,
-    }
+    finished = {name: writer.finish() for name, writer in splits.items()}
+    total = sum(split["tokens"] for split in finished.values())
+    manifest: Json = {"format": FORMAT, "tokenizer": identity["tokenizer"], "dtype": DTYPE.str, "documents": documents}
+    manifest |= {"tokens": total, "splits": finished, "identity": identity}
     manifest["checksum"] = manifest_checksum(manifest)
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     path.unlink()
@@ -215,9 +209,7 @@ def _encoded(batches: Iterable[DocumentBatch], workers: int | None) -> Iterator[
         for done, future in waiting:
             yield done, future.result()
     except BrokenProcessPool:
-        raise UserError(
-            "an encoding process died (out of memory?); run the same command again to resume, with fewer --workers if "
-            "this repeats"
-        ) from None
+        remedy = "run the same command again to resume, with fewer --workers if this repeats"
+        raise UserError(f"an encoding process died (out of memory?); {remedy}") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -2,9 +2,8 @@
 
 A prepared folder holds `train_00000.npy`, ... and `val_00000.npy`, ... (uint16, or uint32 past 65,535 ids), beside each
 a `.crc32.npy` with one checksum per block of 64 KiB, and `manifest.json`, written last. Every read checks the blocks it
-touches, so a corrupt shard is found before it is trained on; the cost does not grow with the corpus.
-
-The shards of llm.c and modded-nanogpt (`.bin` with a header) and of build-nanogpt (plain `.npy`) are read too.
+touches, so a corrupt shard is found before it is trained on; the cost does not grow with the corpus. The shards of
+llm.c and modded-nanogpt (`.bin` with a header) and of build-nanogpt (plain `.npy`) are read too.
 """
 
 import bisect
@@ -30,8 +29,7 @@ FORMAT = "megagpt-shards-1"
 BLOCK_BYTES = 2**16
 # Bytes to which numpy pads the header of a one-dimensional array, with room for 20 digits of length.
 HEADER_BYTES = 128
-# llm.c's data/README: a header of 256 int32 (magic, version, number of tokens), then uint16 for GPT-2, uint32 for
-# Llama 3.
+# llm.c's data/README: 256 int32 (magic, version, number of tokens), then uint16 for GPT-2, uint32 for Llama 3.
 _BIN_HEADER_BYTES = 1024
 _BIN_GPT2 = 20240520
 _BIN_LLAMA3 = 20240801
@@ -102,10 +100,8 @@ class TokenStream:
         out = found.astype(np.int64)
         if out.max(initial=0) >= self.vocab_size or out.min(initial=0) < 0:
             wrong = found[(out >= self.vocab_size) | (out < 0)][0]
-            raise UserError(
-                f"{self.name}: token {wrong} is outside GPT-2's vocabulary of {self.vocab_size}: "
-                "another tokenizer made these shards; prepare the text again"
-            )
+            problem = f"token {wrong} is outside GPT-2's vocabulary of {self.vocab_size}"
+            raise UserError(f"{self.name}: {problem}: another tokenizer made these shards; prepare the text again")
         return out
 
     def _read_shard(self, index: int, first: int, count: int) -> np.ndarray:

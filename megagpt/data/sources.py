@@ -275,6 +275,5 @@ def _stdlib_documents() -> Iterator[str]:
             continue  # deliberately broken examples
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-        document = "\n\n".join(text for text in texts if text)
-        if document:
-            yield document
+        if any(texts):
+            yield "\n\n".join(filter(None, texts))

@@ -51,11 +51,9 @@ def _merges() -> list[tuple[bytes, bytes]]:
 def _pair(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        candidates = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
-        _, i = min(candidates)
+        _, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    first, second = parts
-    return first, second
+    return parts[0], parts[1]
 
 
 @functools.cache
