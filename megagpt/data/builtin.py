@@ -27,7 +27,5 @@ def prepare_builtin(data: DataConfig, world: World) -> DataConfig:
         # One worker: starting a process takes longer than encoding this little text.
         prepare(open_source(BUILTIN), folder, val_fraction=_BUILTIN_VAL_FRACTION, workers=1)
     world.barrier()
-    sources = tuple(
-        dataclasses.replace(source, path=str(folder)) if source.path == BUILTIN else source for source in data.sources
-    )
+    sources = tuple(dataclasses.replace(s, path=str(folder)) if s.path == BUILTIN else s for s in data.sources)
     return dataclasses.replace(data, sources=sources)

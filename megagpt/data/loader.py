@@ -1,8 +1,8 @@
 """Batches for a rank, a pure function of the sequence number, read ahead of the engine by one thread."""
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from megagpt.data.shards import TokenStream, open_stream
 from megagpt.errors import UserError
 from megagpt.models.loss import IGNORE
 
-_AHEAD = 2  # optimizer steps
+_AHEAD = 3  # optimizer steps
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,14 @@ class Corpus:
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """The sequences with these numbers, int64 (len(numbers), context + 1)."""
         source, index = locate(numbers, self.sizes, self.weights, self.seed)
-        read = [
-            self.streams[s].read(i * self.context, self.context + 1)
-            for s, i in zip(source.tolist(), index.tolist(), strict=True)
-        ]
+        places = zip(source.tolist(), index.tolist(), strict=True)
+        read = [self.streams[s].read(i * self.context, self.context + 1) for s, i in places]
         return np.stack(read) if read else np.empty((0, self.context + 1), dtype=np.int64)
 
     def batch(self, sequences: range, share: Share) -> Batch:
         """The sequences with these numbers, dealt to the ranks in turn; this rank's share, cut into micro-batches.
-
         The ranks' shares differ by at most one sequence. Rows that do not count fill them up, so all ranks take the
-        same number of micro-batches, even if the batch does not divide over them.
-        """
+        same number of micro-batches, even if the batch does not divide over them."""
         rows = self.rows(np.array(sequences[share.rank :: share.ranks], dtype=np.int64))
         filled_rows = share.micro_batches(len(sequences)) * share.micro_batch
         filled = np.full((filled_rows, self.context + 1), IGNORE, dtype=np.int64)
@@ -89,68 +85,38 @@ def open_corpus(data: DataConfig, split: str, context: int, seed: int) -> Corpus
     corpus = Corpus(streams, integer_weights(tuple(s.weight for s in data.sources)), context, seed)
     for stream, size in zip(streams, corpus.sizes, strict=True):
         if split == "train" and size == 0:
-            raise UserError(
-                f"{stream.name}: {stream.tokens} tokens are less than one sequence of model.context {context} + 1; "
-                "prepare more text, or reduce model.context"
-            )
+            problem = f"{stream.tokens} tokens are less than one sequence of model.context {context} + 1"
+            raise UserError(f"{stream.name}: {problem}; prepare more text, or reduce model.context")
     return corpus
 
 
 def validation_sequences(corpus: Corpus, tokens: int) -> int:
-    """Sequences of the validation set: `tokens` worth of them, or fewer if a source would otherwise repeat.
-
-    A function of config and corpus alone, so any number of ranks validates on the same tokens.
-    """
-    wanted = tokens // corpus.context
+    """Sequences of the validation set: `tokens` worth of them, or fewer if a source would otherwise repeat. A function
+    of config and corpus alone, so any number of ranks validates on the same tokens."""
     total = sum(corpus.weights)
     # `interleave` may give a source this many sequences more than its exact share.
     error = (len(corpus.weights) - 1).bit_length()
     available = [(size - error) * total // weight for size, weight in zip(corpus.sizes, corpus.weights, strict=True)]
-    return max(0, min(wanted, *available))
+    return max(0, min(tokens // corpus.context, *available))
 
 
 def read_ahead(batches: Iterator[Batch]) -> Generator[Batch]:
     """The same batches, made by a thread that stays a few steps ahead. Raises the thread's errors in their place."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_AHEAD)
-    stopped = threading.Event()
-
-    def put(item: Batch | BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                if not put(batch):
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, name="read-ahead", daemon=True)
-    thread.start()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        ready = deque(thread.submit(next, batches, None) for _ in range(_AHEAD))
+        while (batch := ready.popleft().result()) is not None:
+            ready.append(thread.submit(next, batches, None))
+            yield batch
     finally:
-        stopped.set()
-        thread.join()
+        thread.shutdown(cancel_futures=True)
 
 
 def train_batches(
     corpus: Corpus, start: int, total: int, batch_size: Callable[[int], int], share: Share
 ) -> Iterator[Batch]:
-    """This rank's share of every step from sequence `start` to sequence `total`.
-
-    batch_size: number of sequences already seen -> sequences in the next global batch.
-    """
+    """This rank's share of every step from sequence `start` to sequence `total`; batch_size: number of sequences
+    already seen -> sequences in the next global batch."""
     while start < total:
         end = min(start + batch_size(start), total)
         yield corpus.batch(range(start, end), share)

@@ -2,7 +2,6 @@
 
 A sequence is context + 1 consecutive tokens of one source. Sequences of the mixture are numbered from 0 in the order in
 which training takes them, so one integer is a run's position, and each rank finds its own sequences from it alone.
-
 Two steps: `interleave` spreads the sources over the numbers by weight; `permute` shuffles each source's sequences in
 a new order in every epoch, so no sequence comes twice before every other one of its source has come once.
 """
@@ -15,12 +14,7 @@ import numpy as np
 _ROUNDS = 6  # of the Feistel network
 
 
-def _round_keys(*parts: object) -> list[int]:
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return [int.from_bytes(digest[4 * i : 4 * i + 4], "little") for i in range(_ROUNDS)]
-
-
-def _mix(x: np.ndarray, key: int) -> np.ndarray:
+def _mix(x: np.ndarray, key: np.uint32) -> np.ndarray:
     """A 32-bit integer hash (the finalizer of MurmurHash3) of x under a key; uint64 in and out."""
     mask = np.uint64(0xFFFFFFFF)
     x = (x ^ np.uint64(key)) & mask
@@ -30,19 +24,17 @@ def _mix(x: np.ndarray, key: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, *key: object) -> np.ndarray:
-    """A pseudo-random permutation of range(size), applied to the numbers in `index`; int64 in and out.
-
-    A balanced Feistel network permutes the next power of four, whatever its round function. A value that falls outside
-    the range is mapped again until it is inside; the result is still a permutation (Black and Rogaway 2002).
-    """
+    """A pseudo-random permutation of range(size), applied to the numbers in `index`; int64 in and out. A balanced
+    Feistel network permutes the next power of four, whatever its round function. A value that falls outside the range
+    is mapped again until it is inside; the result is still a permutation (Black and Rogaway 2002)."""
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
-    keys = _round_keys(*key)
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     value = index.astype(np.uint64)
     outside = np.arange(len(value))
     while len(outside):
         left, right = value[outside] >> half, value[outside] & low
-        for round_key in keys:
+        for round_key in np.frombuffer(digest, "<u4", _ROUNDS):
             left, right = right, left ^ (_mix(right, round_key) & low)
         value[outside] = (left << half) | right
         outside = outside[value[outside] >= size]
@@ -57,12 +49,10 @@ def integer_weights(weights: tuple[float, ...]) -> list[int]:
 
 
 def interleave(number: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Source of each sequence number, and how many sequences of that source came before it; both int64.
-
-    The list of sources is split in halves, recursively. At each split, the left half gets round(n w_left / w) of the
-    first n numbers. That is off by at most 1/2, and each source inherits its share of the error, so after any n every
-    source is within log2(sources) of its exact share.
-    """
+    """Source of each sequence number, and how many sequences of that source came before it; both int64. The list of
+    sources is split in halves, recursively. At each split, the left half gets round(n w_left / w) of the first n
+    numbers. That is off by at most 1/2, and each source inherits its share of the error, so after any n every source is
+    within log2(sources) of its exact share."""
     source = np.zeros(len(number), dtype=np.int64)
     before = np.array(number, dtype=np.int64)
 
@@ -94,10 +84,8 @@ def _rounded_share(n: np.ndarray, part: int, total: int) -> np.ndarray:
 
 
 def locate(number: np.ndarray, sizes: list[int], weights: list[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Source of each sequence number, and its index among the source's sequences, which are shuffled in each epoch.
-
-    sizes: sequences of each source; weights: from `integer_weights`. Both results are int64 like `number`.
-    """
+    """Source of each sequence number, and its index among the source's sequences, which are shuffled in each epoch;
+    both int64 like `number`. sizes: sequences of each source; weights: from `integer_weights`."""
     source, before = interleave(number, weights)
     index = np.empty_like(before)
     for s in np.unique(source):

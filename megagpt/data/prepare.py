@@ -35,6 +35,7 @@ from megagpt.files import write_atomic
 SHARD_TOKENS = 100_000_000
 _JOURNAL_SECONDS = 5.0  # between two journals: the work that a kill can lose
 
+Json = dict[str, Any]
 Report = Callable[[int, int, float | None], None]
 """Called with documents, tokens, and the share of the source that is done (0 to 1; None if its size is unknown)."""
 
@@ -47,25 +48,19 @@ def prepare(
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
     report: Report = lambda documents, tokens, fraction: None,
-) -> dict[str, Any]:
-    """Encode every document of `source` once into `folder`, end-of-text after each; returns the manifest.
-
-    Document i goes to validation if i * val_fraction passes a half-integer: an even spread, the same for any number of
-    workers. A second call resumes an interrupted preparation, and does nothing if the folder is finished. Raises
-    UserError if the folder holds something else, or the text is empty or unreadable, and Interrupted after Ctrl-C.
-    """
+) -> Json:
+    """Encode every document of `source` once into `folder`, end-of-text after each; returns the manifest. Document i
+    goes to validation if i * val_fraction passes a half-integer: an even spread, the same for any number of workers. A
+    second call resumes an interrupted preparation, and does nothing if the folder is finished. Raises UserError if the
+    folder holds something else, or the text is empty or unreadable, and Interrupted after Ctrl-C."""
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction}: must be at least 0 and below 1")
     if shard_tokens < 1:
         raise UserError(f"--shard-tokens {shard_tokens}: must be at least 1")
     folder = Path(folder).expanduser()
     ranks = {"name": tokenizer.NAME, "sha256": tokenizer.RANKS_SHA256}
-    identity = {
-        "source": source.identity,
-        "tokenizer": ranks,
-        "val_fraction": val_fraction,
-        "shard_tokens": shard_tokens,
-    }
+    identity: Json = {"source": source.identity, "tokenizer": ranks}
+    identity |= {"val_fraction": val_fraction, "shard_tokens": shard_tokens}
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         _same_identity(folder, manifest["identity"], identity)
@@ -73,48 +68,39 @@ def prepare(
         return manifest
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose a folder for --out")
-    if (
-        folder.exists()
-        and not (folder / JOURNAL).exists()
-        and any(p.name != JOURNAL + ".tmp" for p in folder.iterdir())
-    ):
+    names = {p.name for p in folder.iterdir()} if folder.exists() else set()
+    if names - {JOURNAL + ".tmp"} and not (folder / JOURNAL).exists():
         raise UserError(f"{folder}: is not empty and holds no unfinished preparation; choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
-            return _prepare(source, folder, identity, val_fraction, shard_tokens, workers, report)
+            return _prepare(source, folder, identity, workers, report)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{folder}: disk full; free some space, run the same command again to resume") from None
         raise UserError(f"{folder}: {error}") from None
 
 
-def _prepare(
-    source: Source,
-    folder: Path,
-    identity: dict[str, Any],
-    val_fraction: float,
-    shard_tokens: int,
-    workers: int | None,
-    report: Report,
-) -> dict[str, Any]:
-    journal: dict[str, Any] = {"identity": identity, "cursor": None, "documents": 0, "splits": {}}
-    if (folder / JOURNAL).exists():
-        journal = _read_journal(folder)
-        _same_identity(folder, journal["identity"], identity)
-    else:
-        write_atomic(folder / JOURNAL, json.dumps(journal).encode())
-    documents: int = journal["documents"]
-    splits = {s: SplitWriter(folder, s, shard_tokens, journal["splits"].get(s)) for s in ("train", "val")}
+def _prepare(source: Source, folder: Path, identity: Json, workers: int | None, report: Report) -> Json:
+    val_fraction, shard_tokens = identity["val_fraction"], identity["shard_tokens"]
+    journal: Json = {"identity": identity, "cursor": None, "documents": 0, "splits": {}}
+    path = folder / JOURNAL
+    if not path.exists():
+        write_atomic(path, json.dumps(journal).encode())
+    try:
+        journal = json.loads(path.read_text(encoding="utf-8"))
+        found, cursor, documents, states = (journal[key] for key in ("identity", "cursor", "documents", "splits"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: corrupt ({error!r:.60}); remove {folder} and prepare the data again") from None
+    _same_identity(folder, found, identity)
+    splits = {s: SplitWriter(folder, s, shard_tokens, states.get(s)) for s in ("train", "val")}
 
-    def save(cursor: Any) -> None:
+    def save() -> None:
         states = {name: writer.flush() for name, writer in splits.items()}
         state = {"identity": identity, "cursor": cursor, "documents": documents, "splits": states}
-        write_atomic(folder / JOURNAL, json.dumps(state).encode())
+        write_atomic(path, json.dumps(state).encode())
 
     saved = time.monotonic()
-    cursor = journal["cursor"]
-    fraction = None
     try:
         for batch, (tokens, lengths) in _encoded(source.batches(cursor), workers):
             ends = np.cumsum(lengths)
@@ -122,49 +108,31 @@ def _prepare(
                 held_out = int((documents + 1) * val_fraction + 0.5) > int(documents * val_fraction + 0.5)
                 splits["val" if held_out else "train"].append(tokens[start:end])
                 documents += 1
-            cursor, fraction = batch.cursor, batch.fraction
+            cursor = batch.cursor
             if time.monotonic() - saved > _JOURNAL_SECONDS:
-                save(cursor)
+                save()
                 saved = time.monotonic()
-            report(documents, sum(w.total for w in splits.values()), fraction)
+            report(documents, sum(w.total for w in splits.values()), batch.fraction)
     except KeyboardInterrupt:
         # The next call cuts off whatever was appended after the last journal.
-        raise Interrupted(
-            f"stopped; run the same command again to resume: at most the last {_JOURNAL_SECONDS:.0f} s are repeated"
-        ) from None
+        repeated = f"at most the last {_JOURNAL_SECONDS:.0f} s are repeated"
+        raise Interrupted(f"stopped; run the same command again to resume: {repeated}") from None
     if documents == 0:
         raise UserError(f"{source.name}: the corpus is empty: none of its documents holds text; choose another source")
     if val_fraction and splits["val"].total == 0:
         larger = f" or at least {math.ceil(51 / documents) / 100}" if documents > 1 else ""
-        raise UserError(
-            f"{source.name}: none of its {documents} document(s) went to validation at --val-fraction {val_fraction}; "
-            f"remove {folder} and choose --val-fraction 0 (no validation){larger}"
-        )
-    save(cursor)
-    manifest = {
-        "format": FORMAT,
-        "tokenizer": identity["tokenizer"],
-        "dtype": DTYPE.str,
-        "documents": documents,
-        "tokens": sum(w.total for w in splits.values()),
-        "splits": {name: writer.finish() for name, writer in splits.items()},
-        "identity": identity,
-    }
+        problem = f"none of its {documents} document(s) went to validation at --val-fraction {val_fraction}"
+        remedy = f"remove {folder} and choose --val-fraction 0 (no validation){larger}"
+        raise UserError(f"{source.name}: {problem}; {remedy}")
+    save()
+    finished = {name: writer.finish() for name, writer in splits.items()}
+    total = sum(split["tokens"] for split in finished.values())
+    manifest: Json = {"format": FORMAT, "tokenizer": identity["tokenizer"], "dtype": DTYPE.str, "documents": documents}
+    manifest |= {"tokens": total, "splits": finished, "identity": identity}
     manifest["checksum"] = manifest_checksum(manifest)
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-    (folder / JOURNAL).unlink()
+    path.unlink()
     return manifest
-
-
-def _read_journal(folder: Path) -> dict[str, Any]:
-    try:
-        journal: dict[str, Any] = json.loads((folder / JOURNAL).read_text(encoding="utf-8"))
-        journal["identity"], journal["cursor"], journal["documents"], journal["splits"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / JOURNAL}: corrupt ({error!r:.60}); remove {folder} and prepare the data again"
-        ) from None
-    return journal
 
 
 @contextlib.contextmanager
@@ -180,19 +148,14 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _same_identity(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    wanted = json.loads(json.dumps(wanted))
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
-    if differing:
-        key = differing[0]
-        raise UserError(
-            f"{folder}: was prepared from something else ({key} was {json.dumps(found.get(key))[:80]}, "
-            f"is now {json.dumps(wanted[key])[:80]}); remove it or choose another --out"
-        )
+def _same_identity(folder: Path, found: Json, wanted: Json) -> None:
+    for key, value in json.loads(json.dumps(wanted)).items():
+        if found.get(key) != value:
+            change = f"{key} was {json.dumps(found.get(key))[:80]}, is now {json.dumps(value)[:80]}"
+            raise UserError(f"{folder}: was prepared from something else ({change}); remove it or choose another --out")
 
 
 # --- encoding --------------------------------------------------------------------------------------------------------
-
 
 Encoded = tuple[np.ndarray, np.ndarray]
 """Tokens of several documents, end to end, and each document's length."""
@@ -200,13 +163,9 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 def encode_documents(documents: list[str]) -> Encoded:
     """Tokens of all non-empty documents, each followed by end-of-text, uint16 (N,); and their lengths with it."""
-    parts, lengths = [], []
-    end = np.array([tokenizer.END_OF_TEXT], dtype=DTYPE)
-    for text in documents:
-        if text:
-            parts += [tokenizer.encode(text).astype(DTYPE), end]
-            lengths.append(len(parts[-2]) + 1)
-    return np.concatenate(parts) if parts else np.empty(0, DTYPE), np.array(lengths, dtype=np.int64)
+    parts = [np.append(tokenizer.encode(text), tokenizer.END_OF_TEXT).astype(DTYPE) for text in documents if text]
+    lengths = np.array([len(part) for part in parts], dtype=np.int64)
+    return np.concatenate(parts) if parts else np.empty(0, DTYPE), lengths
 
 
 @contextlib.contextmanager
@@ -247,13 +206,10 @@ def _encoded(batches: Iterable[DocumentBatch], workers: int | None) -> Iterator[
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
+        for done, future in waiting:
             yield done, future.result()
     except BrokenProcessPool:
-        raise UserError(
-            "an encoding process died (out of memory?); run the same command again to resume, with fewer --workers if "
-            "this repeats"
-        ) from None
+        remedy = "run the same command again to resume, with fewer --workers if this repeats"
+        raise UserError(f"an encoding process died (out of memory?); {remedy}") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

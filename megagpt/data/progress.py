@@ -2,7 +2,6 @@
 
 import sys
 import time
-from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -14,8 +13,7 @@ class PrepareProgress:
     """Shows documents, tokens/s and, if the source's size is known, the share done and the time left."""
 
     def __enter__(self) -> Self:
-        self.start = time.monotonic()
-        self.last_line = self.start
+        self.start = self.last_line = time.monotonic()
         self.first: tuple[int, float] | None = None
         self.bar: tqdm[Any] | None = None
         return self
@@ -43,8 +41,6 @@ class PrepareProgress:
             self.last_line = now
             print(text, file=sys.stderr, flush=True)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.close()

@@ -31,12 +31,14 @@ class SplitWriter:
     def total(self) -> int:
         return self.tokens + sum(s["tokens"] for s in self.shards)
 
-    def _path(self) -> Path:
-        return self.folder / f"{self.split}_{len(self.shards):05d}.npy"
+    def _paths(self) -> tuple[Path, Path]:
+        """Of the open shard: its name when it is full, and its name until then."""
+        path = self.folder / f"{self.split}_{len(self.shards):05d}.npy"
+        return path, path.with_suffix(".npy.partial")
 
     def _open(self) -> None:
         """Open the unfinished shard, cut back to the length that the journal records."""
-        path, partial = self._path(), self._path().with_suffix(".npy.partial")
+        path, partial = self._paths()
         if path.exists():  # completed after the last journal
             path.rename(partial)
         for stale in self.folder.glob(f"{self.split}_*"):
@@ -46,25 +48,21 @@ class SplitWriter:
         self.file = partial.open("r+b" if partial.exists() else "w+b")
         known = HEADER_BYTES + self.tokens * DTYPE.itemsize
         if self.tokens and self.file.seek(0, os.SEEK_END) < known:
-            raise UserError(
-                f"{partial}: is shorter than its journal says; remove {self.folder} and prepare the data again"
-            )
-        self.file.truncate(HEADER_BYTES + self.tokens * DTYPE.itemsize)
+            remedy = f"remove {self.folder} and prepare the data again"
+            raise UserError(f"{partial}: is shorter than its journal says; {remedy}")
+        self.file.truncate(known)
         self.file.seek(0, os.SEEK_END)
 
     def append(self, document: np.ndarray) -> None:
         self.documents += 1
-        while True:
+        while len(document):
             room = self.shard_tokens - self.tokens
             self.file.write(document[:room].tobytes())
-            self.tokens += min(room, len(document))
+            self.tokens += len(document[:room])
             document = document[room:]
-            if self.tokens < self.shard_tokens:
-                return
-            self._complete()
-            self._open()
-            if not len(document):
-                return
+            if self.tokens == self.shard_tokens:
+                self._complete()
+                self._open()
 
     def flush(self) -> dict[str, Any]:
         """Bring everything appended so far to the disk; returns the state for the journal."""
@@ -77,8 +75,7 @@ class SplitWriter:
         self.file.write(npy_header(DTYPE, self.tokens))
         self.flush()
         self.file.close()
-        path = self._path()
-        partial = path.with_suffix(".npy.partial")
+        path, partial = self._paths()
         data = np.memmap(partial, dtype=np.uint8, mode="r")
         crcs = block_checksums(data[HEADER_BYTES:].data)
         write_atomic(checksum_path(path), npy_header(crcs.dtype, len(crcs)) + crcs.tobytes())
@@ -93,9 +90,6 @@ class SplitWriter:
             self._complete()
         else:
             self.file.close()
-            self._path().with_suffix(".npy.partial").unlink()
-        return {
-            "tokens": sum(s["tokens"] for s in self.shards),
-            "documents": sum(s["documents"] for s in self.shards),
-            "shards": self.shards,
-        }
+            Path(self.file.name).unlink()
+        counts = {key: sum(s[key] for s in self.shards) for key in ("tokens", "documents")}
+        return {**counts, "shards": self.shards}

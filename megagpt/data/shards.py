@@ -2,9 +2,8 @@
 
 A prepared folder holds `train_00000.npy`, ... and `val_00000.npy`, ... (uint16, or uint32 past 65,535 ids), beside each
 a `.crc32.npy` with one checksum per block of 64 KiB, and `manifest.json`, written last. Every read checks the blocks it
-touches, so a corrupt shard is found before it is trained on; the cost does not grow with the corpus.
-
-The shards of llm.c and modded-nanogpt (`.bin` with a header) and of build-nanogpt (plain `.npy`) are read too.
+touches, so a corrupt shard is found before it is trained on; the cost does not grow with the corpus. The shards of
+llm.c and modded-nanogpt (`.bin` with a header) and of build-nanogpt (plain `.npy`) are read too.
 """
 
 import bisect
@@ -30,8 +29,7 @@ FORMAT = "megagpt-shards-1"
 BLOCK_BYTES = 2**16
 # Bytes to which numpy pads the header of a one-dimensional array, with room for 20 digits of length.
 HEADER_BYTES = 128
-# llm.c's data/README: a header of 256 int32 (magic, version, number of tokens), then uint16 for GPT-2, uint32 for
-# Llama 3.
+# llm.c's data/README: 256 int32 (magic, version, number of tokens), then uint16 for GPT-2, uint32 for Llama 3.
 _BIN_HEADER_BYTES = 1024
 _BIN_GPT2 = 20240520
 _BIN_LLAMA3 = 20240801
@@ -102,10 +100,8 @@ class TokenStream:
         out = found.astype(np.int64)
         if out.max(initial=0) >= self.vocab_size or out.min(initial=0) < 0:
             wrong = found[(out >= self.vocab_size) | (out < 0)][0]
-            raise UserError(
-                f"{self.name}: token {wrong} is outside GPT-2's vocabulary of {self.vocab_size}: "
-                "another tokenizer made these shards; prepare the text again"
-            )
+            problem = f"token {wrong} is outside GPT-2's vocabulary of {self.vocab_size}"
+            raise UserError(f"{self.name}: {problem}: another tokenizer made these shards; prepare the text again")
         return out
 
     def _read_shard(self, index: int, first: int, count: int) -> np.ndarray:
@@ -142,25 +138,21 @@ def _map_shard(shard: Shard) -> tuple[np.ndarray, np.ndarray | None]:
 
 def open_stream(folder: str | Path, split: str) -> TokenStream:
     """Open one split ("train" or "val") of a folder of shards, checking names, headers and sizes but reading no tokens.
-
     An absent "val" gives a stream of no tokens. Raises UserError if the folder is incomplete, corrupt or not of token
-    shards.
-    """
+    shards."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of shards; make it with `megagpt prepare SOURCE --out {folder}`")
-    manifest_path = folder / MANIFEST
-    if manifest_path.exists():
+    if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
-        shards = _own_shards(folder, manifest, split)
-        fingerprint = hashlib.sha256(json.dumps(manifest["splits"][split], sort_keys=True).encode()).hexdigest()
+        listed = manifest["splits"][split]
+        shards = [_own_shard(folder, manifest, entry) for entry in listed["shards"]]
     elif (folder / JOURNAL).exists():
         raise UserError(f"{folder}: its preparation was not finished; run the same `megagpt prepare` again to resume")
     else:
         shards = _foreign_shards(folder, split)
         listed = [[s.path.name, s.tokens] for s in shards]
-        fingerprint = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    stream = TokenStream(f"{folder} ({split})", shards, fingerprint)
+    stream = TokenStream(f"{folder} ({split})", shards, _json_sha256(listed))
     if split == "train" and stream.tokens == 0:
         raise UserError(f"{folder}: the corpus is empty: it has no training token; prepare more text")
     return stream
@@ -187,19 +179,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
     """SHA-256 of a manifest's content, without the checksum itself."""
-    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return _json_sha256({key: value for key, value in manifest.items() if key != "checksum"})
+
+
+def _json_sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _own_shards(folder: Path, manifest: dict[str, Any], split: str) -> list[Shard]:
-    return [_own_shard(folder, manifest, entry) for entry in manifest["splits"][split]["shards"]]
 
 
 def _own_shard(folder: Path, manifest: dict[str, Any], entry: dict[str, Any]) -> Shard:
     path = folder / entry["file"]
     dtype = np.dtype(manifest["dtype"])
-    expected = HEADER_BYTES + entry["tokens"] * dtype.itemsize
-    _check_size(path, expected)
+    _check_size(path, HEADER_BYTES + entry["tokens"] * dtype.itemsize)
     _check_size(checksum_path(path), HEADER_BYTES + 4 * _blocks(entry["tokens"], dtype))
     return Shard(path, entry["tokens"], dtype, HEADER_BYTES, checked=True)
 
@@ -224,21 +214,17 @@ def _foreign_shards(folder: Path, split: str) -> list[Shard]:
         raise UserError(f"{folder}: its {MANIFEST} is missing; prepare the data again")
     if not files:
         raise UserError(f"{folder}: holds no token shards (no {MANIFEST}, no .bin, no .npy); run `megagpt prepare`")
-    # Names are such as fineweb_train_000001 and edufineweb_val_000000; the first word that names a split decides.
-    words = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
-    named = [p for p in files if _split_of(p, words) == split]
+    named = [p for p in files if _split_of(p) == split]
     if split == "train" and not named:
         names = ", ".join(p.name for p in files[:3])
         raise UserError(f"{folder}: no shard has 'train' in its name (found {names}, ...); rename the training shards")
     return [_bin_shard(p) if p.suffix == ".bin" else _npy_shard(p) for p in named]
 
 
-def _split_of(path: Path, words: dict[str, tuple[str, ...]]) -> str | None:
-    for word in re.split("[^a-z]+", path.stem.lower()):
-        for split, names in words.items():
-            if word in names:
-                return split
-    return None
+def _split_of(path: Path) -> str | None:
+    """Names are such as fineweb_train_000001 and edufineweb_val_000000; the first word that names a split decides."""
+    words = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+    return next((words[word] for word in re.split("[^a-z]+", path.stem.lower()) if word in words), None)
 
 
 def _bin_shard(path: Path) -> Shard:
@@ -280,17 +266,15 @@ def verify(folder: str | Path) -> int:
         return sum(_read_all(open_stream(folder, split)) for split in ("train", "val"))
     manifest = read_manifest(folder)
     checked = 0
-    for split in ("train", "val"):
-        for entry in manifest["splits"][split]["shards"]:
-            shard = _own_shard(folder, manifest, entry)
-            with shard.path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    raise _corrupt(shard.path)
-            with checksum_path(shard.path).open("rb") as file:
-                blocks = _blocks(shard.tokens, shard.dtype)
-                if file.read(HEADER_BYTES) != npy_header(np.dtype("<u4"), blocks):
-                    raise _corrupt(checksum_path(shard.path))
-            checked += _read_all(TokenStream(shard.path.name, [shard], ""))
+    for entry in manifest["splits"]["train"]["shards"] + manifest["splits"]["val"]["shards"]:
+        shard = _own_shard(folder, manifest, entry)
+        with shard.path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise _corrupt(shard.path)
+        with checksum_path(shard.path).open("rb") as file:
+            if file.read(HEADER_BYTES) != npy_header(np.dtype("<u4"), _blocks(shard.tokens, shard.dtype)):
+                raise _corrupt(checksum_path(shard.path))
+        checked += _read_all(TokenStream(shard.path.name, [shard], ""))
     return checked
 
 

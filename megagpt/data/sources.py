@@ -7,6 +7,7 @@ next batch starts, so another process can resume reading there.
 import ast
 import gzip
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -24,9 +25,8 @@ from megagpt.errors import UserError, did_you_mean, first_line
 _BATCH_CHARACTERS = 1_000_000
 
 Cursor = dict[str, Any]
-_TEXT = (".txt", ".md", ".text")
-_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson")
-_PARQUET = (".parquet",)
+Reader = Callable[[Path, str, int], Iterator[tuple[str, float]]]
+"""(path, text key, rows to skip) -> texts, each with the share of the file read so far."""
 
 
 class DocumentBatch(NamedTuple):
@@ -49,23 +49,21 @@ class Source:
 
 
 def open_source(name: str, text_key: str = "text", subset: str | None = None, split: str = "train") -> Source:
-    """The source called `name`: `stdlib`, a file, a folder or a glob of files, or a data set on the hub.
-
-    Raises UserError if there is none.
-    """
+    """The source called `name`: `stdlib`, a file, a folder or a glob of files, or a data set on the hub. Raises
+    UserError if there is none."""
     if name == "stdlib":
         return _stdlib_source()
     path = Path(name).expanduser()
     if path.is_file():
         return _file_source(name, [path], text_key)
     if path.is_dir():
-        return _file_source(name, [p for p in sorted(path.rglob("*")) if p.is_file() and _reader(p)], text_key)
+        known = tuple(_READERS)
+        files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name.lower().endswith(known)]
+        return _file_source(name, files, text_key)
     if any(c in name for c in "*?["):
-        root = Path(path.anchor) if path.is_absolute() else Path()
-        pattern = str(path.relative_to(path.anchor)) if path.is_absolute() else str(path)
-        return _file_source(name, [p for p in sorted(root.glob(pattern)) if p.is_file()], text_key)
-    looks_local = path.suffix or path.is_absolute() or name.startswith(".") or name.count("/") != 1
-    if looks_local:
+        found = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+        return _file_source(name, [p for p in sorted(found) if p.is_file()], text_key)
+    if path.suffix or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise UserError(f"{name}: no such file or folder")
     return _hub_source(name, text_key, subset, split)
 
@@ -75,45 +73,35 @@ def open_source(name: str, text_key: str = "text", subset: str | None = None, sp
 
 def _file_source(name: str, files: list[Path], text_key: str) -> Source:
     if not files:
-        raise UserError(f"{name}: holds no {', '.join(_TEXT + _JSONL + _PARQUET)} files; choose another source")
-    for file in files:
-        if _reader(file) is None:
-            raise UserError(
-                f"{file}: unknown kind of file; convert it to one of: {', '.join(_TEXT + _JSONL + _PARQUET)}"
-            )
+        raise UserError(f"{name}: holds no {', '.join(_READERS)} files; choose another source")
+    readers = [_reader(file) for file in files]
     sizes = [file.stat().st_size for file in files]
     total = max(1, sum(sizes))
 
     def batches(cursor: Cursor | None) -> Iterator[DocumentBatch]:
-        start_file, start_row = (cursor["file"], cursor["row"]) if cursor else (0, 0)
+        start, skip = (cursor["file"], cursor["row"]) if cursor else (0, 0)
         documents: list[str] = []
         characters = 0
-        fraction = 0.0
-        for i in range(start_file, len(files)):
-            skip = start_row if i == start_file else 0
-            reader = _reader(files[i])
-            assert reader is not None
-            for row, (text, share) in enumerate(reader(files[i], text_key, skip), start=skip + 1):
+        for i in range(start, len(files)):
+            for row, (text, share) in enumerate(readers[i](files[i], text_key, skip), start=skip + 1):
                 documents.append(text)
                 characters += len(text)
-                fraction = (sum(sizes[:i]) + share * sizes[i]) / total
                 if characters >= _BATCH_CHARACTERS:
+                    fraction = (sum(sizes[:i]) + share * sizes[i]) / total
                     yield DocumentBatch(documents, {"file": i, "row": row}, fraction)
                     documents, characters = [], 0
+            skip = 0
         yield DocumentBatch(documents, {"file": len(files), "row": 0}, 1.0)
 
     listed = [[file.name, size] for file, size in zip(files, sizes, strict=True)]
     return Source(name, batches, {"files": listed, "text_key": text_key})
 
 
-def _reader(path: Path) -> Callable[[Path, str, int], Iterator[tuple[str, float]]] | None:
-    """The reader for a file with this name, None if there is none: (path, text key, rows to skip) -> (text, share of
-    the file read)."""
-    name = path.name.lower()
-    for endings, reader in ((_JSONL, _read_jsonl), (_PARQUET, _read_parquet), (_TEXT, _read_text)):
-        if name.endswith(endings):
+def _reader(path: Path) -> Reader:
+    for ending, reader in _READERS.items():
+        if path.name.lower().endswith(ending):
             return reader
-    return None
+    raise UserError(f"{path}: unknown kind of file; convert it to one of: {', '.join(_READERS)}")
 
 
 def _read_text(path: Path, text_key: str, skip: int) -> Iterator[tuple[str, float]]:
@@ -129,9 +117,7 @@ def _read_jsonl(path: Path, text_key: str, skip: int) -> Iterator[tuple[str, flo
     size = max(1, path.stat().st_size)
     with path.open("rb") as raw:
         try:
-            for number, line in enumerate(_decompress(path, raw), start=1):
-                if number <= skip:
-                    continue
+            for number, line in itertools.islice(enumerate(_decompress(path, raw), start=1), skip, None):
                 # The cursor counts a blank line as an empty document; `prepare` drops empty documents.
                 text = _json_text(path, number, line, text_key) if line.strip() else ""
                 yield text, raw.tell() / size
@@ -198,14 +184,20 @@ def _read_parquet(path: Path, text_key: str, skip: int) -> Iterator[tuple[str, f
                 for column in file.iter_batches(batch_size=256, row_groups=[group], columns=[text_key]):
                     for text in column.column(0).to_pylist():
                         row += 1
-                        if row > skip:
-                            if not isinstance(text, str):
-                                raise UserError(
-                                    f"{path} row {row}: {text_key!r} is {text!r:.40}, not text; remove the row"
-                                )
-                            yield text, row / rows
+                        if row <= skip:
+                            continue
+                        if not isinstance(text, str):
+                            raise UserError(f"{path} row {row}: {text_key!r} is {text!r:.40}, not text; remove the row")
+                        yield text, row / rows
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: corrupt, or not a parquet file: {first_line(error)}; fetch it again") from None
+
+
+_READERS: dict[str, Reader] = {
+    **dict.fromkeys((".txt", ".md", ".text"), _read_text),
+    **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson"), _read_jsonl),
+    ".parquet": _read_parquet,
+}
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
@@ -221,10 +213,9 @@ def _hub_source(name: str, text_key: str, subset: str | None, split: str) -> Sou
         revision = huggingface_hub.HfApi().dataset_info(name, revision="main").sha
         stream = datasets.load_dataset(name, subset, split=split, streaming=True, revision=revision)
     except Exception as error:
-        raise UserError(
-            f"{name}: neither a file or folder here, nor readable from the Hugging Face hub "
-            f"(subset {subset!r}, split {split!r}): {first_line(error)}"
-        ) from None
+        place = f"the Hugging Face hub (subset {subset!r}, split {split!r})"
+        problem = f"neither a file or folder here, nor readable from {place}: {first_line(error)}"
+        raise UserError(f"{name}: {problem}") from None
 
     def batches(cursor: Cursor | None) -> Iterator[DocumentBatch]:
         documents: list[str] = []
@@ -256,21 +247,17 @@ def _hub_source(name: str, text_key: str, subset: str | None, split: str) -> Sou
 
 
 def _stdlib_source() -> Source:
-    """English text on every machine: the standard library's docstrings, and the language reference of `help()`.
-
-    Code is left out: a third of its tokens would be single spaces of indentation, and losses would be falsely low.
-    """
+    """English text on every machine: the standard library's docstrings, and the language reference of `help()`. Code is
+    left out: a third of its tokens would be single spaces of indentation, and losses would be falsely low."""
 
     def batches(cursor: Cursor | None) -> Iterator[DocumentBatch]:
         # Some texts are in several modules. Spaces of indentation would be a third of all tokens; tabs are few.
-        documents = [_tabbed(text) for text in dict.fromkeys(_stdlib_documents())]
+        indent = re.compile("^(?: {4})+", re.MULTILINE)
+        texts = dict.fromkeys(_stdlib_documents())
+        documents = [indent.sub(lambda spaces: "\t" * (len(spaces[0]) // 4), text) for text in texts]
         yield DocumentBatch(documents[cursor["row"] if cursor else 0 :], {"row": len(documents)}, 1.0)
 
     return Source("stdlib", batches, {"stdlib": sys.version})
-
-
-def _tabbed(text: str) -> str:
-    return re.sub("^(?: {4})+", lambda spaces: "\t" * (len(spaces[0]) // 4), text, flags=re.MULTILINE)
 
 
 def _stdlib_documents() -> Iterator[str]:
@@ -288,6 +275,5 @@ def _stdlib_documents() -> Iterator[str]:
             continue  # deliberately broken examples
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
         texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-        document = "\n\n".join(text for text in texts if text)
-        if document:
-            yield document
+        if any(texts):
+            yield "\n\n".join(filter(None, texts))

@@ -21,10 +21,8 @@ _PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 
 
 def encode(text: str) -> np.ndarray:
-    """Ids of a text, uint32 (N,), without end-of-text, even if the text spells it.
-
-    Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD, as in tiktoken's own `encode`.
-    """
+    """Ids of a text, uint32 (N,), without end-of-text, even if the text spells it. Half a surrogate pair, which JSON
+    can hold and UTF-8 cannot, becomes U+FFFD, as in tiktoken's own `encode`."""
     try:
         # No special token is allowed, and none is forbidden: text that spells one is ordinary text.
         return gpt2().encode_to_numpy(text, allowed_special=set(), disallowed_special=())
@@ -44,10 +42,7 @@ def gpt2() -> tiktoken.Encoding:
     if hashlib.sha256(data).hexdigest() != RANKS_SHA256:
         raise UserError("megagpt/data/gpt2/r50k_base.tiktoken is corrupt: reinstall megagpt")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in data.splitlines())}
+    special = {"<|endoftext|>": END_OF_TEXT}
     return tiktoken.Encoding(
-        NAME,
-        pat_str=_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": END_OF_TEXT},
-        explicit_n_vocab=VOCAB_SIZE,
+        NAME, pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens=special, explicit_n_vocab=VOCAB_SIZE
     )

@@ -16,9 +16,7 @@ def validation_loss(
     engine: Engine, corpus: Corpus, sequences: int, interrupted: Callable[[], bool] = lambda: False
 ) -> float | None:
     """Mean loss in nats over the first `sequences` sequences of the validation split, the same on any number of ranks.
-
-    None if `interrupted`, which must answer the same on every rank, becomes true before the end.
-    """
+    None if `interrupted`, which must answer the same on every rank, becomes true before the end."""
     world = engine.world
     share = Share(world.rank, world.size, engine.config.train.micro_batch)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -42,8 +40,7 @@ def unigram_loss(train: Corpus, validation: Corpus, sequences: int) -> float:
     for stream, weight in zip(train.streams, train.weights, strict=True):
         taken = min(stream.tokens, _UNIGRAM_TOKENS * weight // total)
         for start in range(0, taken, 2**20):
-            tokens = stream.read(start, min(2**20, taken - start))
-            frequencies += np.bincount(tokens, minlength=vocab)
+            frequencies += np.bincount(stream.read(start, min(2**20, taken - start)), minlength=vocab)
     log_probability = np.log(frequencies / frequencies.sum())
     targets = [validation.rows(np.arange(i, min(sequences, i + 256)))[:, 1:] for i in range(0, sequences, 256)]
     return -sum(float(log_probability[t].sum()) for t in targets) / (sequences * validation.context)

@@ -50,16 +50,14 @@ def import_run(folder: str | Path, config: Config) -> Path:
     with torch.device("meta"):
         model = GPT(ours)
     state: dict[str, FlatShard] = {}
-    zero = torch.zeros(1)
     for name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
-        nothing = zero.expand(parameter.numel())
+        nothing = torch.zeros(1).expand(parameter.numel())
         weights = _Unread(nothing, shape, 0)
         weights.source, weights.parameter = source, name
         source.find(name, shape)  # refuses a missing tensor before anything is written
         state[f"model.{name}"] = weights
-        state[f"exp_avg.{name}"] = FlatShard(nothing, shape, 0)
-        state[f"exp_avg_sq.{name}"] = FlatShard(nothing, shape, 0)
+        state |= {f"{moment}.{name}": FlatShard(nothing, shape, 0) for moment in ("exp_avg", "exp_avg_sq")}
     scalars = {"updates": 0, "loss_scale": dataclasses.asdict(loss_scale(config.train.precision))}
     meta = CheckpointMeta(0, 0, 0, "import", 1, dataclasses.asdict(config), None, scalars)
     saver = Saver(run, CheckpointConfig(asynchronous=False), World.alone())

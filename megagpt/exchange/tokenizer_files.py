@@ -19,14 +19,8 @@ def tokenizer_files(context: int) -> dict[str, str]:
         "normalized": False, "special": True,
     }  # fmt: skip
     fast = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [end],
-        "normalizer": None,
-        "pre_tokenizer": level,
-        "post_processor": {**level, "trim_offsets": False},
-        "decoder": level,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [end], "normalizer": None,
+        "pre_tokenizer": level, "post_processor": {**level, "trim_offsets": False}, "decoder": level,
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
             "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
@@ -34,14 +28,10 @@ def tokenizer_files(context: int) -> dict[str, str]:
         },
     }  # fmt: skip
     settings = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": context,
-        "bos_token": _END,
-        "eos_token": _END,
-        "unk_token": _END,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-    }
+        "tokenizer_class": "GPT2Tokenizer", "model_max_length": context,
+        "bos_token": _END, "eos_token": _END, "unk_token": _END,
+        "add_prefix_space": False, "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
     return {
         "tokenizer.json": json.dumps(fast, ensure_ascii=False),
         "vocab.json": json.dumps(vocab, ensure_ascii=False),
@@ -61,11 +51,9 @@ def _merges() -> list[tuple[bytes, bytes]]:
 def _pair(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        candidates = [(ranks.get(a + b, rank), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
-        _, i = min(candidates)
+        _, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    first, second = parts
-    return first, second
+    return parts[0], parts[1]
 
 
 @functools.cache

@@ -8,10 +8,8 @@ from megagpt.models.presets import ModelConfig
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, for a batch whose rows are aligned at their last token.
-
-    Rows shorter than the longest are padded on the left; `padding[b]` is the number of padded positions of row b.
-    """
+    """Keys and values of the tokens seen so far, for a batch whose rows are aligned at their last token. Rows shorter
+    than the longest are padded on the left; `padding[b]` is the number of padded positions of row b."""
 
     def __init__(self, config: ModelConfig, padding: Tensor, dtype: torch.dtype) -> None:
         shape = (len(padding), config.heads, config.context, config.head_width)
@@ -50,10 +48,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float) -> Tensor:
-    """Attention of each query i to keys i - window < j <= i; all (B, H, T, D).
-
-    Queries are cut into blocks of `window`; each sees its own block and the one before: O(T window), not O(T^2).
-    """
+    """Attention of each query i to keys i - window < j <= i; all (B, H, T, D). Queries are cut into blocks of `window`;
+    each sees its own block and the one before: O(T window), not O(T^2)."""
     B, H, T, D = q.shape
     if window >= T:
         return causal_attention(q, k, v, dropout)

@@ -88,11 +88,9 @@ class GPT(nn.Module):
         self.final_norm = LayerNorm(config.width)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        """Loss or logits.
-
-        tokens: int (B, T). With `targets`, int (B, T), -100 for "not counted": the SUM of the token losses, fp32, in
-        nats. Without: logits (B, T, vocab_size); with a `cache`, logits of the last position only, (B, 1, vocab_size).
-        """
+        """Loss or logits of `tokens`, int (B, T). With `targets`, int (B, T), -100 for "not counted": the SUM of the
+        token losses, fp32, in nats. Without: logits (B, T, vocab_size); with a `cache`, logits of the last position
+        only, (B, 1, vocab_size)."""
         T = tokens.shape[1]
         positions = cache.positions(T) if cache is not None else torch.arange(T, device=tokens.device)
         head = self.token_embedding.weight  # tied: (V, C)

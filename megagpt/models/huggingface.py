@@ -24,26 +24,18 @@ _INDEX = "model.safetensors.index.json"
 # Linear weights: GPT-2's release keeps them as (in, out), torch.nn.Linear as (out, in).
 _TRANSPOSED = ("qkv.weight", "out.weight", "up.weight", "down.weight")
 _BLOCK = {
-    "attention_norm": "ln_1",
-    "attention.qkv": "attn.c_attn",
-    "attention.out": "attn.c_proj",
-    "mlp_norm": "ln_2",
-    "mlp.up": "mlp.c_fc",
-    "mlp.down": "mlp.c_proj",
-}
+    "attention_norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj",
+    "mlp_norm": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
+}  # fmt: skip
 _OUTER = {"token_embedding": "wte", "position_embedding": "wpe", "final_norm": "ln_f"}
 # Keys of a GPT-2 config that decide the arithmetic, with the values of the paper's model.
 _FIXED = {
-    "model_type": "gpt2",
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-    "n_inner": None,
-}
+    "model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
+    "add_cross_attention": False, "tie_word_embeddings": True, "n_inner": None,
+}  # fmt: skip
+# Our field of the shape -> the key of a GPT-2 config; the vocabulary's size has one name in both.
+_SHAPE = {"layers": "n_layer", "width": "n_embd", "heads": "n_head", "context": "n_positions"}
 
 
 def hf_name(name: str) -> str:
@@ -65,23 +57,16 @@ def to_hf(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
 def hf_config(config: ModelConfig) -> dict[str, Any]:
     """The config.json of a GPT-2 of this shape. Raises UserError if `transformers` has no such model."""
     if config.attention != "dense":
-        raise UserError(
-            "model.attention banded: transformers' GPT-2 has dense attention only, so this model cannot be exported"
-        )
+        reason = "transformers' GPT-2 has dense attention only, so this model cannot be exported"
+        raise UserError(f"model.attention banded: {reason}")
     return {
         **_FIXED,
         "architectures": ["GPT2LMHeadModel"],
-        "n_layer": config.layers,
-        "n_embd": config.width,
-        "n_head": config.heads,
-        "n_positions": config.context,
+        **{theirs: getattr(config, ours) for ours, theirs in _SHAPE.items()},
         "vocab_size": config.vocab_size,
-        "resid_pdrop": config.dropout,
-        "embd_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
         "initializer_range": 0.02,
-        "bos_token_id": config.vocab_size - 1,
-        "eos_token_id": config.vocab_size - 1,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), config.vocab_size - 1),
         "torch_dtype": "float32",
     }
 
@@ -93,11 +78,9 @@ def export(
     files: Mapping[str, str] = MappingProxyType({}),
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write config.json, safetensors of at most `shard_bytes` each, and further text `files` by name.
-
-    `read` is called once per safetensors file, with the parameters of that file. The folder gets its name when it is
-    complete. Raises UserError if the folder exists and is not empty.
-    """
+    """Write config.json, safetensors of at most `shard_bytes` each, and further text `files` by name. `read` is called
+    once per safetensors file, with the parameters of that file. The folder gets its name when it is complete. Raises
+    UserError if the folder exists and is not empty."""
     folder = Path(folder).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not empty; nothing was written, choose another folder")
@@ -117,10 +100,8 @@ def export(
         save_file(theirs, partial / file, metadata={"format": "pt"})
         index |= dict.fromkeys(theirs, file)
     if len(shards) > 1:
-        size = sum(4 * prod(shape) for shape in shapes.values()) - 4 * config.width * (
-            config.padded_vocab_size - config.vocab_size
-        )
-        text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=1)
+        metadata = {"total_size": 4 * config.parameters}
+        text = json.dumps({"metadata": metadata, "weight_map": index}, indent=1)
         (partial / _INDEX).write_text(text + "\n")
     for name, text in {"config.json": json.dumps(description, indent=2) + "\n", **files}.items():
         (partial / name).write_text(text, encoding="utf-8")
@@ -131,14 +112,14 @@ def export(
 
 def _cut(shapes: dict[str, tuple[int, ...]], most: int) -> list[list[str]]:
     """Names in order, in lists whose fp32 tensors take at most `most` bytes; a larger tensor is alone in its list."""
-    lists: list[list[str]] = [[]]
+    lists: list[list[str]] = []
     size = 0
     for name, shape in shapes.items():
-        if lists[-1] and size + 4 * prod(shape) > most:
-            lists.append([])
-            size = 0
-        lists[-1].append(name)
         size += 4 * prod(shape)
+        if size > most or not lists:
+            lists.append([])
+            size = 4 * prod(shape)
+        lists[-1].append(name)
     return lists
 
 
@@ -161,13 +142,8 @@ def read_config(folder: str | Path) -> ModelConfig:
         if given != value and not (key == "n_inner" and given == 4 * theirs.get("n_embd", 0)):
             raise UserError(f"{path}: {key} is {given!r}; this decoder computes {value!r} only")
     try:
-        return ModelConfig(
-            layers=theirs["n_layer"],
-            width=theirs["n_embd"],
-            heads=theirs["n_head"],
-            context=theirs["n_positions"] if "n_positions" in theirs else theirs["n_ctx"],
-            vocab_size=theirs["vocab_size"],
-        )
+        keys = _SHAPE if "n_positions" in theirs else {**_SHAPE, "context": "n_ctx"}
+        return ModelConfig(**{ours: theirs[key] for ours, key in keys.items()}, vocab_size=theirs["vocab_size"])
     except KeyError as error:
         raise UserError(f"{path}: key {error} is missing") from None
     except ValidationError as error:
@@ -180,10 +156,8 @@ def load_pretrained(folder: str | Path) -> GPT:
     pretrained = Pretrained(folder)
     with torch.device("meta"):
         model = GPT(pretrained.config)
-    model = model.to_empty(device="cpu")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(pretrained.read(name, tuple(parameter.shape)))
+    weights = {name: pretrained.read(name, tuple(p.shape)) for name, p in model.named_parameters()}
+    model.load_state_dict(weights, assign=True)
     return model
 
 

@@ -21,12 +21,10 @@ IGNORE = -100
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats, as an fp32 scalar.
-
-    hidden (N, C), weight (V, C), targets (N,), -100 for tokens that do not count. Only the first `vocab_size` columns
-    take part: the padding rows of the table get probability and gradient zero. Products run in the autocast dtype
-    if autocast is on; softmax and sums in fp32.
-    """
+    """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats, as an fp32 scalar. hidden (N, C),
+    weight (V, C), targets (N,), -100 for tokens that do not count. Only the first `vocab_size` columns take part: the
+    padding rows of the table get probability and gradient zero. Products run in the autocast dtype if autocast is on;
+    softmax and sums in fp32."""
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()  # so that no gradient is computed
     device = hidden.device.type
@@ -70,15 +68,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("linear_cross_entropy: backward through the same loss twice")
         ctx.spent = True
         (scale,) = grad_output
-        hidden, weight = ctx.saved_tensors
-        hidden_dtype, weight_dtype = ctx.dtypes
-        return (
-            None if hidden is None else hidden.mul_(scale).to(hidden_dtype),
-            None if weight is None else weight.mul_(scale).to(weight_dtype),
-            None,
-            None,
-            None,
-        )
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = (None if g is None else g.mul_(scale).to(dtype) for g, dtype in gradients)
+        return *scaled, None, None, None
 
 
 def _accumulate_product_(total: Tensor, a: Tensor, b: Tensor, product: Tensor | None, first: bool) -> None:
@@ -97,11 +89,9 @@ def _accumulate_product_(total: Tensor, a: Tensor, b: Tensor, product: Tensor | 
 
 
 def softmax_cross_entropy_(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Sum of the token losses, and its gradient with respect to the logits, which overwrites them.
-
-    logits (N, V), targets (N,). The loss is max - log p(max) - logit(target), which stays finite even if the target's
-    probability underflows, unlike -log p(target).
-    """
+    """Sum of the token losses, and its gradient with respect to the logits, which overwrites them. logits (N, V),
+    targets (N,). The loss is max - log p(max) - logit(target), which stays finite even if the target's probability
+    underflows, unlike -log p(target)."""
     logits[:, vocab_size:] = -torch.inf
     counted = (targets != IGNORE)[:, None]
     target = torch.where(counted, targets[:, None], 0)

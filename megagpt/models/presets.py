@@ -86,11 +86,9 @@ class ModelConfig:
 
     @property
     def flops_per_token(self) -> int:
-        """Forward and backward FLOPs per token: 6 per multiplied parameter, plus attention over the full context.
-
-        The convention of PaLM's appendix B: 12 L C T for the two attention products, no discount for causality. The
-        embedding is looked up, not multiplied, so the tied table counts once. A banded layer counts its window.
-        """
+        """Forward and backward FLOPs per token: 6 per multiplied parameter, plus attention over the full context. The
+        convention of PaLM's appendix B: 12 L C T for the two attention products, no discount for causality. The
+        embedding is looked up, not multiplied, so the tied table counts once. A banded layer counts its window."""
         multiplied = self.parameters - self.context * self.width
         seen = sum(min(self.window, self.context) if self.is_banded(i) else self.context for i in range(self.layers))
         return 6 * multiplied + 12 * self.width * seen
@@ -114,34 +112,31 @@ class Preset:
         return None if self.paper_tokens is None else 6.0 * self.model.parameters * self.paper_tokens
 
 
-def _preset(
-    name: str, layers: int, width: int, heads: int, batch_tokens: int, peak_lr: float | None
-) -> tuple[str, Preset]:
+def _preset(name: str, layers: int, width: int, heads: int, batch_tokens: int, peak_lr: float | None) -> Preset:
     gpt3 = name.startswith("gpt3")
     model = ModelConfig(layers, width, heads, context=2048 if gpt3 else 1024, preset=name)
-    return name, Preset(model, batch_tokens, peak_lr, 300e9 if gpt3 else None)
+    return Preset(model, batch_tokens, peak_lr, 300e9 if gpt3 else None)
 
 
 # Tokens in a batch. 3.2M is 1,536 sequences of 2,048: the multiple of 512 sequences nearest to the paper's number.
 _HALF_M, _1M, _2M, _3M2 = 2**19, 2**20, 2**21, 1536 * 2048
 
-PRESETS: dict[str, Preset] = dict(
-    [
-        # name, layers, width, heads, batch tokens, peak learning rate
-        _preset("gpt2-124m", 12, 768, 12, _HALF_M, None),
-        _preset("gpt2-355m", 24, 1024, 16, _HALF_M, None),
-        _preset("gpt2-774m", 36, 1280, 20, _HALF_M, None),
-        _preset("gpt2-1558m", 48, 1600, 25, _HALF_M, None),
-        _preset("gpt3-125m", 12, 768, 12, _HALF_M, 6.0e-4),
-        _preset("gpt3-350m", 24, 1024, 16, _HALF_M, 3.0e-4),
-        _preset("gpt3-760m", 24, 1536, 16, _HALF_M, 2.5e-4),
-        _preset("gpt3-xl", 24, 2048, 16, _1M, 2.0e-4),
-        _preset("gpt3-2.7b", 32, 2560, 32, _1M, 1.6e-4),
-        _preset("gpt3-6.7b", 32, 4096, 32, _2M, 1.2e-4),
-        _preset("gpt3-13b", 40, 5120, 40, _2M, 1.0e-4),
-        _preset("gpt3-175b", 96, 12288, 96, _3M2, 0.6e-4),
-    ]
-)
+_ROWS = [
+    # name, layers, width, heads, batch tokens, peak learning rate
+    _preset("gpt2-124m", 12, 768, 12, _HALF_M, None),
+    _preset("gpt2-355m", 24, 1024, 16, _HALF_M, None),
+    _preset("gpt2-774m", 36, 1280, 20, _HALF_M, None),
+    _preset("gpt2-1558m", 48, 1600, 25, _HALF_M, None),
+    _preset("gpt3-125m", 12, 768, 12, _HALF_M, 6.0e-4),
+    _preset("gpt3-350m", 24, 1024, 16, _HALF_M, 3.0e-4),
+    _preset("gpt3-760m", 24, 1536, 16, _HALF_M, 2.5e-4),
+    _preset("gpt3-xl", 24, 2048, 16, _1M, 2.0e-4),
+    _preset("gpt3-2.7b", 32, 2560, 32, _1M, 1.6e-4),
+    _preset("gpt3-6.7b", 32, 4096, 32, _2M, 1.2e-4),
+    _preset("gpt3-13b", 40, 5120, 40, _2M, 1.0e-4),
+    _preset("gpt3-175b", 96, 12288, 96, _3M2, 0.6e-4),
+]
+PRESETS = {row.model.preset: row for row in _ROWS}
 
 
 def get_preset(name: str) -> Preset:

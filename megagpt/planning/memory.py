@@ -37,10 +37,8 @@ def state_bytes(config: Config, ranks: int) -> StateBytes:
     keeps the bf16 gradient of the last micro-batch. A bucket that stays allocated counts as gradients.
     """
     engine, parameters = config.engine, config.model.stored_parameters
-    if engine.name == "ddp":
-        return StateBytes(_FP32 * parameters, _FP32 * parameters, _MOMENTS * parameters)
-    if engine.name == "fsdp":
-        held = parameters / config.sharing_ranks(ranks)
+    if engine.name != "zero":
+        held = parameters / (config.sharing_ranks(ranks) if engine.name == "fsdp" else 1)
         return StateBytes(_FP32 * held, _FP32 * held, _MOMENTS * held)
     low = _FP32 if config.train.precision == "fp32" else 2
     held = parameters / ranks

@@ -16,28 +16,18 @@ def summarize(config: Config, ranks: int) -> Iterator[str]:
     padding = model.padded_vocab_size - model.vocab_size
     yield f"parameters: {model.parameters:,} ({padding} padding rows of the vocabulary not counted)"
     yield f"FLOPs: {model.flops_per_token:.3e} per token, {model.flops_per_token * train.tokens:.3e} in all"
-    accumulation = config.accumulation(ranks)
-    yield (
-        f"batch: {config.batch_sequences} sequences of {context} on {ranks} rank(s) = "
-        f"{accumulation} micro-batch(es) of {train.micro_batch} a step and rank"
-    )
+    taken = f"{config.accumulation(ranks)} micro-batch(es) of {train.micro_batch} a step and rank"
+    yield f"batch: {config.batch_sequences} sequences of {context} on {ranks} rank(s) = {taken}"
     yield f"steps: {step_count(config):,}, {step_count(config, config.schedule.warmup_tokens):,} of them warm-up"
     final = learning_rate(config, train.tokens)
     yield f"learning rate: {config.optimizer.lr:.2e} at its peak, {final:.2e} at the end"
     if train.batch_ramp_tokens:
-        yield (
-            f"batch ramp: {train.batch_ramp_start:,} to {train.batch_tokens:,} tokens over "
-            f"{step_count(config, train.batch_ramp_tokens):,} steps"
-        )
+        steps = step_count(config, train.batch_ramp_tokens)
+        yield f"batch ramp: {train.batch_ramp_start:,} to {train.batch_tokens:,} tokens over {steps:,} steps"
     held = state_bytes(config, ranks)
-    yield (
-        f"memory on each rank: weights {_gib(held.weights)}, gradients {_gib(held.gradients)}, optimizer "
-        f"{_gib(held.optimizer)}, total {_gib(held.total)}; without activations"
-    )
+    parts = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer, "total": held.total}
+    listed = ", ".join(f"{name} {count / 2**30:.2f} GiB" for name, count in parts.items())
+    yield f"memory on each rank: {listed}; without activations"
     if config.engine.name == "zero":
         yield "DeepSpeed config:"
         yield from json.dumps(deepspeed_config(config, ranks, on_gpu=train.device != "cpu"), indent=2).splitlines()
-
-
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"

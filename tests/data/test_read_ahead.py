@@ -12,7 +12,7 @@ from megagpt.errors import UserError
 
 
 def reader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
 
 
 def test_read_ahead_yields_the_same_batches(mixture: Corpus) -> None:
