@@ -1,8 +1,6 @@
-"""Activation checkpointing (Chen et al. 2016): a block's backward pass computes activations again.
-
-One policy for all engines. It replaces the block's `forward` on the instance, inside the wrappers of `torch.compile`
-and the sharding engines: parameter names stay, compiled graphs see the policy, and weights are gathered once for both.
-"""
+"""Activation checkpointing (Chen et al. 2016): a block's backward pass computes activations again. One
+policy for all engines. It replaces the block's `forward` on the instance, inside the wrappers of `torch.compile` and
+the sharding engines: parameter names stay, compiled graphs see the policy, and weights are gathered once for both."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from megagpt.config import ActivationCheckpointing
 from megagpt.models.attention import KeyValueCache
@@ -18,13 +16,13 @@ from megagpt.models.gpt import GPT
 
 _aten = torch.ops.aten
 # Operators whose outputs `selective` keeps: matrix products and attention's kernels. All others are cheap to repeat.
-_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default}
-_ATTENTION = {
+_PRODUCTS = [_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default]
+_ATTENTION = [
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
-}
+]
 
 Forward = Callable[[Tensor, KeyValueCache | None], Tensor]
 
@@ -36,32 +34,21 @@ def checkpoint_activations(model: GPT, mode: ActivationCheckpointing) -> None:
     every = mode["every"] if isinstance(mode, dict) else 1
     dropout = model.config.dropout > 0
     # A kernel that draws its own dropout must run again; otherwise all later draws would differ from the forward pass.
-    kept = _PRODUCTS if dropout else _PRODUCTS | _ATTENTION
-    context = functools.partial(_keep, kept) if mode == "selective" else None
-    for layer, block in enumerate(model.blocks):
-        if layer % every == 0:
-            block.forward = _checkpointed(block.forward, context, dropout)
-
-
-def _checkpointed(forward: Forward, context: Callable[[], Any] | None, dropout: bool) -> Forward:
+    kept = _PRODUCTS if dropout else _PRODUCTS + _ATTENTION
     # Dropout must draw the same numbers again; without dropout there is no generator state to keep.
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
-    if context is not None:
-        settings["context_fn"] = context
+    if mode == "selective":
+        settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
+    for layer, block in enumerate(model.blocks):
+        if layer % every == 0:
+            block.forward = _checkpointed(block.forward, settings)
 
+
+def _checkpointed(forward: Forward, settings: dict[str, Any]) -> Forward:
     @functools.wraps(forward)
     def checkpointed(x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         if cache is not None or not torch.is_grad_enabled():
             return forward(x, cache)
-        y: Tensor = checkpoint(forward, x, None, **settings)
-        return y
+        return checkpoint(forward, x, None, **settings)
 
     return checkpointed
-
-
-def _keep(kept: set[Any]) -> Any:
-    return create_selective_checkpoint_contexts(functools.partial(_policy, kept))
-
-
-def _policy(kept: set[Any], context: Any, operator: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE

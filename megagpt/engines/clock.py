@@ -1,8 +1,6 @@
-"""The time that one rank itself spends on a step, measured in places where it waits for no other rank.
-
-Ranks end each step together, so the step's time is the slowest rank's. Inside a block's forward pass no engine
-communicates, so the time of that pass tells ranks apart.
-"""
+"""The time that one rank itself spends on a step, measured in places where it waits for no other rank. Ranks
+end each step together, so the step's time is the slowest rank's. Inside a block's forward pass no engine communicates,
+so the time of that pass tells ranks apart."""
 
 import time
 from collections.abc import Callable
@@ -34,9 +32,7 @@ class StepClock:
     def __init__(self, model: GPT, device: torch.device) -> None:
         self.on_pass: Callable[[], object] = lambda: None
         """Called at each of the timed passes, as a sign of life."""
-        self._now: Callable[[], Any] = time.perf_counter
-        if device.type == "cuda":
-            self._now = _event
+        self._now: Callable[[], Any] = _event if device.type == "cuda" else time.perf_counter
         self._passes: list[tuple[Any, Any]] = []
         self._backward_end: Any = None
         self._waits: list[tuple[Any, Any]] = []

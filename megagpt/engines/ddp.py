@@ -19,6 +19,7 @@ class DDPEngine(NativeEngine):
 
     def __init__(self, config: Config, world: World) -> None:
         super().__init__(config, world)
+        self.replica = Replica(world.rank, world.size)
         with torch.device("meta"):
             model = GPT(config.model)
         self.model = model.to_empty(device=world.device)
@@ -34,7 +35,3 @@ class DDPEngine(NativeEngine):
         local = not last and isinstance(self.wrapped, DistributedDataParallel)
         with self.wrapped.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
             return self._backward(self.wrapped(tokens, targets), scale)
-
-    @property
-    def replica(self) -> Replica:
-        return Replica(self.world.rank, self.world.size)

@@ -10,10 +10,9 @@ import abc
 import contextlib
 import dataclasses
 import hashlib
-import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from megagpt.engines.clock import StepClock
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.engines.loss_scale import LossScale, loss_scale
 from megagpt.models.gpt import GPT
-from megagpt.models.initialization import is_decayed
+from megagpt.models.initialization import initial_values, is_decayed
 from megagpt.world import World
 
 # name -> where its class lives; imported on use, so that no engine costs another's import.
@@ -36,6 +35,7 @@ ENGINES = {
     "fsdp": "megagpt.engines.fsdp:FSDPEngine",
     "zero": "megagpt.engines.zero:ZeroEngine",
 }
+MOMENTS = ("exp_avg", "exp_avg_sq")  # the names under which Adam keeps them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,7 +52,7 @@ class StepResult(NamedTuple):
     """False if loss or gradient was not finite and the weights stayed as they were."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Replica:
     """One of several equal copies of the state: the copy that this rank's ranges belong to."""
 
@@ -71,8 +71,9 @@ class Engine(abc.ABC):
     """Times this rank's own work in a step."""
 
     def __init__(self, config: Config, world: World) -> None:
-        self.config = config
-        self.world = world
+        self.config, self.world = config, world
+        self.replica = Replica(0, 1)
+        """The copy of the state that this rank holds a part of."""
         self.loss_scale = loss_scale(config.train.precision)
         self.on_micro_batch: Callable[[], object] = lambda: None
         """Called after each micro-batch's backward pass: a measurement's chance to look."""
@@ -112,11 +113,6 @@ class Engine(abc.ABC):
         the range that it holds. The memory is the engine's own: writing into it and then calling `state_loaded`
         resumes from what was written."""
 
-    @property
-    def replica(self) -> Replica:
-        """The copy of the state that this rank holds a part of."""
-        return Replica(0, 1)
-
     def scalars(self) -> dict[str, Any]:
         """The state that is not a tensor, as plain values: a checkpoint stores it beside `state()`."""
         return {"updates": self.updates, "loss_scale": dataclasses.asdict(self.loss_scale)}
@@ -130,6 +126,11 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def _state_loaded(self, updates: int) -> None:
         """Bring everything that was derived from the state up to date with it, and Adam's count of updates."""
+
+    def _initialize(self, name: str, weight: FlatShard) -> None:
+        """Set the range of a weight that this rank holds to its initial values."""
+        config, start, stop = self.config, weight.start, weight.start + weight.flat.numel()
+        weight.flat.copy_(initial_values(name, tuple(weight.shape), config.model, config.run.seed, start, stop))
 
     @property
     def updates(self) -> int:
@@ -161,9 +162,7 @@ class Engine(abc.ABC):
 
 def build_engine(config: Config, world: World) -> Engine:
     """The engine that the config names, with initial weights. Raises UserError for what cannot run here."""
-    module, _, name = ENGINES[config.engine.name].partition(":")
-    engine: Engine = getattr(importlib.import_module(module), name)(config, world)
-    return engine
+    return pkgutil.resolve_name(ENGINES[config.engine.name])(config, world)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -194,6 +193,15 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
         {"params": [p for n, p in named if not is_decayed(n)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, o.lr, (o.beta1, o.beta2), o.eps, fused=True)
+
+
+def moments_of(optimizer: torch.optim.AdamW, weight: Tensor) -> dict[str, Tensor]:
+    """Adam's state of a weight, made of zeros if the weight was never updated."""
+    state = optimizer.state[weight]
+    if "exp_avg" not in state:
+        state["step"] = torch.zeros((), device=weight.device)
+        state |= {kind: torch.zeros_like(weight) for kind in MOMENTS}
+    return state
 
 
 def scaled(loss: Tensor, scale: float) -> Tensor:

@@ -1,10 +1,8 @@
-"""A rank's contiguous range of a flattened parameter, in the form of PyTorch's distributed checkpoints.
-
-Under every engine, a rank holds such a range of a parameter: all of it, some rows, or DeepSpeed's cut through the
-flattened parameter. A range of a row-major matrix is at most three rectangles (the end of a row, whole rows, the start
-of a row), and a checkpoint takes several rectangles of one tensor from one rank. So nothing is gathered, and the file
-holds the tensor in its true shape.
-"""
+"""A rank's contiguous range of a flattened parameter, in the form of PyTorch's distributed checkpoints. Under
+every engine, a rank holds such a range of a parameter: all of it, some rows, or DeepSpeed's cut through the flattened
+parameter. A range of a row-major matrix is at most three rectangles (the end of a row, whole rows, the start of a row),
+and a checkpoint takes several rectangles of one tensor from one rank. So nothing is gathered, and the file holds the
+tensor in its true shape."""
 
 from collections.abc import Iterator
 from math import prod
@@ -25,11 +23,6 @@ class Rectangle(NamedTuple):
 
 def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Rectangle]:
     """Elements [start, stop) of the flattened tensor as boxes, in order."""
-    if start >= stop:
-        return
-    if len(shape) == 1:
-        yield Rectangle((start,), (stop - start,))
-        return
     inner = prod(shape[1:])
     while start < stop:
         row, column = divmod(start, inner)
@@ -45,10 +38,8 @@ def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Rectan
 
 
 class FlatShard(Tensor):
-    """A tensor with the shape of the whole parameter that holds only `flat`, its elements from `start` on.
-
-    `flat` is a view of the engine's memory, so a checkpoint is loaded straight into it.
-    """
+    """A tensor with the shape of the whole parameter that holds only `flat`, its elements from `start` on. `flat` is a
+    view of the engine's memory, so a checkpoint is loaded straight into it."""
 
     flat: Tensor
     start: int
@@ -71,14 +62,8 @@ class FlatShard(Tensor):
 
     def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
         properties = TensorProperties(dtype=self.flat.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(name, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.shape),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
+        data = [TensorWriteData(chunk, properties, size=self.shape) for chunk in self.__create_chunk_list__()]
+        return [WriteItem(MetadataIndex(name, d.chunk.offsets), WriteItemType.SHARD, tensor_data=d) for d in data]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(b.offsets), torch.Size(b.sizes)) for b in self.boxes()]

@@ -1,10 +1,8 @@
-"""PyTorch's FSDP2: every parameter a DTensor, sharded by rows over the ranks and gathered block by block.
-
-Weights, gradients and optimizer state are fp32 shards. A block's weights are gathered in the compute precision before
-its forward and its backward pass; its gradients are summed in fp32 and scattered after each micro-batch. With hybrid
+"""PyTorch's FSDP2: every parameter a DTensor, sharded by rows over the ranks and gathered block by block. Weights,
+gradients and optimizer state are fp32 shards. A block's weights are gathered in the compute precision before its
+forward and its backward pass; its gradients are summed in fp32 and scattered after each micro-batch. With hybrid
 sharding, each group of `shard_ranks` neighbouring ranks holds one copy of the model, and the shards' gradients are
-summed over the copies once per step.
-"""
+summed over the copies once per step."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,13 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from megagpt.config import Config
 from megagpt.engines.engine import DTYPES, Replica, build_optimizer, prepare_model
-from megagpt.engines.native import NativeEngine, first_row
+from megagpt.engines.native import NativeEngine, held
 from megagpt.models.gpt import GPT
-from megagpt.models.initialization import initial_values
 from megagpt.world import World
 
 
@@ -31,39 +27,23 @@ class FSDPEngine(NativeEngine):
         engine, device = config.engine, world.device
         shard = config.sharing_ranks(world.size)
         mesh = init_device_mesh(device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
-        self._replica = Replica(mesh.get_local_rank("replicate"), mesh.size(0))
+        self.replica = Replica(mesh.get_local_rank("replicate"), mesh.size(0))
         self.shard_group = mesh["shard"].get_group()
-        policy = MixedPrecisionPolicy(
-            param_dtype=DTYPES[config.train.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        on_gpu = device.type == "cuda"
-        offload = CPUOffloadPolicy(pin_memory=on_gpu) if engine.offload == "all" else OffloadPolicy()
+        policy = MixedPrecisionPolicy(DTYPES[config.train.precision], torch.float32, cast_forward_inputs=False)
+        on_gpu, on_host = device.type == "cuda", engine.offload == "all"
+        offload = CPUOffloadPolicy(pin_memory=on_gpu) if on_host else OffloadPolicy()
         with torch.device("meta"):
             self.model = GPT(config.model)
         self.clock = prepare_model(self.model, config, device)
         # The root gets the rest in one group: the tied embedding and head, the positions, the final LayerNorm.
+        over = mesh if shard < world.size else mesh["shard"]
         for module in (*self.model.blocks, self.model):
-            fully_shard(
-                module,
-                mesh=mesh if shard < world.size else mesh["shard"],
-                mp_policy=policy,
-                offload_policy=offload,
-                reshard_after_forward=engine.reshard_after_forward and module is not self.model,
-            )
-        self.model.to_empty(device="cpu" if engine.offload == "all" else device)
-        self._initialize()
-        self.optimizer = build_optimizer(self.model, config)
-
-    @torch.no_grad()
-    def _initialize(self) -> None:
+            again = engine.reshard_after_forward and module is not self.model
+            fully_shard(module, mesh=over, mp_policy=policy, offload_policy=offload, reshard_after_forward=again)
+        self.model.to_empty(device="cpu" if on_host else device)
         for name, parameter in self.model.named_parameters():
-            assert isinstance(parameter, DTensor)
-            local, columns = parameter.to_local(), parameter[0].numel()
-            start = first_row(parameter) * columns
-            values = initial_values(
-                name, tuple(parameter.shape), self.config.model, self.config.run.seed, start, start + local.numel()
-            )
-            local.copy_(values.view_as(local))
+            self._initialize(name, held(parameter.detach()))
+        self.optimizer = build_optimizer(self.model, config)
 
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         assert isinstance(self.model, FSDPModule)
@@ -78,12 +58,6 @@ class FSDPEngine(NativeEngine):
         assert isinstance(self.model, FSDPModule)
         self.model.reshard()
 
-    @property
-    def replica(self) -> Replica:
-        return self._replica
-
     def describe(self) -> str:
-        shard = self.config.sharing_ranks(self.world.size)
-        copies = self.world.size // shard
-        hybrid = f", {copies} copies of the model over {shard} ranks each" if copies > 1 else ""
-        return super().describe() + hybrid
+        copies, shard = self.replica.count, self.world.size // self.replica.count
+        return super().describe() + (f", {copies} copies of the model over {shard} ranks each" if copies > 1 else "")

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from megagpt.engines.engine import Engine, scaled
+from megagpt.engines.engine import MOMENTS, Engine, moments_of, scaled
 from megagpt.engines.flat_shard import FlatShard
 
 
@@ -42,14 +42,9 @@ class NativeEngine(Engine):
     def state(self) -> dict[str, FlatShard]:
         state = {}
         for name, parameter in self.model.named_parameters():
-            moments = self.optimizer.state[parameter]
-            if not moments:
-                moments["step"] = torch.zeros((), device=parameter.device)
-                moments["exp_avg"] = torch.zeros_like(parameter)
-                moments["exp_avg_sq"] = torch.zeros_like(parameter)
-            state[f"model.{name}"] = _held(parameter.detach())
-            state[f"exp_avg.{name}"] = _held(moments["exp_avg"])
-            state[f"exp_avg_sq.{name}"] = _held(moments["exp_avg_sq"])
+            moments = moments_of(self.optimizer, parameter)
+            state[f"model.{name}"] = held(parameter.detach())
+            state |= {f"{kind}.{name}": held(moments[kind]) for kind in MOMENTS}
         return state
 
     def _state_loaded(self, updates: int) -> None:
@@ -57,16 +52,12 @@ class NativeEngine(Engine):
             moments["step"].fill_(updates)
 
 
-def first_row(tensor: DTensor) -> int:
-    """First row of this rank's shard in the whole tensor. FSDP cuts rows into equal chunks, the last one shorter."""
-    dimension = tensor.placements.index(Shard(0))
-    rank, size = tensor.device_mesh.get_local_rank(dimension), tensor.device_mesh.size(dimension)
-    rows = tensor.shape[0]
-    return min(rows, rank * -(-rows // size))
-
-
-def _held(tensor: Tensor) -> FlatShard:
+def held(tensor: Tensor) -> FlatShard:
     """This rank's part of a tensor, as a flat range."""
     if not isinstance(tensor, DTensor):
         return FlatShard(tensor.view(-1), tuple(tensor.shape), 0)
-    return FlatShard(tensor.to_local().view(-1), tuple(tensor.shape), first_row(tensor) * prod(tensor.shape[1:]))
+    # FSDP cuts rows into equal chunks, the last one shorter.
+    dimension = tensor.placements.index(Shard(0))
+    rank, size = tensor.device_mesh.get_local_rank(dimension), tensor.device_mesh.size(dimension)
+    rows, *inner = tensor.shape
+    return FlatShard(tensor.to_local().view(-1), tuple(tensor.shape), min(rows, rank * -(-rows // size)) * prod(inner))

@@ -1,9 +1,14 @@
 """DeepSpeed's config, generated from megagpt's; the user's `engine.deepspeed` section is checked and merged over it."""
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megagpt.config import Config
+from megagpt.engines.deepspeed_library import load_deepspeed
 from megagpt.errors import UserError, did_you_mean, first_line
 from megagpt.models.presets import ModelConfig
 
@@ -36,11 +41,7 @@ _OWNED = {
     "gradient_clipping": "optimizer.clip_norm",
     "optimizer": "optimizer",
     "scheduler": "schedule",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
-    "amp": "train.precision",
-    "torch_autocast": "train.precision",
-    "data_types": "train.precision",
+    **dict.fromkeys(("fp16", "bf16", "amp", "torch_autocast", "data_types"), "train.precision"),
     "compile": "train.compile",
     "activation_checkpointing": "train.activation_checkpointing",
     "seed": "run.seed",
@@ -54,11 +55,8 @@ _OWNED = {
 }  # fmt: skip
 _OWNED_ZERO = {
     "stage": "engine.stage",
-    "offload_optimizer": "engine.offload and engine.nvme_path",
-    "offload_param": "engine.offload and engine.nvme_path",
-    "cpu_offload": "engine.offload",
-    "cpu_offload_param": "engine.offload",
-    "cpu_offload_use_pin_memory": "engine.offload",
+    **dict.fromkeys(("offload_optimizer", "offload_param"), "engine.offload and engine.nvme_path"),
+    **dict.fromkeys(("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"), "engine.offload"),
     # The first breaks gradients under activation checkpointing, the second the map from weights to their fp32 copies.
     "memory_efficient_linear": "megagpt, as false: it adds biases twice under selective activation checkpointing",
     "round_robin_gradients": "megagpt, as false: its order of the weights is not that of their optimizer state",
@@ -80,8 +78,6 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
     """The whole DeepSpeed config of a run on `ranks` ranks. Raises UserError, naming the key, if `engine.deepspeed`
     holds a key or value that it may not."""
     model, train, engine = config.model, config.train, config.engine
-    accumulation = config.accumulation(ranks)
-    precision = train.precision
     bucket = bucket_elements(model)
     zero: dict[str, Any] = {
         "stage": engine.stage,
@@ -108,7 +104,7 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
     generated: dict[str, Any] = {
         "train_batch_size": config.batch_sequences,
         "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": config.accumulation(ranks),
         "gradient_clipping": config.optimizer.clip_norm,
         "steps_per_print": 1_000_000_000,
         "zero_allow_untested_optimizer": True,
@@ -119,17 +115,16 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
         "communication_data_type": "fp32",
         "zero_optimization": zero,
     }
-    if precision == "bf16":
+    if train.precision == "bf16":
         generated["bf16"] = {"enabled": True}
-    if precision == "fp16":
+    if train.precision == "fp16":
         # Constant for DeepSpeed; the engine overrides it before each step.
         generated["fp16"] = {"enabled": True, "loss_scale": 1.0}
     _check_passed_through(engine.deepspeed)
-    passed = dict(engine.deepspeed)
-    if "zero_optimization" in passed:
-        zero |= passed.pop("zero_optimization")
+    if "zero_optimization" in engine.deepspeed:
+        zero |= engine.deepspeed["zero_optimization"]
         _check_zero_section(zero, on_gpu)
-    return generated | passed
+    return generated | engine.deepspeed | {"zero_optimization": zero}
 
 
 def _check_passed_through(section: dict[str, Any]) -> None:
@@ -142,11 +137,10 @@ def _check_passed_through(section: dict[str, Any]) -> None:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             name = "a section with keys of its own" if kind is dict else f"a {getattr(kind, '__name__', 'number')}"
             raise UserError(f"{place}: {value!r} is not {name}")
-    if section.get("communication_data_type", "fp32") != "fp32":
-        raise UserError(
-            f"engine.deepspeed.communication_data_type {section['communication_data_type']!r}: every engine sums "
-            "gradients in fp32; leave it out"
-        )
+    sums_in = section.get("communication_data_type", "fp32")
+    if sums_in != "fp32":
+        place = f"engine.deepspeed.communication_data_type {sums_in!r}"
+        raise UserError(f"{place}: every engine sums gradients in fp32; leave it out")
     for key, value in section.get("zero_optimization", {}).items():
         place = f"engine.deepspeed.zero_optimization.{key}"
         _refuse_owned(place, key, _OWNED_ZERO)
@@ -161,10 +155,6 @@ def _refuse_owned(place: str, key: str, owned: dict[str, str]) -> None:
 
 def _check_zero_section(zero: dict[str, Any], on_gpu: bool) -> None:
     """Raise UserError if the merged section does not fit DeepSpeed's own names and types."""
-    from pydantic import ValidationError
-
-    from megagpt.engines.deepspeed_library import load_deepspeed
-
     load_deepspeed(on_gpu)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -174,9 +164,9 @@ def _check_zero_section(zero: dict[str, Any], on_gpu: bool) -> None:
             raise UserError(f"unknown key engine.deepspeed.zero_optimization.{key}: {did_you_mean(key, known)}")
     try:
         DeepSpeedZeroConfig(**zero)
-    except (ValidationError, AssertionError) as error:
-        if isinstance(error, AssertionError):
-            raise UserError(f"engine.deepspeed.zero_optimization: {first_line(error)}") from None
+    except AssertionError as error:
+        raise UserError(f"engine.deepspeed.zero_optimization: {first_line(error)}") from None
+    except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         at = f".{key}: {first['input']!r}" if key else ":"
@@ -185,21 +175,13 @@ def _check_zero_section(zero: dict[str, Any], on_gpu: bool) -> None:
 
 def check_nvme(folder: str, on_gpu: bool) -> None:
     """Raise UserError if the folder cannot take offloaded state."""
-    import os
-    import tempfile
-
-    path = Path(folder)
-    if not path.is_dir():
+    if not Path(folder).is_dir():
         raise UserError(f"engine.nvme_path {folder}: no such folder on this machine; make it on each node's local disk")
     try:
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(
-            f"engine.nvme_path {folder}: cannot be written to ({os.strerror(error.errno or 0)}); choose another folder"
-        ) from None
-    from megagpt.engines.deepspeed_library import load_deepspeed
-
+        reason = os.strerror(error.errno or 0)
+        raise UserError(f"engine.nvme_path {folder}: cannot be written to ({reason}); choose another folder") from None
     load_deepspeed(on_gpu)
     from deepspeed.ops.op_builder import AsyncIOBuilder
 

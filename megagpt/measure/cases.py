@@ -1,7 +1,7 @@
 """What is compared: engines, micro-batches in a step, activation checkpointing, precision."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,10 @@ _MODEL = {"layers": 3, "width": 64, "heads": 4, "context": 32, "vocab_size": 500
 LR = 3e-3
 CLIP = 0.2
 
-# Every parameter partitioned, the smallest bias, too.
-_ALL_PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+Curve = list[tuple[float, float]]  # loss and gradient norm of each step
 
 
-@dataclasses.dataclass(frozen=True)
-class EngineCase:
+class EngineCase(NamedTuple):
     """An engine with its settings, and its number of ranks."""
 
     name: str
@@ -32,19 +30,19 @@ class EngineCase:
     engine: dict[str, Any]
 
 
-ENGINE_CASES = {
-    case.name: case
-    for case in (
-        EngineCase("ddp", 2, {"name": "ddp"}),
-        EngineCase("fsdp", 2, {"name": "fsdp"}),
-        EngineCase("fsdp hybrid 2 x 2", 4, {"name": "fsdp", "shard_ranks": 2}),
-        EngineCase("zero-1", 2, {"name": "zero", "stage": 1}),
-        EngineCase("zero-2", 2, {"name": "zero", "stage": 2}),
-        EngineCase("zero-3", 2, {"name": "zero", "stage": 3, "deepspeed": _ALL_PARTITIONED}),
-    )
-}
-ACCUMULATIONS = (1, 4)
-ACTIVATION_CHECKPOINTING = ("none", "full", "selective")
+# Every parameter partitioned, the smallest bias, too.
+_ALL_PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+_ENGINES = (
+    EngineCase("ddp", 2, {"name": "ddp"}),
+    EngineCase("fsdp", 2, {"name": "fsdp"}),
+    EngineCase("fsdp hybrid 2 x 2", 4, {"name": "fsdp", "shard_ranks": 2}),
+    EngineCase("zero-1", 2, {"name": "zero", "stage": 1}),
+    EngineCase("zero-2", 2, {"name": "zero", "stage": 2}),
+    EngineCase("zero-3", 2, {"name": "zero", "stage": 3, "deepspeed": _ALL_PARTITIONED}),
+)
+ENGINE_CASES = {case.name: case for case in _ENGINES}
+# Micro-batches in a step, and activation checkpointing.
+WAYS = [(accumulation, mode) for accumulation in (1, 4) for mode in ("none", "full", "selective")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +63,12 @@ class Case:
 
     def config(self) -> Config:
         """Clipping is active in every step: the norm of the gradient stays above `CLIP`."""
-        context = _MODEL["context"]
-        tree = {
-            "model": _MODEL,
-            "engine": self.engine,
-            "optimizer": {"lr": LR, "clip_norm": CLIP},
-            "train": {
-                "tokens": STEPS * _BATCH * context,
-                "batch_tokens": _BATCH * context,
-                "micro_batch": _BATCH // self.ranks // self.accumulation,
-                "precision": self.precision,
-                "device": self.device,
-                "activation_checkpointing": self.activation_checkpointing,
-                "compile": self.compile,
-            },
-        }
-        return build_config(tree, "parity")
+        train = {key: getattr(self, key) for key in ("precision", "device", "activation_checkpointing", "compile")}
+        batch_tokens = _BATCH * _MODEL["context"]
+        train |= {"tokens": STEPS * batch_tokens, "batch_tokens": batch_tokens}
+        train["micro_batch"] = _BATCH // self.ranks // self.accumulation
+        optimizer = {"lr": LR, "clip_norm": CLIP}
+        return build_config({"model": _MODEL, "engine": self.engine, "optimizer": optimizer, "train": train}, "parity")
 
 
 def rows(step: int) -> Tensor:
@@ -91,7 +79,17 @@ def rows(step: int) -> Tensor:
 
 def share(step: int, rank: int, case: Case) -> Batch:
     """A rank's share of a step's batch."""
-    mine = rows(step)[rank :: case.ranks]
+    return share_of(rows(step), rank, case)
+
+
+def share_of(whole: Tensor, rank: int, case: Case) -> Batch:
+    """A rank's share of a whole batch, int64 (sequences, context + 1)."""
+    mine = whole[rank :: case.ranks]
     pieces = mine.split(len(mine) // case.accumulation)
-    micro_batches = [(piece[:, :-1], piece[:, 1:].contiguous()) for piece in pieces]
-    return Batch(micro_batches, _BATCH, _BATCH * 32)
+    return Batch([(p[:, :-1], p[:, 1:].contiguous()) for p in pieces], len(whole), whole[:, 1:].numel())
+
+
+def difference(curve: Curve, reference: Curve) -> tuple[float, float]:
+    """Largest absolute difference of the losses, and of the norms."""
+    loss, norm = (max(abs(a[i] - b[i]) for a, b in zip(curve, reference, strict=True)) for i in (0, 1))
+    return loss, norm

@@ -1,18 +1,18 @@
 """Every engine's checkpoint under every other: what follows a resume, beside one plain process that never stopped."""
 
+import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from megagpt.measure.cases import ENGINE_CASES, SAVED_AT, STEPS, Case
+from megagpt.measure.cases import ENGINE_CASES, SAVED_AT, STEPS, Case, Curve, difference
 from megagpt.measure.processes import run_cases
 
 WORLDS = (1, 2, 4)
 TOLERANCE = 5e-6  # of the loss, in fp32
-Curve = list[tuple[float, float]]
 
 
 class Setting(NamedTuple):
@@ -30,7 +30,6 @@ class Setting(NamedTuple):
 
 SETTINGS = [Setting(name, ranks) for name in ENGINE_CASES for ranks in WORLDS]
 Crossing = tuple[Setting, Setting]
-ALL = [(source, target) for source in SETTINGS for target in SETTINGS]
 # Every pair of engines once, every pair of world sizes equally often.
 PAIRS = [
     (Setting(source, WORLDS[(i + j) % 3]), Setting(target, WORLDS[(i + j // 3 + 2 * (j % 3)) % 3]))
@@ -48,58 +47,40 @@ class Result(NamedTuple):
     """Whether losses and norms are those of the source itself, had it gone on, to the last bit."""
 
 
-def cross(
-    crossings: Sequence[Crossing], progress: Callable[[int], object] = lambda count: None
-) -> dict[Crossing, Result]:
+def cross(crossings: Sequence[Crossing], progress: Callable[[], object] = lambda: None) -> dict[Crossing, Result]:
     """Save at each source, resume at each target. Raises UserError if a rank fails."""
     (plain,) = run_cases("plain", [Case({}, 1)])
-    went_on: dict[Setting, Curve] = {}
-    results: dict[Crossing, Result] = {}
+    sources, targets = (sorted(set(side), key=lambda s: (s.ranks, s.engine)) for side in zip(*crossings, strict=True))
+    into = {target: [source for source, t in crossings if t == target] for target in targets}
     with tempfile.TemporaryDirectory() as folder:
-
-        def run(setting: Setting) -> Path:
-            return Path(folder) / f"{setting.engine} {setting.ranks}".replace(" ", "-")
-
-        for ranks in WORLDS:
-            sources = sorted({source for source, _ in crossings if source.ranks == ranks})
-            if sources:
-                curves = run_cases("saved", [setting.case(run(setting)) for setting in sources], lambda: progress(1))
-                went_on |= zip(sources, curves, strict=True)
-        for ranks in WORLDS:
-            targets = sorted({target for _, target in crossings if target.ranks == ranks})
-            into = {target: [source for source, t in crossings if t == target] for target in targets}
-            cases = [target.case(*(run(source) for source in into[target])) for target in targets]
-            if not cases:
-                continue
-            for target, curves in zip(targets, run_cases("resumed", cases, lambda: progress(1)), strict=True):
-                for source, curve in zip(into[target], curves, strict=True):
-                    losses = zip(curve, plain[SAVED_AT:], strict=True)
-                    largest = max(abs(ours[0] - theirs[0]) for ours, theirs in losses)
-                    results[source, target] = Result(largest, curve == went_on[source][SAVED_AT:])
+        runs = {s: Path(folder, f"{s.engine} {s.ranks}".replace(" ", "-")) for s in sources}
+        curves = run_cases("saved", [source.case(runs[source]) for source in sources], progress)
+        went_on: dict[Setting, Curve] = dict(zip(sources, curves, strict=True))
+        loads = [target.case(*(runs[source] for source in into[target])) for target in targets]
+        resumed = run_cases("resumed", loads, progress)
+    results = {}
+    for target, curves in zip(targets, resumed, strict=True):
+        for source, curve in zip(into[target], curves, strict=True):
+            largest, _ = difference(curve, plain[SAVED_AT:])
+            results[source, target] = Result(largest, curve == went_on[source][SAVED_AT:])
     return results
 
 
-def crossing_table() -> tuple[Iterator[list[str]], bool]:
-    """Rows for people, of all crossings, and whether all are within tolerance."""
+def crossing_table() -> tuple[list[list[str]], bool]:
+    """Title and rows for people, of all crossings, and whether all are within tolerance."""
     with tqdm(total=2 * len(SETTINGS), unit="engine", desc="crossings", disable=None) as bar:
-        results = cross(ALL, bar.update)
-    within = all(result.difference <= TOLERANCE for result in results.values()) and all(
-        result.same_bits for (source, target), result in results.items() if source == target
-    )
-    return _rows(results), within
-
-
-def _rows(results: dict[Crossing, Result]) -> Iterator[list[str]]:
-    yield [
+        results = cross(list(itertools.product(SETTINGS, SETTINGS)), bar.update)
+    title = (
         f"checkpoints: largest difference of the loss from one plain process over the {STEPS} steps after a resume; "
         "rows saved it, columns resumed it, each on 1, 2 and 4 ranks (the largest of 9 crossings); = says that the "
         "same engine on the same number of ranks went on bit for bit"
-    ]
-    yield ["saved by", *ENGINE_CASES]
+    )
+    table = [[title], ["saved by", *ENGINE_CASES]]
     for source in ENGINE_CASES:
-        cells = []
+        table.append([source])
         for target in ENGINE_CASES:
             found = {key: r for key, r in results.items() if (key[0].engine, key[1].engine) == (source, target)}
             exact = source == target and all(r.same_bits for (a, b), r in found.items() if a == b)
-            cells.append(f"{max(r.difference for r in found.values()):.1e}" + (" =" if exact else ""))
-        yield [source, *cells]
+            table[-1].append(f"{max(r.difference for r in found.values()):.1e}" + (" =" if exact else ""))
+    within = all(r.difference <= TOLERANCE and (r.same_bits or a != b) for (a, b), r in results.items())
+    return table, within

@@ -5,31 +5,28 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from megagpt.models.presets import ModelConfig
 
-Clip = Callable[[Iterable[Tensor], float], Tensor]
 
-
-def plain_optimizer(
-    model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, fused: bool | None = None
-) -> torch.optim.AdamW:
+def plain_optimizer(model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> AdamW:
     """PyTorch's AdamW. Matrices decay, vectors do not."""
     groups = [
         {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": weight_decay},
         {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr, betas, eps, fused=fused)
+    return AdamW(groups, lr, betas, eps)
 
 
 def plain_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     tokens: Tensor,
     targets: Tensor,
     clip_norm: float,
     bf16: bool = False,
-    clip: Clip = nn.utils.clip_grad_norm_,
+    clip: Callable[[Iterable[Tensor], float], Tensor] = nn.utils.clip_grad_norm_,
 ) -> tuple[Tensor, Tensor]:
     """Loss, and norm of the gradient before clipping, of one step over the whole batch: forward pass, mean
     cross-entropy over all logits, backward pass, clipping, update. `tokens`, `targets`: int64 (batch, context)."""

@@ -1,5 +1,7 @@
 """Starts the ranks of a measurement on this machine, and collects the results of rank 0."""
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import socket
@@ -8,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megagpt.errors import Reported, UserError
 from megagpt.failures import failure, leave_record, read_record
@@ -21,49 +23,44 @@ Function = Callable[..., Iterator[Any]]
 
 
 def run_cases(kind: str, cases: Sequence[Case], progress: Callable[[], object] = lambda: None) -> list[Any]:
-    """The results of the cases, which share a number of ranks, in order. Raises UserError if a rank fails."""
+    """The results of the cases, in order; one start of ranks serves all neighbours that want as many of them. Raises
+    UserError if a rank fails."""
     from megagpt.measure.worker import run
 
-    (ranks,) = {case.ranks for case in cases}
-    results = []
-    try:
-        for result in run_ranks(ranks, run, kind, list(cases)):
-            results.append(result)
-            progress()
-    except UserError as error:
-        raise UserError(f"{kind} {cases[min(len(results), len(cases) - 1)]}: {error}") from None
+    results: list[Any] = []
+    for ranks, group in itertools.groupby(cases, lambda case: case.ranks):
+        started, waiting = len(results), list(group)
+        try:
+            for result in run_ranks(ranks, run, kind, waiting):
+                results.append(result)
+                progress()
+        except UserError as error:
+            failed = waiting[min(len(results) - started, len(waiting) - 1)]
+            raise UserError(f"{kind} {failed}: {error}") from None
     return results
 
 
-def run_ranks(
-    ranks: int, function: Function, *arguments: Any, method: Literal["forkserver", "spawn"] = "forkserver"
-) -> Iterator[Any]:
-    """What `function(*arguments)` yields on rank 0, one by one; every rank of a new world calls it.
-
-    `method`: "forkserver" starts fast, from a process that has imported everything; "spawn" gives fresh processes,
-    which share no memory with it. Raises UserError with the reason of the rank that failed first.
-    """
+def run_ranks(ranks: int, function: Function, *arguments: Any, method: str = "forkserver") -> Iterator[Any]:
+    """What `function(*arguments)` yields on rank 0, one by one; every rank of a new world calls it. `method`:
+    "forkserver" starts fast, from a process that has imported everything; "spawn" gives fresh processes, which share no
+    memory with it. Raises UserError with the reason of the rank that failed first."""
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(PRELOADED)
     port = free_port()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as folder:
         receiver, sender = context.Pipe(duplex=False)
-        processes = [
-            context.Process(
-                target=_rank,
-                args=(rank_environment(rank, ranks, port), folder / str(rank), sender if rank == 0 else None, function),
-                kwargs={"arguments": arguments},
-                daemon=True,
-            )
-            for rank in range(ranks)
-        ]
+        processes = []
+        for rank in range(ranks):
+            place = (rank_environment(rank, ranks, port), Path(folder, str(rank)), sender if rank == 0 else None)
+            processes.append(context.Process(target=_rank, args=(*place, function, *arguments), daemon=True))
         try:
             for process in processes:
                 process.start()
             sender.close()
-            yield from _received(receiver)
+            with contextlib.suppress(EOFError):  # rank 0 has closed its end
+                while True:
+                    yield receiver.recv()
             for process in processes:
                 process.join()
         finally:
@@ -73,7 +70,7 @@ def run_ranks(
                     process.join()
         codes = [process.exitcode for process in processes]
         if any(codes):
-            raise UserError(_reason(folder, codes))
+            raise UserError(_reason(Path(folder), codes))
 
 
 def free_port() -> int:
@@ -101,28 +98,16 @@ def enter(environment: dict[str, str], stdout: Path, stderr: Path, cwd: Path | N
             os.dup2(file.fileno(), stream.fileno())
 
 
-def _rank(
-    environment: dict[str, str], output: Path, sender: Connection | None, function: Function, arguments: Sequence[Any]
-) -> None:
-    record = output.with_suffix(".error.json")
-    enter({**environment, "TORCHELASTIC_ERROR_FILE": str(record)}, output, output)
+def _rank(variables: dict[str, str], log: Path, sender: Connection | None, function: Function, *arguments: Any) -> None:
+    enter({**variables, "TORCHELASTIC_ERROR_FILE": f"{log}.error.json"}, log, log)
     try:
         for value in function(*arguments):
             if sender is not None:
                 sender.send(value)
     except Exception as error:
         if not isinstance(error, Reported):
-            leave_record(failure(error, int(environment["RANK"])))
+            leave_record(failure(error, int(variables["RANK"])))
         sys.exit(1)
-
-
-def _received(receiver: Connection) -> Iterator[Any]:
-    """Everything that comes until the sender closes its end."""
-    while True:
-        try:
-            yield receiver.recv()
-        except EOFError:
-            return
 
 
 def _reason(folder: Path, codes: Sequence[int | None]) -> str:

@@ -1,21 +1,19 @@
-"""Training steps measured: megagpt's engine beside `transformers` and a plain loop, on equal work.
-
-Each row of the result runs in a process of its own, so that its peak memory is its own, and the rows take turns, so
-that a machine that is slower for a while is slower for all. The best step counts.
-"""
+"""Training steps measured: megagpt's engine beside `transformers` and a plain loop, on equal work. Each
+row of the result runs in a process of its own, so that its peak memory is its own, and the rows take turns, so that a
+machine that is slower for a while is slower for all. The best step counts."""
 
 import argparse
-import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from megagpt.config import Config
 from megagpt.config_file import build_config, override
+from megagpt.console import warn
 from megagpt.data.loader import Batch
 from megagpt.engines.engine import build_engine, build_optimizer
 from megagpt.errors import UserError
@@ -30,16 +28,18 @@ IMPLEMENTATIONS = ("megagpt", "plain", "transformers")
 _WARMUP_STEPS = 2
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One process's work."""
 
     implementation: str
-    config: dict[str, Any]
+    config: Config
     """A whole run's config; its batch is the step's."""
     steps: int
     tuned_allocator: bool
     """Whether a CPU process keeps freed memory, as megagpt's own always do."""
+
+    def __str__(self) -> str:
+        return f"{self.implementation} {self.config.train.precision}"
 
 
 def bench(arguments: argparse.Namespace) -> int:
@@ -50,44 +50,33 @@ def bench(arguments: argparse.Namespace) -> int:
             raise UserError(f"--against {name!r}: valid: {', '.join(IMPLEMENTATIONS[1:])}")
     configs = [_config(arguments, precision) for precision in arguments.precision or ("fp32", "bf16")]
     rows = [
-        Row(
-            implementation,
-            dataclasses.asdict(config),
-            arguments.steps,
-            implementation == "megagpt" or arguments.same_allocator,
-        )
+        Row(name, config, arguments.steps, name == "megagpt" or arguments.same_allocator)
         for config in configs
-        for implementation in ("megagpt", *against)
+        for name in ("megagpt", *against)
     ]
-    results: dict[int, list[dict[str, Any]]] = {i: [] for i in range(len(rows))}
+    results: list[list[dict[str, Any]]] = [[] for _ in rows]
     for turn in range(arguments.rounds):
-        for i, row in enumerate(rows):
-            print(
-                f"round {turn + 1}: {row.implementation} {row.config['train']['precision']}",
-                file=sys.stderr,
-                flush=True,
-            )
-            results[i].append(_in_process(row))
+        for row, found in zip(rows, results, strict=True):
+            warn(f"round {turn + 1}: {row}")
+            try:
+                found += run_ranks(1, _measure, row, method="spawn")
+            except UserError as error:
+                raise UserError(f"{row}: {error}") from None
     model, first = configs[0].model, results[0][0]
     print(
         f"{arguments.model}: {model.parameters:,} parameters, {arguments.batch} x {model.context} tokens a step, "
         f"{first['device']}, {first['threads']} threads, torch {first['torch']}, compile {arguments.compile}"
     )
-    heads = (("s/step", 9), ("tok/s", 10), ("TFLOP/s", 9), ("MFU", 7), ("peak GiB", 10), ("vs best other", 15))
-    print(f"{'implementation':15}{'precision':>10}" + "".join(f"{head:>{width}}" for head, width in heads))
-    for i, row in enumerate(rows):
-        seconds = min(r["seconds"] for r in results[i])
-        precision = row.config["train"]["precision"]
-        speed = arguments.batch * model.context / seconds
-        others = [
-            min(r["seconds"] for r in results[j])
-            for j, other in enumerate(rows)
-            if other.implementation != "megagpt" and other.config["train"]["precision"] == precision
-        ]
+    print("implementation  precision   s/step     tok/s  TFLOP/s    MFU  peak GiB  vs best other")
+    best = [min(r["seconds"] for r in found) for found in results]
+    for row, seconds, found in zip(rows, best, results, strict=True):
+        precision = row.config.train.precision
+        others = [s for s, r in zip(best, rows, strict=True) if r.implementation in against and r.config == row.config]
         ratio = f"{min(others) / seconds:.2f}x" if others and row.implementation == "megagpt" else ""
+        speed = arguments.batch * model.context / seconds
         peak = first["peak_flops"][precision]
         mfu = f"{speed * model.flops_per_token / peak:.1%}" if peak else "n/a"
-        memory = max(r["memory"] for r in results[i]) / 2**30
+        memory = max(r["memory"] for r in found) / 2**30
         print(
             f"{row.implementation:15}{precision:>10}{seconds:9.3f}{speed:10,.0f}"
             f"{speed * model.flops_per_token / 1e12:9.3f}{mfu:>7}{memory:10.2f}{ratio:>15}"
@@ -101,30 +90,15 @@ def _config(arguments: argparse.Namespace, precision: str) -> Config:
     for text in [*context, *(t for t in arguments.overrides if t.startswith("model."))]:
         tree = override(tree, text)
     tokens = arguments.batch * build_config(tree, "bench").model.context
-    tree["train"] = {
-        "tokens": tokens,
-        "batch_tokens": tokens,
-        "micro_batch": arguments.batch,
-        "precision": precision,
-        "compile": arguments.compile,
-        "device": arguments.device,
-    }
+    train = {"tokens": tokens, "batch_tokens": tokens, "micro_batch": arguments.batch, "precision": precision}
+    tree["train"] = {**train, "compile": arguments.compile, "device": arguments.device}
     for text in arguments.overrides:
         tree = override(tree, text)
     return build_config(tree, "bench")
 
 
-def _in_process(row: Row) -> dict[str, Any]:
-    try:
-        (result,) = run_ranks(1, _measure, row, method="spawn")
-    except UserError as error:
-        raise UserError(f"{row.implementation} {row.config['train']['precision']}: {error}") from None
-    measured: dict[str, Any] = result
-    return measured
-
-
 def _measure(row: Row) -> Iterator[dict[str, Any]]:
-    config = build_config(row.config, "bench")
+    config = row.config
     with join(config.train.device, tune_allocator=row.tuned_allocator) as world:
         device = world.device
         generator = torch.Generator().manual_seed(0)
@@ -133,9 +107,8 @@ def _measure(row: Row) -> Iterator[dict[str, Any]]:
         tokens, targets = rows[:, :-1], rows[:, 1:].contiguous()
         step: Callable[[], object]
         if row.implementation == "megagpt":
-            engine = build_engine(config, world)
             batch = Batch([(tokens, targets)], len(rows), targets.numel())
-            step = lambda: engine.train_step(batch, 1e-4)  # noqa: E731
+            step = partial(build_engine(config, world).train_step, batch, 1e-4)
         else:
             build = {"plain": PlainGPT, "transformers": _transformers}[row.implementation]
             model = build(config.model).to(device)
@@ -143,13 +116,13 @@ def _measure(row: Row) -> Iterator[dict[str, Any]]:
             if config.train.compile:
                 model.compile()
             bf16 = config.train.precision == "bf16"
-            step = lambda: plain_step(model, optimizer, tokens, targets, config.optimizer.clip_norm, bf16)  # noqa: E731
+            step = partial(plain_step, model, optimizer, tokens, targets, config.optimizer.clip_norm, bf16)
         seconds = []
         for _ in range(_WARMUP_STEPS + row.steps):
-            _wait(device)
             start = time.perf_counter()
             step()
-            _wait(device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)
         yield {
             "seconds": min(seconds[_WARMUP_STEPS:]),
@@ -161,14 +134,6 @@ def _measure(row: Row) -> Iterator[dict[str, Any]]:
         }
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# --- the others ------------------------------------------------------------------------------------------------------
-
-
 def _transformers(config: ModelConfig) -> nn.Module:
     try:
         import transformers
@@ -176,5 +141,4 @@ def _transformers(config: ModelConfig) -> nn.Module:
         raise UserError("--against transformers needs it installed: pip install transformers") from None
     from megagpt.models.huggingface import hf_config
 
-    model: nn.Module = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf_config(config)))
-    return model.train()
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf_config(config))).train()

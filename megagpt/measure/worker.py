@@ -1,9 +1,10 @@
 """What one rank of the compared runs does: curves, checkpoints, memory."""
 
-import dataclasses
 import gc
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,15 @@ from megagpt.checkpoints.compatibility import Allowed
 from megagpt.checkpoints.loading import choose, load
 from megagpt.checkpoints.saving import Saver, meta_of
 from megagpt.config import CheckpointConfig, Config
-from megagpt.data.loader import Batch
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.engines.flat_shard import FlatShard
-from megagpt.measure.cases import LR, SAVED_AT, STEPS, Case, rows, share
+from megagpt.measure.cases import LR, SAVED_AT, STEPS, Case, Curve, rows, share, share_of
 from megagpt.measure.plain import plain_optimizer, plain_step
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
 from megagpt.models.presets import ModelConfig
 from megagpt.position import position
 from megagpt.world import World, join
-
-Curve = list[tuple[float, float]]
 
 
 def plain(case: Case, steps: int = STEPS) -> Curve:
@@ -36,20 +34,19 @@ def plain(case: Case, steps: int = STEPS) -> Curve:
     model = GPT(config.model)
     initialize(model, config.model, config.run.seed)
     optimizer = plain_optimizer(model, LR, (0.9, 0.95), 1e-8, config.optimizer.weight_decay)
-    batches = map(rows, range(steps))
     clip_norm = config.optimizer.clip_norm
-    curve = [plain_step(model, optimizer, batch[:, :-1], batch[:, 1:], clip_norm) for batch in batches]
+    curve = [plain_step(model, optimizer, b[:, :-1], b[:, 1:], clip_norm) for b in map(rows, range(steps))]
     return [(loss.item(), norm.item()) for loss, norm in curve]
 
 
 def curve(case: Case, world: World) -> Curve:
     """The same of an engine."""
-    engine = build_engine(case.config(), world)
-    results = [engine.train_step(share(step, world.rank, case), LR) for step in range(STEPS)]
+    return _train(build_engine(case.config(), world), case, range(STEPS))
+
+
+def _train(engine: Engine, case: Case, steps: Iterable[int]) -> Curve:
+    results = [engine.train_step(share(step, engine.world.rank, case), LR) for step in steps]
     return [(r.loss, r.gradient_norm) for r in results]
-
-
-# --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def saved(case: Case, world: World) -> Curve:
@@ -57,15 +54,11 @@ def saved(case: Case, world: World) -> Curve:
     engine = build_engine(case.config(), world)
     (run,) = case.runs
     saver = Saver(Path(run), CheckpointConfig(), world)
-    results = []
-    for step in range(SAVED_AT + STEPS):
-        if step == SAVED_AT:
-            at = position(engine.config, SAVED_AT * len(rows(0)), SAVED_AT)
-            meta = meta_of(engine, at, [], milestone=False, skipped_updates=0)
-            saver.save(engine.state(), engine.replica, meta)
-        results.append(engine.train_step(share(step, world.rank, case), LR))
+    before = _train(engine, case, range(SAVED_AT))
+    save(saver, engine, SAVED_AT)
+    after = _train(engine, case, range(SAVED_AT, SAVED_AT + STEPS))
     saver.finish()
-    return [(r.loss, r.gradient_norm) for r in results]
+    return before + after
 
 
 def resumed(case: Case, world: World) -> list[Curve]:
@@ -73,13 +66,23 @@ def resumed(case: Case, world: World) -> list[Curve]:
     engine = build_engine(case.config(), world)
     curves = []
     for run in case.runs:
-        found = choose(Path(run), engine.config, [], Allowed(), world)
-        assert found is not None
-        load(found, engine)
-        steps = range(SAVED_AT, SAVED_AT + STEPS)
-        results = [engine.train_step(share(step, world.rank, case), LR) for step in steps]
-        curves.append([(r.loss, r.gradient_norm) for r in results])
+        resume(Path(run), engine)
+        curves.append(_train(engine, case, range(SAVED_AT, SAVED_AT + STEPS)))
     return curves
+
+
+def save(saver: Saver, engine: Engine, step: int) -> None:
+    """Save the engine's state after a number of steps; returns once the saver does."""
+    at = position(engine.config, step * engine.config.batch_sequences, step)
+    meta = meta_of(engine, at, [], milestone=False, skipped_updates=0)
+    saver.save(engine.state(), engine.replica, meta)
+
+
+def resume(run: Path, engine: Engine) -> None:
+    """Load the checkpoint of a run, which has one."""
+    found = choose(run, engine.config, [], Allowed(), engine.world)
+    assert found is not None
+    load(found, engine)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -94,9 +97,9 @@ _MEMORY_MODEL: dict[str, Any] = {"layers": 4, "width": 128, "heads": 4, "context
 def memory_config(case: Case) -> Config:
     """A model large enough that its matrices outweigh everything else."""
     config = case.config()
-    train = dataclasses.replace(config.train, batch_tokens=_SEQUENCES * _CONTEXT, tokens=160 * _CONTEXT)
-    train = dataclasses.replace(train, micro_batch=_SEQUENCES // case.ranks // case.accumulation)
-    return dataclasses.replace(config, model=ModelConfig(**_MEMORY_MODEL), train=train)
+    micro_batch = _SEQUENCES // case.ranks // case.accumulation
+    train = replace(config.train, tokens=160 * _CONTEXT, batch_tokens=_SEQUENCES * _CONTEXT, micro_batch=micro_batch)
+    return replace(config, model=ModelConfig(**_MEMORY_MODEL), train=train)
 
 
 def memory(case: Case, world: World) -> dict[str, Any]:
@@ -104,23 +107,21 @@ def memory(case: Case, world: World) -> dict[str, Any]:
     also `seconds`, the median time of a step. Counted on the live tensors of the process, by storage, not on what the
     engine says it holds."""
     config = memory_config(case)
-    before = set(_storages(_live_tensors()))
+    before = _live_storages()
     engine = build_engine(config, world)
     fullest: dict[str, Any] = {}
 
     def look() -> None:
         nonlocal fullest
         time.sleep(_SETTLE_SECONDS)
-        held = {k: v for k, v in _storages(_live_tensors()).items() if k not in before}
+        held = {address: size for address, size in _live_storages().items() if address not in before}
         if sum(held.values()) > sum(fullest.values()):
             fullest = _by_kind(engine, held)
 
     engine.on_micro_batch = look
-    data = torch.randint(
-        config.model.vocab_size, (_SEQUENCES, _CONTEXT + 1), generator=torch.Generator().manual_seed(0)
-    )
-    pieces = data[world.rank :: world.size].split(config.train.micro_batch)
-    batch = Batch([(p[:, :-1], p[:, 1:].contiguous()) for p in pieces], _SEQUENCES, _SEQUENCES * _CONTEXT)
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randint(config.model.vocab_size, (_SEQUENCES, _CONTEXT + 1), generator=generator)
+    batch = share_of(data, world.rank, case)
     for _ in range(2):  # the moments appear in the first
         engine.train_step(batch, LR)
     engine.on_micro_batch = lambda: None
@@ -131,39 +132,36 @@ def memory(case: Case, world: World) -> dict[str, Any]:
         start = time.perf_counter()
         engine.train_step(batch, LR)
         seconds.append(time.perf_counter() - start)
-    return {**fullest, "seconds": sorted(seconds)[3]}
+    return {**fullest, "seconds": statistics.median(seconds)}
 
 
-def _live_tensors() -> list[Tensor]:
+def _live_storages() -> dict[int, int]:
     gc.collect()
     found = [o for o in gc.get_objects() if isinstance(o, Tensor)]
     # Gradients hang on C++ objects that the collector does not see.
-    return found + [t.grad for t in found if t.is_leaf and t.grad is not None]
+    return _storages(found + [t.grad for t in found if t.is_leaf and t.grad is not None])
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Bytes by address of each storage behind the tensors."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        if isinstance(tensor, FlatShard):
-            tensor = tensor.flat
+        tensor = tensor.flat if isinstance(tensor, FlatShard) else tensor
         local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-        if local.device.type == "meta" or type(local) not in (Tensor, torch.nn.Parameter):
-            continue
-        storage = local.untyped_storage()
-        if storage.nbytes():
-            sizes[storage.data_ptr()] = storage.nbytes()
+        if local.device.type != "meta" and type(local) in (Tensor, torch.nn.Parameter):
+            storage = local.untyped_storage()
+            if storage.nbytes():
+                sizes[storage.data_ptr()] = storage.nbytes()
     return sizes
 
 
 def _by_kind(engine: Engine, held: dict[int, int]) -> dict[str, int]:
     """Weights for the forward pass; optimizer state (under ZeRO with its fp32 weights); the rest is gradients."""
-    partitions = [getattr(p, "ds_tensor", p) for p in engine.model.parameters()]
-    weights = set(_storages([*engine.model.parameters(), *partitions])) & set(held)
-    optimizer = (set(_storages(engine.state().values())) & set(held)) - weights
-    rest = set(held) - weights - optimizer
-    kinds = {"weights": weights, "gradients": rest, "optimizer": optimizer}
-    return {kind: sum(held[k] for k in keys) for kind, keys in kinds.items()}
+    parameters = list(engine.model.parameters())
+    weights = held.keys() & _storages(parameters + [getattr(p, "ds_tensor", p) for p in parameters])
+    optimizer = (held.keys() & _storages(engine.state().values())) - weights
+    kinds = {"weights": weights, "gradients": held.keys() - weights - optimizer, "optimizer": optimizer}
+    return {kind: sum(held[address] for address in addresses) for kind, addresses in kinds.items()}
 
 
 def run(kind: str, cases: Sequence[Case]) -> Iterator[Any]:
