@@ -1,8 +1,6 @@
-"""One run = one Config: nested dataclasses, each key with its default, its unit and its mark (config_marks).
-
-Quantities that the papers give in tokens stay in tokens. `config_file` reads a Config from YAML; `megagpt config
---keys` shows every key with its docstring.
-"""
+"""One run = one Config: nested dataclasses, each key with its default, its unit and its mark (config_marks). Quantities
+that the papers give in tokens stay in tokens. `config_file` reads a Config from YAML; `megagpt config --keys` shows
+every key with its docstring."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal

@@ -129,13 +129,9 @@ def override(tree: dict[str, Any], text: str) -> dict[str, Any]:
 def _valid_names(location: tuple[str | int, ...]) -> list[str]:
     """The keys that are valid beside the one at `location`."""
     kind: Any = Config
-    for part in location[:-1]:
-        if isinstance(part, str):
-            fields = {f.name: f.type for f in dataclasses.fields(kind)}
-            kind = fields.get(part)
-        else:
-            kind = SourceConfig  # the only list of sections
-    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    for part in location[:-1]:  # the only list is that of the sources
+        kind = fields_of(kind)[part].annotation if isinstance(part, str) else SourceConfig
+    return list(fields_of(kind))
 
 
 def _error_text(error: Any) -> str:
@@ -157,10 +153,8 @@ def _error_text(error: Any) -> str:
 @functools.cache
 def _renamed() -> list[tuple[str, str, str]]:
     """Section, former name and name of each key that was renamed."""
-    keys = [
-        (section, *key) for section, field in fields_of(Config).items() for key in fields_of(field.annotation).items()
-    ]
-    return [(section, was.name, name) for section, name, field in keys if (was := mark_of(field, Was))]
+    sections = [(section, fields_of(field.annotation)) for section, field in fields_of(Config).items()]
+    return [(section, was.name, key) for section, keys in sections for key in keys if (was := mark_of(keys[key], Was))]
 
 
 def with_current_keys(tree: dict[str, Any], where: str) -> dict[str, Any]:

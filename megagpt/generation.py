@@ -26,22 +26,19 @@ def generate(
     first_row: int = 0,
     on_token: Callable[[int, int], None] = lambda row, token: None,
 ) -> list[list[int]]:
-    """Continue each prompt by at most `max_tokens` tokens, ending before end-of-text; returns the new tokens only.
-
-    A row's draws depend on the seed and the row's number alone, which counts from `first_row`, so other prompts do not
+    """Continue each prompt by at most `max_tokens` tokens, ending before end-of-text; returns the new tokens only. A
+    row's draws depend on the seed and the row's number alone, which counts from `first_row`, so other prompts do not
     change them. When a row fills the context, the window slides: the row continues from its last context // 2 tokens.
     `on_token(row, token)` is called for each new token. Raises UserError if a prompt is empty or longer than the
-    context.
-    """
+    context."""
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= config.context:
             raise UserError(
                 f"prompt {row + 1} has {len(prompt)} tokens; the model takes 1 to {config.context}: change the prompt"
             )
     device = next(model.parameters()).device
-    uniform = np.stack(
-        [np.random.default_rng([seed, first_row + row]).random(max_tokens) for row in range(len(prompts))]
-    )
+    rows = range(first_row, first_row + len(prompts))
+    uniform = np.stack([np.random.default_rng([seed, row]).random(max_tokens) for row in rows])
     windows = [list(p) for p in prompts]
     new: list[list[int]] = [[] for _ in prompts]
     alive = [True] * len(prompts)
@@ -75,11 +72,8 @@ def _prefill(config: ModelConfig, windows: list[list[int]], device: torch.device
 
 
 def draw(logits: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """One token per row: logits (B, V), uniform (B,) in [0, 1); int64 (B,) on the CPU.
-
-    temperature 0 is greedy; top_k 0 keeps all; top_p keeps the likeliest tokens up to and including the token
-    that reaches it (Holtzman et al. 2020).
-    """
+    """One token per row: logits (B, V), uniform (B,) in [0, 1); int64 (B,) on the CPU. temperature 0 is greedy; top_k 0
+    keeps all; top_p keeps the likeliest tokens up to and including the token that reaches it (Holtzman et al. 2020)."""
     logits = logits.cpu()
     if temperature == 0:
         return logits.argmax(1)

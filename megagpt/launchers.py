@@ -1,12 +1,9 @@
-"""Launchers' environment variables: this process's rank, its node, its Slurm job. The only module that reads them.
-
-Every function takes the environment as a mapping and reads nothing else.
-"""
+"""Launchers' environment variables: this process's rank, its node, its Slurm job. Only this module decides by them who
+this process is. Every function takes the environment as a mapping and reads nothing else."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from megagpt.errors import UserError
 
@@ -99,21 +96,6 @@ def slurm_node_list(environment: Mapping[str, str]) -> str:
     return environment["SLURM_JOB_NODELIST"]
 
 
-def slurm_gpus(environment: Mapping[str, str]) -> int:
-    """GPUs that the job has on this node."""
-    return int(environment.get("SLURM_GPUS_ON_NODE") or 0)
-
-
-def visible_gpus(environment: Mapping[str, str]) -> str:
-    """The GPUs of this job on this node, as CUDA names them; empty if it may use all."""
-    return environment.get("CUDA_VISIBLE_DEVICES", "")
-
-
-def deepspeed_env_name(environment: Mapping[str, str]) -> str:
-    """Name of the file whose variables DeepSpeed's launcher sets on all hosts."""
-    return environment.get("DS_ENV_FILE", ".deepspeed_env")
-
-
 def job_setting(environment: Mapping[str, str], name: str) -> int:
     """A number that launch/multinode.sh sets, such as RANKS_PER_NODE. Raises UserError if it is not set."""
     try:
@@ -133,18 +115,8 @@ def started_by_torchrun(environment: Mapping[str, str]) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment
 
 
-def error_file(environment: Mapping[str, str]) -> Path | None:
-    """Where torchrun wants to read why this rank failed."""
-    path = environment.get("TORCHELASTIC_ERROR_FILE")
-    return Path(path) if path else None
-
-
 def first_host(nodes: str) -> str:
     """The first host of a Slurm node list: n007 of `n[007-012,020]-ib,login`."""
-    depth, end = 0, len(nodes)
-    for i, letter in enumerate(nodes):
-        depth += {"[": 1, "]": -1}.get(letter, 0)
-        if letter == "," and depth == 0:
-            end = i
-            break
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes[:end])
+    first = re.match(r"(\[[^\]]*\]|[^,])*", nodes)
+    assert first is not None  # it may be empty
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])

@@ -125,9 +125,7 @@ class Checkpoint:
 
     def open(self) -> "OpenCheckpoint":
         """Check everything that can be checked without reading the tensors: the marker, meta.json, each file's size.
-
-        Raises CorruptError if any of them is not as it was written, UserError for another format, OSError.
-        """
+        Raises CorruptError if any of them is not as it was written, UserError for another format, OSError."""
         sums = self.sums()
         for name, expected in sums.items():
             check_size(self.path / name, expected)

@@ -26,12 +26,10 @@ from megagpt.world import World
 
 
 def choose(run: Path, config: Config, fingerprints: list[str], allowed: Allowed, world: World) -> OpenCheckpoint | None:
-    """The run's newest complete checkpoint, which fits config and data; None if none was ever completed.
-
-    Every rank calls it and gets the main rank's answer, because file systems may show ranks different states. Corrupt
-    ones are named and quarantined on the way. Raises UserError if there are only corrupt ones, and if the checkpoint
-    belongs to another run than the config.
-    """
+    """The run's newest complete checkpoint, which fits config and data; None if none was ever completed. Every rank
+    calls it and gets the main rank's answer, because file systems may show ranks different states. Corrupt ones are
+    named and quarantined on the way. Raises UserError if there are only corrupt ones, and if the checkpoint belongs to
+    another run than the config."""
     return world.from_main(lambda: _choose(run, config, fingerprints, allowed, world.size))
 
 

@@ -48,11 +48,9 @@ class Saved:
 
 
 class Saver:
-    """Saves of one run, one at a time. Every rank has one and calls it in the same steps.
-
-    `save` returns as soon as the state is copied; `poll` and `finish` return the checkpoint. If the disk refuses it,
-    `failed` is set on every rank.
-    """
+    """Saves of one run, one at a time. Every rank has one and calls it in the same steps. `save` returns as soon as the
+    state is copied; `poll` and `finish` return the checkpoint. If the disk refuses it, `failed` is set on every
+    rank."""
 
     def __init__(
         self, run: Path, config: CheckpointConfig, world: World, incarnation: Incarnation | None = None
@@ -106,10 +104,8 @@ class Saver:
         self._world.from_main(see_all)
 
     def save(self, state: dict[str, FlatShard], replica: Replica, meta: CheckpointMeta) -> Saved | None:
-        """Begin a save after the one before it has ended: returns what that one saved, or raises its error.
-
-        `replica`: the copy of the state that this rank holds; each copy writes its share.
-        """
+        """Begin a save after the one before it has ended: returns what that one saved, or raises its error. `replica`:
+        the copy of the state that this rank holds; each copy writes its share."""
         called = time.monotonic()
         previous = self.finish()
         begin = time.monotonic()
@@ -247,10 +243,8 @@ def meta_of(
 
 
 def share_of(state: dict[str, FlatShard], replica: Replica) -> dict[str, FlatShard]:
-    """The share of the state that one of several equal copies writes.
-
-    The tensors are laid end to end and cut into equal ranges, so that most tensors are written in one piece.
-    """
+    """The share of the state that one of several equal copies writes. The tensors are laid end to end and cut into
+    equal ranges, so that most tensors are written in one piece."""
     if replica.count == 1:
         return state
     total = sum(s.flat.numel() for s in state.values())

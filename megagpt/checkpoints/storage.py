@@ -1,9 +1,7 @@
-"""A checkpoint's files: PyTorch's distributed checkpoint format, checksummed block by block.
-
-The files are those of `torch.distributed.checkpoint`, which its own tools read. Each block of BLOCK_BYTES is hashed on
-its way to the disk, and compared on its way back before anything uses it: every read verifies its blocks, and no extra
-pass is needed. (Token shards have smaller blocks with CRC-32: a training batch reads single sequences of them.)
-"""
+"""A checkpoint's files: PyTorch's distributed checkpoint format, checksummed block by block. The files are those of
+`torch.distributed.checkpoint`, which its own tools read. Each block of BLOCK_BYTES is hashed on its way to the disk,
+and compared on its way back before anything uses it: every read verifies its blocks, and no extra pass is needed.
+(Token shards have smaller blocks with CRC-32: a training batch reads single sequences of them.)"""
 
 import contextlib
 import dataclasses
@@ -123,11 +121,9 @@ class _HashingWriter(io.RawIOBase):
 
 
 class CheckedReader(io.RawIOBase):
-    """Reads a file, each block compared with its checksum before any byte of it is handed out.
-
-    The last blocks stay in memory, since a tensor's own directory, at its end, is read before and after the tensor.
-    Raises CorruptError, naming the file, if a checksum differs.
-    """
+    """Reads a file, each block compared with its checksum before any byte of it is handed out. The last blocks stay in
+    memory, since a tensor's own directory, at its end, is read before and after the tensor. Raises CorruptError, naming
+    the file, if a checksum differs."""
 
     def __init__(self, path: Path, expected: FileSum) -> None:
         check_size(path, expected)

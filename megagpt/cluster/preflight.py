@@ -24,7 +24,6 @@ _COLLECTIVE_SECONDS = 120.0
 _CLOCK_SECONDS = 5.0
 # Memory (MiB) that drivers and monitors may use on an idle GPU.
 _IDLE_MIB = 1024
-Line = dict[str, Any]
 
 
 class UnfitError(TransientError):
@@ -64,39 +63,35 @@ def preflight(nodes: Sequence[str], gpus: int, folder: Path, port: int, answer_s
     say(f"{len(nodes)} node(s) are fit: {', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''}{speed}")
 
 
-def _ask(
-    command: list[str], count: int, answer_seconds: float
-) -> tuple[dict[str, Any], dict[str, Any], dict[int, str]]:
+def _ask(command: list[str], count: int, seconds: float) -> tuple[dict[str, Any], dict[str, Any], dict[int, str]]:
     """Facts and collectives by node, of the nodes that answered in time; and the last line of each task's stderr by
     its index, srun's own under -1."""
     try:
         asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     except FileNotFoundError:
         raise UserError("no srun here: run this inside a Slurm job") from None
-    assert asking.stdout is not None
-    assert asking.stderr is not None
-    lines: queue.Queue[tuple[float, str] | None] = queue.Queue()
+
+    lines: queue.Queue[tuple[float, str]] = queue.Queue()
     complaints: list[str] = []
 
     def read() -> None:
         for line in asking.stdout or ():
             lines.put((time.time(), line))
-        lines.put(None)
+        lines.put((0.0, ""))  # the end
 
     threading.Thread(target=read, daemon=True).start()
     complainer = threading.Thread(target=lambda: complaints.extend(asking.stderr or ()), daemon=True)
     complainer.start()
     facts: dict[str, Any] = {}
     collectives: dict[str, Any] = {}
-    deadline = time.monotonic() + answer_seconds
+    deadline = time.monotonic() + seconds
     with contextlib.suppress(queue.Empty):
         while len(collectives) < count:
-            entry = lines.get(timeout=max(0.0, deadline - time.monotonic()))
-            if entry is None:
+            arrived, text = lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            if not text:
                 break
-            arrived, text = entry
             with contextlib.suppress(ValueError, TypeError, KeyError):  # printed by another program
-                line: Line = json.loads(text.partition(": ")[2])
+                line = json.loads(text.partition(": ")[2])
                 if "facts" in line:
                     facts[line["node"]] = {**line["facts"], "arrived": arrived}
                     if len(facts) == count:
@@ -161,10 +156,8 @@ def find_problems(
 def job_nodes() -> list[str]:
     """The nodes of this Slurm job, in Slurm's order. Raises UserError outside of a job."""
     node_list = launchers.slurm_node_list(os.environ)
+    command = ["scontrol", "show", "hostnames", node_list]
     try:
-        shown = subprocess.run(
-            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True
-        )  # fmt: skip
+        return subprocess.check_output(command, stderr=subprocess.PIPE, text=True).split()
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"scontrol cannot name the nodes of this job ({node_list}): {first_line(error)}") from None
-    return shown.stdout.split()

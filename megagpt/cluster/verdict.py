@@ -1,7 +1,6 @@
 """After the ranks of a job have ended: which failure was the first, and whether the job should be started again."""
 
 import datetime
-import json
 import re
 import signal
 from collections import deque
@@ -14,13 +13,16 @@ from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.config import Config
 from megagpt.console import say
 from megagpt.errors import ExitCode
-from megagpt.failures import Failure, failure_of_end, read_record
+from megagpt.failures import Failure, read_record
 from megagpt.files import write_atomic
 from megagpt.incarnations import Incarnation, claim, list_incarnations
 from megagpt.launchers import job_number
+from megagpt.run_log import read
 
 SUMMARY = "first_error.txt"
 _TAIL_LINES = 30
+# Bytes at the end of the run log that hold its last line.
+_LOG_BYTES = 2**16
 # Failures in a row without a new checkpoint after which a job ends, whatever their reasons.
 _MAX_FRUITLESS = 3
 # Time between a rank's failure and another rank's death from which on torchrun has caused the death: it kills ranks
@@ -47,11 +49,9 @@ def is_finished(run: Path, config: Config) -> bool:
 
 
 def decide(run: Path, config: Config, job: str, logs: Path) -> ExitCode:
-    """DONE; STOPPED: the job should be started again; or DIFFERENT: it should not.
-
-    `job`: ID.RESTARTS of this incarnation; `logs`: folder of its ranks' logs and records, in which a summary is left.
-    Exit codes of the ranks are not used: torchrun and srun replace them by their own.
-    """
+    """DONE; STOPPED: the job should be started again; or DIFFERENT: it should not. `job`: ID.RESTARTS of this
+    incarnation; `logs`: folder of its ranks' logs and records, in which a summary is left. Exit codes of the ranks are
+    not used: torchrun and srun replace them by their own."""
     if is_finished(run, config):
         return ExitCode.DONE
     mine = _incarnations(run, job)
@@ -102,7 +102,8 @@ def _record(run: Path, job: str, cause: Cause) -> bool:
         mine = [claim(run, {"job": job, "note": "ended before the run was begun"})]
     end = mine[-1].ended()
     # After a rank died, the end says when the others noticed; the run log's last position is the same at each retry.
-    tokens = _last_tokens(run) if cause.died or not end else end["tokens_seen"]
+    logged = [0, *(line["tokens_seen"] for line in read(run, _LOG_BYTES))]
+    tokens = logged[-1] if cause.died or not end else end["tokens_seen"]
     failure = cause.failure
     mine[-1].correct_end(
         "failed", failure.reason, tokens, rank=failure.rank, host=failure.host, retry=failure.retry,
@@ -139,7 +140,7 @@ def _find_cause(end: dict[str, Any], logs: Path) -> Cause:
         failure = Failure(f"died of {name}{hint}", death.rank, death.node, retry=True)
         return Cause(failure, _rank_log(logs, death.node, death.local_rank), died=True)
     if end.get("outcome") == "failed":
-        failure = failure_of_end(end)
+        failure = Failure(end["reason"], end.get("rank"), end.get("host", ""), bool(end.get("retry", True)))
         same = next((cause for cause in records if cause.failure.rank == failure.rank), first)
         return Cause(failure, same.log if same else None)
     if first is not None:
@@ -222,15 +223,3 @@ def _tail(path: Path, count: int) -> list[str]:
     """The last lines that are not empty."""
     with path.open(errors="replace") as file:
         return [line.rstrip("\n") for line in deque((line for line in file if line.strip()), count)]
-
-
-def _last_tokens(run: Path) -> int:
-    """The last position in the run's metrics."""
-    path = run / "metrics.jsonl"
-    if path.exists():
-        for line in reversed(_tail(path, 5)):
-            try:
-                return int(json.loads(line)["tokens_seen"])
-            except (ValueError, KeyError):
-                continue
-    return 0

@@ -1,8 +1,6 @@
-"""The work that is due at token intervals besides training: saves, validations, samples.
-
-An occasion is due by what the run log says was last held, and is asked for at the loop's top. So whatever a stop or a
-kill interrupted is made up after the resume, at the same tokens at which the uninterrupted run holds it.
-"""
+"""The work that is due at token intervals besides training: saves, validations, samples. An occasion is due by what the
+run log says was last held, and is asked for at the loop's top. So whatever a stop or a kill interrupted is made up
+after the resume, at the same tokens at which the uninterrupted run holds it."""
 
 import functools
 import time

@@ -30,9 +30,7 @@ def stopped(reason: str) -> Outcome:
 
 class Ending:
     """Records how this incarnation ended. The loop, an exception and the watchdog may all come to it: the first counts.
-
-    Every rank has one.
-    """
+    Every rank has one."""
 
     def __init__(self, incarnation: Incarnation, world: World, tokens: int) -> None:
         self._incarnation, self._world = incarnation, world

@@ -5,11 +5,9 @@ from megagpt.errors import ExitCode
 
 
 class Reserve:
-    """Seconds from a request to stop to the end of the process, at most, by the longest of each part so far.
-
-    A request is noticed between steps and between batches of a validation. At worst it comes as samples begin, which
-    cannot be interrupted, with a save in flight, and a step follows before it is noticed.
-    """
+    """Seconds from a request to stop to the end of the process, at most, by the longest of each part so far. A request
+    is noticed between steps and between batches of a validation. At worst it comes as samples begin, which cannot be
+    interrupted, with a save in flight, and a step follows before it is noticed."""
 
     def __init__(self, saver: Saver) -> None:
         self._saver = saver

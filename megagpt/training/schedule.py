@@ -6,11 +6,8 @@ from megagpt.config import Config
 
 
 def learning_rate(config: Config, tokens: int) -> float:
-    """The rate of the step that brings the run to `tokens` tokens.
-
-    Linear warm-up from zero; then cosine to the floor, or constant followed by a linear decay (warm-up-stable-decay,
-    Hu et al. 2024), or constant.
-    """
+    """The rate of the step that brings the run to `tokens` tokens. Linear warm-up from zero; then cosine to the floor,
+    or constant followed by a linear decay (warm-up-stable-decay, Hu et al. 2024), or constant."""
     schedule, peak = config.schedule, config.optimizer.lr
     if tokens < schedule.warmup_tokens:
         return peak * tokens / schedule.warmup_tokens

@@ -1,8 +1,6 @@
-"""Notices a rank that makes no progress; writes the stacks and the last collectives of all ranks, and ends them.
-
-A collective ends when the last rank joins it. If one never does, the others wait for as long as the process group lets
-them, and nothing says who is missing, or what it does instead.
-"""
+"""Notices a rank that makes no progress; writes the stacks and the last collectives of all ranks, and ends them. A
+collective ends when the last rank joins it. If one never does, the others wait for as long as the process group lets
+them, and nothing says who is missing, or what it does instead."""
 
 import contextlib
 import faulthandler
@@ -29,12 +27,10 @@ _DUMP_SECONDS = 10.0
 
 
 class Watchdog:
-    """Watches one rank; every rank has one. `phase` names the rank's work and is a sign of life.
-
-    If a rank gives no sign of life for `timeout` seconds, every rank writes its stacks (rank_3.txt) and PyTorch's
-    flight recorder (flight_recorder_3, a pickle) to `folder`; `ending(reason)` is called on the rank that noticed
-    first, and the processes end with ExitCode.HUNG.
-    """
+    """Watches one rank; every rank has one. `phase` names the rank's work and is a sign of life. If a rank gives no
+    sign of life for `timeout` seconds, every rank writes its stacks (rank_3.txt) and PyTorch's flight recorder
+    (flight_recorder_3, a pickle) to `folder`; `ending(reason)` is called on the rank that noticed first, and the
+    processes end with ExitCode.HUNG."""
 
     def __init__(self, world: World, folder: Path, timeout: float, ending: Callable[[str], None]) -> None:
         self._world, self._folder, self._timeout, self._ending = world, folder, timeout, ending
