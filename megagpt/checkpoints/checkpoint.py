@@ -39,12 +39,9 @@ Progress = Callable[[int], Any]
 
 
 def _versions() -> dict[str, str]:
-    return {
-        "megagpt": megagpt.__version__,
-        "torch": torch.__version__,
-        "deepspeed": importlib.metadata.version("deepspeed"),
-        "python": platform.python_version(),
-    }
+    deepspeed = importlib.metadata.version("deepspeed")
+    python = platform.python_version()
+    return {"megagpt": megagpt.__version__, "torch": torch.__version__, "deepspeed": deepspeed, "python": python}
 
 
 @dataclass(frozen=True)
@@ -114,8 +111,7 @@ class Checkpoint:
             tree = json.loads(marker.read_bytes())
             if tree and all(isinstance(size, int) for size in tree.values()):
                 raise UserError(f"{self.path}: a checkpoint of format 1; this version reads {FORMAT}")
-            checksum = tree.pop("checksum")
-            if checksum != _checksum(tree):
+            if tree.pop("checksum") != _checksum(tree):
                 raise ValueError("wrong checksum")
             return {name: FileSum(**value) for name, value in tree["files"].items()}
         except FileNotFoundError:
@@ -143,13 +139,11 @@ class Checkpoint:
         return None
 
     def is_milestone(self) -> bool:
-        """By meta.json alone, which is small and is not checked here. Raises OSError or ValueError if it cannot be
-        read."""
+        """By meta.json alone, which is small and is not checked here. Raises OSError, and ValueError for no JSON."""
         return bool(json.loads((self.path / META).read_bytes()).get("milestone"))
 
     def verify(self, progress: Progress = lambda count: None) -> list[str]:
-        """Read all of it against its checksums; returns the problems, file by file. `progress` is told of bytes
-        read."""
+        """Read all of it against its checksums; returns the problems, by file. `progress` is told of bytes read."""
         try:
             sums = self.sums()
         except CorruptError as error:
@@ -177,9 +171,10 @@ class Checkpoint:
                 raise UserError(f"{error} for the main rank: {SHARE}") from None
         data = meta.to_json()
         write_atomic(saving / META, data)
-        files = {name: dataclasses.asdict(s) for name, s in sorted({**sums, META: sum_bytes(data)}.items())}
+        marker = {
+            "files": {name: dataclasses.asdict(s) for name, s in sorted((sums | {META: sum_bytes(data)}).items())}
+        }
         flush_folder(saving)
-        marker = {"files": files}
         write_atomic(saving / MARKER, json.dumps({**marker, "checksum": _checksum(marker)}).encode())
         flush_folder(saving)
         fence()

@@ -8,7 +8,6 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -95,8 +94,7 @@ class Saver:
         self._seconds = self._world.max(seconds * share / len(data))  # and waits for all ranks' files
 
         def see_all() -> None:
-            for rank in range(self._world.size):
-                other = folder / f"probe.{rank}"
+            for other in (folder / f"probe.{rank}" for rank in range(self._world.size)):
                 if not other.exists():
                     raise UserError(f"{other} was written and is missing for the main rank: {SHARE}")
                 other.unlink()
@@ -152,15 +150,13 @@ class Saver:
             # The first real save tells more than the probe.
             self._seconds = max(self._seconds, outcome.save_seconds) if self._measured else outcome.save_seconds
             self._measured = True
+        if outcome is None or isinstance(outcome, Saved):
             return outcome
-        if outcome is None:
-            return None
-        of_disk = [cause for cause in _causes(outcome) if isinstance(cause, OSError)]
-        if of_disk:
-            reason = disk_reason(*of_disk)
-            raise disk_error(
-                f"{checkpoints_folder(self._run)}: the checkpoint could not be written: {reason}", *of_disk
-            ) from None
+        # The errors of the ranks, behind the one that PyTorch made of them.
+        of_ranks = [f[0] for f in outcome.failures.values()] if isinstance(outcome, CheckpointException) else [outcome]
+        if of_disk := [cause for cause in of_ranks if isinstance(cause, OSError)]:
+            text = f"{checkpoints_folder(self._run)}: the checkpoint could not be written: {disk_reason(*of_disk)}"
+            raise disk_error(text, *of_disk) from None
         raise outcome
 
     def _room_for(self, state: dict[str, FlatShard]) -> bool:
@@ -191,7 +187,9 @@ class Saver:
         writer = Writer(saving)
         hush()
         dcp.save(dict(state), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-        gathered = self._gather(writer.sums)
+        gathered = [writer.sums] * self._world.size  # every rank's, on the main rank
+        if self._group is not None:
+            dist.gather_object(writer.sums, gathered if self._world.is_main else None, dst=0, group=self._group)
 
         def complete() -> None:
             sums = {name: s for sums in gathered for name, s in sums.items()}
@@ -215,31 +213,16 @@ class Saver:
         self._fence()
         remove_unfinished(self._run, self._number)
 
-    def _gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on the main rank."""
-        if self._group is None:
-            return [value]
-        values: list[Any] | None = [None] * self._world.size if self._world.is_main else None
-        dist.gather_object(value, values, dst=0, group=self._group)
-        return values or []
-
 
 def meta_of(
     engine: Engine, at: Position, fingerprints: list[str], milestone: bool, skipped_updates: int
 ) -> CheckpointMeta:
     """The meta.json of an engine's save."""
     return CheckpointMeta(
-        tokens_seen=at.tokens,
-        sequences_seen=at.sequences,
-        step=at.step,
-        engine=engine.config.engine.name,
-        world_size=engine.world.size,
-        config=dataclasses.asdict(engine.config),
-        data=fingerprints,
-        scalars=engine.scalars(),
-        milestone=milestone,
-        skipped_updates=skipped_updates,
-    )
+        tokens_seen=at.tokens, sequences_seen=at.sequences, step=at.step, engine=engine.config.engine.name,
+        world_size=engine.world.size, config=dataclasses.asdict(engine.config), data=fingerprints,
+        scalars=engine.scalars(), milestone=milestone, skipped_updates=skipped_updates,
+    )  # fmt: skip
 
 
 def share_of(state: dict[str, FlatShard], replica: Replica) -> dict[str, FlatShard]:
@@ -270,8 +253,3 @@ def _copy(shard: FlatShard) -> FlatShard:
 def hush() -> None:
     """Turn off PyTorch's warning that a single process saves and loads without peers."""
     warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """The errors of the ranks, behind the one that PyTorch made of them."""
-    return [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else [error]

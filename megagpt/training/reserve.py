@@ -13,11 +13,9 @@ class Reserve:
         self._saver = saver
         self._step = self._samples = 0.0
 
-    def step_took(self, seconds: float) -> None:
-        self._step = max(self._step, seconds)
-
-    def samples_took(self, seconds: float) -> None:
-        self._samples = max(self._samples, seconds)
+    def took(self, step: float = 0, samples: float = 0) -> None:
+        """Note the seconds of a step, or of all samples at one position."""
+        self._step, self._samples = max(self._step, step), max(self._samples, samples)
 
     @property
     def seconds(self) -> float:

@@ -34,6 +34,8 @@ from megagpt.training.stragglers import Stragglers
 from megagpt.training.watchdog import Watchdog
 from megagpt.world import World
 
+Found = OpenCheckpoint | None
+
 
 @dataclass
 class Run:
@@ -140,9 +142,13 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
     ending = Ending(lease.incarnation, world, tokens)
     with ending.recording(), contextlib.ExitStack() as stack:
         found = _load(found, seek, engine)
-        if resume and found is None:
+        start = position(config, 0, 0)
+        if found is not None:
+            meta = found.meta
+            step = meta.step if meta.step is not None else step_count(config, meta.tokens_seen)
+            start = position(config, meta.sequences_seen, step)
+        elif resume:
             say(f"{folder}: no checkpoint was completed; starting from the first token")
-        start = _position(config, found)
         ending.reached = start.tokens
         world.barrier()
         saver = Saver(folder, config.checkpoint, world, lease.incarnation)
@@ -165,29 +171,18 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
         )  # fmt: skip
 
 
-def _load(
-    found: OpenCheckpoint | None, seek: Callable[[], OpenCheckpoint | None], engine: Engine
-) -> OpenCheckpoint | None:
+def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:
     """Load the checkpoint, or the next older one for each that turns out to be corrupt; returns the loaded one."""
     while found is not None:
         try:
             load(found, engine)
+            meta = found.meta
+            say(f"resuming at {meta.tokens_seen:,} tokens, saved by {meta.engine} on {meta.world_size} rank(s)")
+            break
         except CorruptError as error:
             quarantine(found, error, engine.world)
             found = seek()
-            continue
-        meta = found.meta
-        say(f"resuming at {meta.tokens_seen:,} tokens, saved by {meta.engine} on {meta.world_size} rank(s)")
-        break
     return found
-
-
-def _position(config: Config, found: OpenCheckpoint | None) -> Position:
-    if found is None:
-        return position(config, 0, 0)
-    meta = found.meta
-    step = meta.step if meta.step is not None else step_count(config, meta.tokens_seen)
-    return position(config, meta.sequences_seen, step)
 
 
 def _check_vocabulary(config: Config) -> None:

@@ -46,12 +46,10 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = self._interrupted or number == signal.SIGINT
-        if self.reason is None:
-            self.reason = name
+        self.reason = self.reason or signal.Signals(number).name
 
 
 def seconds_since_start() -> float:
@@ -64,9 +62,7 @@ class FiniteGuard:
 
     def __init__(self, limit: int, skipped: int = 0) -> None:
         """`skipped`: the count so far, if the run resumes."""
-        self.limit = limit
-        self.skipped = skipped
-        self._in_a_row = 0
+        self.limit, self.skipped, self._in_a_row = limit, skipped, 0
 
     def check(self, updated: bool, step: int, last_good: Callable[[], str]) -> None:
         """Raises UserError after `limit` skipped updates in a row; `last_good` gives its clause about checkpoints."""

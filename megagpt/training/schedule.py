@@ -31,9 +31,8 @@ def batch_sequences(config: Config, sequences_seen: int) -> int:
 
 def step_count(config: Config, tokens: int | None = None) -> int:
     """Optimizer steps until the run has seen `tokens` (default: all) of its tokens."""
-    target = config.total_sequences
-    if tokens is not None:
-        target = min(target, -(-tokens // config.model.context))
+    total = config.total_sequences
+    target = total if tokens is None else min(total, -(-tokens // config.model.context))
     count = seen = 0
     while seen < target:
         if seen * config.model.context >= config.train.batch_ramp_tokens:

@@ -105,8 +105,8 @@ class Watchdog:
                 file.write(f"rank {rank} on {self._world.host}, in {self._phase} for {silent:.0f} s\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            trace = _flight_recorder(self._world)
-            if trace:
+            name = "_dump_nccl_trace" if self._world.device.type == "cuda" else "_dump_fr_trace"
+            if dist.is_initialized() and hasattr(c10d, name) and (trace := bytes(getattr(c10d, name)())):
                 (self._folder / f"flight_recorder_{rank}").write_bytes(trace)
 
     def _tell(self, silent: float) -> None:
@@ -139,12 +139,3 @@ class Watchdog:
             names = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
             text += f"; no answer from rank(s) {names}: stopped, or their host is gone"
         return text
-
-
-def _flight_recorder(world: World) -> bytes:
-    """The last collectives of this process, pickled; empty if PyTorch kept none."""
-    if not dist.is_initialized():
-        return b""
-    name = "_dump_nccl_trace" if world.device.type == "cuda" else "_dump_fr_trace"
-    dump = getattr(c10d, name, None)
-    return bytes(dump()) if dump is not None else b""
