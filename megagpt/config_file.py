@@ -6,10 +6,10 @@ A file may name another file as its `base` (beside itself, or by bare name); it 
 error names file, key and value.
 """
 
-import dataclasses
 import functools
 import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,14 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any
     return loader.construct_mapping(node, deep=True)
 
 
+_FLOAT = "tag:yaml.org,2002:float"
+_FLOATS = r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$|^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)$"
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
+    first: [resolver for resolver in resolvers if resolver[0] != _FLOAT]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$|^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)$"),
-    list("-+0123456789."),
-)
-_Loader.add_constructor("tag:yaml.org,2002:float", _number)
+_Loader.add_implicit_resolver(_FLOAT, re.compile(_FLOATS), list("-+0123456789."))
+_Loader.add_constructor(_FLOAT, _number)
 _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 
 
@@ -183,8 +181,7 @@ def build_config(tree: dict[str, Any], where: str) -> Config:
         raise UserError(f"{where}: " + "; ".join(_error_text(e) for e in error.errors())) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
-    problems = list(contradictions(config))
-    if problems:
+    if problems := list(contradictions(config)):
         raise UserError(f"{where}: " + "; ".join(problems))
     return config
 
@@ -208,11 +205,10 @@ def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     where = str(path) + (f" with {' '.join(overrides)}" if overrides else "")
     config = build_config(tree, where)
     if not config.run.name:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=path.stem))
+        config = replace(config, run=replace(config.run, name=path.stem))
     return config
 
 
 def to_yaml(config: Config) -> str:
     """The resolved run, every value spelled out; `load_config` reads it back to an equal Config."""
-    tree = json.loads(json.dumps(dataclasses.asdict(config)))
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False, allow_unicode=True)

@@ -3,7 +3,6 @@ record is the file that torchrun names in TORCHELASTIC_ERROR_FILE, in torchrun's
 job's verdict reads what the rank knew instead of guessing from its log."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import platform
@@ -11,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def leave_record(found: Failure) -> None:
     # torchrun reads `message` and its timestamp, and shows them in its own summary.
     message = {"message": found.reason, "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": ""}}
     with contextlib.suppress(OSError):
-        write_atomic(Path(path), json.dumps({"message": message, "megagpt": dataclasses.asdict(found)}).encode())
+        write_atomic(Path(path), json.dumps({"message": message, "megagpt": asdict(found)}).encode())
 
 
 def read_record(path: Path) -> Failure | None:

@@ -33,9 +33,8 @@ def generate(
     context."""
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= config.context:
-            raise UserError(
-                f"prompt {row + 1} has {len(prompt)} tokens; the model takes 1 to {config.context}: change the prompt"
-            )
+            has = f"prompt {row + 1} has {len(prompt)} tokens"
+            raise UserError(f"{has}; the model takes 1 to {config.context}: change the prompt")
     device = next(model.parameters()).device
     rows = range(first_row, first_row + len(prompts))
     uniform = np.stack([np.random.default_rng([seed, row]).random(max_tokens) for row in rows])

@@ -59,10 +59,8 @@ class Incarnation:
         if self < newest:
             start = newest.start()
             where = " ".join(str(start[key]) for key in ("host", "job", "started") if start.get(key))
-            raise Superseded(
-                f"{self.run}: incarnation {newest.number} ({where}) has taken this run over; incarnation {self.number} "
-                "ends and writes nothing more"
-            )
+            newer = f"incarnation {newest.number} ({where}) has taken this run over"
+            raise Superseded(f"{self.run}: {newer}; incarnation {self.number} ends and writes nothing more")
 
     def end(self, outcome: str, reason: str, tokens_seen: int, **more: Any) -> None:
         """Record how it ended. The first writer wins: it is closest to the cause. Never raises, so that it cannot hide

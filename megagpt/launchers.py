@@ -81,19 +81,10 @@ class SlurmNode:
 def slurm_node(environment: Mapping[str, str]) -> SlurmNode:
     """This task's node. Raises UserError outside of launch/multinode.sh."""
     try:
-        return SlurmNode(
-            environment["SLURMD_NODENAME"], int(environment["SLURM_NODEID"]), int(environment["SLURM_NNODES"]),
-            environment["MASTER_ADDR"],
-        )  # fmt: skip
+        name, index = environment["SLURMD_NODENAME"], int(environment["SLURM_NODEID"])
+        return SlurmNode(name, index, int(environment["SLURM_NNODES"]), environment["MASTER_ADDR"])
     except (KeyError, ValueError) as error:
         raise UserError(f"launch/multinode.sh runs this on each node of a Slurm job ({error!r})") from None
-
-
-def slurm_node_list(environment: Mapping[str, str]) -> str:
-    """The job's nodes in Slurm's short form, such as n[1-4]. Raises UserError outside of a job."""
-    if not environment.get("SLURM_JOB_NODELIST"):
-        raise UserError("not inside a Slurm job: submit launch/multinode.sh with sbatch")
-    return environment["SLURM_JOB_NODELIST"]
 
 
 def job_setting(environment: Mapping[str, str], name: str) -> int:

@@ -1,14 +1,13 @@
 """The ranks of a run: joining and leaving the process group, and small collectives."""
 
 import contextlib
-import dataclasses
 import datetime
 import os
 import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -127,7 +126,7 @@ def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float 
     if world.device.type == "cpu" and tune_allocator:
         keep_freed_memory()
     store, watched = (_connect(info), None) if world.size == 1 else _meet(info)
-    world = dataclasses.replace(world, store=store)
+    world = replace(world, store=store)
     timeout = max(_TIMEOUT, datetime.timedelta(seconds=hang_timeout + 60))
     left = threading.Event()
     if watched is not None:
@@ -151,7 +150,10 @@ def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float 
         report(error, info.rank, info.size, store)
         raise Reported from None
     finally:
-        _leave()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        # gloo's threads may still hold a tensor; if the last reference falls while Python exits, the process aborts.
+        time.sleep(0.2)
         left.set()
 
 
@@ -185,13 +187,6 @@ def _meet(info: RankInfo) -> tuple[dist.Store, dist.Store]:
         return store, store.clone()  # type: ignore[attr-defined]
     watched = dist.TCPStore(info.address, info.port, is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
     return _connect(info), watched
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    # gloo's threads may still hold a tensor; if the last reference falls while Python exits, the process aborts.
-    time.sleep(0.2)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -7,14 +7,13 @@ RUN/checkpoints/000000000524288/    named by tokens seen; while incarnation 3 wr
     COMPLETE                    size and checksums of all of them; written last, when they are on the disk
 """
 
-import dataclasses
 import errno
 import importlib.metadata
 import json
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 import megagpt
 from megagpt.checkpoints.storage import BLOCK_BYTES, CheckedReader, CorruptError, FileSum, check_size, sum_bytes
 from megagpt.config_file import with_current_keys
-from megagpt.errors import ExpectedError, UserError, first_line
+from megagpt.errors import UserError, first_line
 from megagpt.files import flush_folder, now, write_atomic
 
 MARKER = "COMPLETE"
@@ -69,7 +68,7 @@ class CheckpointMeta:
 
     def to_json(self) -> bytes:
         """The scalars are keys beside the others."""
-        tree = {"format": FORMAT, **dataclasses.asdict(self)}
+        tree = {"format": FORMAT, **asdict(self)}
         scalars = tree.pop("scalars")
         return json.dumps(tree | scalars, indent=1).encode()
 
@@ -87,7 +86,7 @@ class CheckpointMeta:
             tree.setdefault("step", None)
             scale = tree.setdefault("loss_scale", {})
             scale.setdefault("dynamic", tree["config"]["train"]["precision"] == "fp16" and "value" in scale)
-            names = {f.name for f in dataclasses.fields(CheckpointMeta)}
+            names = {f.name for f in fields(CheckpointMeta)}
             scalars = {key: value for key, value in tree.items() if key not in names}
             return CheckpointMeta(**{k: v for k, v in tree.items() if k in names}, scalars=scalars)
         except (KeyError, TypeError, AttributeError) as error:
@@ -130,14 +129,6 @@ class Checkpoint:
             raise CorruptError(self.path / META, "is corrupt (wrong checksum)")
         return OpenCheckpoint(self, CheckpointMeta.from_json(data, self.path / META), sums)
 
-    def problem(self) -> str | None:
-        """Why `open` fails; None if it does not."""
-        try:
-            self.open()
-        except (ExpectedError, OSError) as error:
-            return str(error)
-        return None
-
     def is_milestone(self) -> bool:
         """By meta.json alone, which is small and is not checked here. Raises OSError, and ValueError for no JSON."""
         return bool(json.loads((self.path / META).read_bytes()).get("milestone"))
@@ -171,9 +162,8 @@ class Checkpoint:
                 raise UserError(f"{error} for the main rank: {SHARE}") from None
         data = meta.to_json()
         write_atomic(saving / META, data)
-        marker = {
-            "files": {name: dataclasses.asdict(s) for name, s in sorted((sums | {META: sum_bytes(data)}).items())}
-        }
+        files = sorted({**sums, META: sum_bytes(data)}.items())
+        marker = {"files": {name: asdict(file) for name, file in files}}
         flush_folder(saving)
         write_atomic(saving / MARKER, json.dumps({**marker, "checksum": _checksum(marker)}).encode())
         flush_folder(saving)

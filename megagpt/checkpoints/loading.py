@@ -46,16 +46,13 @@ def _choose(run: Path, config: Config, fingerprints: list[str], allowed: Allowed
         for difference in check(found, config, fingerprints, allowed):
             say(f"resuming with a change: {difference}")
         if config.model.dropout and found.meta.world_size != ranks:
-            say(
-                f"dropout draws by rank: on {ranks} ranks instead of {found.meta.world_size}, other elements are "
-                "dropped from here on, at the same rate"
-            )
+            change = f"on {ranks} ranks instead of {found.meta.world_size}"
+            say(f"dropout draws by rank: {change}, other elements are dropped from here on, at the same rate")
         return found
     if left := quarantined(run):
-        raise UserError(
-            f"{left[-1]}: no checkpoint of this run is complete; restore one from a copy, or use another run.name. To "
-            "begin this run again from its first token, remove the quarantined checkpoints"
-        )
+        ways = "restore one from a copy, or use another run.name"
+        again = "To begin this run again from its first token, remove the quarantined checkpoints"
+        raise UserError(f"{left[-1]}: no checkpoint of this run is complete; {ways}. {again}")
     return None
 
 

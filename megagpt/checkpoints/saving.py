@@ -1,12 +1,11 @@
 """Saving: a thread writes a copy of this rank's share of the state while training continues."""
 
-import dataclasses
 import datetime
 import os
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -64,14 +63,11 @@ class Saver:
             self._ranks_here = world.hosts().count(world.host)
         self._thread: threading.Thread | None = None
         self._outcome: Saved | BaseException | None = None
-        self._seconds, self._measured = 0.0, False
+        self.expected_seconds = 0.0
+        """Of the next save: the duration of the longest so far, or at first an estimate by the disk's speed."""
+        self._measured = False
         self._room: bool | None = None
         self._rotation: Rotation | None = None
-
-    @property
-    def expected_seconds(self) -> float:
-        """Expected duration of the next save: the longest so far, or at first an estimate by the disk's speed."""
-        return self._seconds
 
     def probe(self, size: int) -> None:
         """Write a little into the checkpoints' folder, to learn whether it can be written and how long a checkpoint of
@@ -91,7 +87,7 @@ class Saver:
             seconds = time.monotonic() - start
         except OSError as error:
             raise UserError(f"{folder}: checkpoints cannot be written there: {disk_reason(error)}") from None
-        self._seconds = self._world.max(seconds * share / len(data))  # and waits for all ranks' files
+        self.expected_seconds = self._world.max(seconds * share / len(data))  # and waits for all ranks' files
 
         def see_all() -> None:
             for other in (folder / f"probe.{rank}" for rank in range(self._world.size)):
@@ -148,7 +144,7 @@ class Saver:
         outcome, self._outcome = self._outcome, None
         if isinstance(outcome, Saved):
             # The first real save tells more than the probe.
-            self._seconds = max(self._seconds, outcome.save_seconds) if self._measured else outcome.save_seconds
+            self.expected_seconds = max(outcome.save_seconds, self.expected_seconds if self._measured else 0.0)
             self._measured = True
         if outcome is None or isinstance(outcome, Saved):
             return outcome
@@ -170,10 +166,8 @@ class Saver:
         on_host, free = self._world.max(sum(sizes) * self._ranks_here), -self._world.max(-float(free_memory()))
         self._room = on_host <= _MEMORY_SHARE * free
         if not self._room:
-            say(
-                f"training waits for its saves: a copy of the state takes {on_host / 2**30:.1f} GiB of a host, "
-                f"and {free / 2**30:.1f} GiB are free"
-            )
+            need = f"takes {on_host / 2**30:.1f} GiB of a host, and {free / 2**30:.1f} GiB are free"
+            say(f"training waits for its saves: a copy of the state {need}")
         return self._room
 
     def _write(self, state: dict[str, FlatShard], checkpoint: Checkpoint, meta: CheckpointMeta) -> None:
@@ -220,7 +214,7 @@ def meta_of(
     """The meta.json of an engine's save."""
     return CheckpointMeta(
         tokens_seen=at.tokens, sequences_seen=at.sequences, step=at.step, engine=engine.config.engine.name,
-        world_size=engine.world.size, config=dataclasses.asdict(engine.config), data=fingerprints,
+        world_size=engine.world.size, config=asdict(engine.config), data=fingerprints,
         scalars=engine.scalars(), milestone=milestone, skipped_updates=skipped_updates,
     )  # fmt: skip
 

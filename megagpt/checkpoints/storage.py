@@ -4,13 +4,12 @@ and compared on its way back before anything uses it: every read verifies its bl
 (Token shards have smaller blocks with CRC-32: a training batch reads single sequences of them.)"""
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import os
 import threading
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -250,7 +249,7 @@ class Reader(dcp.FileSystemReader):
             info = self.storage_data[item.storage_index]
             return info.relative_path, info.offset
 
-        return dataclasses.replace(plan, items=sorted(plan.items, key=place))
+        return replace(plan, items=sorted(plan.items, key=place))
 
     def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
         """PyTorch's, while a thread keeps the disk busy: it brings into the page cache what comes next."""

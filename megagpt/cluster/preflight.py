@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt import launchers
 from megagpt.console import say
 from megagpt.errors import TransientError, UserError, first_line
 
@@ -24,6 +23,7 @@ _COLLECTIVE_SECONDS = 120.0
 _CLOCK_SECONDS = 5.0
 # Memory (MiB) that drivers and monitors may use on an idle GPU.
 _IDLE_MIB = 1024
+_SHARE = "run.folder must be shared by all nodes"
 
 
 class UnfitError(TransientError):
@@ -45,7 +45,7 @@ def preflight(nodes: Sequence[str], gpus: int, folder: Path, port: int, answer_s
     for node in nodes:
         mark = folder / f"preflight.{node}"
         if node in facts and not facts[node]["folder"] and not mark.exists():
-            problems[node] = f"{mark} was written there and is missing here: run.folder must be shared by all nodes"
+            problems[node] = f"{mark} was written there and is missing here: {_SHARE}"
         mark.unlink(missing_ok=True)
     (folder / "preflight").unlink(missing_ok=True)
     for index, node in enumerate(nodes):
@@ -54,10 +54,8 @@ def preflight(nodes: Sequence[str], gpus: int, folder: Path, port: int, answer_s
     if problems:
         lines = "".join(f"\n  {node}: {problem}" for node, problem in sorted(problems.items()))
         hint = f"\nsrun said: {said[-1]}" if -1 in said and len(facts) < len(nodes) else ""
-        raise UnfitError(
-            f"{len(problems)} of {len(nodes)} node(s) are not fit for this run:{lines}{hint}\n"
-            "fix them, or leave them out with sbatch --exclude"
-        )
+        ways = "fix them, or leave them out with sbatch --exclude"
+        raise UnfitError(f"{len(problems)} of {len(nodes)} node(s) are not fit for this run:{lines}{hint}\n{ways}")
     speeds = [c["bytes"] / c["seconds"] / 1e9 for c in collectives.values()]
     speed = f"; an all-reduce over all of them moves {min(speeds):.2f} GB/s" if speeds else ""
     say(f"{len(nodes)} node(s) are fit: {', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''}{speed}")
@@ -119,7 +117,6 @@ def find_problems(
 ) -> dict[str, str]:
     """Node -> the first problem found with it."""
     problems: dict[str, str] = {}
-    head = nodes[0]
     versions = [json.dumps(facts[node]["versions"]) for node in nodes if node in facts]
     usual = json.loads(max(versions, key=versions.count)) if versions else {}
     for node in nodes:
@@ -131,22 +128,19 @@ def find_problems(
         differing = [f"{k} {v} and other nodes have {usual[k]}" for k, v in found["versions"].items() if v != usual[k]]
         seen = found["gpus"] or {"count": 0, "used": []}
         busy = [f"{i} ({used} MiB in use)" for i, used in enumerate(seen["used"]) if used > _IDLE_MIB]
-        if found["head"]:
-            problems[node] = f"does not know the head node's name {head} ({found['head']}): fix DNS or /etc/hosts"
-        elif found["port"]:
-            problems[node] = f"port {port} is taken there ({found['port']}): set MASTER_PORT"
-        elif found["folder"]:
-            problems[node] = f"cannot use the run's folder ({found['folder']}): run.folder must be shared by all nodes"
-        elif abs(late) > _CLOCK_SECONDS:
-            problems[node] = f"its clock is {abs(late):.0f} s {'ahead of' if late > 0 else 'behind'} the head node's"
-        elif differing:
-            problems[node] = "; ".join(differing)
-        elif seen.get("error"):
-            problems[node] = f"a GPU does not answer: {seen['error']}"
-        elif seen["count"] < gpus:
-            problems[node] = f"PyTorch sees {seen['count']} GPU(s) there, the job has {gpus}"
-        elif busy:
-            problems[node] = f"in use by other processes: GPU {', '.join(busy)}"
+        order = "ahead of" if late > 0 else "behind"
+        checks = [
+            (found["head"], f"does not know the head node's name {nodes[0]} ({found['head']}): fix DNS or /etc/hosts"),
+            (found["port"], f"port {port} is taken there ({found['port']}): set MASTER_PORT"),
+            (found["folder"], f"cannot use the run's folder ({found['folder']}): {_SHARE}"),
+            (abs(late) > _CLOCK_SECONDS, f"its clock is {abs(late):.0f} s {order} the head node's"),
+            (differing, "; ".join(differing)),
+            (seen.get("error"), f"a GPU does not answer: {seen.get('error')}"),
+            (seen["count"] < gpus, f"PyTorch sees {seen['count']} GPU(s) there, the job has {gpus}"),
+            (busy, f"in use by other processes: GPU {', '.join(busy)}"),
+        ]
+        if texts := [text for wrong, text in checks if wrong]:
+            problems[node] = texts[0]
     if not problems and len(nodes) > 1:
         failed = {node: collectives.get(node, {"error": "did not end"}) for node in nodes}
         problems = {n: f"the all-reduce failed: {c['error']}" for n, c in failed.items() if "error" in c}
@@ -155,7 +149,9 @@ def find_problems(
 
 def job_nodes() -> list[str]:
     """The nodes of this Slurm job, in Slurm's order. Raises UserError outside of a job."""
-    node_list = launchers.slurm_node_list(os.environ)
+    node_list = os.environ.get("SLURM_JOB_NODELIST")
+    if not node_list:
+        raise UserError("not inside a Slurm job: submit launch/multinode.sh with sbatch")
     command = ["scontrol", "show", "hostnames", node_list]
     try:
         return subprocess.check_output(command, stderr=subprocess.PIPE, text=True).split()

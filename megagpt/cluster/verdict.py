@@ -69,22 +69,20 @@ def decide_after_failure(run: Path, job: str, cause: Cause, logs: Path) -> ExitC
     """Say and record why this incarnation failed. STOPPED if a retry may succeed, else DIFFERENT."""
     _summarize(cause, logs)
     recorded = _record(run, job, cause)
+    failed = _failed_in_a_row(run, job)
     if not cause.failure.retry:
         say("this must be fixed first: the job ends here; submit it again to resume")
-        return ExitCode.DIFFERENT
-    failed = _failed_in_a_row(run, job)
-    if not recorded and len(list(logs.parent.glob(f"{job_number(job)}.*/{SUMMARY}"))) >= _MAX_FRUITLESS:
+    elif not recorded and len(list(logs.parent.glob(f"{job_number(job)}.*/{SUMMARY}"))) >= _MAX_FRUITLESS:
         say(f"this job failed {_MAX_FRUITLESS} times while another job has the run: the job ends here")
-        return ExitCode.DIFFERENT
-    if recorded and len(failed) > 1 and _alike(failed[-2], failed[-1]):
+    elif recorded and len(failed) > 1 and _alike(failed[-2], failed[-1]):
         tokens = failed[-1]["tokens_seen"]
         say(f"it failed in the same way at the same step before, at {tokens:,} tokens: the job ends here")
-        return ExitCode.DIFFERENT
-    if len(failed) >= _MAX_FRUITLESS and len({end.get("checkpoint") for end in failed[-_MAX_FRUITLESS:]}) == 1:
+    elif len(failed) >= _MAX_FRUITLESS and len({end.get("checkpoint") for end in failed[-_MAX_FRUITLESS:]}) == 1:
         say(f"it failed {_MAX_FRUITLESS} times in a row without a new checkpoint: the job ends here")
-        return ExitCode.DIFFERENT
-    say("the job resumes from its last checkpoint when it is started again")
-    return ExitCode.STOPPED
+    else:
+        say("the job resumes from its last checkpoint when it is started again")
+        return ExitCode.STOPPED
+    return ExitCode.DIFFERENT
 
 
 def _incarnations(run: Path, job: str) -> list[Incarnation]:

@@ -56,13 +56,21 @@ def _add_run(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(option, dest="options", action="append_const", const=option, default=[], help=text)
 
 
+def find_script(name: str) -> Path:
+    """The path of a script of `launch/`. Raises UserError if it is neither beside the package nor in it."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package.parent / "launch", package / "launch"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"launch/{name} is neither beside the package nor in it: install megagpt again")
+
+
 def _train_arguments(arguments: argparse.Namespace) -> list[str]:
     names, overrides = split_words(arguments)
     return [*names, *overrides, *arguments.options]
 
 
 def _slurm(arguments: argparse.Namespace) -> int:
-    from megagpt.cluster.scripts import find_script
     from megagpt.cluster.slurm import check_fits, sbatch_command
 
     config = config_of(arguments)
@@ -84,7 +92,6 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 def _hosts(arguments: argparse.Namespace) -> int:
     from megagpt.cluster.hosts import deepspeed_command, passed_on, read_hostfile
-    from megagpt.cluster.scripts import find_script
     from megagpt.training.run_folder import run_folder
 
     config = config_of(arguments)

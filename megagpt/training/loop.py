@@ -150,11 +150,10 @@ def _stopped(run: Run, at: Position, stop: StopRequest) -> Outcome:
     reasons = [reason for reason in run.world.gather_objects(stop.reason) if reason]
     reason = reasons[0] if reasons else "a signal"
     if reason == TIME_LIMIT and at == run.start:
-        raise UserError(
-            f"train.time_limit {run.config.train.time_limit:g} s ends this run before a validation or samples that are "
-            f"due at {at.tokens:,} tokens: it would never get past them; raise train.time_limit, or lower "
-            "validation.tokens or sampling.samples"
-        )
+        due = f"a validation or samples that are due at {at.tokens:,} tokens: it would never get past them"
+        ways = "raise train.time_limit, or lower validation.tokens or sampling.samples"
+        limit = run.config.train.time_limit
+        raise UserError(f"train.time_limit {limit:g} s ends this run before {due}; {ways}")
     text = f"stopped by {reason}; resume with: megagpt train --resume {run.folder}"
     run.reporter.event(Event.STOPPED, at, {"reason": reason}, text)
     return Outcome("stopped", reason, ExitCode.STOPPED)

@@ -36,8 +36,7 @@ class Occasion:
 
     def hold(self, at: Position, stop: StopRequest) -> bool:
         """Do the work; False if it was interrupted, so that it stays due."""
-        done = self.work(at, stop)
-        if done:
+        if done := self.work(at, stop):
             self.held = at.tokens
         return done
 

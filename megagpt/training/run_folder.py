@@ -42,10 +42,8 @@ def holds_run(run: Path) -> bool:
 def check_free(run: Path) -> None:
     """Raises UserError if a run is there already."""
     if holds_run(run):
-        raise UserError(
-            f"{run}: already holds a run; resume it with `megagpt train --resume {run}` or --auto-resume, "
-            "or choose another run.name"
-        )
+        way = f"resume it with `megagpt train --resume {run}` or --auto-resume, or choose another run.name"
+        raise UserError(f"{run}: already holds a run; {way}")
 
 
 def claim_run(run: Path, engine: Engine, from_tokens: int) -> Incarnation:

@@ -72,7 +72,6 @@ class FiniteGuard:
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row >= self.limit:
-            raise UserError(
-                f"loss or gradient was not finite in {self._in_a_row} steps in a row, the last of them step {step}; "
-                f"{last_good()}: resume with a lower optimizer.lr and --allow-recipe-change"
-            )
+            when = f"in {self._in_a_row} steps in a row, the last of them step {step}"
+            way = "resume with a lower optimizer.lr and --allow-recipe-change"
+            raise UserError(f"loss or gradient was not finite {when}; {last_good()}: {way}")

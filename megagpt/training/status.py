@@ -46,10 +46,9 @@ def status_lines(run: Path, config: Config) -> Iterator[str]:
         ended = "the last one" if incarnation is found[-1] else "left no record of its end"
         if end:
             ended = f"{end['outcome']} at {end['tokens_seen']:,} tokens: {end['reason']}"
-        yield (
-            f"  {incarnation.number}: {start.get('started', '?')} on {start.get('host', '?')}, "
-            f"{start.get('engine', start.get('note', '?'))}, from {start.get('from_tokens', 0):,} tokens; {ended}"
-        )
+        engine = start.get("engine", start.get("note", "?"))
+        begun = f"{start.get('started', '?')} on {start.get('host', '?')}, {engine}"
+        yield f"  {incarnation.number}: {begun}, from {start.get('from_tokens', 0):,} tokens; {ended}"
     yield f"resume with  megagpt train --resume {run}"
 
 
