@@ -40,7 +40,3 @@ def make_parser() -> argparse.ArgumentParser:
     for module in (train, launch, status, sample, exchange, checkpoint, data, plan, measure):
         module.register(add)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

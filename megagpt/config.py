@@ -1,8 +1,6 @@
-"""One run = one Config: nested dataclasses, each key with its default, its unit and its mark (config_marks).
-
-Quantities that the papers give in tokens stay in tokens. `config_file` reads a Config from YAML; `megagpt config
---keys` shows every key with its docstring.
-"""
+"""One run = one Config: nested dataclasses, each key with its default, its unit and its mark (config_marks). Quantities
+that the papers give in tokens stay in tokens. `config_file` reads a Config from YAML; `megagpt config --keys` shows
+every key with its docstring."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -74,11 +72,8 @@ def _check_seconds(value: Any) -> float:
 
 
 Seconds = Annotated[float, PlainValidator(_check_seconds), Values("seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")]
-ActivationCheckpointing = Annotated[
-    str | dict[str, int],
-    PlainValidator(_check_activation_checkpointing),
-    Values("none | full | selective | {every: k}"),
-]
+_Modes = Annotated[str | dict[str, int], Values("none | full | selective | {every: k}")]
+ActivationCheckpointing = Annotated[_Modes, PlainValidator(_check_activation_checkpointing)]
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -276,11 +271,9 @@ class Config:
             batches = [b for b in (low, low + unit * self.model.context) if b]
             ways = f"train.batch_tokens {' or '.join(map(str, batches))}"
             ways += f", or train.micro_batch {' or '.join(map(str, fits))}" if fits else ", or another number of ranks"
-            raise UserError(
-                f"train.batch_tokens {self.train.batch_tokens} is {self.batch_sequences} sequences of "
-                f"{self.model.context}, which {ranks} rank(s) x train.micro_batch {self.train.micro_batch} "
-                f"do not divide; use {ways}"
-            )
+            batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
+            divisor = f"{ranks} rank(s) x train.micro_batch {self.train.micro_batch}"
+            raise UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {ways}")
         return self.batch_sequences // unit
 
     def sharing_ranks(self, ranks: int) -> int:
@@ -299,11 +292,8 @@ def contradictions(config: Config) -> Iterator[str]:
         value = getattr(train, key)
         if value % context:
             low = value // context * context
-            near = [v for v in (low, low + context) if v]
-            yield (
-                f"train.{key} {value} is not a multiple of model.context {context}; "
-                f"the nearest that are: {' and '.join(map(str, near))}"
-            )
+            near = " and ".join(str(v) for v in (low, low + context) if v)
+            yield f"train.{key} {value} is not a multiple of model.context {context}; the nearest that are: {near}"
     if train.tokens < train.batch_tokens:
         yield f"train.tokens {train.tokens} is less than one batch, train.batch_tokens {train.batch_tokens}"
     if bool(train.batch_ramp_start) != bool(train.batch_ramp_tokens):

@@ -6,10 +6,10 @@ A file may name another file as its `base` (beside itself, or by bare name); it 
 error names file, key and value.
 """
 
-import dataclasses
 import functools
 import json
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +42,14 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any
     return loader.construct_mapping(node, deep=True)
 
 
+_FLOAT = "tag:yaml.org,2002:float"
+_FLOATS = r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$|^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)$"
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
+    first: [resolver for resolver in resolvers if resolver[0] != _FLOAT]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$|^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)$"),
-    list("-+0123456789."),
-)
-_Loader.add_constructor("tag:yaml.org,2002:float", _number)
+_Loader.add_implicit_resolver(_FLOAT, re.compile(_FLOATS), list("-+0123456789."))
+_Loader.add_constructor(_FLOAT, _number)
 _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 
 
@@ -129,13 +127,9 @@ def override(tree: dict[str, Any], text: str) -> dict[str, Any]:
 def _valid_names(location: tuple[str | int, ...]) -> list[str]:
     """The keys that are valid beside the one at `location`."""
     kind: Any = Config
-    for part in location[:-1]:
-        if isinstance(part, str):
-            fields = {f.name: f.type for f in dataclasses.fields(kind)}
-            kind = fields.get(part)
-        else:
-            kind = SourceConfig  # the only list of sections
-    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    for part in location[:-1]:  # the only list is that of the sources
+        kind = fields_of(kind)[part].annotation if isinstance(part, str) else SourceConfig
+    return list(fields_of(kind))
 
 
 def _error_text(error: Any) -> str:
@@ -157,10 +151,8 @@ def _error_text(error: Any) -> str:
 @functools.cache
 def _renamed() -> list[tuple[str, str, str]]:
     """Section, former name and name of each key that was renamed."""
-    keys = [
-        (section, *key) for section, field in fields_of(Config).items() for key in fields_of(field.annotation).items()
-    ]
-    return [(section, was.name, name) for section, name, field in keys if (was := mark_of(field, Was))]
+    sections = [(section, fields_of(field.annotation)) for section, field in fields_of(Config).items()]
+    return [(section, was.name, key) for section, keys in sections for key in keys if (was := mark_of(keys[key], Was))]
 
 
 def with_current_keys(tree: dict[str, Any], where: str) -> dict[str, Any]:
@@ -189,8 +181,7 @@ def build_config(tree: dict[str, Any], where: str) -> Config:
         raise UserError(f"{where}: " + "; ".join(_error_text(e) for e in error.errors())) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
-    problems = list(contradictions(config))
-    if problems:
+    if problems := list(contradictions(config)):
         raise UserError(f"{where}: " + "; ".join(problems))
     return config
 
@@ -214,11 +205,10 @@ def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     where = str(path) + (f" with {' '.join(overrides)}" if overrides else "")
     config = build_config(tree, where)
     if not config.run.name:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=path.stem))
+        config = replace(config, run=replace(config.run, name=path.stem))
     return config
 
 
 def to_yaml(config: Config) -> str:
     """The resolved run, every value spelled out; `load_config` reads it back to an equal Config."""
-    tree = json.loads(json.dumps(dataclasses.asdict(config)))
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False, allow_unicode=True)

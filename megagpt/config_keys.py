@@ -16,8 +16,7 @@ from megagpt.config import Config, SourceConfig
 from megagpt.config_marks import Change, For, Values, fields_of, mark_of
 from megagpt.errors import UserError, did_you_mean
 
-_WIDTH = 100  # columns
-_INDENT = "    "
+_WIDTH, _INDENT = 100, "    "  # columns
 _TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "mapping"}
 _BOUNDS = {annotated_types.Gt: ">", annotated_types.Ge: ">=", annotated_types.Lt: "<", annotated_types.Le: "<="}
 
@@ -44,8 +43,8 @@ class Key:
         value = self.field.get_default(call_default_factory=True, validated_data={})
         if value is PydanticUndefined:
             return "required"
-        dumped: str = yaml.safe_dump(_plain(value), default_flow_style=True, width=10**6, allow_unicode=True)
-        return dumped.removesuffix("...\n").strip()
+        text = yaml.safe_dump(_plain(value), default_flow_style=True, width=10**6, allow_unicode=True)
+        return text.removesuffix("...\n").strip()
 
     @property
     def values(self) -> str:
@@ -61,8 +60,7 @@ class Key:
         only = f"engine.name {engine.engine} only; " if engine else ""
         yield f"{self.name} = {self.default}"
         yield f"{_INDENT}{self.values}; {only}{self.change.value if self.change else ''}"
-        for line in textwrap.wrap(self.text, _WIDTH, break_on_hyphens=False):
-            yield _INDENT + line
+        yield textwrap.indent(textwrap.fill(self.text, _WIDTH, break_on_hyphens=False), _INDENT)
 
 
 def all_keys() -> list[Key]:

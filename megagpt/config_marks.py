@@ -54,8 +54,7 @@ ForZero = Annotated[T, Change.FREE, For("zero")]
 
 def fields_of(section: Any) -> dict[str, FieldInfo]:
     """The fields of a section by name, with type, default, docstring and marks."""
-    fields: dict[str, FieldInfo] = section.__pydantic_fields__
-    return fields
+    return section.__pydantic_fields__
 
 
 def mark_of(field: FieldInfo, kind: type[T]) -> T | None:

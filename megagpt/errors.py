@@ -25,10 +25,8 @@ class ExitCode(enum.IntEnum):
 
 
 class ExpectedError(Exception):
-    """Ends the command with its message alone, without a traceback.
-
-    The message says what was wrong, where (file, key, value) and what to do.
-    """
+    """Ends the command with its message alone, without a traceback. The message says what was wrong, where (file, key,
+    value) and what to do."""
 
     code: ClassVar[ExitCode] = ExitCode.FAILED
     retry: ClassVar[bool] = False
@@ -85,9 +83,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A sentence that names the nearest known words, or all of them if none is near."""
     known = list(known)
     near = difflib.get_close_matches(word, known, n=2, cutoff=0.6)
-    if near:
-        return "did you mean " + " or ".join(near) + "?"
-    return "valid: " + ", ".join(known)
+    return f"did you mean {' or '.join(near)}?" if near else f"valid: {', '.join(known)}"
 
 
 def first_line(error: BaseException) -> str:

@@ -1,11 +1,8 @@
-"""Why a rank failed: said once per job by the rank that failed first, and left as a record where launchers look.
-
-The record is the file that torchrun names in TORCHELASTIC_ERROR_FILE, in torchrun's own form with ours beside it, so
-that a job's verdict reads what the rank knew instead of guessing from its log.
-"""
+"""Why a rank failed: said once per job by the rank that failed first, and left as a record where launchers look. The
+record is the file that torchrun names in TORCHELASTIC_ERROR_FILE, in torchrun's own form with ours beside it, so that a
+job's verdict reads what the rank knew instead of guessing from its log."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import platform
@@ -13,14 +10,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megagpt import launchers
 from megagpt.errors import ExitCode, Reported, expected, first_line
 from megagpt.files import read_json, write_atomic
 
@@ -60,13 +55,13 @@ def failure(error: BaseException, rank: int | None, first: bool = True) -> Failu
 
 def leave_record(found: Failure) -> None:
     """Write the record where the launcher looks, if it names a place. Never raises."""
-    path = launchers.error_file(os.environ)
-    if path is None:
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path:
         return
     # torchrun reads `message` and its timestamp, and shows them in its own summary.
     message = {"message": found.reason, "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": ""}}
     with contextlib.suppress(OSError):
-        write_atomic(path, json.dumps({"message": message, "megagpt": dataclasses.asdict(found)}).encode())
+        write_atomic(Path(path), json.dumps({"message": message, "megagpt": asdict(found)}).encode())
 
 
 def read_record(path: Path) -> Failure | None:
@@ -77,18 +72,15 @@ def read_record(path: Path) -> Failure | None:
     return None
 
 
-def failure_of_end(end: Mapping[str, Any]) -> Failure:
-    """The failure that ended an incarnation, from the record of its end."""
-    return Failure(end["reason"], end.get("rank"), end.get("host", ""), bool(end.get("retry", True)))
-
-
 def report(error: Exception, rank: int, ranks: int, store: dist.Store) -> None:
     """Print the error and leave its record. Most errors are seen by every rank, and a peer that left breaks the other
     ranks' collectives: the first rank to count itself prints, and does so before any rank leaves, because launchers
     kill the rest as soon as one has left."""
     if isinstance(error, Reported):
         return
-    first = _count_failure(store) == 1
+    first = False
+    with contextlib.suppress(RuntimeError):  # the store went with the rank that held it, which has reported
+        first = store.add(_FAILURES, 1) == 1
     found = failure(error, rank, first)
     leave_record(found)
     if not first:
@@ -96,13 +88,6 @@ def report(error: Exception, rank: int, ranks: int, store: dist.Store) -> None:
     if expected(error) is None:
         traceback.print_exception(error)
     print(f"megagpt: error: [rank {rank} of {ranks}] {found.reason}", file=sys.stderr, flush=True)
-
-
-def _count_failure(store: dist.Store) -> int:
-    try:
-        return store.add(_FAILURES, 1)
-    except RuntimeError:
-        return 0  # the store went with the rank that held it, which has reported
 
 
 def follow_failed_peers(store: dist.Store, left: threading.Event) -> None:

@@ -32,8 +32,7 @@ def create_json(path: Path, values: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The file's content; empty if the file is missing or was cut off when its writer died."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return values
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
 
@@ -48,10 +47,8 @@ def flush_folder(folder: Path) -> None:
 
 
 def json_lines(path: Path, last_bytes: int = 0) -> Iterator[dict[str, Any]]:
-    """The lines of a JSON lines file, without those that a crash cut off; none if the file is missing.
-
-    `last_bytes`: read no more than that from the end; 0: read all.
-    """
+    """The lines of a JSON lines file, without those that a crash cut off; none if the file is missing. `last_bytes`:
+    read no more than that from the end; 0: read all."""
     if not path.exists():
         return
     with path.open("rb") as file:

@@ -33,11 +33,11 @@ def generate(
     context."""
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= config.context:
-            remedy = f"the model takes 1 to {config.context}: change the prompt"
-            raise UserError(f"prompt {row + 1} has {len(prompt)} tokens; {remedy}")
+            has = f"prompt {row + 1} has {len(prompt)} tokens"
+            raise UserError(f"{has}; the model takes 1 to {config.context}: change the prompt")
     device = next(model.parameters()).device
-    generators = (np.random.default_rng([seed, first_row + row]) for row in range(len(prompts)))
-    uniform = np.stack([generator.random(max_tokens) for generator in generators])
+    rows = range(first_row, first_row + len(prompts))
+    uniform = np.stack([np.random.default_rng([seed, row]).random(max_tokens) for row in rows])
     windows = [list(p) for p in prompts]
     new: list[list[int]] = [[] for _ in prompts]
     alive = [True] * len(prompts)

@@ -25,59 +25,53 @@ class Superseded(ExpectedError):
     """A newer incarnation has taken the run over."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Incarnation:
-    """One of a run's incarnations."""
+    """One of a run's incarnations. A newer one is greater."""
 
     run: Path
     number: int
     """From 1."""
 
-    @property
-    def _path(self) -> Path:
-        return _folder(self.run) / f"{self.number:06d}.json"
-
-    @property
-    def _end_path(self) -> Path:
-        return self._path.with_suffix(".end.json")
+    def _file(self, ending: str) -> Path:
+        return _folder(self.run) / f"{self.number:06d}{ending}"
 
     def start(self) -> dict[str, Any]:
         """The facts that it left when it began."""
-        return read_json(self._path)
+        return read_json(self._file(".json"))
 
     def ended(self) -> dict[str, Any]:
         """`outcome`, `reason`, `tokens_seen`, `retry`, ...; empty while it runs, and if it had no time to write."""
-        end = read_json(self._end_path)
+        end = read_json(self._file(".end.json"))
         if "mend" in end:  # up to version 0.1
             end["retry"] = not end.pop("mend")
         return end
 
     def is_superseded(self) -> bool:
         """Whether a newer one has begun. Raises OSError."""
-        return max((i.number for i in list_incarnations(self.run)), default=0) > self.number
+        return self < max(list_incarnations(self.run), default=self)
 
     def check(self) -> None:
         """Raises Superseded if a newer one has begun."""
         # A new file in the folder makes a network file system list it again.
         (_folder(self.run) / f".fence-{self.number}").touch()
-        newest = max(list_incarnations(self.run), key=lambda i: i.number, default=self)
-        if newest.number > self.number:
+        newest = max(list_incarnations(self.run), default=self)
+        if self < newest:
             start = newest.start()
             where = " ".join(str(start[key]) for key in ("host", "job", "started") if start.get(key))
-            raise Superseded(
-                f"{self.run}: incarnation {newest.number} ({where}) has taken this run over; incarnation {self.number} "
-                "ends and writes nothing more"
-            )
+            newer = f"incarnation {newest.number} ({where}) has taken this run over"
+            raise Superseded(f"{self.run}: {newer}; incarnation {self.number} ends and writes nothing more")
 
     def end(self, outcome: str, reason: str, tokens_seen: int, **more: Any) -> None:
         """Record how it ended. The first writer wins: it is closest to the cause. Never raises, so that it cannot hide
         the original error."""
         with contextlib.suppress(OSError):
-            create_json(self._end_path, _end(outcome, reason, tokens_seen, more))
+            create_json(self._file(".end.json"), _end(outcome, reason, tokens_seen, more))
 
     def correct_end(self, outcome: str, reason: str, tokens_seen: int, **more: Any) -> None:
         """Replace the record, by someone who knows more. Raises OSError."""
-        write_atomic(self._end_path, json.dumps(_end(outcome, reason, tokens_seen, more), indent=1).encode())
+        end = _end(outcome, reason, tokens_seen, more)
+        write_atomic(self._file(".end.json"), json.dumps(end, indent=1).encode())
 
 
 class Lease:
@@ -106,7 +100,7 @@ def claim(run: Path, facts: dict[str, Any]) -> Incarnation:
         number = max((i.number for i in list_incarnations(run)), default=0) + 1
         mine = Incarnation(run, number)
         try:
-            create_json(mine._path, {"incarnation": number, "started": now(), **facts})
+            create_json(mine._file(".json"), {"incarnation": number, "started": now(), **facts})
             return mine
         except FileExistsError:  # another process was quicker
             continue
@@ -115,7 +109,7 @@ def claim(run: Path, facts: dict[str, Any]) -> Incarnation:
 def list_incarnations(run: Path) -> list[Incarnation]:
     """All of a run's, oldest first."""
     names = [path.stem for path in _folder(run).iterdir()] if _folder(run).is_dir() else []
-    return sorted((Incarnation(run, int(name)) for name in names if name.isdigit()), key=lambda i: i.number)
+    return sorted(Incarnation(run, int(name)) for name in names if name.isdigit())
 
 
 def _folder(run: Path) -> Path:

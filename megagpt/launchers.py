@@ -1,12 +1,9 @@
-"""Launchers' environment variables: this process's rank, its node, its Slurm job. The only module that reads them.
-
-Every function takes the environment as a mapping and reads nothing else.
-"""
+"""Launchers' environment variables: this process's rank, its node, its Slurm job. Only this module decides by them who
+this process is. Every function takes the environment as a mapping and reads nothing else."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from megagpt.errors import UserError
 
@@ -84,34 +81,10 @@ class SlurmNode:
 def slurm_node(environment: Mapping[str, str]) -> SlurmNode:
     """This task's node. Raises UserError outside of launch/multinode.sh."""
     try:
-        return SlurmNode(
-            environment["SLURMD_NODENAME"], int(environment["SLURM_NODEID"]), int(environment["SLURM_NNODES"]),
-            environment["MASTER_ADDR"],
-        )  # fmt: skip
+        name, index = environment["SLURMD_NODENAME"], int(environment["SLURM_NODEID"])
+        return SlurmNode(name, index, int(environment["SLURM_NNODES"]), environment["MASTER_ADDR"])
     except (KeyError, ValueError) as error:
         raise UserError(f"launch/multinode.sh runs this on each node of a Slurm job ({error!r})") from None
-
-
-def slurm_node_list(environment: Mapping[str, str]) -> str:
-    """The job's nodes in Slurm's short form, such as n[1-4]. Raises UserError outside of a job."""
-    if not environment.get("SLURM_JOB_NODELIST"):
-        raise UserError("not inside a Slurm job: submit launch/multinode.sh with sbatch")
-    return environment["SLURM_JOB_NODELIST"]
-
-
-def slurm_gpus(environment: Mapping[str, str]) -> int:
-    """GPUs that the job has on this node."""
-    return int(environment.get("SLURM_GPUS_ON_NODE") or 0)
-
-
-def visible_gpus(environment: Mapping[str, str]) -> str:
-    """The GPUs of this job on this node, as CUDA names them; empty if it may use all."""
-    return environment.get("CUDA_VISIBLE_DEVICES", "")
-
-
-def deepspeed_env_name(environment: Mapping[str, str]) -> str:
-    """Name of the file whose variables DeepSpeed's launcher sets on all hosts."""
-    return environment.get("DS_ENV_FILE", ".deepspeed_env")
 
 
 def job_setting(environment: Mapping[str, str], name: str) -> int:
@@ -133,18 +106,8 @@ def started_by_torchrun(environment: Mapping[str, str]) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment
 
 
-def error_file(environment: Mapping[str, str]) -> Path | None:
-    """Where torchrun wants to read why this rank failed."""
-    path = environment.get("TORCHELASTIC_ERROR_FILE")
-    return Path(path) if path else None
-
-
 def first_host(nodes: str) -> str:
     """The first host of a Slurm node list: n007 of `n[007-012,020]-ib,login`."""
-    depth, end = 0, len(nodes)
-    for i, letter in enumerate(nodes):
-        depth += {"[": 1, "]": -1}.get(letter, 0)
-        if letter == "," and depth == 0:
-            end = i
-            break
-    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", nodes[:end])
+    first = re.match(r"(\[[^\]]*\]|[^,])*", nodes)
+    assert first is not None  # it may be empty
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])

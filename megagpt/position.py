@@ -1,7 +1,6 @@
 """Where a run is: one frozen value that the loop hands on and a checkpoint stores."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megagpt.config import Config
 
@@ -31,7 +30,7 @@ class Position:
 
     def after(self, sequences: int) -> "Position":
         """The position one step later, whose batch has that many sequences."""
-        return dataclasses.replace(self, sequences=self.sequences + sequences, step=self.step + 1)
+        return replace(self, sequences=self.sequences + sequences, step=self.step + 1)
 
 
 def position(config: Config, sequences: int, step: int) -> Position:

@@ -9,11 +9,9 @@ import torch
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks for the next step instead of returning them to the kernel.
-
-    A training step on a CPU frees and allocates the same hundreds of MB again and again; fresh pages, which the kernel
-    must zero, cost up to a third of the step. The peak does not change. Does nothing outside Linux with glibc.
-    """
+    """Let glibc keep large freed blocks for the next step instead of returning them to the kernel. A training step on a
+    CPU frees and allocates the same hundreds of MB again and again; fresh pages, which the kernel must zero, cost up to
+    a third of the step. The peak does not change. Does nothing outside Linux with glibc."""
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -1,8 +1,6 @@
-"""A run's log, RUN/metrics.jsonl: one line of JSON for each event. All writing and reading of it is here.
-
-Each line has `event`, `step` and `tokens_seen`; the event's own values follow. When a run resumes, the lines past its
-checkpoint are dropped, because they will be written again: the log reads as if the run had never stopped.
-"""
+"""A run's log, RUN/metrics.jsonl: one line of JSON for each event. All writing and reading of it is here. Each line has
+`event`, `step` and `tokens_seen`; the event's own values follow. When a run resumes, the lines past its checkpoint are
+dropped, because they will be written again: the log reads as if the run had never stopped."""
 
 import contextlib
 import enum

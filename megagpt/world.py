@@ -1,14 +1,13 @@
 """The ranks of a run: joining and leaving the process group, and small collectives."""
 
 import contextlib
-import dataclasses
 import datetime
 import os
 import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -116,12 +115,9 @@ class World:
 @contextlib.contextmanager
 def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float = 0) -> Iterator[World]:
     """Join the process group that the launcher describes, and leave it at the end. `say` prints on the main rank only.
-
     `tune_allocator` lets a process on a CPU keep the memory that it frees. An error on any rank ends all of them within
     seconds, printed once, with the rank. `hang_timeout`: seconds after which a Watchdog ends ranks that hang; the
-    process group waits longer than that.
-    Raises UserError for an incomplete or impossible environment.
-    """
+    process group waits longer than that. Raises UserError for an incomplete or impossible environment."""
     info = launchers.find_rank(os.environ)
     try:
         world = World(info.rank, info.size, info.local_rank, _device(device, info.local_rank))
@@ -130,14 +126,20 @@ def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float 
     if world.device.type == "cpu" and tune_allocator:
         keep_freed_memory()
     store, watched = (_connect(info), None) if world.size == 1 else _meet(info)
-    world = dataclasses.replace(world, store=store)
+    world = replace(world, store=store)
     timeout = max(_TIMEOUT, datetime.timedelta(seconds=hang_timeout + 60))
     left = threading.Event()
     if watched is not None:
         threading.Thread(target=follow_failed_peers, args=(watched, left), daemon=True).start()
     try:
         with console.voice(silent=not world.is_main):
-            _init_group(world, store, timeout)
+            # The flight recorder: if a collective hangs, it tells which one.
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED_COLLECTIVES))
+            on_gpu = world.device.type == "cuda"
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, store=store, rank=world.rank,
+                world_size=world.size, device_id=world.device if on_gpu else None,
+            )  # fmt: skip
             yield world
             # The rank that holds the store leaves with the others: those who watch take its exit for a failure.
             world.barrier()
@@ -148,18 +150,11 @@ def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float 
         report(error, info.rank, info.size, store)
         raise Reported from None
     finally:
-        _leave()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        # gloo's threads may still hold a tensor; if the last reference falls while Python exits, the process aborts.
+        time.sleep(0.2)
         left.set()
-
-
-def _init_group(world: World, store: dist.Store, timeout: datetime.timedelta) -> None:
-    on_gpu = world.device.type == "cuda"
-    # The flight recorder: if a collective hangs, it tells which one.
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED_COLLECTIVES))
-    backend, device = ("cpu:gloo,cuda:nccl", world.device) if on_gpu else ("gloo", None)
-    dist.init_process_group(
-        backend, timeout=timeout, store=store, rank=world.rank, world_size=world.size, device_id=device
-    )
 
 
 def fail_together(error: UserError) -> NoReturn:
@@ -184,23 +179,14 @@ def _connect(info: RankInfo) -> dist.Store:
 
 def _meet(info: RankInfo) -> tuple[dist.Store, dist.Store]:
     """The ranks' store, and a connection of its own for the thread that watches it: a rank that waits for a peer blocks
-    all who share its connection.
-
-    A peer's watch connects before the ranks meet. The rank that holds the store lets all ranks meet there, and may then
-    fail and leave at once: a watch that connected later would wait for it until the timeout.
-    """
+    all who share its connection. A peer's watch connects before the ranks meet. The rank that holds the store lets all
+    ranks meet there, and may then fail and leave at once: a watch that connected later would wait for it until the
+    timeout."""
     if info.rank == 0 or launchers.started_by_torchrun(os.environ):  # the holder outlives the connection
         store = _connect(info)
         return store, store.clone()  # type: ignore[attr-defined]
     watched = dist.TCPStore(info.address, info.port, is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
     return _connect(info), watched
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    # gloo's threads may still hold a tensor; if the last reference falls while Python exits, the process aborts.
-    time.sleep(0.2)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

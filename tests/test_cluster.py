@@ -151,7 +151,7 @@ def test_scancel_saves_and_ends_and_a_requeue_resumes(
     job.wait("CANCELLED")
     assert job.ends() == [("stopped", "SIGTERM")]
     newest = list_checkpoints(job.run)[-1]
-    assert newest.problem() is None
+    newest.open()  # raises if it is not complete
     assert newest.tokens == list_incarnations(job.run)[-1].ended()["tokens_seen"] == metrics(job.run)[-1]["tokens_seen"]
     time.sleep(8)
     assert cluster.job(job.id)["JobState"] == "CANCELLED"

@@ -11,7 +11,7 @@ from megagpt.checkpoints.saving import Saver
 from megagpt.config import CheckpointConfig
 from megagpt.incarnations import Incarnation, Superseded, claim, list_incarnations
 from megagpt.world import World
-from tests.checkpoints.toy_state import WHOLE, meta, saved_value, state_of
+from tests.checkpoints.toy_state import WHOLE, is_complete, meta, saved_value, state_of
 from tests.conftest import metrics, write_tiny
 from tests.processes import start_train
 from tests.runs import PATIENCE, wait_for_steps
@@ -140,6 +140,6 @@ def test_of_two_live_starts_the_older_one_ends(tmp_path: Path, corpus: Path) -> 
     new.wait()
     steps_seen = [line["step"] for line in metrics(run)]
     assert steps_seen == list(range(1, len(steps_seen) + 1))
-    whole = [c for c in list_checkpoints(run) if c.problem() is None]
+    whole = [c for c in list_checkpoints(run) if is_complete(c)]
     assert whole
     assert [problem for c in whole for problem in c.verify()] == []

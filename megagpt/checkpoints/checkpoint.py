@@ -7,14 +7,13 @@ RUN/checkpoints/000000000524288/    named by tokens seen; while incarnation 3 wr
     COMPLETE                    size and checksums of all of them; written last, when they are on the disk
 """
 
-import dataclasses
 import errno
 import importlib.metadata
 import json
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 import megagpt
 from megagpt.checkpoints.storage import BLOCK_BYTES, CheckedReader, CorruptError, FileSum, check_size, sum_bytes
 from megagpt.config_file import with_current_keys
-from megagpt.errors import ExpectedError, UserError, first_line
+from megagpt.errors import UserError, first_line
 from megagpt.files import flush_folder, now, write_atomic
 
 MARKER = "COMPLETE"
@@ -39,12 +38,9 @@ Progress = Callable[[int], Any]
 
 
 def _versions() -> dict[str, str]:
-    return {
-        "megagpt": megagpt.__version__,
-        "torch": torch.__version__,
-        "deepspeed": importlib.metadata.version("deepspeed"),
-        "python": platform.python_version(),
-    }
+    deepspeed = importlib.metadata.version("deepspeed")
+    python = platform.python_version()
+    return {"megagpt": megagpt.__version__, "torch": torch.__version__, "deepspeed": deepspeed, "python": python}
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class CheckpointMeta:
 
     def to_json(self) -> bytes:
         """The scalars are keys beside the others."""
-        tree = {"format": FORMAT, **dataclasses.asdict(self)}
+        tree = {"format": FORMAT, **asdict(self)}
         scalars = tree.pop("scalars")
         return json.dumps(tree | scalars, indent=1).encode()
 
@@ -90,7 +86,7 @@ class CheckpointMeta:
             tree.setdefault("step", None)
             scale = tree.setdefault("loss_scale", {})
             scale.setdefault("dynamic", tree["config"]["train"]["precision"] == "fp16" and "value" in scale)
-            names = {f.name for f in dataclasses.fields(CheckpointMeta)}
+            names = {f.name for f in fields(CheckpointMeta)}
             scalars = {key: value for key, value in tree.items() if key not in names}
             return CheckpointMeta(**{k: v for k, v in tree.items() if k in names}, scalars=scalars)
         except (KeyError, TypeError, AttributeError) as error:
@@ -114,8 +110,7 @@ class Checkpoint:
             tree = json.loads(marker.read_bytes())
             if tree and all(isinstance(size, int) for size in tree.values()):
                 raise UserError(f"{self.path}: a checkpoint of format 1; this version reads {FORMAT}")
-            checksum = tree.pop("checksum")
-            if checksum != _checksum(tree):
+            if tree.pop("checksum") != _checksum(tree):
                 raise ValueError("wrong checksum")
             return {name: FileSum(**value) for name, value in tree["files"].items()}
         except FileNotFoundError:
@@ -125,9 +120,7 @@ class Checkpoint:
 
     def open(self) -> "OpenCheckpoint":
         """Check everything that can be checked without reading the tensors: the marker, meta.json, each file's size.
-
-        Raises CorruptError if any of them is not as it was written, UserError for another format, OSError.
-        """
+        Raises CorruptError if any of them is not as it was written, UserError for another format, OSError."""
         sums = self.sums()
         for name, expected in sums.items():
             check_size(self.path / name, expected)
@@ -136,22 +129,12 @@ class Checkpoint:
             raise CorruptError(self.path / META, "is corrupt (wrong checksum)")
         return OpenCheckpoint(self, CheckpointMeta.from_json(data, self.path / META), sums)
 
-    def problem(self) -> str | None:
-        """Why `open` fails; None if it does not."""
-        try:
-            self.open()
-        except (ExpectedError, OSError) as error:
-            return str(error)
-        return None
-
     def is_milestone(self) -> bool:
-        """By meta.json alone, which is small and is not checked here. Raises OSError or ValueError if it cannot be
-        read."""
+        """By meta.json alone, which is small and is not checked here. Raises OSError, and ValueError for no JSON."""
         return bool(json.loads((self.path / META).read_bytes()).get("milestone"))
 
     def verify(self, progress: Progress = lambda count: None) -> list[str]:
-        """Read all of it against its checksums; returns the problems, file by file. `progress` is told of bytes
-        read."""
+        """Read all of it against its checksums; returns the problems, by file. `progress` is told of bytes read."""
         try:
             sums = self.sums()
         except CorruptError as error:
@@ -179,9 +162,9 @@ class Checkpoint:
                 raise UserError(f"{error} for the main rank: {SHARE}") from None
         data = meta.to_json()
         write_atomic(saving / META, data)
-        files = {name: dataclasses.asdict(s) for name, s in sorted({**sums, META: sum_bytes(data)}.items())}
+        files = sorted({**sums, META: sum_bytes(data)}.items())
+        marker = {"files": {name: asdict(file) for name, file in files}}
         flush_folder(saving)
-        marker = {"files": files}
         write_atomic(saving / MARKER, json.dumps({**marker, "checksum": _checksum(marker)}).encode())
         flush_folder(saving)
         fence()

@@ -1,7 +1,6 @@
 """Whether a run may resume from a checkpoint under a config: the same model, the same recipe, the same data."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megagpt.checkpoints.checkpoint import OpenCheckpoint
@@ -25,14 +24,14 @@ def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowe
     """The differences that are allowed, for the log. Raises UserError naming all that are not, with the options that
     would allow them."""
     meta = found.meta
-    saved, wanted = meta.config, dataclasses.asdict(config)
-    model = model_differences(saved, config)
+    saved, wanted = meta.config, asdict(config)
+    model = _differences(_marked(saved, Change.SHAPE), _marked(wanted, Change.SHAPE))
     recipe, data = [], []
     if meta.sequences_seen:  # before the first sequence there is nothing that a change could contradict
         recipe = _differences(_marked(saved, Change.RECIPE), _marked(wanted, Change.RECIPE))
+        before, now = ([s["weight"] for s in tree["data"]["sources"]] for tree in (saved, wanted))
         data = _differences(
-            {"data.sources weights": [s["weight"] for s in saved["data"]["sources"]], "data": meta.data},
-            {"data.sources weights": [s["weight"] for s in wanted["data"]["sources"]], "data": fingerprints},
+            {"data.sources weights": before, "data": meta.data}, {"data.sources weights": now, "data": fingerprints}
         )
     refused, ways = list(model), []
     if model:
@@ -44,15 +43,9 @@ def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowe
         refused += data
         ways.append("--allow-data-change resumes with the new data")
     if refused:
-        raise UserError(
-            f"{found.path}: belongs to another run than this config: {'; '.join(refused)}. {'; '.join(ways)}"
-        )
+        problem = "belongs to another run than this config"
+        raise UserError(f"{found.path}: {problem}: {'; '.join(refused)}. {'; '.join(ways)}")
     return recipe + data
-
-
-def model_differences(saved: dict[str, Any], config: Config) -> list[str]:
-    """The differences between the shape of a saved config's model and that of the config's."""
-    return _differences(_marked(saved, Change.SHAPE), _marked(dataclasses.asdict(config), Change.SHAPE))
 
 
 def _marked(tree: dict[str, Any], change: Change) -> dict[str, Any]:
@@ -62,11 +55,8 @@ def _marked(tree: dict[str, Any], change: Change) -> dict[str, Any]:
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    return [
-        f"{key} {saved.get(key)} there, {wanted[key]} here"
-        for key in wanted
-        if _plain(saved.get(key)) != _plain(wanted[key])
-    ]
+    pairs = [(key, saved.get(key), here) for key, here in wanted.items()]
+    return [f"{key} {there} there, {here} here" for key, there, here in pairs if _plain(there) != _plain(here)]
 
 
 def _plain(value: Any) -> Any:

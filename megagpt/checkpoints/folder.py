@@ -49,8 +49,7 @@ def find_checkpoint(path: Path) -> OpenCheckpoint:
     """A checkpoint by its own folder, or a run's newest complete one. Raises UserError if there is none."""
     if is_checkpoint(path):
         return Checkpoint(path.resolve()).open()
-    newest = newest_complete(path)
-    if newest is None:
+    if (newest := newest_complete(path)) is None:
         raise UserError(f"{path}: has no complete checkpoint")
     return newest
 

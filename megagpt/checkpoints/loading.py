@@ -14,7 +14,7 @@ from megagpt.checkpoints.checkpoint import INDEX, OpenCheckpoint
 from megagpt.checkpoints.compatibility import Allowed, check
 from megagpt.checkpoints.folder import find_checkpoint, list_checkpoints, quarantined
 from megagpt.checkpoints.saving import hush
-from megagpt.checkpoints.storage import CorruptError, FileSum, Reader
+from megagpt.checkpoints.storage import CorruptError, Reader
 from megagpt.config import Config
 from megagpt.config_file import build_config
 from megagpt.console import say
@@ -26,12 +26,10 @@ from megagpt.world import World
 
 
 def choose(run: Path, config: Config, fingerprints: list[str], allowed: Allowed, world: World) -> OpenCheckpoint | None:
-    """The run's newest complete checkpoint, which fits config and data; None if none was ever completed.
-
-    Every rank calls it and gets the main rank's answer, because file systems may show ranks different states. Corrupt
-    ones are named and quarantined on the way. Raises UserError if there are only corrupt ones, and if the checkpoint
-    belongs to another run than the config.
-    """
+    """The run's newest complete checkpoint, which fits config and data; None if none was ever completed. Every rank
+    calls it and gets the main rank's answer, because file systems may show ranks different states. Corrupt ones are
+    named and quarantined on the way. Raises UserError if there are only corrupt ones, and if the checkpoint belongs to
+    another run than the config."""
     return world.from_main(lambda: _choose(run, config, fingerprints, allowed, world.size))
 
 
@@ -48,25 +46,20 @@ def _choose(run: Path, config: Config, fingerprints: list[str], allowed: Allowed
         for difference in check(found, config, fingerprints, allowed):
             say(f"resuming with a change: {difference}")
         if config.model.dropout and found.meta.world_size != ranks:
-            say(
-                f"dropout draws by rank: on {ranks} ranks instead of {found.meta.world_size}, other elements are "
-                "dropped from here on, at the same rate"
-            )
+            change = f"on {ranks} ranks instead of {found.meta.world_size}"
+            say(f"dropout draws by rank: {change}, other elements are dropped from here on, at the same rate")
         return found
-    left = quarantined(run)
-    if left:
-        raise UserError(
-            f"{left[-1]}: no checkpoint of this run is complete; restore one from a copy, or use another run.name. To "
-            "begin this run again from its first token, remove the quarantined checkpoints"
-        )
+    if left := quarantined(run):
+        ways = "restore one from a copy, or use another run.name"
+        again = "To begin this run again from its first token, remove the quarantined checkpoints"
+        raise UserError(f"{left[-1]}: no checkpoint of this run is complete; {ways}. {again}")
     return None
 
 
 def load(found: OpenCheckpoint, engine: Engine) -> None:
     """Fill the engine from a checkpoint. Every rank calls it. Raises CorruptError, on every rank, if some rank reads a
     block that is not as it was written."""
-    state = engine.state()
-    _read(found.path, found.sums, state, no_dist=engine.world.size == 1)
+    _read(found, engine.state(), no_dist=engine.world.size == 1)
     engine.state_loaded(found.meta.scalars)
 
 
@@ -77,9 +70,8 @@ def quarantine(found: OpenCheckpoint, error: CorruptError, world: World) -> None
     def rename() -> Path:
         with contextlib.suppress(CorruptError):
             found.checkpoint.open().check_file(error.file.name)
-            raise UserError(
-                f"{error}, as one rank reads it, but the main rank finds it complete: check that rank's host"
-            )
+            differ = "as one rank reads it, but the main rank finds it complete"
+            raise UserError(f"{error}, {differ}: check that rank's host")
         return found.checkpoint.quarantine()
 
     say(_quarantine_words(error, world.from_main(rename), found.path))
@@ -96,7 +88,7 @@ def read_weights(found: OpenCheckpoint, shapes: dict[str, tuple[int, ...]]) -> d
     """Parameters by name, fp32 on the CPU. Raises UserError for one that is missing or of another shape."""
     state = {f"model.{name}": torch.empty(shape) for name, shape in shapes.items()}
     found.check_file(INDEX)
-    _read(found.path, found.sums, state, no_dist=True)
+    _read(found, state, no_dist=True)
     return {name: state[f"model.{name}"] for name in shapes}
 
 
@@ -122,20 +114,15 @@ def saved_config(found: OpenCheckpoint) -> Config:
 
 def tensor_shapes(found: OpenCheckpoint) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint by its key, such as `exp_avg.blocks.0.mlp.up.weight`."""
-    metadata = Reader(found.path, found.sums).read_metadata()
-    return {
-        key: tuple(tensor.size)
-        for key, tensor in metadata.state_dict_metadata.items()
-        if isinstance(tensor, TensorStorageMetadata)
-    }
+    entries = Reader(found.path, found.sums).read_metadata().state_dict_metadata.items()
+    return {key: tuple(entry.size) for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
 
-def _read(folder: Path, sums: dict[str, FileSum], state: Mapping[str, Tensor], no_dist: bool) -> None:
+def _read(found: OpenCheckpoint, state: Mapping[str, Tensor], no_dist: bool) -> None:
     hush()
     try:
-        dcp.load(dict(state), storage_reader=Reader(folder, sums), no_dist=no_dist)
+        dcp.load(dict(state), storage_reader=Reader(found.path, found.sums), no_dist=no_dist)
     except CheckpointException as error:
         causes = [failure[0] for failure in error.failures.values()]
-        raise next((c for c in causes if isinstance(c, ExpectedError)), None) or UserError(
-            f"{folder}: cannot be read: {first_line(causes[0])}"
-        ) from None
+        unexpected = UserError(f"{found.path}: cannot be read: {first_line(causes[0])}")
+        raise next((cause for cause in causes if isinstance(cause, ExpectedError)), unexpected) from None

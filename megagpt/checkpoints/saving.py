@@ -1,14 +1,12 @@
 """Saving: a thread writes a copy of this rank's share of the state while training continues."""
 
-import dataclasses
 import datetime
 import os
 import threading
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,11 +46,9 @@ class Saved:
 
 
 class Saver:
-    """Saves of one run, one at a time. Every rank has one and calls it in the same steps.
-
-    `save` returns as soon as the state is copied; `poll` and `finish` return the checkpoint. If the disk refuses it,
-    `failed` is set on every rank.
-    """
+    """Saves of one run, one at a time. Every rank has one and calls it in the same steps. `save` returns as soon as the
+    state is copied; `poll` and `finish` return the checkpoint. If the disk refuses it, `failed` is set on every
+    rank."""
 
     def __init__(
         self, run: Path, config: CheckpointConfig, world: World, incarnation: Incarnation | None = None
@@ -67,14 +63,11 @@ class Saver:
             self._ranks_here = world.hosts().count(world.host)
         self._thread: threading.Thread | None = None
         self._outcome: Saved | BaseException | None = None
-        self._seconds, self._measured = 0.0, False
+        self.expected_seconds = 0.0
+        """Of the next save: the duration of the longest so far, or at first an estimate by the disk's speed."""
+        self._measured = False
         self._room: bool | None = None
         self._rotation: Rotation | None = None
-
-    @property
-    def expected_seconds(self) -> float:
-        """Expected duration of the next save: the longest so far, or at first an estimate by the disk's speed."""
-        return self._seconds
 
     def probe(self, size: int) -> None:
         """Write a little into the checkpoints' folder, to learn whether it can be written and how long a checkpoint of
@@ -94,11 +87,10 @@ class Saver:
             seconds = time.monotonic() - start
         except OSError as error:
             raise UserError(f"{folder}: checkpoints cannot be written there: {disk_reason(error)}") from None
-        self._seconds = self._world.max(seconds * share / len(data))  # and waits for all ranks' files
+        self.expected_seconds = self._world.max(seconds * share / len(data))  # and waits for all ranks' files
 
         def see_all() -> None:
-            for rank in range(self._world.size):
-                other = folder / f"probe.{rank}"
+            for other in (folder / f"probe.{rank}" for rank in range(self._world.size)):
                 if not other.exists():
                     raise UserError(f"{other} was written and is missing for the main rank: {SHARE}")
                 other.unlink()
@@ -106,10 +98,8 @@ class Saver:
         self._world.from_main(see_all)
 
     def save(self, state: dict[str, FlatShard], replica: Replica, meta: CheckpointMeta) -> Saved | None:
-        """Begin a save after the one before it has ended: returns what that one saved, or raises its error.
-
-        `replica`: the copy of the state that this rank holds; each copy writes its share.
-        """
+        """Begin a save after the one before it has ended: returns what that one saved, or raises its error. `replica`:
+        the copy of the state that this rank holds; each copy writes its share."""
         called = time.monotonic()
         previous = self.finish()
         begin = time.monotonic()
@@ -154,17 +144,15 @@ class Saver:
         outcome, self._outcome = self._outcome, None
         if isinstance(outcome, Saved):
             # The first real save tells more than the probe.
-            self._seconds = max(self._seconds, outcome.save_seconds) if self._measured else outcome.save_seconds
+            self.expected_seconds = max(outcome.save_seconds, self.expected_seconds if self._measured else 0.0)
             self._measured = True
+        if outcome is None or isinstance(outcome, Saved):
             return outcome
-        if outcome is None:
-            return None
-        of_disk = [cause for cause in _causes(outcome) if isinstance(cause, OSError)]
-        if of_disk:
-            reason = disk_reason(*of_disk)
-            raise disk_error(
-                f"{checkpoints_folder(self._run)}: the checkpoint could not be written: {reason}", *of_disk
-            ) from None
+        # The errors of the ranks, behind the one that PyTorch made of them.
+        of_ranks = [f[0] for f in outcome.failures.values()] if isinstance(outcome, CheckpointException) else [outcome]
+        if of_disk := [cause for cause in of_ranks if isinstance(cause, OSError)]:
+            text = f"{checkpoints_folder(self._run)}: the checkpoint could not be written: {disk_reason(*of_disk)}"
+            raise disk_error(text, *of_disk) from None
         raise outcome
 
     def _room_for(self, state: dict[str, FlatShard]) -> bool:
@@ -178,10 +166,8 @@ class Saver:
         on_host, free = self._world.max(sum(sizes) * self._ranks_here), -self._world.max(-float(free_memory()))
         self._room = on_host <= _MEMORY_SHARE * free
         if not self._room:
-            say(
-                f"training waits for its saves: a copy of the state takes {on_host / 2**30:.1f} GiB of a host, "
-                f"and {free / 2**30:.1f} GiB are free"
-            )
+            need = f"takes {on_host / 2**30:.1f} GiB of a host, and {free / 2**30:.1f} GiB are free"
+            say(f"training waits for its saves: a copy of the state {need}")
         return self._room
 
     def _write(self, state: dict[str, FlatShard], checkpoint: Checkpoint, meta: CheckpointMeta) -> None:
@@ -195,7 +181,9 @@ class Saver:
         writer = Writer(saving)
         hush()
         dcp.save(dict(state), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-        gathered = self._gather(writer.sums)
+        gathered = [writer.sums] * self._world.size  # every rank's, on the main rank
+        if self._group is not None:
+            dist.gather_object(writer.sums, gathered if self._world.is_main else None, dst=0, group=self._group)
 
         def complete() -> None:
             sums = {name: s for sums in gathered for name, s in sums.items()}
@@ -219,38 +207,21 @@ class Saver:
         self._fence()
         remove_unfinished(self._run, self._number)
 
-    def _gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on the main rank."""
-        if self._group is None:
-            return [value]
-        values: list[Any] | None = [None] * self._world.size if self._world.is_main else None
-        dist.gather_object(value, values, dst=0, group=self._group)
-        return values or []
-
 
 def meta_of(
     engine: Engine, at: Position, fingerprints: list[str], milestone: bool, skipped_updates: int
 ) -> CheckpointMeta:
     """The meta.json of an engine's save."""
     return CheckpointMeta(
-        tokens_seen=at.tokens,
-        sequences_seen=at.sequences,
-        step=at.step,
-        engine=engine.config.engine.name,
-        world_size=engine.world.size,
-        config=dataclasses.asdict(engine.config),
-        data=fingerprints,
-        scalars=engine.scalars(),
-        milestone=milestone,
-        skipped_updates=skipped_updates,
-    )
+        tokens_seen=at.tokens, sequences_seen=at.sequences, step=at.step, engine=engine.config.engine.name,
+        world_size=engine.world.size, config=asdict(engine.config), data=fingerprints,
+        scalars=engine.scalars(), milestone=milestone, skipped_updates=skipped_updates,
+    )  # fmt: skip
 
 
 def share_of(state: dict[str, FlatShard], replica: Replica) -> dict[str, FlatShard]:
-    """The share of the state that one of several equal copies writes.
-
-    The tensors are laid end to end and cut into equal ranges, so that most tensors are written in one piece.
-    """
+    """The share of the state that one of several equal copies writes. The tensors are laid end to end and cut into
+    equal ranges, so that most tensors are written in one piece."""
     if replica.count == 1:
         return state
     total = sum(s.flat.numel() for s in state.values())
@@ -276,8 +247,3 @@ def _copy(shard: FlatShard) -> FlatShard:
 def hush() -> None:
     """Turn off PyTorch's warning that a single process saves and loads without peers."""
     warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    """The errors of the ranks, behind the one that PyTorch made of them."""
-    return [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else [error]

@@ -1,32 +1,21 @@
-"""A checkpoint's files: PyTorch's distributed checkpoint format, checksummed block by block.
-
-The files are those of `torch.distributed.checkpoint`, which its own tools read. Each block of BLOCK_BYTES is hashed on
-its way to the disk, and compared on its way back before anything uses it: every read verifies its blocks, and no extra
-pass is needed. (Token shards have smaller blocks with CRC-32: a training batch reads single sequences of them.)
-"""
+"""A checkpoint's files: PyTorch's distributed checkpoint format, checksummed block by block. The files are those of
+`torch.distributed.checkpoint`, which its own tools read. Each block of BLOCK_BYTES is hashed on its way to the disk,
+and compared on its way back before anything uses it: every read verifies its blocks, and no extra pass is needed.
+(Token shards have smaller blocks with CRC-32: a training batch reads single sequences of them.)"""
 
 import contextlib
-import dataclasses
 import io
 import itertools
 import os
 import threading
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed.checkpoint as dcp
 import xxhash
-from torch.distributed.checkpoint import (
-    FileSystemReader,
-    FileSystemWriter,
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-)
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
@@ -62,8 +51,8 @@ class FileSum:
 
 def sum_bytes(data: bytes) -> FileSum:
     """The checksums of a small file's content."""
-    view = memoryview(data)
-    blocks = [xxhash.xxh3_64_hexdigest(view[i : i + BLOCK_BYTES]) for i in range(0, len(data), BLOCK_BYTES)]
+    parts = (memoryview(data)[i : i + BLOCK_BYTES] for i in range(0, len(data), BLOCK_BYTES))
+    blocks = [xxhash.xxh3_64_hexdigest(part) for part in parts]
     return FileSum(len(data), blocks)
 
 
@@ -123,11 +112,9 @@ class _HashingWriter(io.RawIOBase):
 
 
 class CheckedReader(io.RawIOBase):
-    """Reads a file, each block compared with its checksum before any byte of it is handed out.
-
-    The last blocks stay in memory, since a tensor's own directory, at its end, is read before and after the tensor.
-    Raises CorruptError, naming the file, if a checksum differs.
-    """
+    """Reads a file, each block compared with its checksum before any byte of it is handed out. The last blocks stay in
+    memory, since a tensor's own directory, at its end, is read before and after the tensor. Raises CorruptError, naming
+    the file, if a checksum differs."""
 
     def __init__(self, path: Path, expected: FileSum) -> None:
         check_size(path, expected)
@@ -145,9 +132,6 @@ class CheckedReader(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._expected.size}[whence]
         self._position = base + offset
-        return self._position
-
-    def tell(self) -> int:
         return self._position
 
     def readinto(self, target: Any) -> int:
@@ -217,7 +201,7 @@ class _ChecksummedFiles(FileSystem):
         self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
 
 
-class Writer(FileSystemWriter):
+class Writer(dcp.FileSystemWriter):
     """Writes one file for each rank; afterwards `sums` has the checksums of the files that this rank wrote."""
 
     def __init__(self, folder: Path) -> None:
@@ -225,7 +209,7 @@ class Writer(FileSystemWriter):
         self.sums: dict[str, FileSum] = {}
         self.fs = _ChecksummedFiles(self.sums)
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         """One tensor at a time: PyTorch's own method keeps a copy of all of them until the file is closed."""
         # PyTorch's zip container would hash everything once more, at a fourth of the speed.
         set_crc32_options(False)
@@ -251,28 +235,26 @@ class Writer(FileSystemWriter):
         return done
 
 
-class Reader(FileSystemReader):
+class Reader(dcp.FileSystemReader):
     """Reads a checkpoint's files against their checksums."""
 
     def __init__(self, folder: Path, sums: dict[str, FileSum]) -> None:
         super().__init__(folder)
         self.fs = _ChecksummedFiles(sums)
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+    def prepare_local_plan(self, plan: dcp.LoadPlan) -> dcp.LoadPlan:
         """In the files' order: PyTorch's is that of the names."""
 
-        def place(item: ReadItem) -> tuple[str, int]:
+        def place(item: dcp.ReadItem) -> tuple[str, int]:
             info = self.storage_data[item.storage_index]
             return info.relative_path, info.offset
 
-        return dataclasses.replace(plan, items=sorted(plan.items, key=place))
+        return replace(plan, items=sorted(plan.items, key=place))
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
         """PyTorch's, while a thread keeps the disk busy: it brings into the page cache what comes next."""
-        ranges: list[tuple[Path, int, int]] = []
-        for item in plan.items:
-            info = self.storage_data[item.storage_index]
-            ranges.append((Path(self.path) / info.relative_path, info.offset, info.offset + info.length))
+        infos = [self.storage_data[item.storage_index] for item in plan.items]
+        ranges = [(Path(self.path) / i.relative_path, i.offset, i.offset + i.length) for i in infos]
         stopped = threading.Event()
         thread = threading.Thread(target=_read_ahead, args=(ranges, stopped), daemon=True)
         thread.start()

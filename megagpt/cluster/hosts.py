@@ -12,8 +12,7 @@ _LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
 # passes on only NCCL_*, PYTHON* and the content of a .deepspeed_env file.
 _PASSED_ON = (
     "CUDA_DEVICE_MAX_CONNECTIONS", "DS_ACCELERATOR", "FI_", "GLOO_", "HF_DATASETS_", "HF_HOME", "HF_HUB_CACHE",
-    "LD_LIBRARY_PATH", "LD_PRELOAD", "MKL_",
-    "NCCL_", "OMP_", "TORCH", "TRITON_", "UCX_", "XDG_CACHE_HOME",
+    "LD_LIBRARY_PATH", "LD_PRELOAD", "MKL_", "NCCL_", "OMP_", "TORCH", "TRITON_", "UCX_", "XDG_CACHE_HOME",
 )  # fmt: skip
 
 
@@ -40,11 +39,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that ranks on other hosts need too. No secrets: they are written to a file."""
-    return {
-        name: value
-        for name, value in sorted(environment.items())
-        if name.startswith(_PASSED_ON) and not name.startswith("TORCHELASTIC_") and "\n" not in value
-    }
+    wanted = [n for n in sorted(environment) if n.startswith(_PASSED_ON) and not n.startswith("TORCHELASTIC_")]
+    return {name: environment[name] for name in wanted if "\n" not in environment[name]}
 
 
 def deepspeed_command(

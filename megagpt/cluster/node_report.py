@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ import torch
 import torch.distributed as dist
 
 import megagpt
-from megagpt import launchers
 from megagpt.errors import first_line
-from megagpt.launchers import SlurmNode
+from megagpt.launchers import SlurmNode, slurm_node
 
 _COLLECTIVE_BYTES = {"cuda": 2**28, "cpu": 2**24}
 # Timeout of the collective: until the last node has imported PyTorch. The pre-flight check gives up earlier.
@@ -30,11 +30,11 @@ _ROUNDS = 3
 def print_report(folder: Path, port: int, on_gpu: bool) -> None:
     """Print this node's facts, then the time of one all-reduce over all nodes. Each node runs it once, under srun.
     Raises UserError outside of launch/multinode.sh."""
-    task = launchers.slurm_node(os.environ)
+    task = slurm_node(os.environ)
     facts = {
-        "head": _name_problem(task.head),
-        "port": _port_problem(port) if task.index == 0 else "",
-        "folder": _folder_problem(folder, task.name),
+        "head": _problem(lambda: socket.getaddrinfo(task.head, None)),
+        "port": _problem(lambda: _bind(port)) if task.index == 0 else "",
+        "folder": _problem(lambda: _exchange_files(folder, task.name)),
         "versions": versions(),
         "gpus": _gpu_facts() if on_gpu else None,
         "time": time.time(),
@@ -50,34 +50,25 @@ def versions() -> dict[str, str]:
     return ours | {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy")}
 
 
-def _name_problem(host: str) -> str:
-    """Why a host's name has no address; empty if it has one."""
+def _problem(work: Callable[[], object]) -> str:
+    """Why some work fails; empty if it does not."""
     try:
-        socket.getaddrinfo(host, None)
+        work()
         return ""
     except OSError as error:
         return first_line(error)
 
 
-def _port_problem(port: int) -> str:
-    """Why the port cannot be used; empty if it can."""
+def _bind(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-            return ""
-        except OSError as error:
-            return first_line(error)
+        probe.bind(("", port))
 
 
-def _folder_problem(folder: Path, node: str) -> str:
-    """Why this node cannot leave a file for the head node, or read the one that it left; empty if it can."""
-    try:
-        (folder / f"preflight.{node}").write_text(node)
-        (folder / "preflight").read_text()
-        return ""
-    except OSError as error:
-        return first_line(error)
+def _exchange_files(folder: Path, node: str) -> None:
+    """Leave a file for the head node, and read the one that it left."""
+    (folder / f"preflight.{node}").write_text(node)
+    (folder / "preflight").read_text()
 
 
 def _gpu_facts() -> dict[str, Any]:
@@ -97,7 +88,7 @@ def _gpu_facts() -> dict[str, Any]:
 def _used_by_others() -> list[int]:
     """MiB that other processes use of each GPU of this job."""
     query = ["nvidia-smi", "--format=csv,noheader,nounits"]
-    if visible := launchers.visible_gpus(os.environ):
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         query.append(f"--id={visible}")
 
     def ask(what: str) -> list[list[str]]:
@@ -115,6 +106,7 @@ def _used_by_others() -> list[int]:
 def _time_all_reduce(task: SlurmNode, port: int, on_gpu: bool) -> dict[str, Any]:
     """`seconds` of the fastest of a few all-reduces, and their `bytes`; or the `error`."""
     device = "cuda" if on_gpu else "cpu"
+    synchronize = torch.cuda.synchronize if on_gpu else torch.cpu.synchronize
     try:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", init_method=f"tcp://{task.head}:{port}", rank=task.index,
@@ -124,12 +116,10 @@ def _time_all_reduce(task: SlurmNode, port: int, on_gpu: bool) -> dict[str, Any]
         seconds = []
         for _ in range(_ROUNDS):
             data.fill_(1.0)
-            if on_gpu:
-                torch.cuda.synchronize()
+            synchronize()
             begin = time.monotonic()
             dist.all_reduce(data)
-            if on_gpu:
-                torch.cuda.synchronize()
+            synchronize()
             seconds.append(time.monotonic() - begin)
         if not bool((data == task.nodes).all()):
             return {"error": "its sum is wrong"}

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt import launchers
 from megagpt.console import say
 from megagpt.errors import TransientError, UserError, first_line
 
@@ -24,7 +23,7 @@ _COLLECTIVE_SECONDS = 120.0
 _CLOCK_SECONDS = 5.0
 # Memory (MiB) that drivers and monitors may use on an idle GPU.
 _IDLE_MIB = 1024
-Line = dict[str, Any]
+_SHARE = "run.folder must be shared by all nodes"
 
 
 class UnfitError(TransientError):
@@ -46,7 +45,7 @@ def preflight(nodes: Sequence[str], gpus: int, folder: Path, port: int, answer_s
     for node in nodes:
         mark = folder / f"preflight.{node}"
         if node in facts and not facts[node]["folder"] and not mark.exists():
-            problems[node] = f"{mark} was written there and is missing here: run.folder must be shared by all nodes"
+            problems[node] = f"{mark} was written there and is missing here: {_SHARE}"
         mark.unlink(missing_ok=True)
     (folder / "preflight").unlink(missing_ok=True)
     for index, node in enumerate(nodes):
@@ -55,48 +54,42 @@ def preflight(nodes: Sequence[str], gpus: int, folder: Path, port: int, answer_s
     if problems:
         lines = "".join(f"\n  {node}: {problem}" for node, problem in sorted(problems.items()))
         hint = f"\nsrun said: {said[-1]}" if -1 in said and len(facts) < len(nodes) else ""
-        raise UnfitError(
-            f"{len(problems)} of {len(nodes)} node(s) are not fit for this run:{lines}{hint}\n"
-            "fix them, or leave them out with sbatch --exclude"
-        )
+        ways = "fix them, or leave them out with sbatch --exclude"
+        raise UnfitError(f"{len(problems)} of {len(nodes)} node(s) are not fit for this run:{lines}{hint}\n{ways}")
     speeds = [c["bytes"] / c["seconds"] / 1e9 for c in collectives.values()]
     speed = f"; an all-reduce over all of them moves {min(speeds):.2f} GB/s" if speeds else ""
     say(f"{len(nodes)} node(s) are fit: {', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''}{speed}")
 
 
-def _ask(
-    command: list[str], count: int, answer_seconds: float
-) -> tuple[dict[str, Any], dict[str, Any], dict[int, str]]:
+def _ask(command: list[str], count: int, seconds: float) -> tuple[dict[str, Any], dict[str, Any], dict[int, str]]:
     """Facts and collectives by node, of the nodes that answered in time; and the last line of each task's stderr by
     its index, srun's own under -1."""
     try:
         asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     except FileNotFoundError:
         raise UserError("no srun here: run this inside a Slurm job") from None
-    assert asking.stdout is not None
-    assert asking.stderr is not None
-    lines: queue.Queue[tuple[float, str] | None] = queue.Queue()
+
+    lines: queue.Queue[tuple[float, str]] = queue.Queue()
     complaints: list[str] = []
 
     def read() -> None:
         for line in asking.stdout or ():
             lines.put((time.time(), line))
-        lines.put(None)
+        lines.put((0.0, ""))  # the end
 
     threading.Thread(target=read, daemon=True).start()
     complainer = threading.Thread(target=lambda: complaints.extend(asking.stderr or ()), daemon=True)
     complainer.start()
     facts: dict[str, Any] = {}
     collectives: dict[str, Any] = {}
-    deadline = time.monotonic() + answer_seconds
+    deadline = time.monotonic() + seconds
     with contextlib.suppress(queue.Empty):
         while len(collectives) < count:
-            entry = lines.get(timeout=max(0.0, deadline - time.monotonic()))
-            if entry is None:
+            arrived, text = lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            if not text:
                 break
-            arrived, text = entry
             with contextlib.suppress(ValueError, TypeError, KeyError):  # printed by another program
-                line: Line = json.loads(text.partition(": ")[2])
+                line = json.loads(text.partition(": ")[2])
                 if "facts" in line:
                     facts[line["node"]] = {**line["facts"], "arrived": arrived}
                     if len(facts) == count:
@@ -124,7 +117,6 @@ def find_problems(
 ) -> dict[str, str]:
     """Node -> the first problem found with it."""
     problems: dict[str, str] = {}
-    head = nodes[0]
     versions = [json.dumps(facts[node]["versions"]) for node in nodes if node in facts]
     usual = json.loads(max(versions, key=versions.count)) if versions else {}
     for node in nodes:
@@ -136,22 +128,19 @@ def find_problems(
         differing = [f"{k} {v} and other nodes have {usual[k]}" for k, v in found["versions"].items() if v != usual[k]]
         seen = found["gpus"] or {"count": 0, "used": []}
         busy = [f"{i} ({used} MiB in use)" for i, used in enumerate(seen["used"]) if used > _IDLE_MIB]
-        if found["head"]:
-            problems[node] = f"does not know the head node's name {head} ({found['head']}): fix DNS or /etc/hosts"
-        elif found["port"]:
-            problems[node] = f"port {port} is taken there ({found['port']}): set MASTER_PORT"
-        elif found["folder"]:
-            problems[node] = f"cannot use the run's folder ({found['folder']}): run.folder must be shared by all nodes"
-        elif abs(late) > _CLOCK_SECONDS:
-            problems[node] = f"its clock is {abs(late):.0f} s {'ahead of' if late > 0 else 'behind'} the head node's"
-        elif differing:
-            problems[node] = "; ".join(differing)
-        elif seen.get("error"):
-            problems[node] = f"a GPU does not answer: {seen['error']}"
-        elif seen["count"] < gpus:
-            problems[node] = f"PyTorch sees {seen['count']} GPU(s) there, the job has {gpus}"
-        elif busy:
-            problems[node] = f"in use by other processes: GPU {', '.join(busy)}"
+        order = "ahead of" if late > 0 else "behind"
+        checks = [
+            (found["head"], f"does not know the head node's name {nodes[0]} ({found['head']}): fix DNS or /etc/hosts"),
+            (found["port"], f"port {port} is taken there ({found['port']}): set MASTER_PORT"),
+            (found["folder"], f"cannot use the run's folder ({found['folder']}): {_SHARE}"),
+            (abs(late) > _CLOCK_SECONDS, f"its clock is {abs(late):.0f} s {order} the head node's"),
+            (differing, "; ".join(differing)),
+            (seen.get("error"), f"a GPU does not answer: {seen.get('error')}"),
+            (seen["count"] < gpus, f"PyTorch sees {seen['count']} GPU(s) there, the job has {gpus}"),
+            (busy, f"in use by other processes: GPU {', '.join(busy)}"),
+        ]
+        if texts := [text for wrong, text in checks if wrong]:
+            problems[node] = texts[0]
     if not problems and len(nodes) > 1:
         failed = {node: collectives.get(node, {"error": "did not end"}) for node in nodes}
         problems = {n: f"the all-reduce failed: {c['error']}" for n, c in failed.items() if "error" in c}
@@ -160,11 +149,11 @@ def find_problems(
 
 def job_nodes() -> list[str]:
     """The nodes of this Slurm job, in Slurm's order. Raises UserError outside of a job."""
-    node_list = launchers.slurm_node_list(os.environ)
+    node_list = os.environ.get("SLURM_JOB_NODELIST")
+    if not node_list:
+        raise UserError("not inside a Slurm job: submit launch/multinode.sh with sbatch")
+    command = ["scontrol", "show", "hostnames", node_list]
     try:
-        shown = subprocess.run(
-            ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True
-        )  # fmt: skip
+        return subprocess.check_output(command, stderr=subprocess.PIPE, text=True).split()
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(f"scontrol cannot name the nodes of this job ({node_list}): {first_line(error)}") from None
-    return shown.stdout.split()

@@ -18,20 +18,15 @@ def check_fits(config: Config, ranks: int, gpu_gb: float | None) -> str:
     """A sentence about the memory that each rank needs. Raises UserError if a GPU has less (`gpu_gb` GB; if None, the
     largest known one's), and if the run does not divide over the ranks."""
     config.check_ranks(ranks)
-    held = _on_gpu(config, ranks) / 1e9
+    state = state_bytes(config, ranks)
+    on_host = {"none": 0.0, "optimizer": state.optimizer, "all": state.total}[config.engine.offload]
+    held = (state.total - on_host) / 1e9
     limit = gpu_gb or LARGEST_GPU_GB
     sentence = f"weights, gradients and optimizer take {held:.1f} GB of each GPU; activations come on top"
     if held <= limit:
         return sentence
     of = f"{limit:g} GB" if gpu_gb else f"{limit:g} GB, which the largest known GPU has (set --gpu-memory for others)"
     raise UserError(f"{config.run.name} does not fit on {ranks} GPU(s): {sentence}, of {of}; {_way_out(config, ranks)}")
-
-
-def _on_gpu(config: Config, ranks: int) -> float:
-    held = state_bytes(config, ranks)
-    if config.engine.offload == "all":
-        return 0.0
-    return held.total - (held.optimizer if config.engine.offload == "optimizer" else 0.0)
 
 
 def _way_out(config: Config, ranks: int) -> str:

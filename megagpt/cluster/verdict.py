@@ -1,7 +1,6 @@
 """After the ranks of a job have ended: which failure was the first, and whether the job should be started again."""
 
 import datetime
-import json
 import re
 import signal
 from collections import deque
@@ -14,13 +13,16 @@ from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.config import Config
 from megagpt.console import say
 from megagpt.errors import ExitCode
-from megagpt.failures import Failure, failure_of_end, read_record
+from megagpt.failures import Failure, read_record
 from megagpt.files import write_atomic
 from megagpt.incarnations import Incarnation, claim, list_incarnations
 from megagpt.launchers import job_number
+from megagpt.run_log import read
 
 SUMMARY = "first_error.txt"
 _TAIL_LINES = 30
+# Bytes at the end of the run log that hold its last line.
+_LOG_BYTES = 2**16
 # Failures in a row without a new checkpoint after which a job ends, whatever their reasons.
 _MAX_FRUITLESS = 3
 # Time between a rank's failure and another rank's death from which on torchrun has caused the death: it kills ranks
@@ -47,11 +49,9 @@ def is_finished(run: Path, config: Config) -> bool:
 
 
 def decide(run: Path, config: Config, job: str, logs: Path) -> ExitCode:
-    """DONE; STOPPED: the job should be started again; or DIFFERENT: it should not.
-
-    `job`: ID.RESTARTS of this incarnation; `logs`: folder of its ranks' logs and records, in which a summary is left.
-    Exit codes of the ranks are not used: torchrun and srun replace them by their own.
-    """
+    """DONE; STOPPED: the job should be started again; or DIFFERENT: it should not. `job`: ID.RESTARTS of this
+    incarnation; `logs`: folder of its ranks' logs and records, in which a summary is left. Exit codes of the ranks are
+    not used: torchrun and srun replace them by their own."""
     if is_finished(run, config):
         return ExitCode.DONE
     mine = _incarnations(run, job)
@@ -69,22 +69,20 @@ def decide_after_failure(run: Path, job: str, cause: Cause, logs: Path) -> ExitC
     """Say and record why this incarnation failed. STOPPED if a retry may succeed, else DIFFERENT."""
     _summarize(cause, logs)
     recorded = _record(run, job, cause)
+    failed = _failed_in_a_row(run, job)
     if not cause.failure.retry:
         say("this must be fixed first: the job ends here; submit it again to resume")
-        return ExitCode.DIFFERENT
-    failed = _failed_in_a_row(run, job)
-    if not recorded and len(list(logs.parent.glob(f"{job_number(job)}.*/{SUMMARY}"))) >= _MAX_FRUITLESS:
+    elif not recorded and len(list(logs.parent.glob(f"{job_number(job)}.*/{SUMMARY}"))) >= _MAX_FRUITLESS:
         say(f"this job failed {_MAX_FRUITLESS} times while another job has the run: the job ends here")
-        return ExitCode.DIFFERENT
-    if recorded and len(failed) > 1 and _alike(failed[-2], failed[-1]):
+    elif recorded and len(failed) > 1 and _alike(failed[-2], failed[-1]):
         tokens = failed[-1]["tokens_seen"]
         say(f"it failed in the same way at the same step before, at {tokens:,} tokens: the job ends here")
-        return ExitCode.DIFFERENT
-    if len(failed) >= _MAX_FRUITLESS and len({end.get("checkpoint") for end in failed[-_MAX_FRUITLESS:]}) == 1:
+    elif len(failed) >= _MAX_FRUITLESS and len({end.get("checkpoint") for end in failed[-_MAX_FRUITLESS:]}) == 1:
         say(f"it failed {_MAX_FRUITLESS} times in a row without a new checkpoint: the job ends here")
-        return ExitCode.DIFFERENT
-    say("the job resumes from its last checkpoint when it is started again")
-    return ExitCode.STOPPED
+    else:
+        say("the job resumes from its last checkpoint when it is started again")
+        return ExitCode.STOPPED
+    return ExitCode.DIFFERENT
 
 
 def _incarnations(run: Path, job: str) -> list[Incarnation]:
@@ -102,7 +100,8 @@ def _record(run: Path, job: str, cause: Cause) -> bool:
         mine = [claim(run, {"job": job, "note": "ended before the run was begun"})]
     end = mine[-1].ended()
     # After a rank died, the end says when the others noticed; the run log's last position is the same at each retry.
-    tokens = _last_tokens(run) if cause.died or not end else end["tokens_seen"]
+    logged = [0, *(line["tokens_seen"] for line in read(run, _LOG_BYTES))]
+    tokens = logged[-1] if cause.died or not end else end["tokens_seen"]
     failure = cause.failure
     mine[-1].correct_end(
         "failed", failure.reason, tokens, rank=failure.rank, host=failure.host, retry=failure.retry,
@@ -139,7 +138,7 @@ def _find_cause(end: dict[str, Any], logs: Path) -> Cause:
         failure = Failure(f"died of {name}{hint}", death.rank, death.node, retry=True)
         return Cause(failure, _rank_log(logs, death.node, death.local_rank), died=True)
     if end.get("outcome") == "failed":
-        failure = failure_of_end(end)
+        failure = Failure(end["reason"], end.get("rank"), end.get("host", ""), bool(end.get("retry", True)))
         same = next((cause for cause in records if cause.failure.rank == failure.rank), first)
         return Cause(failure, same.log if same else None)
     if first is not None:
@@ -222,15 +221,3 @@ def _tail(path: Path, count: int) -> list[str]:
     """The last lines that are not empty."""
     with path.open(errors="replace") as file:
         return [line.rstrip("\n") for line in deque((line for line in file if line.strip()), count)]
-
-
-def _last_tokens(run: Path) -> int:
-    """The last position in the run's metrics."""
-    path = run / "metrics.jsonl"
-    if path.exists():
-        for line in reversed(_tail(path, 5)):
-            try:
-                return int(json.loads(line)["tokens_seen"])
-            except (ValueError, KeyError):
-                continue
-    return 0

@@ -40,8 +40,7 @@ def _chosen(path: str) -> "list[Checkpoint]":
         return [Checkpoint(Path(path).resolve())]
     if not Path(path).is_dir():
         raise UserError(f"{path}: no such folder")
-    found = list_checkpoints(Path(path))
-    if not found:
+    if not (found := list_checkpoints(Path(path))):
         raise UserError(f"{path}: holds no checkpoints")
     return found
 
@@ -56,11 +55,9 @@ def _list(arguments: argparse.Namespace) -> int:
             print(f"{checkpoint.tokens:17,} {'':>9} {'':>8}  {'':12} {'':25} {'':9} incomplete: {error}")
             continue
         meta = found.meta
-        kind = "milestone" if meta.milestone else "interval"
-        print(
-            f"{checkpoint.tokens:17,} {meta.scalars['updates']:9,} {found.size / 1e9:8.3f}  "
-            f"{f'{meta.engine} x {meta.world_size}':12} {meta.saved:25} {kind:9} complete"
-        )
+        writer, kind = f"{meta.engine} x {meta.world_size}", "milestone" if meta.milestone else "interval"
+        sizes = f"{checkpoint.tokens:17,} {meta.scalars['updates']:9,} {found.size / 1e9:8.3f}"
+        print(f"{sizes}  {writer:12} {meta.saved:25} {kind:9} complete")
     return 0
 
 

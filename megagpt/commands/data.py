@@ -28,8 +28,7 @@ def _add_prepare(add: Add, text: str = "") -> None:
 
 
 def _add_verify(add: Add, text: str = "") -> None:
-    sub = add("verify", _verify, text)
-    sub.add_argument("folder")
+    add("verify", _verify, text).add_argument("folder")
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
@@ -42,18 +41,12 @@ def _prepare(arguments: argparse.Namespace) -> int:
     source = open_source(arguments.source, arguments.text_key, arguments.subset, arguments.split)
     with PrepareProgress() as progress:
         manifest = prepare(
-            source,
-            arguments.out,
-            val_fraction=arguments.val_fraction,
-            shard_tokens=arguments.shard_tokens,
-            workers=arguments.workers,
-            report=progress.report,
-        )
-    splits = manifest["splits"]
-    print(
-        f"{arguments.out}: {manifest['documents']:,} documents, {splits['train']['tokens']:,} training and "
-        f"{splits['val']['tokens']:,} validation tokens; train with data.sources='[{{path: {arguments.out}}}]'"
-    )
+            source, arguments.out, val_fraction=arguments.val_fraction, shard_tokens=arguments.shard_tokens,
+            workers=arguments.workers, report=progress.report,
+        )  # fmt: skip
+    train, val = (manifest["splits"][split]["tokens"] for split in ("train", "val"))
+    found = f"{manifest['documents']:,} documents, {train:,} training and {val:,} validation tokens"
+    print(f"{arguments.out}: {found}; train with data.sources='[{{path: {arguments.out}}}]'")
     return 0
 
 

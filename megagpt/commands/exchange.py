@@ -23,10 +23,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
     checkpoint = find_checkpoint(Path(arguments.run))
     export_checkpoint(checkpoint, arguments.to, arguments.shard_bytes)
-    print(
-        f"wrote {arguments.to} from {checkpoint.path}; load it with "
-        f"transformers.AutoModelForCausalLM.from_pretrained({arguments.to!r})"
-    )
+    call = f"transformers.AutoModelForCausalLM.from_pretrained({arguments.to!r})"
+    print(f"wrote {arguments.to} from {checkpoint.path}; load it with {call}")
     return 0
 
 

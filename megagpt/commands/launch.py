@@ -26,9 +26,8 @@ def register(add: Add) -> None:
     sub.add_argument("--time", help="time limit, as sbatch takes it (24:00:00)")
     sub.add_argument("--account")
     sub.add_argument("--partition")
-    sub.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="another option of sbatch: --sbatch=--qos=high"
-    )
+    text = "another option of sbatch: --sbatch=--qos=high"
+    sub.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=text)
     sub.add_argument("--submit", action="store_true", help="submit the job, instead of printing the command")
 
     sub = actions("hosts", _hosts, "Start a run on the hosts of a hostfile, with DeepSpeed's launcher over ssh.")
@@ -52,10 +51,18 @@ def register(add: Add) -> None:
 def _add_run(sub: argparse.ArgumentParser) -> None:
     """The arguments of the `megagpt train` that is started."""
     add_config(sub)
+    text = "as of `megagpt train`"
     for option in _TRAIN_OPTIONS:
-        sub.add_argument(
-            option, dest="options", action="append_const", const=option, default=[], help="as of `megagpt train`"
-        )
+        sub.add_argument(option, dest="options", action="append_const", const=option, default=[], help=text)
+
+
+def find_script(name: str) -> Path:
+    """The path of a script of `launch/`. Raises UserError if it is neither beside the package nor in it."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package.parent / "launch", package / "launch"):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"launch/{name} is neither beside the package nor in it: install megagpt again")
 
 
 def _train_arguments(arguments: argparse.Namespace) -> list[str]:
@@ -64,7 +71,6 @@ def _train_arguments(arguments: argparse.Namespace) -> list[str]:
 
 
 def _slurm(arguments: argparse.Namespace) -> int:
-    from megagpt.cluster.scripts import find_script
     from megagpt.cluster.slurm import check_fits, sbatch_command
 
     config = config_of(arguments)
@@ -72,10 +78,8 @@ def _slurm(arguments: argparse.Namespace) -> int:
     fits = check_fits(config, ranks, arguments.gpu_memory)
     options = [f"--{n}={v}" for n in ("time", "account", "partition") if (v := getattr(arguments, n)) is not None]
     options += arguments.sbatch
-    command = sbatch_command(
-        config, find_script("multinode.sh"), _train_arguments(arguments), arguments.nodes, arguments.gpus_per_node,
-        options,
-    )  # fmt: skip
+    script, words = find_script("multinode.sh"), _train_arguments(arguments)
+    command = sbatch_command(config, script, words, arguments.nodes, arguments.gpus_per_node, options)
     accumulation = config.accumulation(ranks)
     print(f"# {ranks} ranks, {accumulation} micro-batch(es) of {config.train.micro_batch} a step and rank; {fits}")
     print(shlex.join(command), flush=True)
@@ -83,26 +87,23 @@ def _slurm(arguments: argparse.Namespace) -> int:
         return 0
     if not shutil.which("sbatch"):
         raise UserError("no sbatch here: run the command above on a machine of the cluster")
-    return subprocess.run(command, env={"PYTHON": sys.executable, **os.environ}, check=False).returncode
+    return subprocess.call(command, env={"PYTHON": sys.executable, **os.environ})
 
 
 def _hosts(arguments: argparse.Namespace) -> int:
     from megagpt.cluster.hosts import deepspeed_command, passed_on, read_hostfile
-    from megagpt.cluster.scripts import find_script
-    from megagpt.launchers import deepspeed_env_name
     from megagpt.training.run_folder import run_folder
 
     config = config_of(arguments)
     hosts = read_hostfile(arguments.hostfile)
     config.check_ranks(sum(hosts.values()))
-    command = deepspeed_command(
-        arguments.hostfile.resolve(), hosts, arguments.master, arguments.port, find_script("train.py"),
-        [*_train_arguments(arguments), "--auto-resume"],
-    )  # fmt: skip
+    hostfile, script = arguments.hostfile.resolve(), find_script("train.py")
+    words = [*_train_arguments(arguments), "--auto-resume"]
+    command = deepspeed_command(hostfile, hosts, arguments.master, arguments.port, script, words)
     variables = "".join(f"{name}={value}\n" for name, value in passed_on(os.environ).items())
     # The launcher reads one file: the user's own is copied into it.
     for folder in (Path.home(), Path()):
-        own = folder / deepspeed_env_name(os.environ)
+        own = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
         if own.is_file():
             variables += own.read_text(encoding="utf-8").rstrip("\n") + "\n"
     if arguments.print:
@@ -124,7 +125,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from megagpt.cluster.verdict import Cause, decide_after_failure, is_finished
     from megagpt.console import say, voice
     from megagpt.failures import failure
-    from megagpt.launchers import job_setting, slurm_gpus, slurm_job
+    from megagpt.launchers import job_setting, slurm_job
     from megagpt.training.run_folder import run_folder
 
     config, nodes = config_of(arguments), job_nodes()
@@ -135,7 +136,8 @@ def _check(arguments: argparse.Namespace) -> int:
         if is_finished(run, config):
             say(f"{run}: finished already, at {config.train.tokens:,} tokens")
             return 0
-        on_gpu = config.train.device == "cuda" or (config.train.device == "auto" and slurm_gpus(os.environ) > 0)
+        slurm_gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+        on_gpu = config.train.device == "cuda" or (config.train.device == "auto" and slurm_gpus > 0)
         logs = run / "logs" / job
         try:
             preflight(nodes, ranks if on_gpu else 0, logs, port)

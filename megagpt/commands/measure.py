@@ -14,19 +14,16 @@ def register(add: Add) -> None:
     sub.add_argument("--compile", action="store_true", help="torch.compile")
     sub.add_argument("--engine", default="ddp", help="engine of megagpt's own row (ddp)")
     sub.add_argument("--against", default="", help="comma-separated: plain, transformers")
-    sub.add_argument(
-        "--same-allocator", action="store_true", help="give the others megagpt's CPU allocator setting too"
-    )
+    text = "give the others megagpt's CPU allocator setting too"
+    sub.add_argument("--same-allocator", action="store_true", help=text)
     sub.add_argument("--steps", type=count, default=5, help="measured steps in each round (5)")
-    sub.add_argument(
-        "--rounds", type=count, default=2, help="number of rounds, alternating between implementations (2)"
-    )
+    text = "number of rounds, alternating between implementations (2)"
+    sub.add_argument("--rounds", type=count, default=2, help=text)
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
     sub = add("parity", _parity, "Compare every engine with one plain process, and measure the memory of each.")
-    sub.add_argument(
-        "--tables", default="fp32,bf16,memory", help="comma-separated: fp32, bf16, memory, crossings (the first three)"
-    )
+    text = "comma-separated: fp32, bf16, memory, crossings (the first three)"
+    sub.add_argument("--tables", default="fp32,bf16,memory", help=text)
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 

@@ -9,17 +9,19 @@ def register(add: Add) -> None:
     sub = add("config", _config, "Show a resolved run and what is derived from it, or explain the config's keys.")
     add_config(sub)
     sub.add_argument("--ranks", type=count, default=1, help="number of ranks to derive accumulation for (1)")
-    sub.add_argument(
-        "--keys", nargs="?", const="", metavar="WORD",
-        help="explain every key, or those with WORD in their name or text; needs no CONFIG",
-    )  # fmt: skip
+    text = "explain every key, or those with WORD in their name or text; needs no CONFIG"
+    sub.add_argument("--keys", nargs="?", const="", metavar="WORD", help=text)
 
     add("models", _models, "List the papers' sizes.")
 
 
 def _config(arguments: argparse.Namespace) -> int:
     if arguments.keys is not None:
-        return _keys(arguments.keys)
+        from megagpt.config_keys import find_keys
+
+        for key in find_keys(arguments.keys):
+            print("\n".join(key.lines()))
+        return 0
     from megagpt.config_file import to_yaml
     from megagpt.planning.summary import summarize
 
@@ -30,27 +32,16 @@ def _config(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _keys(word: str) -> int:
-    from megagpt.config_keys import find_keys
-
-    for key in find_keys(word):
-        print("\n".join(key.lines()))
-    return 0
-
-
 def _models(arguments: argparse.Namespace) -> int:
     from megagpt.models.presets import PRESETS
 
-    print(
-        f"{'name':12}{'layers':>7}{'width':>7}{'heads':>10}{'context':>9}{'parameters':>17}{'batch':>11}{'lr':>9}{'FLOPs':>11}"
-    )
+    row = "{:12}{:>7}{:>7}{:>10}{:>9}{:>17}{:>11}{:>9}{:>11}".format
+    print(row("name", "layers", "width", "heads", "context", "parameters", "batch", "lr", "FLOPs"))
     for name, preset in PRESETS.items():
         m = preset.model
         lr = f"{preset.peak_lr:.1e}" if preset.peak_lr else "-"
         flops = f"{preset.paper_flops:.2e}" if preset.paper_flops else "-"
-        print(
-            f"{name:12}{m.layers:7}{m.width:7}{f'{m.heads} x {m.head_width}':>10}{m.context:9}"
-            f"{m.parameters:17,}{preset.batch_tokens:11,}{lr:>9}{flops:>11}"
-        )
+        heads, parameters, batch = f"{m.heads} x {m.head_width}", f"{m.parameters:,}", f"{preset.batch_tokens:,}"
+        print(row(name, m.layers, m.width, heads, m.context, parameters, batch, lr, flops))
     print("batch: tokens; lr: the paper's peak; FLOPs: 6 x parameters x the paper's 300B tokens; -: not published")
     return 0

@@ -33,17 +33,16 @@ def _sample(arguments: argparse.Namespace) -> int:
     from megagpt.generation import generate
     from megagpt.world import join
 
-    checks = [
-        (arguments.temperature >= 0, "--temperature must not be negative"),
-        (arguments.top_k >= 0, "--top-k must not be negative"),
-        (0 < arguments.top_p <= 1, "--top-p must be above 0 and at most 1"),
-        (arguments.samples > 0, "--samples must be at least 1"),
-        (arguments.max_tokens > 0, "--max-tokens must be at least 1"),
-        (arguments.seed >= 0, "--seed must not be negative"),
-    ]
-    for holds, message in checks:
-        if not holds:
-            raise UserError(message)
+    checks = {
+        "--temperature must not be negative": arguments.temperature >= 0,
+        "--top-k must not be negative": arguments.top_k >= 0,
+        "--top-p must be above 0 and at most 1": 0 < arguments.top_p <= 1,
+        "--samples must be at least 1": arguments.samples > 0,
+        "--max-tokens must be at least 1": arguments.max_tokens > 0,
+        "--seed must not be negative": arguments.seed >= 0,
+    }
+    if refused := [message for message, holds in checks.items() if not holds]:
+        raise UserError(refused[0])
     with join(arguments.device) as world:
         model = load_model(Path(arguments.model)).to(world.device).eval()
         context = model.config.context
@@ -55,20 +54,14 @@ def _sample(arguments: argparse.Namespace) -> int:
             tokens = gpt2().encode_ordinary(text) or [gpt2().eot_token]
             if len(tokens) > context:
                 if not arguments.slide:
-                    raise UserError(
-                        f"the prompt has {len(tokens)} tokens, the model's context is {context}: "
-                        f"shorten it, or let --slide keep its last {context}"
-                    )
+                    way = f"shorten it, or let --slide keep its last {context}"
+                    raise UserError(f"the prompt has {len(tokens)} tokens, the model's context is {context}: {way}")
                 warn(f"the prompt has {len(tokens)} tokens: its last {context} are used")
                 tokens = tokens[-context:]
             prompts.append(tokens)
         if max(map(len, prompts)) + arguments.max_tokens > context:
             warn(f"past the context of {context} tokens the window slides by half of it")
-        settings: dict[str, Any] = {
-            "temperature": arguments.temperature,
-            "top_k": arguments.top_k,
-            "top_p": arguments.top_p,
-        }
+        settings: dict[str, Any] = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
         if arguments.stream:
             for i, (text, tokens) in enumerate(zip(texts, prompts, strict=True)):
                 _stream(model, text, tokens, arguments.max_tokens, {**settings, "seed": arguments.seed, "first_row": i})

@@ -17,6 +17,5 @@ def _status(arguments: argparse.Namespace) -> int:
     from megagpt.training.status import status_lines
 
     run = Path(arguments.run)
-    for line in status_lines(run, load_config(run_config(run))):
-        print(line)
+    print("\n".join(status_lines(run, load_config(run_config(run)))))
     return 0

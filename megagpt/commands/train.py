@@ -1,7 +1,7 @@
 """train: a config's run, or the rest of a run."""
 
 import argparse
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,21 +17,12 @@ def register(add: Add) -> None:
     add_config(sub)
     sub.add_argument("--resume", metavar="RUN", help="folder of the run to resume")
     sub.add_argument("--auto-resume", action="store_true", help="resume the config's run if it exists; else begin it")
-    add_resume_options(sub)
+    text = "resume on other data than the run was trained on"
+    sub.add_argument("--allow-data-change", action="store_true", help=text)
+    text = "resume with another learning rate, schedule, batch, seed or dropout"
+    sub.add_argument("--allow-recipe-change", action="store_true", help=text)
     # The deepspeed launcher and old PyTorch launchers pass it beside LOCAL_RANK, which is used instead.
     sub.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-
-
-def add_resume_options(parser: argparse.ArgumentParser) -> None:
-    """The changes that a resume accepts only if it is told to."""
-    parser.add_argument(
-        "--allow-data-change", action="store_true", help="resume on other data than the run was trained on"
-    )
-    parser.add_argument(
-        "--allow-recipe-change",
-        action="store_true",
-        help="resume with another learning rate, schedule, batch, seed or dropout",
-    )
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -66,9 +57,6 @@ def _resumed_config(arguments: argparse.Namespace) -> "Config":
     if names:
         raise UserError(f"--resume takes the run's own config: leave {names[0]!r} out")
     config = load_config(run_config(arguments.resume), overrides)
-    run = Path(arguments.resume).resolve()
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, name=run.name, folder=_relative(run.parent)))
-
-
-def _relative(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    run, here = Path(arguments.resume).resolve(), Path.cwd()
+    folder = run.parent.relative_to(here) if run.parent.is_relative_to(here) else run.parent
+    return replace(config, run=replace(config.run, name=run.name, folder=str(folder)))

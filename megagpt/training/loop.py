@@ -17,7 +17,7 @@ from megagpt.position import Position
 from megagpt.process_memory import peak_memory
 from megagpt.run_log import Event
 from megagpt.training.occasions import crossed, occasions
-from megagpt.training.outcome import FINISHED, Outcome, stopped
+from megagpt.training.outcome import FINISHED, Outcome
 from megagpt.training.run import Run, open_run
 from megagpt.training.safety import TIME_LIMIT, StopRequest, seconds_since_start
 from megagpt.training.schedule import learning_rate
@@ -82,7 +82,7 @@ def _step(run: Run, before: Position, batches: Generator[Batch]) -> Position:
         values = {"seconds_to_first_step": since, "incarnation": run.lease.incarnation.number}
         run.reporter.event(Event.RESUMED, at, values, f"first step {since:.1f} s after the process began")
     if not first:
-        run.reserve.step_took(took)
+        run.reserve.took(step=took)
     if at.step == run.start.step + 2:
         run.say_bound()
     if at.last or not config.log.every_tokens or crossed(config.log.every_tokens, before.tokens, at.tokens):
@@ -95,30 +95,17 @@ def _report_step(
     run: Run, at: Position, batch: Batch, result: StepResult, took: float, waited: float, times: StepTimes
 ) -> None:
     speed, scale = batch.tokens / took, run.engine.loss_scale
-    values = {
-        "loss": result.loss,
-        "lr": learning_rate(run.config, at.tokens),
-        "gradient_norm": result.gradient_norm,
-        "tokens_seen": at.tokens,
-        "sequences_seen": at.sequences,
-        "batch_tokens": batch.tokens,
-        "tokens_per_second": speed,
-        "step_seconds": took,
-        "data_wait_seconds": waited,
-        "communication_wait_seconds": times.wait,
-        "mfu": _mfu(run, speed),
-        "peak_memory_bytes": peak_memory(run.world.device),
-        "skipped_updates": run.guard.skipped,
-    }
-    run.reporter.step(at, values | ({"loss_scale": scale.value} if scale.dynamic else {}))
-
-
-def _mfu(run: Run, tokens_per_second: float) -> float | None:
-    """Model FLOPs utilisation: the FLOPs of presets.flops_per_token over the devices' peak; None if unknown."""
     peak = peak_flops(run.world.device, run.config.train.precision)
-    if peak is None:
-        return None
-    return run.config.model.flops_per_token * tokens_per_second / (peak * run.world.size)
+    values = {
+        "loss": result.loss, "lr": learning_rate(run.config, at.tokens), "gradient_norm": result.gradient_norm,
+        "tokens_seen": at.tokens, "sequences_seen": at.sequences, "batch_tokens": batch.tokens,
+        "tokens_per_second": speed, "step_seconds": took, "data_wait_seconds": waited,
+        "communication_wait_seconds": times.wait,
+        # Model FLOPs utilisation: the FLOPs of presets.flops_per_token over the devices' peak.
+        "mfu": run.config.model.flops_per_token * speed / (peak * run.world.size) if peak else None,
+        "peak_memory_bytes": peak_memory(run.world.device), "skipped_updates": run.guard.skipped,
+    }  # fmt: skip
+    run.reporter.step(at, values | ({"loss_scale": scale.value} if scale.dynamic else {}))
 
 
 def _report_skipped(run: Run, at: Position, result: StepResult) -> None:
@@ -151,11 +138,10 @@ def _say_what_is_special(run: Run) -> None:
     config = run.config
     if config.validation.tokens and not run.validation_sequences:
         say("no validation: the corpus holds less than one sequence of held-out text")
-    if config.schedule.shape != "constant" and config.train.tokens < config.schedule.decay_end_tokens:
-        say(
-            f"the learning rate does not reach its floor: train.tokens {config.train.tokens:,} end before "
-            f"schedule.decay_end_tokens {config.schedule.decay_end_tokens:,}"
-        )
+    end, floor_at = config.train.tokens, config.schedule.decay_end_tokens
+    if config.schedule.shape != "constant" and end < floor_at:
+        where = f"train.tokens {end:,} end before schedule.decay_end_tokens {floor_at:,}"
+        say(f"the learning rate does not reach its floor: {where}")
     say(f"{config.run.name}: {config.model.parameters:,} parameters, {run.engine.describe()}")
 
 
@@ -164,14 +150,13 @@ def _stopped(run: Run, at: Position, stop: StopRequest) -> Outcome:
     reasons = [reason for reason in run.world.gather_objects(stop.reason) if reason]
     reason = reasons[0] if reasons else "a signal"
     if reason == TIME_LIMIT and at == run.start:
-        raise UserError(
-            f"train.time_limit {run.config.train.time_limit:g} s ends this run before a validation or samples that are "
-            f"due at {at.tokens:,} tokens: it would never get past them; raise train.time_limit, or lower "
-            "validation.tokens or sampling.samples"
-        )
+        due = f"a validation or samples that are due at {at.tokens:,} tokens: it would never get past them"
+        ways = "raise train.time_limit, or lower validation.tokens or sampling.samples"
+        limit = run.config.train.time_limit
+        raise UserError(f"train.time_limit {limit:g} s ends this run before {due}; {ways}")
     text = f"stopped by {reason}; resume with: megagpt train --resume {run.folder}"
     run.reporter.event(Event.STOPPED, at, {"reason": reason}, text)
-    return stopped(reason)
+    return Outcome("stopped", reason, ExitCode.STOPPED)
 
 
 def _finished(run: Run, at: Position, seconds: float) -> Outcome:

@@ -1,8 +1,6 @@
-"""The work that is due at token intervals besides training: saves, validations, samples.
-
-An occasion is due by what the run log says was last held, and is asked for at the loop's top. So whatever a stop or a
-kill interrupted is made up after the resume, at the same tokens at which the uninterrupted run holds it.
-"""
+"""The work that is due at token intervals besides training: saves, validations, samples. An occasion is due by what the
+run log says was last held, and is asked for at the loop's top. So whatever a stop or a kill interrupted is made up
+after the resume, at the same tokens at which the uninterrupted run holds it."""
 
 import functools
 import time
@@ -33,14 +31,12 @@ class Occasion:
 
     def due(self, at: Position) -> bool:
         """At the end, and when an interval was crossed since it was last held."""
-        return self.held < at.tokens and (
-            at.last or any(crossed(every, self.held, at.tokens) for every in self.intervals)
-        )
+        reached = at.last or any(crossed(every, self.held, at.tokens) for every in self.intervals)
+        return reached and self.held < at.tokens
 
     def hold(self, at: Position, stop: StopRequest) -> bool:
         """Do the work; False if it was interrupted, so that it stays due."""
-        done = self.work(at, stop)
-        if done:
+        if done := self.work(at, stop):
             self.held = at.tokens
         return done
 
@@ -87,9 +83,9 @@ def _validate(run: Run) -> Work:
 
         loss = validation_loss(run.engine, run.validation_data, sequences, interrupted)
         if loss is not None and run.world.is_main:
-            text = f"validation loss {loss:.4f} over {tokens:,} held-out tokens"
-            text += f" (a model that knows only how common each token is: {unigram():.4f})"
             values = {"validation_loss": loss, "unigram_loss": unigram()}
+            known = f"a model that knows only how common each token is: {unigram():.4f}"
+            text = f"validation loss {loss:.4f} over {tokens:,} held-out tokens ({known})"
             run.reporter.event(Event.VALIDATION, at, values, text)
         return loss is not None
 
@@ -110,7 +106,7 @@ def _sample(run: Run) -> Work:
                 temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=run.config.run.seed,
                 on_token=lambda row, token: run.watchdog.phase("sampling"),
             )  # fmt: skip
-        run.reserve.samples_took(time.monotonic() - began)
+        run.reserve.took(samples=time.monotonic() - began)
         texts = [s.prompt + gpt2().decode(row) for row in rows]
         run.reporter.event(Event.SAMPLES, at, {"samples": texts}, "\n".join(f"> {text}" for text in texts))
         run.reporter.text(at, "samples", "\n\n---\n\n".join(texts))

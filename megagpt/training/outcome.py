@@ -24,15 +24,9 @@ class Outcome:
 FINISHED = Outcome("finished", "the last token", ExitCode.DONE)
 
 
-def stopped(reason: str) -> Outcome:
-    return Outcome("stopped", reason, ExitCode.STOPPED)
-
-
 class Ending:
     """Records how this incarnation ended. The loop, an exception and the watchdog may all come to it: the first counts.
-
-    Every rank has one.
-    """
+    Every rank has one."""
 
     def __init__(self, incarnation: Incarnation, world: World, tokens: int) -> None:
         self._incarnation, self._world = incarnation, world
@@ -41,14 +35,23 @@ class Ending:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Records an error in the block, and raises its cause."""
+        """Records an error in the block, and raises it. If a newer incarnation has taken the run over, that is the
+        cause, whatever this rank saw: the newer one removes files and the ranks' peers end."""
         try:
             yield
         except Exception as error:
-            cause = self._failed(error)
-            if cause is error:
-                raise
-            raise cause from None
+            cause = error
+            try:
+                self._incarnation.check()
+            except Superseded as newer:
+                cause = newer
+            except OSError:  # a disk that does not answer now tells nothing
+                pass
+            found = failure(cause, self._world.rank)
+            self._failed(found.reason, found.retry)
+            if cause is not error:
+                raise cause from None
+            raise
 
     def outcome(self, outcome: Outcome) -> None:
         if self._world.is_main:
@@ -56,16 +59,8 @@ class Ending:
 
     def hung(self, reason: str) -> None:
         """Called on the rank that noticed first."""
-        self._incarnation.end("failed", reason, self.reached, rank=self._world.rank, host=self._world.host, retry=True)
+        self._failed(reason, retry=True)
 
-    def _failed(self, error: Exception) -> Exception:
-        """Record the failure; returns the error to raise. If a newer incarnation has taken the run over, that is the
-        cause, whatever this rank saw: the newer one removes files and the ranks' peers end."""
-        with contextlib.suppress(OSError):
-            try:
-                self._incarnation.check()
-            except Superseded as newer:
-                error = newer
-        found = failure(error, self._world.rank)
-        self._incarnation.end("failed", found.reason, self.reached, rank=found.rank, host=found.host, retry=found.retry)
-        return error
+    def _failed(self, reason: str, retry: bool) -> None:
+        rank, host = self._world.rank, self._world.host
+        self._incarnation.end("failed", reason, self.reached, rank=rank, host=host, retry=retry)

@@ -1,38 +1,50 @@
 """Every place where a run writes its numbers: the run log, TensorBoard, and the console."""
 
+import contextlib
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megagpt.console import duration, say
 from megagpt.position import Position
 from megagpt.run_log import Event, RunLog
-from megagpt.training.tensorboard import Board
 
 # Seconds between two progress lines, if there is no terminal for a bar.
 _LINE_SECONDS = 10.0
+# TensorBoard's panel -> the values that it shows; all other values are shown under "speed".
+_PANELS = {
+    "loss": ("loss", "validation_loss", "unigram_loss"),
+    "optimizer": ("lr", "gradient_norm", "batch_tokens", "skipped_updates", "loss_scale"),
+    "progress": ("tokens_seen", "sequences_seen", "incarnation"),
+    "ranks": (
+        "ranks_compute_median", "ranks_compute_slowest", "ranks_slowest_rank", "ranks_data_wait_longest",
+        "ranks_communication_wait_median",
+    ),
+}  # fmt: skip
+_PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}
 
 
 class Reporter:
-    """Writes on the main rank; on the others it does nothing."""
+    """Writes on the main rank; on the others it does nothing. TensorBoard's events continue across incarnations as one
+    curve: those past `start` are purged if the run resumes, because they will be written again."""
 
     def __init__(self, run: Path, start: Position, total_tokens: int, resumed: bool, is_main: bool) -> None:
-        self._log: RunLog | None = None
         self._start, self._total = start, total_tokens
         self._began, self._last_line = time.monotonic(), 0.0
         self._bar: tqdm[Any] | None = None
-        if not is_main:
+        self._log = RunLog(run, start.tokens) if is_main else None
+        if self._log is None:
             return
-        self._log = RunLog(run, start.tokens)
-        self._board = Board(run, start.step, resumed)
+        self._board = SummaryWriter(str(run), purge_step=start.step + 1 if resumed else None)
+        self._usual_hook, threading.excepthook = threading.excepthook, self._hook
         if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total_tokens, initial=start.tokens, unit="tok", unit_scale=True, dynamic_ncols=True,
-                smoothing=0.05,
-            )  # fmt: skip
+            look: Any = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True, "smoothing": 0.05}
+            self._bar = tqdm(total=total_tokens, initial=start.tokens, **look)
 
     def event(self, event: Event, at: Position, values: dict[str, Any], text: str = "") -> None:
         """An event, with its line for people. Raises ExpectedError if the disk refuses it."""
@@ -41,7 +53,9 @@ class Reporter:
         tokens = values.pop("tokens_seen", at.tokens)
         self._log.append(event, at.step, tokens, values)
         with self._log.disk_errors():
-            self._board.scalars(at.step, {"tokens_seen": tokens, **values})
+            for name, value in {"tokens_seen": tokens, **values}.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{_PANEL_OF.get(name, 'speed')}/{name}", value, at.step)
         if text:
             say(text)
 
@@ -67,7 +81,7 @@ class Reporter:
     def text(self, at: Position, name: str, text: str) -> None:
         """A text for TensorBoard, shown as Markdown."""
         if self._log is not None:
-            self._board.text(at.step, name, text)
+            self._board.add_text(name, text, at.step)
 
     def flush(self) -> None:
         """Put on the disk what a checkpoint's position claims to be there."""
@@ -79,4 +93,12 @@ class Reporter:
             self._bar.close()
         if self._log is not None:
             self._log.close()
-            self._board.close()
+            with contextlib.suppress(OSError):  # its error was reported when it was written
+                self._board.close()
+            threading.excepthook = self._usual_hook
+
+    def _hook(self, arguments: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread raises its disk error again in the next writer's thread: no traceback before that."""
+        is_writer = type(arguments.thread).__name__ == "_AsyncWriterThread"
+        if not (is_writer and isinstance(arguments.exc_value, OSError)):
+            self._usual_hook(arguments)

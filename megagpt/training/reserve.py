@@ -5,21 +5,17 @@ from megagpt.errors import ExitCode
 
 
 class Reserve:
-    """Seconds from a request to stop to the end of the process, at most, by the longest of each part so far.
-
-    A request is noticed between steps and between batches of a validation. At worst it comes as samples begin, which
-    cannot be interrupted, with a save in flight, and a step follows before it is noticed.
-    """
+    """Seconds from a request to stop to the end of the process, at most, by the longest of each part so far. A request
+    is noticed between steps and between batches of a validation. At worst it comes as samples begin, which cannot be
+    interrupted, with a save in flight, and a step follows before it is noticed."""
 
     def __init__(self, saver: Saver) -> None:
         self._saver = saver
         self._step = self._samples = 0.0
 
-    def step_took(self, seconds: float) -> None:
-        self._step = max(self._step, seconds)
-
-    def samples_took(self, seconds: float) -> None:
-        self._samples = max(self._samples, seconds)
+    def took(self, step: float = 0, samples: float = 0) -> None:
+        """Note the seconds of a step, or of all samples at one position."""
+        self._step, self._samples = max(self._step, step), max(self._samples, samples)
 
     @property
     def seconds(self) -> float:

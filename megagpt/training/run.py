@@ -34,6 +34,8 @@ from megagpt.training.stragglers import Stragglers
 from megagpt.training.watchdog import Watchdog
 from megagpt.world import World
 
+Found = OpenCheckpoint | None
+
 
 @dataclass
 class Run:
@@ -109,12 +111,10 @@ class Run:
         say(self.reserve.sentence(self.config.model.checkpoint_bytes))
         if torchrun_passes_sigterm_on(os.environ):
             say("torchrun ends its ranks 30 s after it passes a signal on; give it --shutdown-timeout to wait longer")
-        limit = self.config.train.time_limit
-        if 0 < limit < self.reserve.seconds:
-            say(
-                f"train.time_limit {limit:g} s is shorter than the {self.reserve.seconds:.0f} s that a step and its "
-                "save may take: each incarnation will make one step"
-            )
+        limit, needed = self.config.train.time_limit, self.reserve.seconds
+        if 0 < limit < needed:
+            short = f"shorter than the {needed:.0f} s that a step and its save may take"
+            say(f"train.time_limit {limit:g} s is {short}: each incarnation will make one step")
 
 
 @contextlib.contextmanager
@@ -127,9 +127,8 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
         check_free(folder)
     _check_vocabulary(config)
     data = prepare_builtin(config.data, world)
-    train_data, validation_data = (
-        open_corpus(data, split, config.model.context, config.run.seed) for split in ("train", "val")
-    )
+    context, seed = config.model.context, config.run.seed
+    train_data, validation_data = (open_corpus(data, split, context, seed) for split in ("train", "val"))
     engine = build_engine(config, world)
     fingerprints = [stream.fingerprint for stream in train_data.streams]
     seek = functools.partial(choose, folder, config, fingerprints, allowed, world)
@@ -140,9 +139,13 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
     ending = Ending(lease.incarnation, world, tokens)
     with ending.recording(), contextlib.ExitStack() as stack:
         found = _load(found, seek, engine)
-        if resume and found is None:
+        start = position(config, 0, 0)
+        if found is not None:
+            meta = found.meta
+            step = meta.step if meta.step is not None else step_count(config, meta.tokens_seen)
+            start = position(config, meta.sequences_seen, step)
+        elif resume:
             say(f"{folder}: no checkpoint was completed; starting from the first token")
-        start = _position(config, found)
         ending.reached = start.tokens
         world.barrier()
         saver = Saver(folder, config.checkpoint, world, lease.incarnation)
@@ -165,39 +168,26 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
         )  # fmt: skip
 
 
-def _load(
-    found: OpenCheckpoint | None, seek: Callable[[], OpenCheckpoint | None], engine: Engine
-) -> OpenCheckpoint | None:
+def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:
     """Load the checkpoint, or the next older one for each that turns out to be corrupt; returns the loaded one."""
     while found is not None:
         try:
             load(found, engine)
+            meta = found.meta
+            say(f"resuming at {meta.tokens_seen:,} tokens, saved by {meta.engine} on {meta.world_size} rank(s)")
+            break
         except CorruptError as error:
             quarantine(found, error, engine.world)
             found = seek()
-            continue
-        meta = found.meta
-        say(f"resuming at {meta.tokens_seen:,} tokens, saved by {meta.engine} on {meta.world_size} rank(s)")
-        break
     return found
-
-
-def _position(config: Config, found: OpenCheckpoint | None) -> Position:
-    if found is None:
-        return position(config, 0, 0)
-    meta = found.meta
-    step = meta.step if meta.step is not None else step_count(config, meta.tokens_seen)
-    return position(config, meta.sequences_seen, step)
 
 
 def _check_vocabulary(config: Config) -> None:
     """Raises UserError if the model does not fit the tokenizer, before anything is read or written."""
     model, sampling = config.model, config.sampling
     if model.vocab_size != VOCAB_SIZE:
-        raise UserError(
-            f"model.vocab_size {model.vocab_size} is not GPT-2's vocabulary of {VOCAB_SIZE}; "
-            "leave it out: the table is padded to a multiple of 128 by itself"
-        )
+        way = "leave it out: the table is padded to a multiple of 128 by itself"
+        raise UserError(f"model.vocab_size {model.vocab_size} is not GPT-2's vocabulary of {VOCAB_SIZE}; {way}")
     prompt = len(gpt2().encode_ordinary(sampling.prompt))
     if sampling.samples and not 0 < prompt <= model.context:
         raise UserError(f"sampling.prompt has {prompt} tokens; the model takes 1 to model.context {model.context}")

@@ -6,7 +6,6 @@ import platform
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,10 +42,8 @@ def holds_run(run: Path) -> bool:
 def check_free(run: Path) -> None:
     """Raises UserError if a run is there already."""
     if holds_run(run):
-        raise UserError(
-            f"{run}: already holds a run; resume it with `megagpt train --resume {run}` or --auto-resume, "
-            "or choose another run.name"
-        )
+        way = f"resume it with `megagpt train --resume {run}` or --auto-resume, or choose another run.name"
+        raise UserError(f"{run}: already holds a run; {way}")
 
 
 def claim_run(run: Path, engine: Engine, from_tokens: int) -> Incarnation:
@@ -56,28 +53,17 @@ def claim_run(run: Path, engine: Engine, from_tokens: int) -> Incarnation:
     def leave() -> int:
         run.mkdir(parents=True, exist_ok=True)
         write_atomic(run / "config.yaml", to_yaml(engine.config).encode())
-        settings = engine.settings()
-        if settings:
+        if settings := engine.settings():
             write_atomic(run / "deepspeed.json", json.dumps(settings, indent=2).encode())
-        return claim(run, _facts(engine, from_tokens)).number
+        facts = {
+            "command": shlex.join(sys.argv), "host": platform.node(), "job": slurm_job(os.environ),
+            "platform": platform.platform(), "python": platform.python_version(), "megagpt": megagpt.__version__,
+            "torch": torch.__version__, "engine": engine.describe(), "device": device_name(engine.world.device),
+            "world_size": engine.world.size, "from_tokens": from_tokens,
+        }  # fmt: skip
+        return claim(run, facts).number
 
     return Incarnation(run, engine.world.from_main(leave))
-
-
-def _facts(engine: Engine, from_tokens: int) -> dict[str, Any]:
-    return {
-        "command": shlex.join(sys.argv),
-        "host": platform.node(),
-        "job": slurm_job(os.environ),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "megagpt": megagpt.__version__,
-        "torch": torch.__version__,
-        "engine": engine.describe(),
-        "device": device_name(engine.world.device),
-        "world_size": engine.world.size,
-        "from_tokens": from_tokens,
-    }
 
 
 def start_as_markdown(incarnation: Incarnation) -> str:

@@ -18,11 +18,9 @@ TIME_LIMIT = "train.time_limit"
 
 
 class StopRequest:
-    """Notes SIGNALS instead of dying of them, and the end of a time limit; the loop asks between steps.
-
-    Signals may come any number of times, because launchers and schedulers send them more than once. Only a second
-    Ctrl-C interrupts at once. `time_limit`: seconds since this process began; 0: none.
-    """
+    """Notes SIGNALS instead of dying of them, and the end of a time limit; the loop asks between steps. Signals may
+    come any number of times, because launchers and schedulers send them more than once. Only a second Ctrl-C interrupts
+    at once. `time_limit`: seconds since this process began; 0: none."""
 
     def __init__(self, time_limit: float = 0) -> None:
         self.reason: str | None = None
@@ -48,12 +46,10 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
         self._interrupted = self._interrupted or number == signal.SIGINT
-        if self.reason is None:
-            self.reason = name
+        self.reason = self.reason or signal.Signals(number).name
 
 
 def seconds_since_start() -> float:
@@ -66,9 +62,7 @@ class FiniteGuard:
 
     def __init__(self, limit: int, skipped: int = 0) -> None:
         """`skipped`: the count so far, if the run resumes."""
-        self.limit = limit
-        self.skipped = skipped
-        self._in_a_row = 0
+        self.limit, self.skipped, self._in_a_row = limit, skipped, 0
 
     def check(self, updated: bool, step: int, last_good: Callable[[], str]) -> None:
         """Raises UserError after `limit` skipped updates in a row; `last_good` gives its clause about checkpoints."""
@@ -78,7 +72,6 @@ class FiniteGuard:
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row >= self.limit:
-            raise UserError(
-                f"loss or gradient was not finite in {self._in_a_row} steps in a row, the last of them step {step}; "
-                f"{last_good()}: resume with a lower optimizer.lr and --allow-recipe-change"
-            )
+            when = f"in {self._in_a_row} steps in a row, the last of them step {step}"
+            way = "resume with a lower optimizer.lr and --allow-recipe-change"
+            raise UserError(f"loss or gradient was not finite {when}; {last_good()}: {way}")

@@ -6,11 +6,8 @@ from megagpt.config import Config
 
 
 def learning_rate(config: Config, tokens: int) -> float:
-    """The rate of the step that brings the run to `tokens` tokens.
-
-    Linear warm-up from zero; then cosine to the floor, or constant followed by a linear decay (warm-up-stable-decay,
-    Hu et al. 2024), or constant.
-    """
+    """The rate of the step that brings the run to `tokens` tokens. Linear warm-up from zero; then cosine to the floor,
+    or constant followed by a linear decay (warm-up-stable-decay, Hu et al. 2024), or constant."""
     schedule, peak = config.schedule, config.optimizer.lr
     if tokens < schedule.warmup_tokens:
         return peak * tokens / schedule.warmup_tokens
@@ -34,9 +31,8 @@ def batch_sequences(config: Config, sequences_seen: int) -> int:
 
 def step_count(config: Config, tokens: int | None = None) -> int:
     """Optimizer steps until the run has seen `tokens` (default: all) of its tokens."""
-    target = config.total_sequences
-    if tokens is not None:
-        target = min(target, -(-tokens // config.model.context))
+    total = config.total_sequences
+    target = total if tokens is None else min(total, -(-tokens // config.model.context))
     count = seen = 0
     while seen < target:
         if seen * config.model.context >= config.train.batch_ramp_tokens:

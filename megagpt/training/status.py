@@ -29,10 +29,10 @@ def status_lines(run: Path, config: Config) -> Iterator[str]:
     yield f"{run}: {_state(run, _seconds_between(steps[-_STEPS:]))}"
     if steps:
         last, total = steps[-1], config.train.tokens
-        yield (
-            f"progress     {last['tokens_seen'] / total:.1%} of {total:,} tokens, step {last['step']:,}, "
-            f"loss {float(last['loss']):.4f}" + _validation(lines)
-        )
+        validations = [line["validation_loss"] for line in lines if line["event"] == Event.VALIDATION]
+        losses = f"loss {float(last['loss']):.4f}"
+        losses += f", validation loss {float(validations[-1]):.4f}" if validations else ""
+        yield f"progress     {last['tokens_seen'] / total:.1%} of {total:,} tokens, step {last['step']:,}, {losses}"
         speed = statistics.median(step["tokens_per_second"] for step in steps[-_STEPS:])
         left = max(0, total - last["tokens_seen"])
         yield f"speed        {speed:,.0f} tok/s; {duration(left / speed)} to go at that speed"
@@ -46,26 +46,22 @@ def status_lines(run: Path, config: Config) -> Iterator[str]:
         ended = "the last one" if incarnation is found[-1] else "left no record of its end"
         if end:
             ended = f"{end['outcome']} at {end['tokens_seen']:,} tokens: {end['reason']}"
-        yield (
-            f"  {incarnation.number}: {start.get('started', '?')} on {start.get('host', '?')}, "
-            f"{start.get('engine', start.get('note', '?'))}, from {start.get('from_tokens', 0):,} tokens; {ended}"
-        )
+        engine = start.get("engine", start.get("note", "?"))
+        begun = f"{start.get('started', '?')} on {start.get('host', '?')}, {engine}"
+        yield f"  {incarnation.number}: {begun}, from {start.get('from_tokens', 0):,} tokens; {ended}"
     yield f"resume with  megagpt train --resume {run}"
 
 
 def _seconds_between(steps: list[dict[str, Any]]) -> float:
     """Median time between two of these lines."""
-    spans = [
-        (now["tokens_seen"] - before["tokens_seen"]) / now["tokens_per_second"]
-        for before, now in itertools.pairwise(steps)
-    ]
-    return statistics.median(spans) if spans else 0.0
+    pairs = itertools.pairwise(steps)
+    spans = [(now["tokens_seen"] - before["tokens_seen"]) / now["tokens_per_second"] for before, now in pairs]
+    return statistics.median(spans or [0.0])
 
 
 def _state(run: Path, seconds_between: float) -> str:
     found = list_incarnations(run)
-    end = found[-1].ended() if found else {}
-    if end:
+    if found and (end := found[-1].ended()):
         return f"{end['outcome']} ({end['reason']})"
     log = log_path(run)
     if not log.exists():
@@ -74,11 +70,6 @@ def _state(run: Path, seconds_between: float) -> str:
     if silent > max(_SILENT_SECONDS, _SILENT_LINES * seconds_between):
         return f"silent for {duration(silent)}: killed, or busy with something long"
     return "running"
-
-
-def _validation(lines: list[dict[str, Any]]) -> str:
-    found = [line for line in lines if line["event"] == Event.VALIDATION]
-    return f", validation loss {float(found[-1]['validation_loss']):.4f}" if found else ""
 
 
 def _checkpoint(run: Path) -> str:

@@ -29,8 +29,7 @@ class Stragglers:
 
     def __init__(self, world: World, hosts: list[str], steps: int, factor: float) -> None:
         self._world, self._hosts, self._steps, self._factor = world, hosts, steps, factor
-        self._count = 0
-        self._sums = [0.0, 0.0, 0.0, 0.0]
+        self._count, self._sums = 0, [0.0] * 4
         self._in_a_row: dict[int, int] = {}
 
     def add(self, step_seconds: float, data_wait: float, times: StepTimes) -> Comparison | None:
@@ -42,7 +41,7 @@ class Stragglers:
         if self._count < self._steps:
             return None
         ranks = self._world.gather([value / self._count for value in self._sums])
-        self._count, self._sums = 0, [0.0, 0.0, 0.0, 0.0]
+        self._count, self._sums = 0, [0.0] * 4
         return compare(ranks, self._factor, self._hosts, self._in_a_row)
 
 

@@ -1,8 +1,6 @@
-"""Notices a rank that makes no progress; writes the stacks and the last collectives of all ranks, and ends them.
-
-A collective ends when the last rank joins it. If one never does, the others wait for as long as the process group lets
-them, and nothing says who is missing, or what it does instead.
-"""
+"""Notices a rank that makes no progress; writes the stacks and the last collectives of all ranks, and ends them. A
+collective ends when the last rank joins it. If one never does, the others wait for as long as the process group lets
+them, and nothing says who is missing, or what it does instead."""
 
 import contextlib
 import faulthandler
@@ -29,12 +27,10 @@ _DUMP_SECONDS = 10.0
 
 
 class Watchdog:
-    """Watches one rank; every rank has one. `phase` names the rank's work and is a sign of life.
-
-    If a rank gives no sign of life for `timeout` seconds, every rank writes its stacks (rank_3.txt) and PyTorch's
-    flight recorder (flight_recorder_3, a pickle) to `folder`; `ending(reason)` is called on the rank that noticed
-    first, and the processes end with ExitCode.HUNG.
-    """
+    """Watches one rank; every rank has one. `phase` names the rank's work and is a sign of life. If a rank gives no
+    sign of life for `timeout` seconds, every rank writes its stacks (rank_3.txt) and PyTorch's flight recorder
+    (flight_recorder_3, a pickle) to `folder`; `ending(reason)` is called on the rank that noticed first, and the
+    processes end with ExitCode.HUNG."""
 
     def __init__(self, world: World, folder: Path, timeout: float, ending: Callable[[str], None]) -> None:
         self._world, self._folder, self._timeout, self._ending = world, folder, timeout, ending
@@ -109,8 +105,8 @@ class Watchdog:
                 file.write(f"rank {rank} on {self._world.host}, in {self._phase} for {silent:.0f} s\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            trace = _flight_recorder(self._world)
-            if trace:
+            name = "_dump_nccl_trace" if self._world.device.type == "cuda" else "_dump_fr_trace"
+            if dist.is_initialized() and hasattr(c10d, name) and (trace := bytes(getattr(c10d, name)())):
                 (self._folder / f"flight_recorder_{rank}").write_bytes(trace)
 
     def _tell(self, silent: float) -> None:
@@ -143,12 +139,3 @@ class Watchdog:
             names = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
             text += f"; no answer from rank(s) {names}: stopped, or their host is gone"
         return text
-
-
-def _flight_recorder(world: World) -> bytes:
-    """The last collectives of this process, pickled; empty if PyTorch kept none."""
-    if not dist.is_initialized():
-        return b""
-    name = "_dump_nccl_trace" if world.device.type == "cuda" else "_dump_fr_trace"
-    dump = getattr(c10d, name, None)
-    return bytes(dump()) if dump is not None else b""

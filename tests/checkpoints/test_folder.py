@@ -15,7 +15,7 @@ from megagpt.checkpoints.saving import Saver
 from megagpt.checkpoints.storage import CorruptError, Writer
 from megagpt.config import CheckpointConfig
 from megagpt.errors import UserError
-from tests.checkpoints.toy_state import ALONE, SHAPES, WHOLE, meta, save, saved_value, state_of
+from tests.checkpoints.toy_state import ALONE, SHAPES, WHOLE, is_complete, meta, save, saved_value, state_of
 
 
 def test_the_newest_and_the_milestones_stay(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_rotation_keeps_the_only_complete_one(tmp_path: Path) -> None:
     save(again, 3)
     again.finish()
     assert [c.tokens // 4 for c in list_checkpoints(tmp_path)] == [2, 3, 5]
-    assert [c.tokens // 4 for c in list_checkpoints(tmp_path) if c.problem() is None] == [3, 5]
+    assert [c.tokens // 4 for c in list_checkpoints(tmp_path) if is_complete(c)] == [3, 5]
 
 
 def test_a_save_that_was_cut_off_is_no_checkpoint_and_is_cleared(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from megagpt.checkpoints.saving import Saver
 from megagpt.config_file import build_config
 from megagpt.engines.engine import Replica
 from megagpt.engines.flat_shard import FlatShard
+from megagpt.errors import ExpectedError
 from megagpt.world import World
 
 CONFIG = build_config(
@@ -33,6 +34,13 @@ def meta(step: int, milestone: bool = False) -> CheckpointMeta:
     """One sequence of 4 tokens in each step."""
     config = dataclasses.asdict(CONFIG)
     return CheckpointMeta(4 * step, step, step, "test", 1, config, [], {"updates": step}, milestone)
+
+
+def is_complete(checkpoint: Checkpoint) -> bool:
+    try:
+        return bool(checkpoint.open())
+    except (ExpectedError, OSError):
+        return False
 
 
 def save(saver: Saver, step: int, milestone: bool = False) -> None:

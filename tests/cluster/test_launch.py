@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from megagpt.cli import main
-from megagpt.cluster import scripts
-from megagpt.cluster.scripts import find_script
+from megagpt.commands import launch
 from megagpt.errors import UserError
 from megagpt.incarnations import claim, list_incarnations
 from tests.cluster.job import END, RETRY, TOKENS
@@ -21,20 +20,20 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 
 @pytest.mark.parametrize("name", ["multinode.sh", "train.py"])
 def test_scripts_are_found_from_anywhere(name: str) -> None:
-    assert find_script(name) == REPOSITORY / "launch" / name
+    assert launch.find_script(name) == REPOSITORY / "launch" / name
 
 
 def test_scripts_are_found_in_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "site-packages" / "megagpt"
     (package / "launch").mkdir(parents=True)
     (package / "launch" / "multinode.sh").touch()
-    monkeypatch.setattr(scripts, "__file__", str(package / "cluster" / "scripts.py"))
-    assert find_script("multinode.sh") == package / "launch" / "multinode.sh"
+    monkeypatch.setattr(launch, "__file__", str(package / "commands" / "launch.py"))
+    assert launch.find_script("multinode.sh") == package / "launch" / "multinode.sh"
 
 
 def test_a_missing_script_is_named() -> None:
     with pytest.raises(UserError, match=r"launch/absent\.sh is neither"):
-        find_script("absent.sh")
+        launch.find_script("absent.sh")
 
 
 # --- check ---
