@@ -142,13 +142,13 @@ def open_stream(folder: str | Path, split: str) -> TokenStream:
     shards."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of shards; make it with `megagpt prepare SOURCE --out {folder}`")
+        raise UserError(f"{folder}: no such folder; make the shards with `megagpt data prepare SOURCE --out {folder}`")
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         listed = manifest["splits"][split]
         shards = [_own_shard(folder, manifest, entry) for entry in listed["shards"]]
     elif (folder / JOURNAL).exists():
-        raise UserError(f"{folder}: its preparation was not finished; run the same `megagpt prepare` again to resume")
+        raise UserError(f"{folder}: its preparation is unfinished; run the same `megagpt data prepare` again to resume")
     else:
         shards = _foreign_shards(folder, split)
         listed = [[s.path.name, s.tokens] for s in shards]
@@ -213,7 +213,7 @@ def _foreign_shards(folder: Path, split: str) -> list[Shard]:
     if any(p.name.endswith(".crc32.npy") for p in files):
         raise UserError(f"{folder}: its {MANIFEST} is missing; prepare the data again")
     if not files:
-        raise UserError(f"{folder}: holds no token shards (no {MANIFEST}, no .bin, no .npy); run `megagpt prepare`")
+        raise UserError(f"{folder}: no token shards in it (no {MANIFEST}, .bin or .npy); run `megagpt data prepare`")
     named = [p for p in files if _split_of(p) == split]
     if split == "train" and not named:
         names = ", ".join(p.name for p in files[:3])

@@ -1,4 +1,4 @@
-"""Corpora to prepare, real `megagpt prepare` processes, and checks of the folders that they leave."""
+"""Corpora to prepare, real `megagpt data prepare` processes, and checks of the folders that they leave."""
 
 import contextlib
 import json
@@ -100,7 +100,7 @@ sys.exit(main())
 
 
 def start(corpus: Path, out: Path, pace: float = 0.0, workers: int = 2) -> subprocess.Popen[str]:
-    """`megagpt prepare` in a process group of its own."""
+    """`megagpt data prepare` in a process group of its own."""
     options = ["--out", str(out), "--val-fraction", "0.05", "--shard-tokens", "60000", "--workers", str(workers)]
     return subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, str(pace), "prepare", str(corpus), *options],

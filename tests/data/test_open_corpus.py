@@ -19,8 +19,8 @@ def test_unusable_folders_are_refused_by_name(tmp_path: Path, folders: list[Path
     write_bin(none / "x_train_0.bin", np.arange(0))
     write_bin(short / "x_train_0.bin", np.arange(CONTEXT))
     for folder, words in (
-        (missing, ["megagpt prepare"]),
-        (empty, ["megagpt prepare"]),
+        (missing, ["megagpt data prepare"]),
+        (empty, ["megagpt data prepare"]),
         (none, ["empty"]),
         (short, [f"{CONTEXT} tokens", "model.context"]),
     ):

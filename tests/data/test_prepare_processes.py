@@ -1,4 +1,4 @@
-"""Real `megagpt prepare` processes: killed, interrupted, started twice, with workers that die."""
+"""Real `megagpt data prepare` processes: killed, interrupted, started twice, with workers that die."""
 
 import os
 import random

@@ -23,7 +23,7 @@ def test_an_impossible_run_is_refused_in_one_line(tiny: Tiny, tmp_path: Path, re
     refusal(["train"], "name one config")
     refusal(["train", "nowhere.yaml"], "nowhere.yaml")
     refusal(["train", config, "train.micro_batch=3"], "micro_batch 3", "2 or 4")
-    refusal(["train", config, "data.sources=[{path: missing}]"], "missing", "megagpt prepare")
+    refusal(["train", config, "data.sources=[{path: missing}]"], "missing", "megagpt data prepare")
     (tmp_path / "empty").mkdir()
     refusal(["train", config, f"data.sources=[{{path: {tmp_path / 'empty'}}}]"], "no token shards")
     long = ["model.context=65536", "train.batch_tokens=65536", "train.micro_batch=1", "train.tokens=65536"]
