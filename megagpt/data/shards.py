@@ -148,7 +148,7 @@ def open_stream(folder: str | Path, split: str) -> TokenStream:
         listed = manifest["splits"][split]
         shards = [_own_shard(folder, manifest, entry) for entry in listed["shards"]]
     elif (folder / JOURNAL).exists():
-        raise UserError(f"{folder}: its preparation is unfinished; run the same `megagpt data prepare` again to resume")
+        raise UserError(f"{folder}: its preparation is not finished; run the same `megagpt data prepare` to resume")
     else:
         shards = _foreign_shards(folder, split)
         listed = [[s.path.name, s.tokens] for s in shards]
