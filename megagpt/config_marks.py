@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Change(enum.Enum):
-    """What a resume does if the key's value is not the checkpoint's."""
+    """Whether a resume may use another value than the checkpoint's."""
 
     FREE = "a resume may change it"
     RECIPE = "a resume needs --allow-recipe-change to change it"

@@ -1,5 +1,5 @@
 """Options that several commands share, and the one grammar of their arguments. An argument with `=` is an override, any
-other names the config. Both may stand before or after options."""
+other names the config. Both may come before or after options."""
 
 import argparse
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What is compared: engines, micro-batches in a step, activation checkpointing, precision."""
+"""The compared cases: engines, micro-batches in a step, activation checkpointing, precision."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from megagpt.config_file import build_config
 from megagpt.data.loader import Batch
 
 STEPS = 20
-# Steps before the save, where one is made.
+# Steps before the save, in cases that save.
 SAVED_AT = 10
 _BATCH = 16
 _MODEL = {"layers": 3, "width": 64, "heads": 4, "context": 32, "vocab_size": 500}

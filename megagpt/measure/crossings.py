@@ -39,7 +39,7 @@ PAIRS = [
 
 
 class Result(NamedTuple):
-    """What followed a crossing."""
+    """The steps after a crossing, compared."""
 
     difference: float
     """Largest difference of the loss from the plain process."""

@@ -71,7 +71,7 @@ def bench(config: Config, world: World, folder: Path, rounds: int) -> None:
         ratio = f" = {best[disk[name]] / seconds:.0%} of the {disk[name]}" if name in disk else ""
         print(f"{name:33} {seconds:6.2f} s{rate}{ratio}")
     stall, rest = (best[f"save in the background: {part}"] for part in ("stall", "the rest"))
-    print(f"training stands still for {stall / (stall + rest):.0%} of a save in the background")
+    print(f"training waits for {stall / (stall + rest):.0%} of a save in the background")
 
 
 def _empty(folder: Path) -> None:

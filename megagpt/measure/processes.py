@@ -41,7 +41,7 @@ def run_cases(kind: str, cases: Sequence[Case], progress: Callable[[], object] =
 
 
 def run_ranks(ranks: int, function: Function, *arguments: Any, method: str = "forkserver") -> Iterator[Any]:
-    """What `function(*arguments)` yields on rank 0, one by one; every rank of a new world calls it. `method`:
+    """Call `function(*arguments)` on every rank of a new world; yields what rank 0's call yields. `method`:
     "forkserver" starts fast, from a process that has imported everything; "spawn" gives fresh processes, which share no
     memory with it. Raises UserError with the reason of the rank that failed first."""
     context: Any = multiprocessing.get_context(method)

@@ -1,4 +1,4 @@
-"""What one rank of the compared runs does: curves, checkpoints, memory."""
+"""The work of one rank in a comparison: curves, checkpoints, memory."""
 
 import gc
 import statistics

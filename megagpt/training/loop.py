@@ -1,4 +1,5 @@
-"""The loop: the only place where a run moves on. It takes steps, and between them it does what is due."""
+"""The loop: the only place where a run advances. It takes steps, and between them it holds the occasions that are
+due."""
 
 import contextlib
 import time
