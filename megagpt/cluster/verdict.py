@@ -23,7 +23,7 @@ from megagpt.run_log import read
 SUMMARY = "first_error.txt"
 _TAIL_LINES = 30
 # Bytes at the end of the run log that hold its last line.
-_LOG_BYTES = 2**16
+_LOG_BYTES = 2**22
 # Failures in a row without a new checkpoint after which a job ends, whatever their reasons.
 _MAX_FRUITLESS = 3
 # Time between a rank's failure and another rank's death from which on torchrun has caused the death: it kills ranks
