@@ -3,8 +3,7 @@
     config = load_config("gpt3_xl.yaml", ["train.tokens=1e9", "model.layers=2"])
 
 A file may name another file as its `base` (beside itself, or by bare name); it then holds only the differences. Every
-error names file, key and value.
-"""
+error names file, key and value."""
 
 import functools
 import json

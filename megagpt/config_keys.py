@@ -1,10 +1,9 @@
 """Every key of the config with its default, its values and its meaning: what `megagpt config --keys` shows."""
 
-import dataclasses
 import textwrap
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
 import annotated_types
@@ -102,4 +101,4 @@ def _type_text(annotation: Any) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

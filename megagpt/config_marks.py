@@ -2,8 +2,7 @@
 
     lr: Recipe[float] = Field(default=6.0e-4, gt=0)
 
-Every field has exactly one of the marks of `Change`.
-"""
+Every field has exactly one of the marks of `Change`."""
 
 import enum
 from dataclasses import dataclass

@@ -25,8 +25,7 @@ class ExitCode(enum.IntEnum):
 
 
 class ExpectedError(Exception):
-    """Ends the command with its message alone, without a traceback. The message says what was wrong, where (file, key,
-    value) and what to do."""
+    """Ends the command with its message alone: what was wrong, where (file, key, value), and what to do."""
 
     code: ClassVar[ExitCode] = ExitCode.FAILED
     retry: ClassVar[bool] = False

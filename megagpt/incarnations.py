@@ -4,8 +4,7 @@ RUN/incarnations/000003.json        how it began: when, on which host, by which 
 RUN/incarnations/000003.end.json    how it ended: finished, stopped by a signal, or failed at which token
 
 A batch system may start a job again while ranks of its last incarnation still run: on a node that it has lost contact
-with, or behind a broken link. Such ranks see the shared folder long before anyone can end them.
-"""
+with, or behind a broken link. Such ranks see the shared folder long before anyone can end them."""
 
 import contextlib
 import json
@@ -63,8 +62,7 @@ class Incarnation:
             raise Superseded(f"{self.run}: {newer}; incarnation {self.number} ends and writes nothing more")
 
     def end(self, outcome: str, reason: str, tokens_seen: int, **more: Any) -> None:
-        """Record how it ended. The first writer wins: it is closest to the cause. Never raises, so that it cannot hide
-        the original error."""
+        """Record how it ended. The first writer wins: it is closest to the cause. Never raises: that would hide it."""
         with contextlib.suppress(OSError):
             create_json(self._file(".end.json"), _end(outcome, reason, tokens_seen, more))
 
@@ -75,8 +73,7 @@ class Incarnation:
 
 
 class Lease:
-    """This process's hold on a run: the incarnation that it claimed, and a look from time to time whether a newer one
-    has taken the run over."""
+    """This process's hold on a run: the incarnation that it claimed, as long as no newer one has taken the run over."""
 
     def __init__(self, incarnation: Incarnation) -> None:
         self.incarnation = incarnation

@@ -34,8 +34,7 @@ def find_rank(environment: Mapping[str, str]) -> RankInfo:
         names, hint = _SLURM, "start with srun or torchrun"
     else:
         return RankInfo(0, 1, 0, "localhost", 0)
-    missing = [name for name in names if not environment.get(name)]
-    if missing:
+    if missing := [name for name in names if not environment.get(name)]:
         found = ", ".join(name for name in names if name not in missing) or "none"
         raise UserError(f"looked for {', '.join(names)}; found {found}, not {', '.join(missing)}: {hint}")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.errors import disk_error, disk_reason
-from megagpt.files import json_lines
+from megagpt.files import json_lines, write_atomic
 
 Line = dict[str, Any]
 
@@ -65,9 +65,7 @@ class RunLog:
         self._path = log_path(run)
         if self._path.exists():
             kept = [line for line in json_lines(self._path) if line.get("tokens_seen", math.inf) <= tokens]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            temporary.replace(self._path)
+            write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = self._path.open("a", encoding="utf-8")
 
     def append(self, event: Event, step: int, tokens: int, values: Line) -> None:

@@ -179,9 +179,8 @@ def _connect(info: RankInfo) -> dist.Store:
 
 def _meet(info: RankInfo) -> tuple[dist.Store, dist.Store]:
     """The ranks' store, and a connection of its own for the thread that watches it: a rank that waits for a peer blocks
-    all who share its connection. A peer's watch connects before the ranks meet. The rank that holds the store lets all
-    ranks meet there, and may then fail and leave at once: a watch that connected later would wait for it until the
-    timeout."""
+    all who share its connection. A peer's watch connects before the ranks meet: the rank that holds the store may fail
+    and leave right after that, and a watch that connected later would wait for it until the timeout."""
     if info.rank == 0 or launchers.started_by_torchrun(os.environ):  # the holder outlives the connection
         store = _connect(info)
         return store, store.clone()  # type: ignore[attr-defined]
@@ -190,9 +189,7 @@ def _meet(info: RankInfo) -> tuple[dist.Store, dist.Store]:
 
 
 def _device(name: str, local_rank: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("train.device is cuda, but PyTorch sees no GPU here; use train.device=cpu")

@@ -4,8 +4,7 @@ RUN/checkpoints/000000000524288/    named by tokens seen; while incarnation 3 wr
     __0_0.distcp, ...           fp32 weights and both Adam moments by name, a file from each rank
     .metadata                   which part of which tensor lies where
     meta.json                   position, counters, config, engine, world size, versions, data fingerprints
-    COMPLETE                    size and checksums of all of them; written last, when they are on the disk
-"""
+    COMPLETE                    size and checksums of all of them; written last, when they are on the disk"""
 
 import errno
 import importlib.metadata
@@ -179,16 +178,14 @@ class Checkpoint:
         flush_folder(self.path.parent)
 
     def remove(self) -> None:
-        """Take its name away first: if the removal is cut off, or others' open files delay it, the rest does not look
-        like a complete checkpoint."""
+        """Take its name away first: after a removal that is cut off or delayed, the rest does not look complete."""
         gone = self.path.with_name(self.path.name + REMOVED)
         shutil.rmtree(gone, ignore_errors=True)
         self.path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
     def quarantine(self) -> Path:
-        """Rename a corrupt checkpoint, so that nobody takes it for a complete one; returns its new path, or the old one
-        if the disk refuses."""
+        """Rename a corrupt checkpoint; returns its new path, or the old one if the disk refuses."""
         quarantined = self.path.with_name(self.path.name + CORRUPT)
         while quarantined.exists():  # an earlier one of this position
             quarantined = quarantined.with_name(quarantined.name + CORRUPT)

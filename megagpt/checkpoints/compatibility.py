@@ -21,8 +21,7 @@ class Allowed:
 
 
 def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowed: Allowed) -> list[str]:
-    """The differences that are allowed, for the log. Raises UserError naming all that are not, with the options that
-    would allow them."""
+    """The allowed differences, for the log. Raises UserError naming the others and the options that allow them."""
     meta = found.meta
     saved, wanted = meta.config, asdict(config)
     model = _differences(_marked(saved, Change.SHAPE), _marked(wanted, Change.SHAPE))

@@ -61,8 +61,7 @@ def saving_folder(checkpoint: Checkpoint, incarnation: int) -> Path:
 
 
 class Rotation:
-    """Keeps a run's last interval checkpoints. It looks at those that are there once, and after that reads nothing of
-    an old checkpoint again."""
+    """Keeps a run's last interval checkpoints. It reads those that are there once, and no old checkpoint after that."""
 
     def __init__(self, run: Path, keep_last: int) -> None:
         self._keep_last = keep_last
@@ -90,13 +89,11 @@ def _counts(checkpoint: Checkpoint) -> bool:
 
 def remove_unfinished(run: Path, incarnation: int) -> None:
     """Remove the rests of saves and removals that were cut off, up to those of an incarnation."""
-    left = list(checkpoints_folder(run).glob(f"*{REMOVED}"))
-    for path in checkpoints_folder(run).glob(f"*{SAVING}*"):
-        number = path.name.partition(f"{SAVING}-")[2]  # empty in versions that had no incarnations
+    folder = checkpoints_folder(run)
+    for path in [*folder.glob(f"*{REMOVED}"), *folder.glob(f"*{SAVING}*")]:
+        number = path.name.partition(f"{SAVING}-")[2]  # empty for removals, and before there were incarnations
         if not number.isdigit() or int(number) <= incarnation:
-            left.append(path)
-    for path in left:
-        shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def quarantined(run: Path) -> list[Path]:

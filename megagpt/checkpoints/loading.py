@@ -28,8 +28,7 @@ from megagpt.world import World
 def choose(run: Path, config: Config, fingerprints: list[str], allowed: Allowed, world: World) -> OpenCheckpoint | None:
     """The run's newest complete checkpoint, which fits config and data; None if none was ever completed. Every rank
     calls it and gets the main rank's answer, because file systems may show ranks different states. Corrupt ones are
-    named and quarantined on the way. Raises UserError if there are only corrupt ones, and if the checkpoint belongs to
-    another run than the config."""
+    named and quarantined. Raises UserError if all are corrupt, or if the checkpoint belongs to another run."""
     return world.from_main(lambda: _choose(run, config, fingerprints, allowed, world.size))
 
 
@@ -93,8 +92,7 @@ def read_weights(found: OpenCheckpoint, shapes: dict[str, tuple[int, ...]]) -> d
 
 
 def load_model(folder: Path) -> GPT:
-    """The model of a run's newest complete checkpoint, of a checkpoint, or of a `transformers` GPT-2 folder; fp32 on
-    the CPU. Raises UserError."""
+    """The model, fp32 on the CPU, of a run, of a checkpoint, or of a `transformers` GPT-2 folder. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if is_pretrained(folder):

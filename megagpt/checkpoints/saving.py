@@ -47,8 +47,7 @@ class Saved:
 
 class Saver:
     """Saves of one run, one at a time. Every rank has one and calls it in the same steps. `save` returns as soon as the
-    state is copied; `poll` and `finish` return the checkpoint. If the disk refuses it, `failed` is set on every
-    rank."""
+    state is copied; `poll` and `finish` return the checkpoint. If the disk refuses it, all ranks have `failed` set."""
 
     def __init__(
         self, run: Path, config: CheckpointConfig, world: World, incarnation: Incarnation | None = None
@@ -56,11 +55,8 @@ class Saver:
         """`incarnation`: once a newer one has begun, saves raise Superseded and change nothing on the disk."""
         self._run, self._config, self._world, self._incarnation = run, config, world, incarnation
         # A group of its own: collectives of a step and of a save in the background must not meet in one.
-        self._group: dist.ProcessGroup | None = None
-        self._ranks_here = 1
-        if world.size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-            self._ranks_here = world.hosts().count(world.host)
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world.size > 1 else None
+        self._ranks_here = world.hosts().count(world.host)
         self._thread: threading.Thread | None = None
         self._outcome: Saved | BaseException | None = None
         self.expected_seconds = 0.0
@@ -156,8 +152,7 @@ class Saver:
         raise outcome
 
     def _room_for(self, state: dict[str, FlatShard]) -> bool:
-        """Whether every rank has free memory for a copy. Asked once, because PyTorch and the C library keep the memory
-        of a copy for the next one."""
+        """Whether every rank has free memory for a copy. Asked once: a copy's memory is kept for the next one."""
         if self._room is not None:
             return self._room
         sizes = [s.flat.nbytes for s in state.values()]

@@ -71,8 +71,7 @@ class _HashingWriter(io.RawIOBase):
 
     def __init__(self, file: io.BufferedWriter, result: FileSum) -> None:
         self._file, self._result = file, result
-        self._hash = xxhash.xxh3_64()
-        self._room = BLOCK_BYTES
+        self._hash, self._room = xxhash.xxh3_64(), BLOCK_BYTES
 
     def writable(self) -> bool:
         return True

@@ -1,5 +1,4 @@
-"""Checks a job's nodes before the ranks start: name and port of the head node, the shared folder, clocks, versions,
-GPUs, and one collective."""
+"""Checks a job's nodes before its ranks start: head node's name and port, folder, clocks, versions, GPUs, network."""
 
 import contextlib
 import json

@@ -43,8 +43,7 @@ def sbatch_command(
     config: Config, script: Path, arguments: Sequence[str], nodes: int, gpus_per_node: int, options: Sequence[str]
 ) -> list[str]:
     """`options` are sbatch's own; they come last, so that they override the others."""
-    save = config.model.checkpoint_bytes / (nodes * _DISK_BYTES)
-    ahead = max(300, _SIGNAL_SECONDS + int(save))
+    ahead = max(300, _SIGNAL_SECONDS + int(config.model.checkpoint_bytes / (nodes * _DISK_BYTES)))
     return [
         "sbatch", f"--job-name={config.run.name}",
         # Two jobs of one run would supersede each other: the second waits for the first.

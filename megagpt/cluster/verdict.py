@@ -6,6 +6,7 @@ import signal
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from megagpt.run_log import read
 SUMMARY = "first_error.txt"
 _TAIL_LINES = 30
 # Bytes at the end of the run log that hold its last line.
-_LOG_BYTES = 2**16
+_LOG_BYTES = 2**22
 # Failures in a row without a new checkpoint after which a job ends, whatever their reasons.
 _MAX_FRUITLESS = 3
 # Time between a rank's failure and another rank's death from which on torchrun has caused the death: it kills ranks
@@ -112,13 +113,10 @@ def _record(run: Path, job: str, cause: Cause) -> bool:
 
 def _failed_in_a_row(run: Path, job: str) -> list[dict[str, Any]]:
     """The ends of this job's last incarnations, back to the last one that did not fail, oldest first."""
-    ends: list[dict[str, Any]] = []
-    for incarnation in reversed(list_incarnations(run)):
-        end = incarnation.ended()
-        if job_number(incarnation.start().get("job")) != job_number(job) or end.get("outcome") != "failed":
-            break
-        ends.insert(0, end)
-    return ends
+    newest_first = reversed(list_incarnations(run))
+    mine = takewhile(lambda i: job_number(i.start().get("job")) == job_number(job), newest_first)
+    ends = takewhile(lambda end: end.get("outcome") == "failed", (i.ended() for i in mine))
+    return list(ends)[::-1]
 
 
 def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -158,8 +156,7 @@ def _find_cause(end: dict[str, Any], logs: Path) -> Cause:
 def _records(logs: Path) -> Iterator[Cause]:
     """The records that failed ranks left where torchrun looks, with the logs beside them."""
     for path in sorted(logs.glob("*/*/attempt_*/*/error.json")):
-        record = read_record(path)
-        if record is not None:
+        if record := read_record(path):
             log = path.with_name("stderr.log")
             yield Cause(record, log if log.exists() else None)
 
@@ -201,7 +198,7 @@ def _death(logs: Path, reported: bool) -> _Exit | None:
 
 
 def _rank_log(logs: Path, node: str, local_rank: int) -> Path | None:
-    return next(iter(sorted(logs.glob(f"{node}/*/attempt_*/{local_rank}/stderr.log"))), None)
+    return min(logs.glob(f"{node}/*/attempt_*/{local_rank}/stderr.log"), default=None)
 
 
 def _summarize(cause: Cause, logs: Path) -> None:

@@ -1,6 +1,7 @@
 """sample: text from a model."""
 
 import argparse
+import codecs
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,6 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _stream(model: "torch.nn.Module", text: str, tokens: list[int], count: int, settings: dict[str, Any]) -> None:
-    import codecs
 
     from megagpt.data.tokenizer import gpt2
     from megagpt.generation import generate

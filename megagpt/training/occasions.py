@@ -47,8 +47,7 @@ def crossed(every: int, before: int, now: int) -> bool:
 
 
 def occasions(run: Run) -> tuple[Occasion, ...]:
-    """The run's occasions in the order in which they are held. The save comes first, so that a process that is killed
-    during a validation has saved."""
+    """The run's occasions in order. The save comes first: a process that is killed during a validation has saved."""
     config, last, found = run.config, run.last_held, [_saves(run)]
     if run.validation_sequences:
         found.append(Occasion(_validate(run), (config.validation.every_tokens,), last.get(Event.VALIDATION, 0)))

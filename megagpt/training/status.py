@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megagpt.checkpoints.folder import newest_complete
 from megagpt.config import Config
@@ -26,7 +25,9 @@ def status_lines(run: Path, config: Config) -> Iterator[str]:
     """Lines for people."""
     lines = list(read(run, _TAIL_BYTES))
     steps = [line for line in lines if line["event"] == Event.STEP]
-    yield f"{run}: {_state(run, _seconds_between(steps[-_STEPS:]))}"
+    pairs = itertools.pairwise(steps[-_STEPS:])
+    spans = [(now["tokens_seen"] - before["tokens_seen"]) / now["tokens_per_second"] for before, now in pairs]
+    yield f"{run}: {_state(run, seconds_between=statistics.median(spans or [0.0]))}"
     if steps:
         last, total = steps[-1], config.train.tokens
         validations = [line["validation_loss"] for line in lines if line["event"] == Event.VALIDATION]
@@ -50,13 +51,6 @@ def status_lines(run: Path, config: Config) -> Iterator[str]:
         begun = f"{start.get('started', '?')} on {start.get('host', '?')}, {engine}"
         yield f"  {incarnation.number}: {begun}, from {start.get('from_tokens', 0):,} tokens; {ended}"
     yield f"resume with  megagpt train --resume {run}"
-
-
-def _seconds_between(steps: list[dict[str, Any]]) -> float:
-    """Median time between two of these lines."""
-    pairs = itertools.pairwise(steps)
-    spans = [(now["tokens_seen"] - before["tokens_seen"]) / now["tokens_per_second"] for before, now in pairs]
-    return statistics.median(spans or [0.0])
 
 
 def _state(run: Path, seconds_between: float) -> str:

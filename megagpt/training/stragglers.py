@@ -47,8 +47,7 @@ class Stragglers:
 
 def compare(ranks: list[list[float]], factor: float, hosts: list[str], in_a_row: dict[int, int]) -> Comparison:
     """Compare the ranks' rows of step, data wait, compute and communication wait, in seconds a step. A rank is slow if
-    its own work takes `factor` times the median. `in_a_row`: comparisons in a row in which each rank was slow, which is
-    updated."""
+    its own work takes `factor` times the median. `in_a_row`: comparisons in a row that each rank lost, updated."""
     step, data, compute, wait = (list(column) for column in zip(*ranks, strict=True))
     # The lower median: of two ranks, or of two nodes, the fast one is the reference.
     middle, middle_data = statistics.median_low(compute), statistics.median_low(data)
