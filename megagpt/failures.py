@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megagpt.errors import ExitCode, Reported, expected, first_line
 from megagpt.files import read_json, write_atomic
+from megagpt.launchers import error_file
 
 # Where ranks that failed count themselves, how often the others look, and how long they then wait for a clean end.
 _FAILURES = "megagpt/failures"
@@ -55,7 +56,7 @@ def failure(error: BaseException, rank: int | None, first: bool = True) -> Failu
 
 def leave_record(found: Failure) -> None:
     """Write the record where the launcher looks, if it names a place. Never raises."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    path = error_file(os.environ)
     if not path:
         return
     # torchrun reads `message` and its timestamp, and shows them in its own summary.

@@ -1,5 +1,5 @@
-"""Launchers' environment variables: this process's rank, its node, its Slurm job. Only this module decides by them who
-this process is. Every function takes the environment as a mapping and reads nothing else."""
+"""Launchers' environment variables: this process's rank, its node, its Slurm job. Only this module reads them. Every
+function takes the environment as a mapping and reads nothing else."""
 
 import re
 from collections.abc import Mapping
@@ -86,6 +86,16 @@ def slurm_node(environment: Mapping[str, str]) -> SlurmNode:
         raise UserError(f"launch/multinode.sh runs this on each node of a Slurm job ({error!r})") from None
 
 
+def slurm_nodes(environment: Mapping[str, str]) -> str:
+    """The job's nodes in Slurm's short form, such as n[1-4]; empty outside of a job."""
+    return environment.get("SLURM_JOB_NODELIST", "")
+
+
+def slurm_gpus(environment: Mapping[str, str]) -> int:
+    """GPUs that the job has on this node."""
+    return int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+
+
 def job_setting(environment: Mapping[str, str], name: str) -> int:
     """A number that launch/multinode.sh sets, such as RANKS_PER_NODE. Raises UserError if it is not set."""
     try:
@@ -103,6 +113,11 @@ def torchrun_passes_sigterm_on(environment: Mapping[str, str]) -> bool:
 
 def started_by_torchrun(environment: Mapping[str, str]) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment
+
+
+def error_file(environment: Mapping[str, str]) -> str:
+    """The file in which torchrun reads why this rank failed; empty if it names none."""
+    return environment.get("TORCHELASTIC_ERROR_FILE", "")
 
 
 def first_host(nodes: str) -> str:

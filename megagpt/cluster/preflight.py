@@ -14,6 +14,7 @@ from typing import Any
 
 from megagpt.console import say
 from megagpt.errors import TransientError, UserError, first_line
+from megagpt.launchers import slurm_nodes
 
 # Time until a node's first answer (s): Python's start and the import of torch from a cold file system shared by all.
 _ANSWER_SECONDS = 300.0
@@ -148,7 +149,7 @@ def find_problems(
 
 def job_nodes() -> list[str]:
     """The nodes of this Slurm job, in Slurm's order. Raises UserError outside of a job."""
-    node_list = os.environ.get("SLURM_JOB_NODELIST")
+    node_list = slurm_nodes(os.environ)
     if not node_list:
         raise UserError("not inside a Slurm job: submit launch/multinode.sh with sbatch")
     command = ["scontrol", "show", "hostnames", node_list]

@@ -125,7 +125,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from megagpt.cluster.verdict import Cause, decide_after_failure, is_finished
     from megagpt.console import say, voice
     from megagpt.failures import failure
-    from megagpt.launchers import job_setting, slurm_job
+    from megagpt.launchers import job_setting, slurm_gpus, slurm_job
     from megagpt.training.run_folder import run_folder
 
     config, nodes = config_of(arguments), job_nodes()
@@ -136,8 +136,7 @@ def _check(arguments: argparse.Namespace) -> int:
         if is_finished(run, config):
             say(f"{run}: finished already, at {config.train.tokens:,} tokens")
             return 0
-        slurm_gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
-        on_gpu = config.train.device == "cuda" or (config.train.device == "auto" and slurm_gpus > 0)
+        on_gpu = config.train.device == "cuda" or (config.train.device == "auto" and slurm_gpus(os.environ) > 0)
         logs = run / "logs" / job
         try:
             preflight(nodes, ranks if on_gpu else 0, logs, port)
