@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from megagpt import __version__
-from megagpt.commands import checkpoint, data, exchange, launch, measure, plan, sample, status, train
+from megagpt.commands import checkpoint, data, exchange, launch, measure, plan, sample, train
 from megagpt.commands.options import Command, adder, parse
 from megagpt.errors import ExitCode, ExpectedError, Reported, expected
 
@@ -37,6 +37,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("megagpt", description="The GPT-2 and GPT-3 papers, executable.")
     parser.add_argument("--version", action="version", version=f"megagpt {__version__}")
     add = adder(parser.add_subparsers(title="commands", required=True, metavar="COMMAND"))
-    for module in (train, launch, status, sample, exchange, checkpoint, data, plan, measure):
+    for module in (train, launch, sample, exchange, checkpoint, data, plan, measure):
         module.register(add)
     return parser

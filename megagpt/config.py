@@ -62,10 +62,7 @@ def _check_seconds(value: Any) -> float:
         if dash:  # after days, hours come first
             parts += ["0"] * (3 - len(parts))
         if all(p.isdigit() for p in [*parts, *([days] if dash else [])]) and len(parts) <= 3:
-            seconds = 0
-            for part in parts:
-                seconds = 60 * seconds + int(part)
-            return seconds + 86_400 * int(days or 0)
+            return 86_400 * int(days or 0) + sum(int(part) * 60**i for i, part in enumerate(reversed(parts)))
     if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
         return value
     raise ValueError(f"{value!r} is not a time: use seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")

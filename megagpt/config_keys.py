@@ -3,13 +3,13 @@
 import textwrap
 import types
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 import annotated_types
 import yaml
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from megagpt.config import Config, SourceConfig
 from megagpt.config_marks import Change, For, Values, fields_of, mark_of
@@ -29,10 +29,6 @@ class Key:
     field: FieldInfo
 
     @property
-    def change(self) -> Change | None:
-        return mark_of(self.field, Change)
-
-    @property
     def text(self) -> str:
         return " ".join((self.field.description or "").split())
 
@@ -42,7 +38,7 @@ class Key:
         value = self.field.get_default(call_default_factory=True, validated_data={})
         if value is PydanticUndefined:
             return "required"
-        text = yaml.safe_dump(_plain(value), default_flow_style=True, width=10**6, allow_unicode=True)
+        text = yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=10**6, allow_unicode=True)
         return text.removesuffix("...\n").strip()
 
     @property
@@ -58,7 +54,8 @@ class Key:
         engine = mark_of(self.field, For)
         only = f"engine.name {engine.engine} only; " if engine else ""
         yield f"{self.name} = {self.default}"
-        yield f"{_INDENT}{self.values}; {only}{self.change.value if self.change else ''}"
+        change = mark_of(self.field, Change)
+        yield f"{_INDENT}{self.values}; {only}{change.value if change else ''}"
         yield textwrap.indent(textwrap.fill(self.text, _WIDTH, break_on_hyphens=False), _INDENT)
 
 
@@ -74,7 +71,7 @@ def all_keys() -> list[Key]:
 
 def keys_marked(change: Change) -> list[str]:
     """The names of all keys with that mark."""
-    return [key.name for key in all_keys() if key.change is change]
+    return [key.name for key in all_keys() if mark_of(key.field, Change) is change]
 
 
 def find_keys(word: str) -> list[Key]:
@@ -96,9 +93,3 @@ def _type_text(annotation: Any) -> str:
     if kind is types.UnionType:
         return " or ".join(_type_text(part) for part in get_args(annotation))
     return _TYPES[kind]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

@@ -1,6 +1,7 @@
 """This process's memory: how much it may still take, how much it took at most, and how its allocator behaves."""
 
 import ctypes
+import resource
 import sys
 from pathlib import Path
 
@@ -40,7 +41,5 @@ def peak_memory(device: torch.device) -> int:
     """Largest memory so far in bytes: allocated by PyTorch on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

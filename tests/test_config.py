@@ -212,7 +212,7 @@ def test_config_command_shows_what_is_derived(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("key", all_keys(), ids=lambda key: key.name)
 def test_every_key_has_a_mark_a_text_and_values(key: Key) -> None:
-    assert key.change is not None, f"{key.name}: mark it as Free, Recipe, Data or Shape (config_marks)"
+    assert mark_of(key.field, Change) is not None, f"{key.name}: mark it as Free, Recipe, Data or Shape (config_marks)"
     assert key.text.endswith("."), f"{key.name}: describe it in a docstring"
     assert key.values
 

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from megagpt.checkpoints.checkpoint import OpenCheckpoint
 from megagpt.config import Config
 from megagpt.config_keys import keys_marked
@@ -54,10 +56,6 @@ def _marked(tree: dict[str, Any], change: Change) -> dict[str, Any]:
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    pairs = [(key, saved.get(key), here) for key, here in wanted.items()]
-    return [f"{key} {there} there, {here} here" for key, there, here in pairs if _plain(there) != _plain(here)]
-
-
-def _plain(value: Any) -> Any:
-    """JSON has lists for tuples."""
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+    # JSON, in which one of them was stored, has lists for tuples.
+    differ = [key for key in wanted if to_jsonable_python(saved.get(key)) != to_jsonable_python(wanted[key])]
+    return [f"{key} {saved.get(key)} there, {wanted[key]} here" for key in differ]

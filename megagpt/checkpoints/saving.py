@@ -203,13 +203,11 @@ class Saver:
         remove_unfinished(self._run, self._number)
 
 
-def meta_of(
-    engine: Engine, at: Position, fingerprints: list[str], milestone: bool, skipped_updates: int
-) -> CheckpointMeta:
+def meta_of(engine: Engine, at: Position, data: list[str], milestone: bool, skipped_updates: int) -> CheckpointMeta:
     """The meta.json of an engine's save."""
     return CheckpointMeta(
         tokens_seen=at.tokens, sequences_seen=at.sequences, step=at.step, engine=engine.config.engine.name,
-        world_size=engine.world.size, config=asdict(engine.config), data=fingerprints,
+        world_size=engine.world.size, config=asdict(engine.config), data=data,
         scalars=engine.scalars(), milestone=milestone, skipped_updates=skipped_updates,
     )  # fmt: skip
 

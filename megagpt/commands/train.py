@@ -1,4 +1,4 @@
-"""train: a config's run, or the rest of a run."""
+"""train, status: a run, begun or resumed, and its progress."""
 
 import argparse
 from dataclasses import replace
@@ -23,6 +23,9 @@ def register(add: Add) -> None:
     sub.add_argument("--allow-recipe-change", action="store_true", help=text)
     # The deepspeed launcher and old PyTorch launchers pass it beside LOCAL_RANK, which is used instead.
     sub.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+    sub = add("status", _status, "Show a run's progress, speed, time to go, last checkpoint and restarts.")
+    sub.add_argument("run", metavar="RUN", type=Path)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -60,3 +63,12 @@ def _resumed_config(arguments: argparse.Namespace) -> "Config":
     run, here = Path(arguments.resume).resolve(), Path.cwd()
     folder = run.parent.relative_to(here) if run.parent.is_relative_to(here) else run.parent
     return replace(config, run=replace(config.run, name=run.name, folder=str(folder)))
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from megagpt.config_file import load_config
+    from megagpt.training.run_folder import run_config
+    from megagpt.training.status import status_lines
+
+    print("\n".join(status_lines(arguments.run, load_config(run_config(arguments.run)))))
+    return 0

@@ -112,12 +112,10 @@ def read_ahead(batches: Iterator[Batch]) -> Generator[Batch]:
         thread.shutdown(cancel_futures=True)
 
 
-def train_batches(
-    corpus: Corpus, start: int, total: int, batch_size: Callable[[int], int], share: Share
-) -> Iterator[Batch]:
-    """This rank's share of every step from sequence `start` to sequence `total`; batch_size: number of sequences
+def train_batches(corpus: Corpus, start: int, total: int, size: Callable[[int], int], share: Share) -> Iterator[Batch]:
+    """This rank's share of every step from sequence `start` to sequence `total`; size: number of sequences
     already seen -> sequences in the next global batch."""
     while start < total:
-        end = min(start + batch_size(start), total)
+        end = min(start + size(start), total)
         yield corpus.batch(range(start, end), share)
         start = end

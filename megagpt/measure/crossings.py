@@ -30,12 +30,6 @@ class Setting(NamedTuple):
 
 SETTINGS = [Setting(name, ranks) for name in ENGINE_CASES for ranks in WORLDS]
 Crossing = tuple[Setting, Setting]
-# Every pair of engines once, every pair of world sizes equally often.
-PAIRS = [
-    (Setting(source, WORLDS[(i + j) % 3]), Setting(target, WORLDS[(i + j // 3 + 2 * (j % 3)) % 3]))
-    for i, source in enumerate(ENGINE_CASES)
-    for j, target in enumerate(ENGINE_CASES)
-]
 
 
 class Result(NamedTuple):
@@ -44,7 +38,7 @@ class Result(NamedTuple):
     difference: float
     """Largest difference of the loss from the plain process."""
     same_bits: bool
-    """Whether losses and norms are those of the source itself, had it gone on, to the last bit."""
+    """Whether losses and norms are those of the source itself, without a stop, to the last bit."""
 
 
 def cross(crossings: Sequence[Crossing], progress: Callable[[], object] = lambda: None) -> dict[Crossing, Result]:
