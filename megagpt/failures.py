@@ -56,8 +56,7 @@ def failure(error: BaseException, rank: int | None, first: bool = True) -> Failu
 
 def leave_record(found: Failure) -> None:
     """Write the record where the launcher looks, if it names a place. Never raises."""
-    path = error_file(os.environ)
-    if not path:
+    if not (path := error_file(os.environ)):
         return
     # torchrun reads `message` and its timestamp, and shows them in its own summary.
     message = {"message": found.reason, "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": ""}}

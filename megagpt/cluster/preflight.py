@@ -149,8 +149,7 @@ def find_problems(
 
 def job_nodes() -> list[str]:
     """The nodes of this Slurm job, in Slurm's order. Raises UserError outside of a job."""
-    node_list = slurm_nodes(os.environ)
-    if not node_list:
+    if not (node_list := slurm_nodes(os.environ)):
         raise UserError("not inside a Slurm job: submit launch/multinode.sh with sbatch")
     command = ["scontrol", "show", "hostnames", node_list]
     try:
