@@ -58,7 +58,8 @@ def _choose(run: Path, config: Config, fingerprints: list[str], allowed: Allowed
 def load(found: OpenCheckpoint, engine: Engine) -> None:
     """Fill the engine from a checkpoint. Every rank calls it. Raises CorruptError, on every rank, if some rank reads a
     block that is not as it was written."""
-    _read(found, engine.state(), no_dist=engine.world.size == 1)
+    state = engine.state()  # until `state_loaded`: it may be the only copy in memory
+    _read(found, state, no_dist=engine.world.size == 1)
     engine.state_loaded(found.meta.scalars)
 
 

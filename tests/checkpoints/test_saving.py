@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from megagpt.errors import UserError
 from megagpt.measure.cases import ENGINE_CASES, Case
 from megagpt.position import position
 from megagpt.world import join
-from tests.checkpoints.toy_state import ALONE, WHOLE, meta, save, saved_value, state_of
+from tests.checkpoints.toy_state import ALONE, SHAPES, WHOLE, meta, save, saved_value, state_of
 from tests.processes import run_ranks
 
 # --- who writes what ---
@@ -153,6 +154,29 @@ def test_a_folder_without_write_access_is_found_early(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(UserError, match="checkpoints cannot be written there"):
         Saver(tmp_path, CheckpointConfig(), ALONE).probe(1000)
+
+
+def test_a_loaded_state_lives_until_the_engine_has_it(tmp_path: Path) -> None:
+    """An engine with its state on a disk writes back the copies that are still in use, and no others."""
+    saver = Saver(tmp_path, CheckpointConfig(), ALONE)
+    save(saver, 1)
+    saver.finish()
+    handed_out: list[weakref.ref[FlatShard]] = []
+
+    class Swapped:
+        world = ALONE
+
+        def state(self) -> dict[str, FlatShard]:
+            state = state_of(0)
+            handed_out.extend(map(weakref.ref, state.values()))
+            return state
+
+        def state_loaded(self, scalars: dict[str, Any]) -> None:
+            self.values = [float(shard.flat[0]) for ref in handed_out if (shard := ref()) is not None]
+
+    engine = Swapped()
+    load(list_checkpoints(tmp_path)[0].open(), engine)  # type: ignore[arg-type]
+    assert engine.values == [1.0] * len(SHAPES)
 
 
 # --- memory ---
