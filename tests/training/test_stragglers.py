@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megagpt.cli import main
 from megagpt.models.gpt import Block
+from megagpt.run_log import Event
 from megagpt.training.stragglers import compare
 from tests.conftest import metrics, write_tiny
 from tests.processes import run_ranks
@@ -80,14 +81,14 @@ def test_a_slow_rank_of_a_real_run_is_named(engine: list[str], tmp_path: Path, c
     config = write_tiny(tmp_path, corpus, train={"micro_batch": 2})
     assert run_ranks(2, slow_second_rank, ["train", str(config), "log.straggler_every_steps=4", *engine]) == [0, 0]
     run = tmp_path / "runs" / "tiny"
-    comparisons = metrics(run, "pace")
+    comparisons = metrics(run, Event.RANKS)
     assert [line["step"] for line in comparisons] == [4, 8, 12, 16, 20]
     assert {line["ranks_slowest_rank"] for line in comparisons} == {1}
     assert all(line["ranks_compute_slowest"] > 0.04 for line in comparisons), "two blocks that each sleep 20 ms"
-    sentences = metrics(run, "straggler_factor")
+    sentences = metrics(run, Event.STRAGGLER)
     assert [line["step"] for line in sentences] == [12, 16, 20]
     assert all(line["text"].startswith("rank 1 on ") for line in sentences)
     events = EventAccumulator(str(run))
     events.Reload()
     assert [e.value for e in events.Scalars("ranks/ranks_slowest_rank")] == [1.0] * 5
-    assert "slow ranks/text_summary" in events.Tags()["tensors"]
+    assert "stragglers/text_summary" in events.Tags()["tensors"]
