@@ -110,9 +110,10 @@ class Job:
 def test_a_time_limit_saves_requeues_and_resumes(
     cluster: MiniCluster, corpus: Path, tmp_path: Path, expected: list[float]
 ) -> None:
-    # Samples at each step: the signal comes half a minute after the job's start, and must not be too late.
-    job = Job(cluster, tmp_path, corpus, f"sampling.every_tokens={STEP_TOKENS}", "sampling.max_tokens=20")
-    job.submit("--nodes=2", "--time=1", "--signal=USR1@40")
+    # The signal comes a minute after the job's start: late enough for a busy machine to start the ranks, and early
+    # enough for a fast one, because samples at each step make the run long.
+    job = Job(cluster, tmp_path, corpus, f"sampling.every_tokens={STEP_TOKENS}", "sampling.max_tokens=40")
+    job.submit("--nodes=2", "--time=2", "--signal=USR1@60")
     job.wait("PENDING", "RUNNING", restarts=1)
     assert job.ends()[0] == ("stopped", "SIGUSR1")
     cluster.control("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
