@@ -133,6 +133,7 @@ def test_the_end_of_the_log_of_the_recorded_rank_is_left(job: Job) -> None:
 # --- deaths ---
 
 
+@pytest.mark.slow
 def test_a_killed_rank_comes_before_one_that_lost_its_peer(job: Job, torchrun_logs: dict[str, Path]) -> None:
     use(torchrun_logs["killed"], job, "7.0")
     assert list(job.logs("7.0").glob("n1/*/attempt_0/0/error.json")), "no record of the rank that lost its peer"
@@ -153,6 +154,7 @@ def test_the_end_of_the_killed_ranks_log_is_left(job: Job, torchrun_logs: dict[s
     assert lines[2:] == ["", "the last words of rank 1"]
 
 
+@pytest.mark.slow
 def test_the_rank_that_was_killed_first_is_named(job: Job, torchrun_logs: dict[str, Path]) -> None:
     use(torchrun_logs["killed"], job, "7.0")
     log = job.logs("7.0") / "n1.torchrun.log"

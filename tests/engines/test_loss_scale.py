@@ -57,6 +57,7 @@ def test_fp16_starts_where_pytorchs_scaler_starts() -> None:
 @example(stretches=[(True, 1999), (False, 1), (True, 2000)], power=16)  # an overflow resets the count
 @example(stretches=[(True, 2000)] * 3, power=23)  # the largest
 @example(stretches=[(False, 20), (True, 2000)], power=16)  # the smallest
+@pytest.mark.slow
 def test_every_step_is_that_of_pytorchs_scaler(stretches: list[tuple[bool, int]], power: int) -> None:
     outcomes = [finite for finite, steps in stretches for _ in range(steps)]
     assert scales_of(LossScale(True, 2.0**power), outcomes) == reference_scales(2.0**power, outcomes)

@@ -84,6 +84,7 @@ def test_missing_ranks_and_their_phases_are_named(tmp_path: Path) -> None:
     assert watchdog._others() == expected
 
 
+@pytest.mark.slow
 def test_patient_work_may_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[float] = []
     monkeypatch.setattr(Watchdog, "_end", lambda self, silent: ended.append(silent))
