@@ -1,5 +1,4 @@
-"""Launchers' environment variables: this process's rank, its node, its Slurm job. Only this module reads them. Every
-function takes the environment as a mapping and reads nothing else."""
+"""Launchers' environment variables: rank, node, Slurm job. Only this module reads them, from any mapping."""
 
 import re
 from collections.abc import Mapping
