@@ -87,12 +87,8 @@ def test_a_run_ends_itself_in_time_and_resumes(tiny: Tiny, tmp_path: Path) -> No
     assert metrics(run, "resumed")[0]["seconds_to_first_step"] > 0
 
 
-def test_an_interrupted_last_validation_is_made_up(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Everything is saved by then; the run is not finished, and the next start finishes it."""
-    config = str(tiny())
-    run = tmp_path / "runs" / "tiny"
+def stop_in_the_first_validation(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train the config until SIGTERM comes as its first validation begins."""
 
     def signalled(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -100,6 +96,15 @@ def test_an_interrupted_last_validation_is_made_up(
     with monkeypatch.context() as patch:
         patch.setattr(occasions, "validation_loss", signalled)
         assert main(["train", config]) == ExitCode.STOPPED
+
+
+def test_an_interrupted_last_validation_is_made_up(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything is saved by then; the run is not finished, and the next incarnation finishes it."""
+    config = str(tiny())
+    run = tmp_path / "runs" / "tiny"
+    stop_in_the_first_validation(config, monkeypatch)
     assert metrics(run, "finished") == metrics(run, "samples") == []
     assert main(["train", "--resume", str(run)]) == 0
     for event in ("validation", "samples", "finished"):
@@ -158,13 +163,7 @@ def test_a_time_limit_too_short_for_a_validation_is_refused(
     """Resumed again and again, the run would never get past it."""
     config = str(tiny(validation={"every_tokens": 1280}))
     run = tmp_path / "runs" / "tiny"
-
-    def signalled(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(occasions, "validation_loss", signalled)
-        assert main(["train", config]) == ExitCode.STOPPED
+    stop_in_the_first_validation(config, monkeypatch)
     before = len(metrics(run))
     assert main(["train", "--resume", str(run), "train.time_limit=0.001"]) == ExitCode.FAILED
     assert "train.time_limit 0.001 s ends this run before a validation" in capsys.readouterr().err
