@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megagpt.incarnations import list_incarnations
 from tests.conftest import metrics
@@ -45,6 +46,13 @@ def assert_same_curve(run: Path, expected: Path | Sequence[tuple[float, float]],
     for line, (loss, norm) in zip(steps, expected, strict=True):
         assert line["loss"] == pytest.approx(loss, abs=tolerance)
         assert line["gradient_norm"] == pytest.approx(norm, abs=NORM)
+
+
+def charts(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The points of each tag in TensorBoard's events of a folder."""
+    events = EventAccumulator(str(folder), {"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def wait_for_steps(

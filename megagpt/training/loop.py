@@ -17,11 +17,13 @@ from megagpt.hardware import peak_flops
 from megagpt.position import Position
 from megagpt.process_memory import peak_memory
 from megagpt.run_log import Event
+from megagpt.training.markdown import verbatim
 from megagpt.training.occasions import crossed, occasions
 from megagpt.training.outcome import FINISHED, Outcome
 from megagpt.training.run import Run, open_run
 from megagpt.training.safety import TIME_LIMIT, StopRequest, seconds_since_start
 from megagpt.training.schedule import learning_rate
+from megagpt.training.speed import Speed
 from megagpt.world import World
 
 
@@ -36,7 +38,7 @@ def train(config: Config, world: World, resume: bool, allowed: Allowed, stop: St
 
 def loop(run: Run, stop: StopRequest) -> Outcome:
     """Every remaining step, until the end or a request to stop. Every rank calls it, and all decide alike."""
-    began, at, due = time.monotonic(), run.start, occasions(run)
+    began, at, due, speed = time.monotonic(), run.start, occasions(run), Speed()
     saves = due[0]
     with contextlib.closing(run.batches()) as batches:
         while True:
@@ -44,10 +46,11 @@ def loop(run: Run, stop: StopRequest) -> Outcome:
             stopping = at != run.start and run.between_steps(at, stop)
             for occasion in due:
                 if not stopping and occasion.due(at):
-                    stopping = not occasion.hold(at, stop)
+                    with speed.pause():
+                        stopping = not occasion.hold(at, stop)
             if stopping or at.last:
                 break
-            at = _step(run, at, batches)
+            at = _step(run, at, batches, speed)
             run.ending.reached = at.tokens
     if saves.held < at.tokens:
         saves.hold(at, stop)
@@ -57,7 +60,7 @@ def loop(run: Run, stop: StopRequest) -> Outcome:
     return _finished(run, at, time.monotonic() - began)
 
 
-def _step(run: Run, before: Position, batches: Generator[Batch]) -> Position:
+def _step(run: Run, before: Position, batches: Generator[Batch], speed: Speed) -> Position:
     """One optimizer step, and its lines in the log; returns the position behind it."""
     config = run.config
     began = time.monotonic()
@@ -74,6 +77,7 @@ def _step(run: Run, before: Position, batches: Generator[Batch]) -> Position:
     with patient or contextlib.nullcontext():
         result = run.engine.train_step(batch, learning_rate(config, at.tokens))
     took = time.monotonic() - began
+    speed.step(batch.tokens)
     times = run.engine.clock.read()
     if not result.updated:
         _report_skipped(run, at, result)
@@ -87,23 +91,24 @@ def _step(run: Run, before: Position, batches: Generator[Batch]) -> Position:
     if at.step == run.start.step + 2:
         run.say_bound()
     if at.last or not config.log.every_tokens or crossed(config.log.every_tokens, before.tokens, at.tokens):
-        _report_step(run, at, batch, result, took, waited, times)
+        _report_step(run, at, batch, result, speed, waited, times)
     _compare_ranks(run, at, took, waited, times)
     return at
 
 
 def _report_step(
-    run: Run, at: Position, batch: Batch, result: StepResult, took: float, waited: float, times: StepTimes
+    run: Run, at: Position, batch: Batch, result: StepResult, speed: Speed, waited: float, times: StepTimes
 ) -> None:
-    speed, scale = batch.tokens / took, run.engine.loss_scale
+    scale = run.engine.loss_scale
+    step_seconds, tokens_per_second = speed.read()
     peak = peak_flops(run.world.device, run.config.train.precision)
     values = {
         "loss": result.loss, "lr": learning_rate(run.config, at.tokens), "gradient_norm": result.gradient_norm,
-        "tokens_seen": at.tokens, "sequences_seen": at.sequences, "batch_tokens": batch.tokens,
-        "tokens_per_second": speed, "step_seconds": took, "data_wait_seconds": waited,
+        "sequences_seen": at.sequences, "batch_tokens": batch.tokens,
+        "tokens_per_second": tokens_per_second, "step_seconds": step_seconds, "data_wait_seconds": waited,
         "communication_wait_seconds": times.wait,
         # Model FLOPs utilisation: the FLOPs of presets.flops_per_token over the devices' peak.
-        "mfu": run.config.model.flops_per_token * speed / (peak * run.world.size) if peak else None,
+        "mfu": run.config.model.flops_per_token * tokens_per_second / (peak * run.world.size) if peak else None,
         "peak_memory_bytes": peak_memory(run.world.device), "skipped_updates": run.guard.skipped,
     }  # fmt: skip
     run.reporter.step(at, values | ({"loss_scale": scale.value} if scale.dynamic else {}))
@@ -132,7 +137,8 @@ def _compare_ranks(run: Run, at: Position, took: float, waited: float, times: St
     run.reporter.event(Event.RANKS, at, numbers)
     for sentence in found.stragglers:
         run.reporter.event(Event.STRAGGLER, at, {"text": sentence}, sentence)
-        run.reporter.text(at, "stragglers", sentence)
+    if found.stragglers:
+        run.reporter.text(at, "stragglers", verbatim("\n".join(found.stragglers)))
 
 
 def _say_what_is_special(run: Run) -> None:

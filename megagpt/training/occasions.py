@@ -12,6 +12,7 @@ from megagpt.evaluation.validation import unigram_loss, validation_loss
 from megagpt.generation import generate
 from megagpt.position import Position
 from megagpt.run_log import Event
+from megagpt.training.markdown import samples_as_markdown
 from megagpt.training.run import Run
 from megagpt.training.safety import StopRequest
 
@@ -106,9 +107,10 @@ def _sample(run: Run) -> Work:
                 on_token=lambda row, token: run.watchdog.phase("sampling"),
             )  # fmt: skip
         run.reserve.took(samples=time.monotonic() - began)
-        texts = [s.prompt + gpt2().decode(row) for row in rows]
+        found = [gpt2().decode(row) for row in rows]
+        texts = [s.prompt + text for text in found]
         run.reporter.event(Event.SAMPLES, at, {"samples": texts}, "\n".join(f"> {text}" for text in texts))
-        run.reporter.text(at, "samples", "\n\n---\n\n".join(texts))
+        run.reporter.text(at, "samples", samples_as_markdown(s.prompt, found))
         return True
 
     return work

@@ -24,6 +24,7 @@ from megagpt.incarnations import Lease, Superseded
 from megagpt.launchers import torchrun_passes_sigterm_on
 from megagpt.position import Position, position
 from megagpt.run_log import Event, newest
+from megagpt.training.markdown import verbatim
 from megagpt.training.outcome import Ending
 from megagpt.training.reporter import Reporter
 from megagpt.training.reserve import Reserve
@@ -99,12 +100,14 @@ class Run:
             self.report_saved(at, self.saver.finish())
 
     def report_saved(self, at: Position, saved: Saved | None) -> None:
-        if saved is None:
+        if saved is None or not self.world.is_main:
             return
+        meta = saved.checkpoint.meta
+        at = position(self.config, meta.sequences_seen, at.step if meta.step is None else meta.step)
         path, seconds, stall = str(saved.checkpoint.path), saved.save_seconds, saved.stall_seconds
         values = {"path": path, "save_seconds": seconds, "stall_seconds": stall}
         text = f"saved {path} in {seconds:.1f} s; training waited for {stall:.2f} s"
-        self.reporter.event(Event.CHECKPOINT, at, {"tokens_seen": saved.checkpoint.tokens, **values}, text)
+        self.reporter.event(Event.CHECKPOINT, at, values, text)
 
     def say_bound(self) -> None:
         """Print how long a stop takes at most."""
@@ -152,7 +155,7 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
         saver.probe(config.model.checkpoint_bytes)
         reporter = Reporter(folder, start, config.train.tokens, resume, world.is_main)
         stack.callback(reporter.close)
-        reporter.text(start, "config", f"```yaml\n{to_yaml(config)}```")
+        reporter.text(start, "config", verbatim(to_yaml(config), "pre"))
         reporter.text(start, "start", start_as_markdown(lease.incarnation))
         hangs = folder / "hangs" / f"{lease.incarnation.number:06d}"
         watchdog = stack.enter_context(Watchdog(world, hangs, config.train.hang_timeout, ending.hung))

@@ -19,6 +19,7 @@ from megagpt.hardware import device_name
 from megagpt.incarnations import Incarnation, claim
 from megagpt.launchers import slurm_job
 from megagpt.run_log import log_path
+from megagpt.training.markdown import table, verbatim
 
 
 def run_folder(config: Config) -> Path:
@@ -68,5 +69,5 @@ def claim_run(run: Path, engine: Engine, from_tokens: int) -> Incarnation:
 
 def start_as_markdown(incarnation: Incarnation) -> str:
     """The facts of an incarnation, for TensorBoard."""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in incarnation.start().items() if value is not None)
-    return f"Resume with `megagpt train --resume {incarnation.run}`\n\n| | |\n|---|---|\n{rows}"
+    facts = {key: value for key, value in incarnation.start().items() if value is not None}
+    return verbatim(f"Resume with: megagpt train --resume {incarnation.run}") + "\n\n" + table(facts)

@@ -1,0 +1,96 @@
+"""A run in TensorBoard: which number is in which chart.
+
+A chart has one line for each folder that has events with the chart's tag. So the losses share a tag and are in folders
+of their own. A folder has one horizontal axis, because a resume purges it from one position on:
+
+RUN                         steps: all numbers but the validation loss, and texts
+RUN/validation              steps: the validation loss
+RUN/by_tokens               tokens: the training loss
+RUN/by_tokens/validation    tokens: the validation loss"""
+
+import contextlib
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megagpt.position import Position
+from megagpt.run_log import Event, Line, read
+
+# Panels and the values in each; other values are in "system". TensorBoard sorts panels and charts by name: so the loss
+# comes first, then speed, and totals, which only grow, come last.
+_PANELS = {
+    "loss": ("loss", "unigram_loss"),
+    "mfu_and_speed": ("mfu", "step_seconds", "tokens_per_second"),
+    "optimizer": ("lr", "gradient_norm", "batch_tokens", "loss_scale"),
+    "ranks": (
+        "ranks_compute_median", "ranks_compute_slowest", "ranks_slowest_rank", "ranks_data_wait_longest",
+        "ranks_communication_wait_median",
+    ),
+    "totals": ("tokens_seen", "sequences_seen", "skipped_updates", "incarnation"),
+}  # fmt: skip
+_PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}
+# Folders of one loss each: the event and its value.
+_LOSSES = {
+    "validation": (Event.VALIDATION, "validation_loss"),
+    "by_tokens": (Event.STEP, "loss"),
+    "by_tokens/validation": (Event.VALIDATION, "validation_loss"),
+}
+
+
+class Board:
+    """Writes a run's events. They go on across incarnations as one curve: if the run resumes, those past `start` are
+    purged, because they will be written again. Only the main rank has one. Its methods raise OSError."""
+
+    def __init__(self, run: Path, start: Position, resumed: bool) -> None:
+        self._run, self._start, self._resumed = run, start, resumed
+        self._writers: dict[str, SummaryWriter] = {}
+        # Up to version 0.1, a run had no folders for its losses: its log has them.
+        missed = read(run) if resumed and not (run / "by_tokens").is_dir() else ()
+        self._writer("")
+        for folder in _LOSSES:
+            if (run / folder).is_dir():
+                self._writer(folder)
+        for line in missed:
+            self._losses(line["event"], line["step"], line["tokens_seen"], line)
+
+    def numbers(self, event: Event, at: Position, values: Line) -> None:
+        """Chart the numbers of an event."""
+        if event == Event.SKIPPED:  # the step's own line has its numbers
+            return
+        shown = {"tokens_seen": at.tokens, **values} if event == Event.STEP else values
+        for name, value in shown.items():
+            if isinstance(value, int | float) and name != "validation_loss":
+                self._writer("").add_scalar(f"{_PANEL_OF.get(name, 'system')}/{name}", value, at.step)
+        self._losses(event, at.step, at.tokens, values)
+
+    def text(self, name: str, markdown: str, step: int) -> None:
+        """Show a text. The newest of those with the same name and step replaces the others."""
+        self._writer("").add_text(name, markdown, step)
+
+    def flush(self) -> None:
+        for writer in self._writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        """Never raises: an error of the disk was raised when the events were written."""
+        for writer in self._writers.values():
+            with contextlib.suppress(OSError):
+                writer.close()
+
+    def _losses(self, event: str, step: int, tokens: int, values: Line) -> None:
+        for folder, (kind, name) in _LOSSES.items():
+            if event == kind:
+                tag, at = ("loss/loss_by_tokens", tokens) if _is_by_tokens(folder) else ("loss/loss", step)
+                self._writer(folder).add_scalar(tag, float(values[name]), at)
+
+    def _writer(self, folder: str) -> SummaryWriter:
+        """Made on its first use: TensorBoard would list an empty folder as a run."""
+        if folder not in self._writers:
+            start = self._start.tokens if _is_by_tokens(folder) else self._start.step
+            purge = start + 1 if self._resumed else None
+            self._writers[folder] = SummaryWriter(str(self._run / folder), purge_step=purge)
+        return self._writers[folder]
+
+
+def _is_by_tokens(folder: str) -> bool:
+    return folder.startswith("by_tokens")
