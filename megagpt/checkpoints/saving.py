@@ -39,6 +39,7 @@ class Saved:
     """A checkpoint that is complete."""
 
     checkpoint: Checkpoint
+    meta: CheckpointMeta
     stall_seconds: float
     """Time that training waited for it, and for the end of the one before."""
     save_seconds: float
@@ -112,7 +113,7 @@ class Saver:
             try:
                 self._write(state, checkpoint, meta)
                 seconds = time.monotonic() - begin
-                self._outcome = Saved(checkpoint, stall if copied else stall + seconds, seconds)
+                self._outcome = Saved(checkpoint, meta, stall if copied else stall + seconds, seconds)
             except (Exception, CheckpointException) as error:  # which is no Exception
                 self._outcome = error
 

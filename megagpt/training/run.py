@@ -102,7 +102,7 @@ class Run:
     def report_saved(self, at: Position, saved: Saved | None) -> None:
         if saved is None or not self.world.is_main:
             return
-        meta = saved.checkpoint.meta
+        meta = saved.meta
         at = position(self.config, meta.sequences_seen, at.step if meta.step is None else meta.step)
         path, seconds, stall = str(saved.checkpoint.path), saved.save_seconds, saved.stall_seconds
         values = {"path": path, "save_seconds": seconds, "stall_seconds": stall}
