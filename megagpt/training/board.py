@@ -1,12 +1,11 @@
 """A run in TensorBoard: which number is in which chart.
 
-A chart has one line for each folder that has events with the chart's tag. So the losses share a tag and are in folders
-of their own. A folder has one horizontal axis, because a resume purges it from one position on:
+RUN               all numbers and texts; the horizontal axis is steps
+RUN/train         the training loss again; the horizontal axis is tokens
+RUN/validation    the validation loss again; the horizontal axis is tokens
 
-RUN                         steps: all numbers but the validation loss, and texts
-RUN/validation              steps: the validation loss
-RUN/by_tokens               tokens: the training loss
-RUN/by_tokens/validation    tokens: the validation loss"""
+A chart has a line for each folder with events of its tag: so a chart with both losses needs two folders. A resume
+purges a folder from one position on: so a folder has one horizontal axis."""
 
 import contextlib
 from pathlib import Path
@@ -19,7 +18,7 @@ from megagpt.run_log import Event, Line, read
 # Panels and the values in each; other values are in "system". TensorBoard sorts panels and charts by name: so the loss
 # comes first, then speed, and totals, which only grow, come last.
 _PANELS = {
-    "loss": ("loss", "unigram_loss"),
+    "loss": ("loss", "unigram_loss", "validation_loss"),
     "mfu_and_speed": ("mfu", "step_seconds", "tokens_per_second"),
     "optimizer": ("lr", "gradient_norm", "batch_tokens", "loss_scale"),
     "ranks": (
@@ -29,12 +28,8 @@ _PANELS = {
     "totals": ("tokens_seen", "sequences_seen", "skipped_updates", "incarnation"),
 }  # fmt: skip
 _PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}
-# Folders of one loss each: the event and its value.
-_LOSSES = {
-    "validation": (Event.VALIDATION, "validation_loss"),
-    "by_tokens": (Event.STEP, "loss"),
-    "by_tokens/validation": (Event.VALIDATION, "validation_loss"),
-}
+# The folders of the chart with both losses: the event and its value.
+_LOSSES = {"train": (Event.STEP, "loss"), "validation": (Event.VALIDATION, "validation_loss")}
 
 
 class Board:
@@ -45,13 +40,12 @@ class Board:
         self._run, self._start, self._resumed = run, start, resumed
         self._writers: dict[str, SummaryWriter] = {}
         # Up to version 0.1, a run had no folders for its losses: its log has them.
-        missed = read(run) if resumed and not (run / "by_tokens").is_dir() else ()
-        self._writer("")
-        for folder in _LOSSES:
+        missed = read(run) if resumed and not (run / "train").is_dir() else ()
+        for folder in ("", *_LOSSES):
             if (run / folder).is_dir():
                 self._writer(folder)
         for line in missed:
-            self._losses(line["event"], line["step"], line["tokens_seen"], line)
+            self._losses(line["event"], line["tokens_seen"], line)
 
     def numbers(self, event: Event, at: Position, values: Line) -> None:
         """Chart the numbers of an event."""
@@ -59,9 +53,9 @@ class Board:
             return
         shown = {"tokens_seen": at.tokens, **values} if event == Event.STEP else values
         for name, value in shown.items():
-            if isinstance(value, int | float) and name != "validation_loss":
+            if isinstance(value, int | float):
                 self._writer("").add_scalar(f"{_PANEL_OF.get(name, 'system')}/{name}", value, at.step)
-        self._losses(event, at.step, at.tokens, values)
+        self._losses(event, at.tokens, values)
 
     def text(self, name: str, markdown: str, step: int) -> None:
         """Show a text. The newest of those with the same name and step replaces the others."""
@@ -77,20 +71,15 @@ class Board:
             with contextlib.suppress(OSError):
                 writer.close()
 
-    def _losses(self, event: str, step: int, tokens: int, values: Line) -> None:
+    def _losses(self, event: str, tokens: int, values: Line) -> None:
         for folder, (kind, name) in _LOSSES.items():
             if event == kind:
-                tag, at = ("loss/loss_by_tokens", tokens) if _is_by_tokens(folder) else ("loss/loss", step)
-                self._writer(folder).add_scalar(tag, float(values[name]), at)
+                self._writer(folder).add_scalar("loss/by_tokens", float(values[name]), tokens)
 
     def _writer(self, folder: str) -> SummaryWriter:
         """Made on its first use: TensorBoard would list an empty folder as a run."""
         if folder not in self._writers:
-            start = self._start.tokens if _is_by_tokens(folder) else self._start.step
+            start = self._start.tokens if folder else self._start.step
             purge = start + 1 if self._resumed else None
             self._writers[folder] = SummaryWriter(str(self._run / folder), purge_step=purge)
         return self._writers[folder]
-
-
-def _is_by_tokens(folder: str) -> bool:
-    return folder.startswith("by_tokens")

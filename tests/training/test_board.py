@@ -27,7 +27,7 @@ from megagpt.training.stragglers import Comparison
 from tests.conftest import Tiny, metrics
 from tests.runs import charts
 
-FOLDERS = ["", "by_tokens", "by_tokens/validation", "validation"]
+FOLDERS = ["", "train", "validation"]
 
 
 def board_folders(run: Path) -> list[str]:
@@ -63,11 +63,9 @@ def test_a_stop_and_a_kill_leave_each_point_once(tiny: Tiny, tmp_path: Path, mon
     steps, validations = metrics(run), metrics(run, "validation")
     expected = {
         ("", "loss/loss"): [(line["step"], line["loss"]) for line in steps],
-        ("validation", "loss/loss"): [(line["step"], line["validation_loss"]) for line in validations],
-        ("by_tokens", "loss/loss_by_tokens"): [(line["tokens_seen"], line["loss"]) for line in steps],
-        ("by_tokens/validation", "loss/loss_by_tokens"): [
-            (line["tokens_seen"], line["validation_loss"]) for line in validations
-        ],
+        ("", "loss/validation_loss"): [(line["step"], line["validation_loss"]) for line in validations],
+        ("train", "loss/by_tokens"): [(line["tokens_seen"], line["loss"]) for line in steps],
+        ("validation", "loss/by_tokens"): [(line["tokens_seen"], line["validation_loss"]) for line in validations],
     }
     assert [len(points) for points in expected.values()] == [20, 4, 20, 4]
     for (folder, tag), points in expected.items():
@@ -82,15 +80,15 @@ def test_a_stop_and_a_kill_leave_each_point_once(tiny: Tiny, tmp_path: Path, mon
 
 def test_a_run_without_validation_has_no_folder_for_it(tiny: Tiny, tmp_path: Path) -> None:
     assert main(["train", str(tiny(validation={"tokens": 0}, train={"tokens": 256}))]) == 0
-    assert board_folders(tmp_path / "runs" / "tiny") == ["", "by_tokens"]
+    assert board_folders(tmp_path / "runs" / "tiny") == ["", "train"]
 
 
 def test_a_kill_behind_a_validation_leaves_its_point(tmp_path: Path) -> None:
     """The run log has it, so a resume does not validate again at these tokens."""
     reporter = Reporter(tmp_path, Position(0, 0, 32, 80), 2560, resumed=False, is_main=True)
     reporter.event(Event.VALIDATION, Position(20, 5, 32, 80), {"validation_loss": 3.5})
-    assert charts(tmp_path / "validation") == {"loss/loss": [(5, 3.5)]}
-    assert charts(tmp_path / "by_tokens" / "validation") == {"loss/loss_by_tokens": [(640, 3.5)]}
+    assert charts(tmp_path) == {"loss/validation_loss": [(5, 3.5)]}
+    assert charts(tmp_path / "validation") == {"loss/by_tokens": [(640, 3.5)]}
     reporter.close()
 
 
