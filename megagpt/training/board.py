@@ -10,6 +10,7 @@ purges a folder from one position on: so a folder has one horizontal axis."""
 import contextlib
 from pathlib import Path
 
+from tensorboard.compat.proto import event_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from megagpt.position import Position
@@ -79,7 +80,11 @@ class Board:
     def _writer(self, folder: str) -> SummaryWriter:
         """Made on its first use: TensorBoard would list an empty folder as a run."""
         if folder not in self._writers:
-            start = self._start.tokens if folder else self._start.step
-            purge = start + 1 if self._resumed else None
-            self._writers[folder] = SummaryWriter(str(self._run / folder), purge_step=purge)
+            purge = (self._start.tokens if folder else self._start.step) + 1
+            writer = SummaryWriter(str(self._run / folder), purge_step=purge if self._resumed else None)
+            if self._resumed:
+                # One of TensorBoard's loaders purges nothing at the first mark of a restart that it sees in a folder.
+                restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                writer.file_writer.add_event(event_pb2.Event(step=purge, session_log=restart))
+            self._writers[folder] = writer
         return self._writers[folder]
