@@ -85,6 +85,6 @@ class Board:
             if self._resumed:
                 # One of TensorBoard's loaders purges nothing at the first mark of a restart that it sees in a folder.
                 restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-                writer.file_writer.add_event(event_pb2.Event(step=purge, session_log=restart))
+                writer.file_writer.add_event(event_pb2.Event(step=purge, session_log=restart))  # type: ignore[attr-defined]
             self._writers[folder] = writer
         return self._writers[folder]
