@@ -18,7 +18,7 @@ from megagpt.checkpoints.saving import Saver, meta_of
 from megagpt.config import CheckpointConfig, Config
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.engines.flat_shard import FlatShard
-from megagpt.measure.cases import LR, SAVED_AT, STEPS, Case, Curve, rows, share, share_of
+from megagpt.measure.cases import LR, SAVED_AT, Case, Curve, rows, share, share_of
 from megagpt.measure.plain import plain_optimizer, plain_step
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
@@ -27,21 +27,23 @@ from megagpt.position import position
 from megagpt.world import World, join
 
 
-def plain(case: Case, steps: int = STEPS) -> Curve:
+def plain(case: Case, steps: int | None = None) -> Curve:
     """Loss and gradient norm of each step in one plain loop: the whole batch at once, all logits, PyTorch's
-    cross-entropy, clipping and AdamW."""
+    cross-entropy, clipping and AdamW. `steps`: the case's if None."""
     config = case.config()
     model = GPT(config.model)
     initialize(model, config.model, config.run.seed)
     optimizer = plain_optimizer(model, LR, (0.9, 0.95), 1e-8, config.optimizer.weight_decay)
     clip_norm = config.optimizer.clip_norm
-    curve = [plain_step(model, optimizer, b[:, :-1], b[:, 1:], clip_norm) for b in map(rows, range(steps))]
+    curve = [
+        plain_step(model, optimizer, b[:, :-1], b[:, 1:], clip_norm) for b in map(rows, range(steps or case.steps))
+    ]
     return [(loss.item(), norm.item()) for loss, norm in curve]
 
 
 def curve(case: Case, world: World) -> Curve:
     """The same of an engine."""
-    return _train(build_engine(case.config(), world), case, range(STEPS))
+    return _train(build_engine(case.config(), world), case, range(case.steps))
 
 
 def _train(engine: Engine, case: Case, steps: Iterable[int]) -> Curve:
@@ -50,24 +52,24 @@ def _train(engine: Engine, case: Case, steps: Iterable[int]) -> Curve:
 
 
 def saved(case: Case, world: World) -> Curve:
-    """An engine's curve over `SAVED_AT` steps, a save in the background, and `STEPS` more."""
+    """An engine's curve over `SAVED_AT` steps, a save in the background, and the case's steps after it."""
     engine = build_engine(case.config(), world)
     (run,) = case.runs
     saver = Saver(Path(run), CheckpointConfig(), world)
     before = _train(engine, case, range(SAVED_AT))
     save(saver, engine, SAVED_AT)
-    after = _train(engine, case, range(SAVED_AT, SAVED_AT + STEPS))
+    after = _train(engine, case, range(SAVED_AT, SAVED_AT + case.steps))
     saver.finish()
     return before + after
 
 
 def resumed(case: Case, world: World) -> list[Curve]:
-    """Of each run the `STEPS` that follow its checkpoint, under this engine."""
+    """Of each run the case's steps that follow its checkpoint, under this engine."""
     engine = build_engine(case.config(), world)
     curves = []
     for run in case.runs:
         resume(Path(run), engine)
-        curves.append(_train(engine, case, range(SAVED_AT, SAVED_AT + STEPS)))
+        curves.append(_train(engine, case, range(SAVED_AT, SAVED_AT + case.steps)))
     return curves
 
 
@@ -170,4 +172,4 @@ def run(kind: str, cases: Sequence[Case]) -> Iterator[Any]:
     function = {"curve": curve, "memory": memory, "saved": saved, "resumed": resumed}.get(kind)
     with join(cases[0].device) as world:
         for case in cases:
-            yield function(case, world) if function else plain(case, SAVED_AT + STEPS)
+            yield function(case, world) if function else plain(case, SAVED_AT + case.steps)
