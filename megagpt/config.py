@@ -2,6 +2,7 @@
 that the papers give in tokens stay in tokens. `config_file` reads a Config from YAML; `megagpt config --keys` shows
 every key with its docstring."""
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -37,11 +38,24 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, config=SECTION)
+class SkipConfig:
+    """A stretch of the data order that is left out."""
+
+    at: Data[int] = Field(ge=0)
+    """The run's position, in tokens seen, at which the stretch would come. Rounded up to whole sequences."""
+    tokens: Data[int] = Field(gt=0)
+    """Length of the stretch. Rounded up to whole sequences."""
+
+
+@dataclass(frozen=True, config=SECTION)
 class DataConfig:
     """The training data."""
 
     sources: Data[tuple[SourceConfig, ...]] = Field(default=(SourceConfig("data/fineweb_edu_10bt"),), min_length=1)
     """The corpora and their weights."""
+    skip: Data[tuple[SkipConfig, ...]] = ()
+    """Stretches of the data order to leave out, such as [{at: 3000000, tokens: 500000}]: to pass data at which the loss
+    spiked."""
     cache: Free[str] = "data"
     """Folder in which the built-in corpus is prepared."""
 
@@ -68,6 +82,21 @@ def _check_seconds(value: Any) -> float:
     raise ValueError(f"{value!r} is not a time: use seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")
 
 
+_SPIKE_WORDS = "none | {deviations: number, steps: whole number, action: skip | stop}"
+
+
+def _check_spikes(value: Any) -> str | dict[str, Any]:
+    match value:
+        case "none":
+            return value
+        case {"deviations": int() | float() as far, "steps": int(steps), "action": "skip" | "stop", **rest}:
+            booleans = isinstance(far, bool) or isinstance(steps, bool)
+            if not rest and not booleans and 0 < far < math.inf and steps > 1:
+                return value
+    raise ValueError(f"{value!r} is not {_SPIKE_WORDS}, with deviations above 0 and steps above 1")
+
+
+Spikes = Annotated[str | dict[str, Any], PlainValidator(_check_spikes), Values(_SPIKE_WORDS)]
 Seconds = Annotated[float, PlainValidator(_check_seconds), Values("seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")]
 _Modes = Annotated[str | dict[str, int], Values("none | full | selective | {every: k}")]
 ActivationCheckpointing = Annotated[_Modes, PlainValidator(_check_activation_checkpointing)]
@@ -97,7 +126,11 @@ class TrainConfig:
     block's; {every: k}: one block's in k; selective: all but the outputs of matrix products and attention."""
     nonfinite_limit: Free[int] = Field(default=10, gt=0)
     """A step whose loss or gradient is not finite on some rank is skipped on all ranks. The run ends after this many
-    skipped steps in a row."""
+    skipped steps in a row, and names the last good checkpoint."""
+    spike: Recipe[Spikes] = "none"
+    """Loss spikes: a loss that exceeds the mean of the last `steps` losses by more than `deviations` of their standard
+    deviations. Its update is skipped, which counts towards `nonfinite_limit`, or the run stops. Such as
+    {deviations: 6, steps: 128, action: skip}."""
     time_limit: Free[Seconds] = 0
     """Wall-clock time of one incarnation, counted from the start of its process. By then it has saved and ended, as
     after a signal. Seconds, MM:SS, HH:MM:SS or D-HH:MM:SS as in Slurm; 0: no limit."""

@@ -60,6 +60,11 @@ def slurm_job(environment: Mapping[str, str]) -> str | None:
     return f"{job}.{environment.get('SLURM_RESTART_COUNT', '0')}" if job else None
 
 
+def restarts(environment: Mapping[str, str]) -> int:
+    """How often Slurm has requeued this job, or torchrun has restarted this rank, with the same command."""
+    return max(int(environment.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
 def job_number(job: object) -> str:
     """The Slurm job without its restarts: 4711 of 4711.2."""
     return str(job).partition(".")[0]

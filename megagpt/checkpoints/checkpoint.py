@@ -4,7 +4,8 @@ RUN/checkpoints/000000000524288/    named by tokens seen; while incarnation 3 wr
     __0_0.distcp, ...           fp32 weights and both Adam moments by name, a file from each rank
     .metadata                   which part of which tensor lies where
     meta.json                   position, counters, config, engine, world size, versions, data fingerprints
-    COMPLETE                    size and checksums of all of them; written last, when they are on the disk"""
+    COMPLETE                    size and checksums of all of them; written last, when they are on the disk
+    UNPROVEN                    empty; removed after a later step was finite"""
 
 import errno
 import importlib.metadata
@@ -30,6 +31,8 @@ INDEX = ".metadata"
 FORMAT = 2
 SAVING = ".saving"
 CORRUPT = ".corrupt"
+ABANDONED = ".abandoned"
+UNPROVEN = "UNPROVEN"
 REMOVED = ".removed"
 SHARE = "run.folder must be one that all hosts share"
 
@@ -62,6 +65,10 @@ class CheckpointMeta:
     """The engine's state that is not a tensor: `updates`, `loss_scale`."""
     milestone: bool = False
     skipped_updates: int = 0
+    skipped_in_a_row: int = 0
+    spikes: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """Those that train.spike compares the next one with."""
     saved: str = field(default_factory=now)
     versions: dict[str, str] = field(default_factory=_versions)
 
@@ -132,6 +139,16 @@ class Checkpoint:
         """By meta.json alone, which is small and is not checked here. Raises OSError, and ValueError for no JSON."""
         return bool(json.loads((self.path / META).read_bytes()).get("milestone"))
 
+    @property
+    def is_proven(self) -> bool:
+        """Whether a later step was finite, so the weights are good. True for imported weights and for checkpoints of
+        version 0.1, which did not note it. Raises OSError."""
+        return not (self.path / UNPROVEN).exists()
+
+    def prove(self) -> None:
+        """Note that a later step was finite. Raises OSError."""
+        (self.path / UNPROVEN).unlink(missing_ok=True)
+
     def verify(self, progress: Progress = lambda count: None) -> list[str]:
         """Read all of it against its checksums; returns the problems, by file. `progress` is told of bytes read."""
         try:
@@ -186,13 +203,21 @@ class Checkpoint:
 
     def quarantine(self) -> Path:
         """Rename a corrupt checkpoint; returns its new path, or the old one if the disk refuses."""
-        quarantined = self.path.with_name(self.path.name + CORRUPT)
-        while quarantined.exists():  # an earlier one of this position
-            quarantined = quarantined.with_name(quarantined.name + CORRUPT)
         try:
-            return self.path.rename(quarantined)
+            return self._rename(CORRUPT)
         except OSError:
             return self.path
+
+    def abandon(self) -> Path:
+        """Rename a checkpoint from which the run does not continue, so that none resumes from it; returns its new path.
+        Raises OSError."""
+        return self._rename(ABANDONED)
+
+    def _rename(self, suffix: str) -> Path:
+        renamed = self.path.with_name(self.path.name + suffix)
+        while renamed.exists():  # an earlier one of this position
+            renamed = renamed.with_name(renamed.name + suffix)
+        return self.path.rename(renamed)
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,7 @@ def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowe
     recipe, data = [], []
     if meta.sequences_seen:  # before the first sequence there is nothing that a change could contradict
         recipe = _differences(_marked(saved, Change.RECIPE), _marked(wanted, Change.RECIPE))
-        before, now = ([s["weight"] for s in tree["data"]["sources"]] for tree in (saved, wanted))
-        data = _differences(
-            {"data.sources weights": before, "data": meta.data}, {"data.sources weights": now, "data": fingerprints}
-        )
+        data = _differences(_order(saved, meta.data), _order(wanted, fingerprints))
     refused, ways = list(model), []
     if model:
         ways.append("another model needs another run.name")
@@ -47,6 +44,13 @@ def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowe
         problem = "belongs to another run than this config"
         raise UserError(f"{found.path}: {problem}: {'; '.join(refused)}. {'; '.join(ways)}")
     return recipe + data
+
+
+def _order(tree: dict[str, Any], fingerprints: list[str] | None) -> dict[str, Any]:
+    """The values that decide the order of the data."""
+    data = tree["data"]
+    weights = [source["weight"] for source in data["sources"]]
+    return {"data.sources weights": weights, "data.skip": data.get("skip", []), "data": fingerprints}
 
 
 def _marked(tree: dict[str, Any], change: Change) -> dict[str, Any]:

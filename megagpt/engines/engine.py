@@ -4,6 +4,9 @@ An engine owns weights, gradients and optimizer state of one model across the ra
 
     loss = sum of token losses / global token count, micro-batch by micro-batch; backward;
     one gradient synchronisation; clip by the global norm; skip if not finite; update.
+
+A loss can be refused before the last backward pass: that one then makes the gradient NaN, so every engine skips the
+update in its usual way.
 """
 
 import abc
@@ -49,7 +52,9 @@ class StepResult(NamedTuple):
     tokens: int
     """Targets of the global batch that counted."""
     updated: bool
-    """False if loss or gradient was not finite and the weights stayed as they were."""
+    """False if the weights stayed as they were, because loss or gradient was not finite or the loss was a spike."""
+    spiked: bool = False
+    """Whether the loss was refused; then the gradient norm is NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +82,29 @@ class Engine(abc.ABC):
         self.loss_scale = loss_scale(config.train.precision)
         self.on_micro_batch: Callable[[], object] = lambda: None
         """Called after each micro-batch's backward pass: a measurement's chance to look."""
+        self._refuse: Callable[[Tensor], bool] | None = None
+        """Whether to refuse the step, by this rank's summed loss of the last micro-batch."""
 
-    def train_step(self, batch: Batch, lr: float) -> StepResult:
-        """One optimizer step over this rank's share of a global batch."""
+    def train_step(self, batch: Batch, lr: float, is_spike: Callable[[float], bool] | None = None) -> StepResult:
+        """One optimizer step over this rank's share of a global batch. `is_spike`: whether to refuse the step's loss,
+        the same on every rank; asking costs one more exchange of the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # Engines average gradients over the ranks; the loss is a sum over them.
         scale = self.world.size / batch.tokens
         total = torch.zeros((), device=self.world.device)
+        spiked = False
+
+        def refuse(loss: Tensor) -> bool:
+            nonlocal spiked
+            assert is_spike is not None
+            whole = total + loss.detach()
+            if self.world.size > 1:
+                dist.all_reduce(whole)
+            spiked = is_spike(float(whole) / batch.tokens)
+            return spiked
+
+        self._refuse = refuse if is_spike else None
         for i, (tokens, targets) in enumerate(batch.micro_batches):
             tokens, targets = (t.to(self.world.device, non_blocking=True) for t in (tokens, targets))
             total += self._accumulate(tokens, targets, scale, last=i == len(batch.micro_batches) - 1)
@@ -94,8 +114,16 @@ class Engine(abc.ABC):
         self.clock.summed()
         gradient_norm = self._update()
         finite = math.isfinite(gradient_norm)
-        self.loss_scale.update(finite)
-        return StepResult(float(total) / batch.tokens, gradient_norm, batch.tokens, finite)
+        if not spiked:
+            self.loss_scale.update(finite)
+        return StepResult(float(total) / batch.tokens, gradient_norm, batch.tokens, finite, spiked)
+
+    def _scaled(self, loss: Tensor, scale: float, last: bool) -> Tensor:
+        """`scale` times the loss, with a gradient of NaN if the loss is not finite or is refused: so a check of the
+        reduced gradient's norm finds any rank's bad loss, on all ranks."""
+        if last and self._refuse is not None and self._refuse(loss):
+            scale = math.nan
+        return loss * (scale + 0.0 * loss.detach())
 
     @abc.abstractmethod
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
@@ -202,12 +230,6 @@ def moments_of(optimizer: torch.optim.AdamW, weight: Tensor) -> dict[str, Tensor
         state["step"] = torch.zeros((), device=weight.device)
         state |= {kind: torch.zeros_like(weight) for kind in MOMENTS}
     return state
-
-
-def scaled(loss: Tensor, scale: float) -> Tensor:
-    """`scale` times the loss, with a gradient of NaN if the loss is not finite: so a check of the reduced gradient's
-    norm finds any rank's bad loss, on all ranks."""
-    return loss * (scale + 0.0 * loss.detach())
 
 
 def seed_dropout(config: Config, position: int, rank: int) -> None:

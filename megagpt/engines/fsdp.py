@@ -48,7 +48,7 @@ class FSDPEngine(NativeEngine):
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_all_reduce(last)
-        return self._backward(self.model(tokens, targets), scale)
+        return self._backward(self.model(tokens, targets), scale, last)
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[nn.Module]:

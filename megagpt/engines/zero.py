@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megagpt.config import Config
 from megagpt.engines.deepspeed_library import load_deepspeed
-from megagpt.engines.engine import DTYPES, MOMENTS, Engine, build_optimizer, moments_of, prepare_model, scaled
+from megagpt.engines.engine import DTYPES, MOMENTS, Engine, build_optimizer, moments_of, prepare_model
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.engines.zero_config import check_nvme, deepspeed_config
 from megagpt.errors import UserError
@@ -78,7 +78,7 @@ class ZeroEngine(Engine):
             self._engine.optimizer.override_loss_scale(self.loss_scale.value)
         self._engine.set_gradient_accumulation_boundary(last)
         loss = self._engine(tokens, targets)
-        self._engine.backward(scaled(loss, scale), scale_wrt_gas=False)
+        self._engine.backward(self._scaled(loss, scale, last), scale_wrt_gas=False)
         return loss.detach()
 
     def _update(self) -> float:

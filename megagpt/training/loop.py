@@ -6,7 +6,6 @@ import time
 from collections.abc import Generator
 
 from megagpt.checkpoints.compatibility import Allowed
-from megagpt.checkpoints.folder import newest_complete
 from megagpt.config import Config
 from megagpt.console import duration, say
 from megagpt.data.loader import Batch
@@ -17,6 +16,7 @@ from megagpt.hardware import peak_flops
 from megagpt.position import Position
 from megagpt.process_memory import peak_memory
 from megagpt.run_log import Event
+from megagpt.training.bad_steps import judge
 from megagpt.training.occasions import crossed, occasions
 from megagpt.training.outcome import FINISHED, Outcome
 from megagpt.training.run import Run, open_run
@@ -25,9 +25,12 @@ from megagpt.training.schedule import learning_rate
 from megagpt.world import World
 
 
-def train(config: Config, world: World, resume: bool, allowed: Allowed, stop: StopRequest) -> ExitCode:
-    """Run a config or resume its run; returns the exit code. Raises ExpectedError."""
-    with open_run(config, world, resume, allowed) as run:
+def train(
+    config: Config, world: World, resume: bool, allowed: Allowed, stop: StopRequest, resume_at: int | None = None
+) -> ExitCode:
+    """Run a config or resume its run, from its checkpoint at `resume_at` tokens if given; returns the exit code. Raises
+    ExpectedError."""
+    with open_run(config, world, resume, allowed, resume_at) as run:
         _say_what_is_special(run)
         outcome = loop(run, stop)
         run.ending.outcome(outcome)
@@ -72,12 +75,11 @@ def _step(run: Run, before: Position, batches: Generator[Batch]) -> Position:
     # Compiling may take long, once.
     patient = run.watchdog.patient(f"step {at.step}, compiling") if first and config.train.compile else None
     with patient or contextlib.nullcontext():
-        result = run.engine.train_step(batch, learning_rate(config, at.tokens))
+        is_spike = run.guard.is_spike if run.guard.watches_spikes else None
+        result = run.engine.train_step(batch, learning_rate(config, at.tokens), is_spike)
     took = time.monotonic() - began
     times = run.engine.clock.read()
-    if not result.updated:
-        _report_skipped(run, at, result)
-    run.guard.check(result.updated, at.step, lambda: _last_good(run, at))
+    judge(run, before, at, result)
     if first and run.resumed:
         since = seconds_since_start()
         values = {"seconds_to_first_step": since, "incarnation": run.lease.incarnation.number}
@@ -107,20 +109,6 @@ def _report_step(
         "peak_memory_bytes": peak_memory(run.world.device), "skipped_updates": run.guard.skipped,
     }  # fmt: skip
     run.reporter.step(at, values | ({"loss_scale": scale.value} if scale.dynamic else {}))
-
-
-def _report_skipped(run: Run, at: Position, result: StepResult) -> None:
-    scale = run.engine.loss_scale
-    then = f"; the loss scale is now {scale.value:g}" if scale.dynamic else ""
-    text = f"step {at.step}: loss {result.loss}, gradient norm {result.gradient_norm}: update skipped{then}"
-    run.reporter.event(Event.SKIPPED, at, {}, text)
-
-
-def _last_good(run: Run, at: Position) -> str:
-    """A clause about the checkpoint to resume from, after a streak of skipped updates."""
-    run.finish_saves(at)
-    newest = newest_complete(run.folder)
-    return f"the last good checkpoint is {newest.path}" if newest else "no checkpoint was saved yet"
 
 
 def _compare_ranks(run: Run, at: Position, took: float, waited: float, times: StepTimes) -> None:

@@ -33,11 +33,13 @@ class Reporter:
     """Writes on the main rank; on the others it does nothing. TensorBoard's events continue across incarnations as one
     curve: those past `start` are purged if the run resumes, because they will be written again."""
 
-    def __init__(self, run: Path, start: Position, total_tokens: int, resumed: bool, is_main: bool) -> None:
+    def __init__(
+        self, run: Path, start: Position, total_tokens: int, resumed: bool, is_main: bool, went_back: bool = False
+    ) -> None:
         self._start, self._total = start, total_tokens
         self._began, self._last_line = time.monotonic(), 0.0
         self._bar: tqdm[Any] | None = None
-        self._log = RunLog(run, start.tokens) if is_main else None
+        self._log = RunLog(run, start.tokens, went_back) if is_main else None
         if self._log is None:
             return
         self._board = SummaryWriter(str(run), purge_step=start.step + 1 if resumed else None)

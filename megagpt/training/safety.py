@@ -1,15 +1,12 @@
-"""Interruptions of a run: signals, a time limit, and steps whose loss or gradient is not finite."""
+"""Requests to stop a run: signals and a time limit."""
 
 import signal
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
 import psutil
-
-from megagpt.errors import UserError
 
 # Requests to save and end: Ctrl-C, and the signals that schedulers send before they take a machine away.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -55,23 +52,3 @@ class StopRequest:
 def seconds_since_start() -> float:
     """Age of this process."""
     return time.time() - psutil.Process().create_time()
-
-
-class FiniteGuard:
-    """Counts updates that were skipped because loss or gradient was not finite, and ends the run after a streak."""
-
-    def __init__(self, limit: int, skipped: int = 0) -> None:
-        """`skipped`: the count so far, if the run resumes."""
-        self.limit, self.skipped, self._in_a_row = limit, skipped, 0
-
-    def check(self, updated: bool, step: int, last_good: Callable[[], str]) -> None:
-        """Raises UserError after `limit` skipped updates in a row; `last_good` gives its clause about checkpoints."""
-        if updated:
-            self._in_a_row = 0
-            return
-        self.skipped += 1
-        self._in_a_row += 1
-        if self._in_a_row >= self.limit:
-            when = f"in {self._in_a_row} steps in a row, the last of them step {step}"
-            way = "resume with a lower optimizer.lr and --allow-recipe-change"
-            raise UserError(f"loss or gradient was not finite {when}; {last_good()}: {way}")
