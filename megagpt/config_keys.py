@@ -34,9 +34,14 @@ class Key:
         return " ".join((self.field.description or "").split())
 
     @property
+    def default_value(self) -> Any:
+        """PydanticUndefined if there is none."""
+        return self.field.get_default(call_default_factory=True, validated_data={})
+
+    @property
     def default(self) -> str:
         """As YAML; "required" if there is none."""
-        value = self.field.get_default(call_default_factory=True, validated_data={})
+        value = self.default_value
         if value is PydanticUndefined:
             return "required"
         text = yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=10**6, allow_unicode=True)
@@ -71,9 +76,9 @@ def all_keys() -> list[Key]:
     return keys
 
 
-def keys_marked(change: Change) -> list[str]:
-    """The names of all keys with that mark."""
-    return [key.name for key in all_keys() if mark_of(key.field, Change) is change]
+def keys_marked(change: Change) -> list[Key]:
+    """All keys with that mark."""
+    return [key for key in all_keys() if mark_of(key.field, Change) is change]
 
 
 def find_keys(word: str) -> list[Key]:

@@ -54,9 +54,13 @@ def _order(tree: dict[str, Any], fingerprints: list[str] | None) -> dict[str, An
 
 
 def _marked(tree: dict[str, Any], change: Change) -> dict[str, Any]:
-    """The values of the keys with that mark, by `section.key`."""
-    keys = [(name, *name.split(".")) for name in keys_marked(change)]
-    return {name: tree[section].get(key) for name, section, key in keys}
+    """The values of the keys with that mark, by `section.key`. A key that is newer than the checkpoint has its default:
+    every new key's default is what the code did before."""
+    values = {}
+    for key in keys_marked(change):
+        section, name = key.name.split(".")
+        values[key.name] = tree[section].get(name, key.default_value)
+    return values
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -131,6 +131,7 @@ def test_a_disk_error_is_told_and_the_last_checkpoint_stays(
             saver.finish()
     assert [c.verify() for c in list_checkpoints(tmp_path)] == [[]]
     save(saver, 3)
+    saver.proved(12)
     saver.finish()
     assert [c.tokens for c in list_checkpoints(tmp_path)] == [12]
     assert not list((tmp_path / "checkpoints").glob("*.saving-*"))
