@@ -1,4 +1,4 @@
-"""train, status: a run, begun or resumed, and its progress."""
+"""train, status: start or resume a run, and show its progress."""
 
 import argparse
 from dataclasses import replace
@@ -16,7 +16,7 @@ def register(add: Add) -> None:
     sub = add("train", _train, "Train a config, or resume a run. Works under torchrun, deepspeed and srun too.")
     add_config(sub)
     sub.add_argument("--resume", metavar="RUN", help="folder of the run to resume")
-    sub.add_argument("--auto-resume", action="store_true", help="resume the config's run if it exists; else begin it")
+    sub.add_argument("--auto-resume", action="store_true", help="resume the config's run if it exists; else start it")
     text = "resume on other data than the run was trained on"
     sub.add_argument("--allow-data-change", action="store_true", help=text)
     text = "resume with another learning rate, schedule, batch, seed or dropout"
@@ -52,7 +52,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _resumed_config(arguments: argparse.Namespace) -> "Config":
-    """The config in the folder of the run to resume. The folder may have been moved: its place decides its name."""
+    """The config in the folder of the run to resume. The folder may have moved, so its path gives the run's name."""
     from megagpt.config_file import load_config
     from megagpt.training.run_folder import run_config
 

@@ -29,7 +29,7 @@ class StateBytes:
 
 
 def state_bytes(config: Config, ranks: int) -> StateBytes:
-    """Per rank, for every engine; also the bytes that `engine.offload` moves to the CPU's memory or to a disk.
+    """State per rank under any engine, with the bytes that `engine.offload` moves to the CPU's memory or to a disk.
 
     DDP: 4 + 4 + 8 bytes per parameter. FSDP: the same, divided by the ranks that share a copy. ZeRO keeps weights in
     the compute precision (2 bytes in bf16 and fp16) beside an fp32 copy that is part of the optimizer state; all sums
