@@ -1,4 +1,4 @@
-"""A run's checkpoints: listed, found, rotated, quarantined."""
+"""Lists, finds and rotates a run's checkpoints."""
 
 import contextlib
 import shutil
@@ -30,7 +30,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def newest_complete(run: Path) -> OpenCheckpoint | None:
-    """The newest complete checkpoint, as far as file sizes tell. Newer ones are named on stderr with their problem."""
+    """The newest checkpoint that is complete by its file sizes. Newer ones are named on stderr with their problem."""
     for checkpoint in reversed(list_checkpoints(run)):
         try:
             return checkpoint.open()
@@ -40,7 +40,7 @@ def newest_complete(run: Path) -> OpenCheckpoint | None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is that of a checkpoint, not of a run."""
+    """Whether a path is a checkpoint's, not a run's."""
     path = path.resolve()
     return path.is_dir() and path.name.isdigit() and path.parent.name == "checkpoints"
 
@@ -61,15 +61,15 @@ def saving_folder(checkpoint: Checkpoint, incarnation: int) -> Path:
 
 
 class Rotation:
-    """Keeps a run's last interval checkpoints. It reads those that are there once, and no old checkpoint after that."""
+    """Keeps a run's newest interval checkpoints. It reads the existing ones when it is made, and none of them again."""
 
     def __init__(self, run: Path, keep_last: int) -> None:
         self._keep_last = keep_last
         self._interval = [c for c in list_checkpoints(run) if _counts(c)]
 
     def saved(self, newest: Checkpoint, milestone: bool) -> None:
-        """After a save: of the interval checkpoints up to `newest`, leave the last `keep_last`. Milestones stay, and
-        so do incomplete checkpoints, for people to look at."""
+        """To be called after a save: removes all interval checkpoints up to `newest` except the last `keep_last`.
+        Milestones stay, and so do incomplete checkpoints, for people to look at."""
         self._interval = [c for c in self._interval if c != newest]
         if not milestone:
             self._interval.append(newest)
@@ -88,7 +88,7 @@ def _counts(checkpoint: Checkpoint) -> bool:
 
 
 def remove_unfinished(run: Path, incarnation: int) -> None:
-    """Remove the rests of saves and removals that were cut off, up to those of an incarnation."""
+    """Remove what interrupted saves and removals left, of this incarnation and of older ones."""
     folder = checkpoints_folder(run)
     for path in [*folder.glob(f"*{REMOVED}"), *folder.glob(f"*{SAVING}*")]:
         number = path.name.partition(f"{SAVING}-")[2]  # empty for removals, and before there were incarnations

@@ -26,9 +26,9 @@ from megagpt.world import World
 
 
 def choose(run: Path, config: Config, fingerprints: list[str], allowed: Allowed, world: World) -> OpenCheckpoint | None:
-    """The run's newest complete checkpoint, which fits config and data; None if none was ever completed. Every rank
-    calls it and gets the main rank's answer, because file systems may show ranks different states. Corrupt ones are
-    named and quarantined. Raises UserError if all are corrupt, or if the checkpoint belongs to another run."""
+    """The run's newest complete checkpoint; None if none was ever completed. Every rank calls it and gets the main
+    rank's answer, because file systems may show ranks different states. Corrupt checkpoints are named and quarantined.
+    Raises UserError if all are corrupt, or if the newest complete one does not fit config and data."""
     return world.from_main(lambda: _choose(run, config, fingerprints, allowed, world.size))
 
 
