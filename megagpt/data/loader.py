@@ -67,9 +67,9 @@ class Corpus:
         return np.stack(read) if read else np.empty((0, self.context + 1), dtype=np.int64)
 
     def batch(self, sequences: range, share: Share) -> Batch:
-        """The sequences with these numbers, dealt to the ranks in turn; this rank's share, cut into micro-batches.
-        The ranks' shares differ by at most one sequence. Rows that do not count fill them up, so all ranks take the
-        same number of micro-batches, even if the batch does not divide over them."""
+        """This rank's share of the sequences with these numbers, which are dealt to the ranks in turn. It is cut into
+        micro-batches and filled up with rows that do not count: so all ranks take the same number of micro-batches,
+        even if the batch cannot be divided equally."""
         rows = self.rows(np.array(sequences[share.rank :: share.ranks], dtype=np.int64))
         filled_rows = share.micro_batches(len(sequences)) * share.micro_batch
         filled = np.full((filled_rows, self.context + 1), IGNORE, dtype=np.int64)
@@ -101,7 +101,7 @@ def validation_sequences(corpus: Corpus, tokens: int) -> int:
 
 
 def read_ahead(batches: Iterator[Batch]) -> Generator[Batch]:
-    """The same batches, made by a thread that stays a few steps ahead. Raises the thread's errors in their place."""
+    """The same batches, made by a thread that stays a few steps ahead. An error in the thread is raised in its turn."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
         ready = deque(thread.submit(next, batches, None) for _ in range(_AHEAD))
