@@ -1,6 +1,6 @@
-"""The work that is due at token intervals besides training: saves, validations, samples. An occasion is due by what the
-run log says was last held, and is asked for at the loop's top. So whatever a stop or a kill interrupted is made up
-after the resume, at the same tokens at which the uninterrupted run holds it."""
+"""The work besides training that is due at token intervals: saves, validations, samples. The run log tells when each
+was last done, and the loop asks between steps which ones are due. So work that a stop or a kill interrupted is done
+after the resume, at the same tokens as in the uninterrupted run."""
 
 import functools
 import time
@@ -23,14 +23,14 @@ class Occasion:
     """One kind of work that the loop does between steps, on all ranks."""
 
     work: Work
-    """Does it; False if a request to stop interrupted it, the same on every rank."""
+    """Does the work; returns False, on every rank, if a request to stop interrupted it."""
     intervals: tuple[int, ...]
-    """Tokens between two of it; 0: at the end only."""
+    """Tokens from one time to the next; 0: at the end only."""
     held: int
-    """Tokens at which it was last held."""
+    """Tokens at which the work was last done."""
 
     def due(self, at: Position) -> bool:
-        """At the end, and when an interval was crossed since it was last held."""
+        """Whether the run is at its end, or has crossed an interval since the work was last done."""
         reached = at.last or any(crossed(every, self.held, at.tokens) for every in self.intervals)
         return reached and self.held < at.tokens
 

@@ -1,4 +1,4 @@
-"""Sets a run up on one rank: data, engine, checkpoint, and everything else that the loop needs."""
+"""Sets up a run on one rank: data, engine, checkpoint, and everything else that the loop needs."""
 
 import contextlib
 import functools
@@ -52,7 +52,7 @@ class Run:
     """Where this incarnation begins."""
     resumed: bool
     last_held: dict[str, int]
-    """Event -> tokens at which the run log has it last, up to `start`."""
+    """Event -> tokens of its last line in the run log, up to `start`."""
     lease: Lease
     saver: Saver
     watchdog: Watchdog
@@ -74,8 +74,8 @@ class Run:
         return self.world.any(stop.requested(self.reserve.seconds))
 
     def between_steps(self, at: Position, stop: StopRequest) -> bool:
-        """`agree_to_stop` in one exchange with all else that must be the same on every rank. Raises Superseded, and
-        the error of a save in the background."""
+        """`agree_to_stop`, and in the same exchange everything else that the ranks must agree on. Raises Superseded,
+        and the error of a save in the background."""
         lost = self.world.is_main and self.lease.lost()
         stopping, failed, superseded = self.world.any_of(stop.requested(self.reserve.seconds), self.saver.failed, lost)
         if superseded:
@@ -114,13 +114,13 @@ class Run:
         limit, needed = self.config.train.time_limit, self.reserve.seconds
         if 0 < limit < needed:
             short = f"shorter than the {needed:.0f} s that a step and its save may take"
-            say(f"train.time_limit {limit:g} s is {short}: each incarnation will make one step")
+            say(f"train.time_limit {limit:g} s is {short}: each incarnation will take one step")
 
 
 @contextlib.contextmanager
 def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> Iterator[Run]:
-    """Begin the config's run or resume it, and record how it ended if that is an error. Raises UserError before
-    anything is written, for all that can be known by then."""
+    """Begin the config's run or resume it, and record an error that ends it. Raises UserError for problems, before
+    anything is written if they can be found by then."""
     folder = run_folder(config)
     config.check_ranks(world.size)
     if not resume:
@@ -132,7 +132,7 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
     engine = build_engine(config, world)
     fingerprints = [stream.fingerprint for stream in train_data.streams]
     seek = functools.partial(choose, folder, config, fingerprints, allowed, world)
-    # The run is claimed when it is known that it can resume here, and before anything of it is read.
+    # Claim the run once it is known that it can resume here, but before its state is read.
     found = seek() if resume else None
     tokens = found.meta.tokens_seen if found else 0
     lease = Lease(claim_run(folder, engine, tokens))
@@ -169,7 +169,7 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
 
 
 def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:
-    """Load the checkpoint, or the next older one for each that turns out to be corrupt; returns the loaded one."""
+    """Load the checkpoint; if it turns out to be corrupt, the next older one, and so on. Returns the loaded one."""
     while found is not None:
         try:
             load(found, engine)

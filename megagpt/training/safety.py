@@ -11,16 +11,16 @@ import psutil
 
 from megagpt.errors import UserError
 
-# Requests to save and end: Ctrl-C, and the signals that schedulers send before they take a machine away.
+# Signals that ask a run to save and end: Ctrl-C, and those that schedulers send before they take a machine away.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # The reason of a stop that no signal asked for.
 TIME_LIMIT = "train.time_limit"
 
 
 class StopRequest:
-    """Notes SIGNALS instead of dying of them, and the end of a time limit; the loop asks between steps. Signals may
-    come any number of times, because launchers and schedulers send them more than once. Only a second Ctrl-C interrupts
-    at once. `time_limit`: seconds since this process began; 0: none."""
+    """Remembers signals, instead of dying of them, and knows the time limit; the loop asks it between steps. Signals
+    may come any number of times, because launchers and schedulers send them more than once. Only a second Ctrl-C
+    interrupts at once. `time_limit`: seconds since this process began; 0: none."""
 
     def __init__(self, time_limit: float = 0) -> None:
         self.reason: str | None = None
@@ -53,7 +53,7 @@ class StopRequest:
 
 
 def seconds_since_start() -> float:
-    """Age of this process."""
+    """Age of this process (s)."""
     return time.time() - psutil.Process().create_time()
 
 
@@ -61,11 +61,11 @@ class FiniteGuard:
     """Counts updates that were skipped because loss or gradient was not finite, and ends the run after a streak."""
 
     def __init__(self, limit: int, skipped: int = 0) -> None:
-        """`skipped`: the count so far, if the run resumes."""
+        """`skipped`: updates skipped before this incarnation."""
         self.limit, self.skipped, self._in_a_row = limit, skipped, 0
 
     def check(self, updated: bool, step: int, last_good: Callable[[], str]) -> None:
-        """Raises UserError after `limit` skipped updates in a row; `last_good` gives its clause about checkpoints."""
+        """Raises UserError after `limit` skipped updates in a row; `last_good` returns its clause about checkpoints."""
         if updated:
             self._in_a_row = 0
             return
