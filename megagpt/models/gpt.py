@@ -53,7 +53,7 @@ class MLP(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In fp32, even if an engine keeps gain and bias in bf16."""
+    """LayerNorm in fp32, even if an engine keeps gain and bias in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
