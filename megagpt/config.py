@@ -80,7 +80,7 @@ class TrainConfig:
     tokens: Free[int] = Field(default=300_000_000_000, gt=0)
     """Tokens of the whole run; the last batch is cut to fit."""
     batch_tokens: Recipe[int] = Field(default=524_288, gt=0)
-    """Global batch in tokens, whatever the number of ranks."""
+    """Global batch in tokens, the same on any number of ranks."""
     batch_ramp_start: Recipe[int] = Field(default=0, ge=0)
     """Batch in tokens at the start of the ramp; 0: the full batch from the first step."""
     batch_ramp_tokens: Recipe[int] = Field(default=0, ge=0)
@@ -123,7 +123,7 @@ class OptimizerConfig:
     weight_decay: Recipe[float] = Field(default=0.1, ge=0)
     """Weight decay of matrices: embeddings and linear layers. Biases and LayerNorm gains have none."""
     clip_norm: Annotated[Recipe[float], Was("clip")] = Field(default=1.0, gt=0)
-    """Largest global gradient norm; larger gradients are scaled down to it."""
+    """Largest global gradient norm."""
 
 
 @dataclass(frozen=True, config=SECTION)

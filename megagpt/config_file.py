@@ -124,7 +124,7 @@ def override(tree: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def _valid_names(location: tuple[str | int, ...]) -> list[str]:
-    """The keys that are valid beside the one at `location`."""
+    """The keys that are valid in the section of the key at `location`."""
     kind: Any = Config
     for part in location[:-1]:  # the only list is that of the sources
         kind = fields_of(kind)[part].annotation if isinstance(part, str) else SourceConfig

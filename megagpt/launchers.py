@@ -9,7 +9,7 @@ from megagpt.errors import UserError
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where a launcher put this process."""
+    """This process's place among the ranks, as its launcher set it."""
 
     rank: int
     size: int

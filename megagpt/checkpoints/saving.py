@@ -60,7 +60,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._outcome: Saved | BaseException | None = None
         self.expected_seconds = 0.0
-        """Of the next save: the longest duration so far; before the first save, an estimate from the disk's speed."""
+        """Duration of the next save: the longest one so far; before the first, an estimate from the disk's speed."""
         self._measured = False
         self._room: bool | None = None
         self._rotation: Rotation | None = None

@@ -24,7 +24,7 @@ SUMMARY = "first_error.txt"
 _TAIL_LINES = 30
 # Bytes at the end of the run log that hold its last line.
 _LOG_BYTES = 2**22
-# Failures in a row without a new checkpoint after which a job ends, whatever their reasons.
+# Number of failures in a row without a new checkpoint after which a job ends, for any reasons.
 _MAX_FRUITLESS = 3
 # If a rank dies longer than this after another rank's failure, torchrun has killed it: it kills ranks that do not end
 # by themselves.

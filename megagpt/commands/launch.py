@@ -62,7 +62,7 @@ def find_script(name: str) -> Path:
     for folder in (package.parent / "launch", package / "launch"):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"launch/{name} is neither beside the package nor in it: install megagpt again")
+    raise UserError(f"launch/{name} is neither next to the package nor in it: install megagpt again")
 
 
 def _train_arguments(arguments: argparse.Namespace) -> list[str]:

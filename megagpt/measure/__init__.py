@@ -1,1 +1,1 @@
-"""Measurements: the engines' curves beside one plain process, their memory, the speed of steps and checkpoints."""
+"""Measurements: the engines' curves against one plain process, their memory, the speed of steps and checkpoints."""

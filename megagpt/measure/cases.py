@@ -59,7 +59,7 @@ class Case:
     runs: tuple[str, ...] = ()
     """Folders of runs: where to save, or what to resume."""
     timed: bool = False
-    """Whether the time of a step is measured beside the memory."""
+    """Whether the time of a step is measured as well as the memory."""
 
     def config(self) -> Config:
         """The case's config, in which every step is clipped: the gradient's norm stays above `CLIP`."""

@@ -1,4 +1,4 @@
-"""Measures training steps: megagpt's engine beside `transformers` and a plain loop, on equal work. Each row of the
+"""Measures training steps: megagpt's engine against `transformers` and a plain loop, on equal work. Each row of the
 result runs in a process of its own, so that its peak memory is its own. The rows alternate, so that a machine that is
 slower for a while is slower for all of them. The best step counts."""
 

@@ -49,7 +49,7 @@ class Run:
     validation_data: Corpus
     validation_sequences: int
     start: Position
-    """Where this incarnation begins."""
+    """The position at which this incarnation begins."""
     resumed: bool
     last_held: dict[str, int]
     """Event -> tokens of its last line in the run log, up to `start`."""
