@@ -1,6 +1,7 @@
-"""A checkpoint's files: the format of `torch.distributed.checkpoint`, whose own tools read them, with checksums. Each
-block of BLOCK_BYTES is hashed when it is written, and compared when it is read, before anything uses it: every read
-verifies its blocks, and no extra pass is needed. (Token shards have smaller blocks with CRC-32, because a training
+"""A checkpoint's files: the format of `torch.distributed.checkpoint`, whose own tools read them, with checksums.
+
+Each block of BLOCK_BYTES is hashed when it is written, and compared when it is read, before anything uses it: every
+read verifies its blocks, and no extra pass is needed. (Token shards have smaller blocks with CRC-32, because a training
 batch reads single sequences of them.)"""
 
 import contextlib

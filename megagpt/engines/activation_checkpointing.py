@@ -1,7 +1,8 @@
-"""Activation checkpointing (Chen et al. 2016): a block's backward pass computes activations again. All engines share
-one policy, which replaces the block's `forward` on the instance, inside the wrappers of `torch.compile` and the
-sharding engines. So parameter names stay, compiled graphs contain the policy, and one gather of the weights serves both
-the recomputation and the backward pass."""
+"""Activation checkpointing (Chen et al. 2016): a block's backward pass computes activations again.
+
+All engines share one policy, which replaces the block's `forward` on the instance, inside the wrappers of
+`torch.compile` and the sharding engines. So parameter names stay, compiled graphs contain the policy, and one gather of
+the weights serves both the recomputation and the backward pass."""
 
 import functools
 from collections.abc import Callable

@@ -1,6 +1,7 @@
-"""The time that one rank itself spends on a step, measured in places where it waits for no other rank. Ranks end each
-step together, so the time of a step does not show which rank is slow. No engine communicates inside a block's forward
-pass, so the time of that pass does."""
+"""The time that one rank itself spends on a step, measured in places where it waits for no other rank.
+
+Ranks end each step together, so the time of a step does not show which rank is slow. No engine communicates inside a
+block's forward pass, so the time of that pass does."""
 
 import time
 from collections.abc import Callable

@@ -3,8 +3,7 @@
 An engine owns weights, gradients and optimizer state of one model across the ranks. The shared step:
 
     loss = sum of token losses / global token count, micro-batch by micro-batch; backward;
-    one gradient synchronisation; clip by the global norm; skip if not finite; update.
-"""
+    one gradient synchronisation; clip by the global norm; skip if not finite; update."""
 
 import abc
 import contextlib

@@ -1,6 +1,7 @@
-"""PyTorch's FSDP2: every parameter is a DTensor, sharded by rows over the ranks and gathered block by block. Weights,
-gradients and optimizer state are fp32 shards. A block's weights are gathered in the compute precision before its
-forward and its backward pass; its gradients are summed in fp32 and scattered after each micro-batch. With hybrid
+"""PyTorch's FSDP2: every parameter is a DTensor, sharded by rows over the ranks and gathered block by block.
+
+Weights, gradients and optimizer state are fp32 shards. A block's weights are gathered in the compute precision before
+its forward and its backward pass; its gradients are summed in fp32 and scattered after each micro-batch. With hybrid
 sharding, each group of `shard_ranks` neighbouring ranks holds one copy of the model, and the shards' gradients are
 summed over the copies once per step."""
 

@@ -1,7 +1,6 @@
 """The decoder of GPT-2 and GPT-3, read top to bottom: embeddings, blocks, tied head, loss.
 
-Shapes: B batch, T tokens, C width, H heads, D head width, V vocabulary (padded).
-"""
+Shapes: B batch, T tokens, C width, H heads, D head width, V vocabulary (padded)."""
 
 import torch
 import torch.nn.functional as F

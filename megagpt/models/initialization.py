@@ -2,8 +2,7 @@
 
 Any rank can fill any rows of any parameter by itself, so the same model starts on one process, on a thousand shards,
 or from the meta device. The generator is Philox, keyed by a hash of seed, name and row block: no draw depends on the
-order in which parameters are built.
-"""
+order in which parameters are built."""
 
 import hashlib
 import math

@@ -1,7 +1,6 @@
 """Bytes of weights, gradients and optimizer state on each rank, by formula.
 
-Activations, gathered weights and buffers of a single operation are not included.
-"""
+Activations, gathered weights and buffers of a single operation are not included."""
 
 from dataclasses import dataclass
 
@@ -34,8 +33,7 @@ def state_bytes(config: Config, ranks: int) -> StateBytes:
     DDP: 4 + 4 + 8 bytes per parameter. FSDP: the same, divided by the ranks that share a copy. ZeRO keeps weights in
     the compute precision (2 bytes in bf16 and fp16) and an fp32 copy that is part of the optimizer state; all sums
     of gradients are fp32. Stage 1 sums the gradients of all weights on each rank until the step ends; in bf16 it also
-    keeps the bf16 gradient of the last micro-batch. A bucket that stays allocated counts as gradients.
-    """
+    keeps the bf16 gradient of the last micro-batch. A bucket that stays allocated counts as gradients."""
     engine, parameters = config.engine, config.model.stored_parameters
     if engine.name != "zero":
         held = parameters / (config.sharing_ranks(ranks) if engine.name == "fsdp" else 1)

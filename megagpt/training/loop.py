@@ -1,5 +1,4 @@
-"""The loop: the only place where a run advances. It takes steps, and between them it holds the occasions that are
-due."""
+"""The loop: the only place where a run advances. It takes steps, and between them holds the occasions that are due."""
 
 import contextlib
 import time

@@ -1,6 +1,7 @@
-"""The work besides training that is due at token intervals: saves, validations, samples. The run log tells when each
-was last done, and the loop asks between steps which ones are due. So work that a stop or a kill interrupted is done
-after the resume, at the same tokens as in the uninterrupted run."""
+"""The work besides training that is due at token intervals: saves, validations, samples.
+
+The run log tells when each was last done, and the loop asks between steps which ones are due. So work that a stop or a
+kill interrupted is done after the resume, at the same tokens as in the uninterrupted run."""
 
 import functools
 import time

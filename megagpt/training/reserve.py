@@ -6,8 +6,8 @@ from megagpt.errors import ExitCode
 
 class Reserve:
     """Upper bound on the seconds from a request to stop to the end of the process, from the longest of each part so
-    far. A request is noticed between steps and between batches of a validation. In the worst case it comes with a save
-    in flight, when samples begin, which cannot be interrupted, and one more step follows before it is noticed."""
+    far. A request is noticed between steps and between batches of a validation. The worst case: it comes as samples
+    begin, which cannot be interrupted, a save is in flight, and a step follows before the request is noticed."""
 
     def __init__(self, saver: Saver) -> None:
         self._saver = saver

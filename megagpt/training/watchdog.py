@@ -1,6 +1,7 @@
-"""Notices a rank that makes no progress; writes the stacks and the last collectives of all ranks, and ends them. A
-collective ends when the last rank joins it. If one rank never does, the others wait until the process group's timeout,
-and nothing tells which rank is missing, or what it does instead."""
+"""Notices a rank that makes no progress; writes the stacks and the last collectives of all ranks, and ends them.
+
+A collective ends when the last rank joins it. If one rank never does, the others wait until the process group's
+timeout, and nothing tells which rank is missing, or what it does instead."""
 
 import contextlib
 import faulthandler
