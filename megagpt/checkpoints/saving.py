@@ -113,7 +113,7 @@ class Saver:
                 self._write(state, checkpoint, meta)
                 seconds = time.monotonic() - begin
                 self._outcome = Saved(checkpoint, stall if copied else stall + seconds, seconds)
-            except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
+            except (Exception, CheckpointException) as error:  # which is no Exception
                 self._outcome = error
 
         if copied:

@@ -93,7 +93,7 @@ class Reporter:
             self._bar.close()
         if self._log is not None:
             self._log.close()
-            with contextlib.suppress(OSError):  # the error was reported when the event was written
+            with contextlib.suppress(OSError):  # its error was reported when it was written
                 self._board.close()
             threading.excepthook = self._usual_hook
 
