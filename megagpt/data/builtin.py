@@ -17,7 +17,7 @@ _BUILTIN_VAL_FRACTION = 0.1
 
 
 def prepare_builtin(data: DataConfig, world: World) -> DataConfig:
-    """The config with `stdlib` replaced by the folder of its shards, which the main rank prepares on first use."""
+    """The same config with the folder of its shards for `stdlib`; the main rank prepares them on first use."""
     if all(source.path != BUILTIN for source in data.sources):
         return data
     version = ".".join(map(str, sys.version_info[:3]))

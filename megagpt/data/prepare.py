@@ -1,4 +1,4 @@
-"""Turns text into token shards, in parallel. After a kill at any moment it resumes, and ends with the same bytes.
+"""Text to token shards: parallel, resumable after a kill at any moment, the same bytes however often it was killed.
 
 This process reads documents in order, a pool of processes encodes them, and this process appends them in order to one
 growing `.partial` file per split. The journal records how much of the source is safely in the files; after a kill the
@@ -49,10 +49,10 @@ def prepare(
     workers: int | None = None,
     report: Report = lambda documents, tokens, fraction: None,
 ) -> Json:
-    """Encode every document of `source` once into `folder`, end-of-text after each; returns the manifest. Documents for
-    validation are spread evenly, the same for any number of workers: document i is one if there is a half-integer
-    between i and i + 1 times val_fraction. A second call resumes an interrupted preparation, and does nothing if the
-    folder is finished. Raises UserError for a folder with something else or an unusable text; Interrupted at Ctrl-C."""
+    """Encode every document of `source` once into `folder`, end-of-text after each; returns the manifest. Document i
+    goes to validation if i * val_fraction passes a half-integer: an even spread, the same for any number of workers. A
+    second call resumes an interrupted preparation, and does nothing if the folder is finished. Raises UserError if the
+    folder holds something else, or the text is empty or unreadable, and Interrupted after Ctrl-C."""
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction}: must be at least 0 and below 1")
     if shard_tokens < 1:
@@ -114,7 +114,7 @@ def _prepare(source: Source, folder: Path, identity: Json, workers: int | None, 
                 saved = time.monotonic()
             report(documents, sum(w.total for w in splits.values()), batch.fraction)
     except KeyboardInterrupt:
-        # The next call cuts off everything that was appended after the last journal.
+        # The next call cuts off whatever was appended after the last journal.
         repeated = f"at most the last {_JOURNAL_SECONDS:.0f} s are repeated"
         raise Interrupted(f"stopped; run the same command again to resume: {repeated}") from None
     if documents == 0:
