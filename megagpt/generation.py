@@ -27,8 +27,8 @@ def generate(
     on_token: Callable[[int, int], None] = lambda row, token: None,
 ) -> list[list[int]]:
     """Continue each prompt by at most `max_tokens` tokens, ending before end-of-text; returns the new tokens only. A
-    row's draws depend only on the seed and the row's number, which counts from `first_row`: other prompts do not change
-    them. When a row fills the context, its window slides: it continues from its last context // 2 tokens.
+    row's draws depend on the seed and the row's number alone, which counts from `first_row`, so other prompts do not
+    change them. When a row fills the context, the window slides: the row continues from its last context // 2 tokens.
     `on_token(row, token)` is called for each new token. Raises UserError if a prompt is empty or too long."""
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= config.context:

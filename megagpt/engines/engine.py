@@ -160,7 +160,7 @@ class Engine(abc.ABC):
 
 
 def build_engine(config: Config, world: World) -> Engine:
-    """The engine that the config names, with initial weights. Raises UserError if it cannot run here."""
+    """The engine that the config names, with initial weights. Raises UserError for what cannot run here."""
     return pkgutil.resolve_name(ENGINES[config.engine.name])(config, world)
 
 

@@ -19,7 +19,7 @@ from megagpt.models.gpt import GPT
 from megagpt.models.presets import ModelConfig
 
 ReadWeights = Callable[[dict[str, tuple[int, ...]]], dict[str, Tensor]]
-"""Maps {our parameter name: shape} to {our parameter name: values}, fp32 on the CPU."""
+"""Our parameter name -> shape, to our parameter name -> values, fp32 on the CPU."""
 _INDEX = "model.safetensors.index.json"
 # Linear weights: GPT-2's release keeps them as (in, out), torch.nn.Linear as (out, in).
 _TRANSPOSED = ("qkv.weight", "out.weight", "up.weight", "down.weight")

@@ -89,7 +89,7 @@ def test_an_allowed_change_is_trained_with(
     assert [line["step"] for line in metrics(run)] == list(range(1, 21))
 
 
-def test_incomplete_checkpoints_are_skipped(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomplete_checkpoints_are_passed_over(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny(checkpoint={"every_tokens": 640, "keep_last": 9})
     assert train(str(config)) == 0
     run = tmp_path / "runs" / "tiny"
