@@ -95,5 +95,5 @@ class RunLog:
             raise disk_error(text, error) from None
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # its error was reported when it was written
+        with contextlib.suppress(OSError):  # the error was reported when the line was written
             self._file.close()

@@ -1,8 +1,8 @@
-"""One checkpoint on disk: its folder, what makes it complete, and what it says of itself.
+"""One checkpoint on disk: its folder, its marker of completeness, and its description.
 
-RUN/checkpoints/000000000524288/    named by tokens seen; while incarnation 3 writes it, with `.saving-3` behind
+RUN/checkpoints/000000000524288/    named by tokens seen; while incarnation 3 writes it, with the suffix `.saving-3`
     __0_0.distcp, ...           fp32 weights and both Adam moments by name, a file from each rank
-    .metadata                   which part of which tensor lies where
+    .metadata                   the place of each part of each tensor
     meta.json                   position, counters, config, engine, world size, versions, data fingerprints
     COMPLETE                    size and checksums of all of them; written last, when they are on the disk
     UNPROVEN                    empty; removed after a later step was finite"""
@@ -47,8 +47,8 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """The content of meta.json. No generator's state is in it: initial weights, data order, dropout and samples are
-    functions of the seed and the position."""
+    """The content of meta.json. It holds no random generator's state: initial weights, data order, dropout and samples
+    are functions of the seed and the position."""
 
     tokens_seen: int
     sequences_seen: int
@@ -73,7 +73,7 @@ class CheckpointMeta:
     versions: dict[str, str] = field(default_factory=_versions)
 
     def to_json(self) -> bytes:
-        """The scalars are keys beside the others."""
+        """The content of the file, in which the scalars are keys beside the others."""
         tree = {"format": FORMAT, **asdict(self)}
         scalars = tree.pop("scalars")
         return json.dumps(tree | scalars, indent=1).encode()
@@ -136,7 +136,7 @@ class Checkpoint:
         return OpenCheckpoint(self, CheckpointMeta.from_json(data, self.path / META), sums)
 
     def is_milestone(self) -> bool:
-        """By meta.json alone, which is small and is not checked here. Raises OSError, and ValueError for no JSON."""
+        """Reads only meta.json, which is small, and does not check it. Raises OSError, and ValueError if not JSON."""
         return bool(json.loads((self.path / META).read_bytes()).get("milestone"))
 
     @property
@@ -150,7 +150,7 @@ class Checkpoint:
         (self.path / UNPROVEN).unlink(missing_ok=True)
 
     def verify(self, progress: Progress = lambda count: None) -> list[str]:
-        """Read all of it against its checksums; returns the problems, by file. `progress` is told of bytes read."""
+        """Compare all of it with its checksums; returns the problems, by file. `progress` is called with bytes read."""
         try:
             sums = self.sums()
         except CorruptError as error:
@@ -175,7 +175,7 @@ class Checkpoint:
             try:
                 check_size(saving / name, expected)
             except CorruptError as error:
-                raise UserError(f"{error} for the main rank: {SHARE}") from None
+                raise UserError(f"{error}, as the main rank sees it: {SHARE}") from None
         data = meta.to_json()
         write_atomic(saving / META, data)
         files = sorted({**sums, META: sum_bytes(data)}.items())
@@ -185,7 +185,7 @@ class Checkpoint:
         flush_folder(saving)
         fence()
         try:
-            saving.rename(self.path)  # never over one that is there
+            saving.rename(self.path)  # fails if one is there already
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -195,7 +195,7 @@ class Checkpoint:
         flush_folder(self.path.parent)
 
     def remove(self) -> None:
-        """Take its name away first: after a removal that is cut off or delayed, the rest does not look complete."""
+        """Rename the folder before its files go, so that an interrupted removal leaves nothing that looks complete."""
         gone = self.path.with_name(self.path.name + REMOVED)
         shutil.rmtree(gone, ignore_errors=True)
         self.path.rename(gone)
@@ -222,7 +222,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """A complete checkpoint, validated once by `Checkpoint.open`; nothing here reads the disk but `check_file`."""
+    """A complete checkpoint, validated once by `Checkpoint.open`. Of its methods, only `check_file` reads the disk."""
 
     checkpoint: Checkpoint
     meta: CheckpointMeta
@@ -238,7 +238,7 @@ class OpenCheckpoint:
         return sum(s.size for s in self.sums.values())
 
     def check_file(self, name: str, progress: Progress = lambda count: None) -> None:
-        """Read one of its files against its checksums. Raises CorruptError."""
+        """Compare one of its files with its checksums. Raises CorruptError."""
         if name in self.sums:  # all but the marker itself
             _read_all(self.path / name, self.sums[name], progress)
 

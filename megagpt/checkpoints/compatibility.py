@@ -23,7 +23,7 @@ class Allowed:
 
 
 def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowed: Allowed) -> list[str]:
-    """The allowed differences, for the log. Raises UserError naming the others and the options that allow them."""
+    """The differences that are allowed, for the log. Raises UserError naming the others, and the options for them."""
     meta = found.meta
     saved, wanted = meta.config, asdict(config)
     model = _differences(_marked(saved, Change.SHAPE), _marked(wanted, Change.SHAPE))
@@ -64,6 +64,6 @@ def _marked(tree: dict[str, Any], change: Change) -> dict[str, Any]:
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    # JSON, in which one of them was stored, has lists for tuples.
+    # The saved values come from JSON, which has lists for tuples.
     differ = [key for key in wanted if to_jsonable_python(saved.get(key)) != to_jsonable_python(wanted[key])]
-    return [f"{key} {saved.get(key)} there, {wanted[key]} here" for key in differ]
+    return [f"{key} is {saved.get(key)} in the checkpoint, {wanted[key]} now" for key in differ]

@@ -1,4 +1,4 @@
-"""A run's checkpoints: listed, found, rotated, quarantined."""
+"""Lists, finds and rotates a run's checkpoints."""
 
 import contextlib
 import shutil
@@ -31,7 +31,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def newest_complete(run: Path) -> OpenCheckpoint | None:
-    """The newest complete checkpoint, as far as file sizes tell. Newer ones are named on stderr with their problem."""
+    """The newest checkpoint that is complete by its file sizes. Newer ones are named on stderr with their problem."""
     for checkpoint in reversed(list_checkpoints(run)):
         try:
             return checkpoint.open()
@@ -41,7 +41,7 @@ def newest_complete(run: Path) -> OpenCheckpoint | None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is that of a checkpoint, not of a run."""
+    """Whether a path is a checkpoint's, not a run's."""
     path = path.resolve()
     return path.is_dir() and path.name.isdigit() and path.parent.name == "checkpoints"
 
@@ -118,7 +118,7 @@ def abandon(run: Path, doubtful: Callable[[Checkpoint], bool]) -> list[Path]:
 
 
 def remove_unfinished(run: Path, incarnation: int) -> None:
-    """Remove the rests of saves and removals that were cut off, up to those of an incarnation."""
+    """Remove what interrupted saves and removals left, of this incarnation and of older ones."""
     folder = checkpoints_folder(run)
     for path in [*folder.glob(f"*{REMOVED}"), *folder.glob(f"*{SAVING}*")]:
         number = path.name.partition(f"{SAVING}-")[2]  # empty for removals, and before there were incarnations

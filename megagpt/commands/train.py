@@ -1,4 +1,4 @@
-"""train, status: a run, begun or resumed, and its progress."""
+"""train, status: start or resume a run, and show its progress."""
 
 import argparse
 from dataclasses import replace

@@ -111,7 +111,7 @@ def validation_sequences(corpus: Corpus, tokens: int) -> int:
 
 
 def read_ahead(batches: Iterator[Batch]) -> Generator[Batch]:
-    """The same batches, made by a thread that stays a few steps ahead. Raises the thread's errors in their place."""
+    """The same batches, made by a thread that stays a few steps ahead. An error in the thread is raised in its turn."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
         ready = deque(thread.submit(next, batches, None) for _ in range(_AHEAD))

@@ -32,13 +32,13 @@ from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initial_values, is_decayed
 from megagpt.world import World
 
-# name -> where its class lives; imported on use, so that no engine costs another's import.
+# Name -> the engine's class, which is imported on use, so that no engine costs the imports of another.
 ENGINES = {
     "ddp": "megagpt.engines.ddp:DDPEngine",
     "fsdp": "megagpt.engines.fsdp:FSDPEngine",
     "zero": "megagpt.engines.zero:ZeroEngine",
 }
-MOMENTS = ("exp_avg", "exp_avg_sq")  # the names under which Adam keeps them
+MOMENTS = ("exp_avg", "exp_avg_sq")  # PyTorch's names of Adam's moments
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -69,9 +69,9 @@ class Engine(abc.ABC):
     """One model across the ranks."""
 
     model: GPT
-    """The model itself, whatever is wrapped around it."""
+    """The model itself, without the library's wrapper."""
     optimizer: torch.optim.AdamW
-    """Over two groups, whose learning rate each step sets."""
+    """It has two groups of parameters; each step sets their learning rate."""
     clock: StepClock
     """Times this rank's own work in a step."""
 
@@ -127,7 +127,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
-        """Add the gradient of `scale` times the summed loss to what the step has so far; returns the summed loss,
+        """Add the gradient of `scale` times the summed loss to the step's gradient so far; returns the summed loss,
         detached. `last`: no further micro-batch follows in this step."""
 
     @abc.abstractmethod
@@ -146,14 +146,14 @@ class Engine(abc.ABC):
         return {"updates": self.updates, "loss_scale": dataclasses.asdict(self.loss_scale)}
 
     def state_loaded(self, scalars: dict[str, Any]) -> None:
-        """`state()` was overwritten with a checkpoint's, whose `scalars` these are."""
+        """To be called after `state()` was overwritten with a checkpoint's; `scalars` are that checkpoint's."""
         self._state_loaded(scalars["updates"])
-        if self.loss_scale.dynamic and scalars["loss_scale"]["dynamic"]:  # else this run or that one had none
+        if self.loss_scale.dynamic and scalars["loss_scale"]["dynamic"]:  # both this run and that one use fp16
             self.loss_scale = LossScale(**scalars["loss_scale"])
 
     @abc.abstractmethod
     def _state_loaded(self, updates: int) -> None:
-        """Bring everything that was derived from the state up to date with it, and Adam's count of updates."""
+        """Derive again what the engine derives from the state, and set Adam's count of updates."""
 
     def _initialize(self, name: str, weight: FlatShard) -> None:
         """Set the range of a weight that this rank holds to its initial values."""
@@ -175,8 +175,8 @@ class Engine(abc.ABC):
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[nn.Module]:
-        """The model in evaluation mode, uncompiled, without gradients, in the run's precision. Every rank enters, and
-        calls it equally often: sharded weights are gathered in step."""
+        """The model in evaluation mode, uncompiled, without gradients, in the run's precision. Every rank must enter
+        and call the model equally often, because the ranks gather sharded weights together."""
         self.model.eval()
         try:
             # Shapes change with every call here: compiled blocks would be compiled again and again.
@@ -200,8 +200,8 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 def prepare_model(model: GPT, config: Config, device: torch.device) -> StepClock:
-    """Everything that is put around a model's forward passes before an engine shards it, from the inside out:
-    activation checkpointing, compilation and a clock on blocks; autocast on the model. Returns the clock."""
+    """Wrap a model's forward passes before an engine shards it: each block in activation checkpointing, then
+    compilation, then a clock, from the inside out; the model in autocast. Returns the clock."""
     checkpoint_activations(model, config.train.activation_checkpointing)
     if config.train.compile:
         for block in model.blocks:
@@ -233,6 +233,6 @@ def moments_of(optimizer: torch.optim.AdamW, weight: Tensor) -> dict[str, Tensor
 
 
 def seed_dropout(config: Config, position: int, rank: int) -> None:
-    """Make this step's dropout a function of (seed, position, rank), so that a resumed run draws what it would have."""
+    """Make this step's dropout a function of (seed, position, rank): a resumed run draws the same numbers."""
     digest = hashlib.sha256(f"dropout/{config.run.seed}/{position}/{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))

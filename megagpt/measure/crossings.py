@@ -1,4 +1,4 @@
-"""Every engine's checkpoint under every other: what follows a resume, beside one plain process that never stopped."""
+"""Resumes every engine's checkpoint under every engine, and compares with a plain process that never stopped."""
 
 import itertools
 import tempfile
@@ -38,7 +38,7 @@ class Result(NamedTuple):
     difference: float
     """Largest difference of the loss from the plain process."""
     same_bits: bool
-    """Whether losses and norms are those of the source itself, without a stop, to the last bit."""
+    """Whether losses and norms equal, bit for bit, those of the source if it continues without a stop."""
 
 
 def cross(
@@ -68,8 +68,8 @@ def crossing_table() -> tuple[list[list[str]], bool]:
         results = cross(list(itertools.product(SETTINGS, SETTINGS)), bar.update)
     title = (
         f"checkpoints: largest difference of the loss from one plain process over the {STEPS} steps after a resume; "
-        "rows saved it, columns resumed it, each on 1, 2 and 4 ranks (the largest of 9 crossings); = says that the "
-        "same engine on the same number of ranks went on bit for bit"
+        "row: the engine that saved; column: the engine that resumed, each on 1, 2 and 4 ranks (the largest of 9 "
+        "crossings); = means that the same engine on the same number of ranks resumed bit for bit"
     )
     table = [[title], ["saved by", *ENGINE_CASES]]
     for source in ENGINE_CASES:

@@ -91,7 +91,7 @@ def resume(run: Path, engine: Engine) -> None:
 
 _CONTEXT = 32
 _SEQUENCES = 8
-# gloo's threads let go of what they sent a moment after the collective has ended.
+# Pause (s) before memory is counted: gloo's threads free what they sent a moment after the collective has ended.
 _SETTLE_SECONDS = 0.3
 _MEMORY_MODEL: dict[str, Any] = {"layers": 4, "width": 128, "heads": 4, "context": _CONTEXT, "vocab_size": 1000}
 
@@ -105,8 +105,8 @@ def memory_config(case: Case) -> Config:
 
 
 def memory(case: Case, world: World) -> dict[str, Any]:
-    """Bytes that this rank's tensors hold at the fullest point of a step outside its passes, by kind; of a timed case
-    also `seconds`, the median time of a step. Counted on the live tensors of the process, by storage, not on what the
+    """Bytes by kind that this rank's tensors hold at the fullest point of a step outside its passes; for a timed case
+    also `seconds`, the median time of a step. Counts the storages of all live tensors of the process, not what the
     engine says it holds."""
     config = memory_config(case)
     before = _live_storages()
@@ -124,7 +124,7 @@ def memory(case: Case, world: World) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     data = torch.randint(config.model.vocab_size, (_SEQUENCES, _CONTEXT + 1), generator=generator)
     batch = share_of(data, world.rank, case)
-    for _ in range(2):  # the moments appear in the first
+    for _ in range(2):  # the first step creates Adam's moments
         engine.train_step(batch, LR)
     engine.on_micro_batch = lambda: None
     if not case.timed:
@@ -140,7 +140,7 @@ def memory(case: Case, world: World) -> dict[str, Any]:
 def _live_storages() -> dict[int, int]:
     gc.collect()
     found = [o for o in gc.get_objects() if isinstance(o, Tensor)]
-    # Gradients hang on C++ objects that the collector does not see.
+    # Gradients belong to C++ objects that the collector does not see.
     return _storages(found + [t.grad for t in found if t.is_leaf and t.grad is not None])
 
 

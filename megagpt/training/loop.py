@@ -1,5 +1,4 @@
-"""The loop: the only place where a run advances. It takes steps, and between them it holds the occasions that are
-due."""
+"""The loop: the only place where a run advances. It takes steps, and between them holds the occasions that are due."""
 
 import contextlib
 import time
@@ -38,12 +37,12 @@ def train(
 
 
 def loop(run: Run, stop: StopRequest) -> Outcome:
-    """Every remaining step, until the end or a request to stop. Every rank calls it, and all decide alike."""
+    """Take every remaining step, until the end or a request to stop. Every rank calls it, and all decide alike."""
     began, at, due = time.monotonic(), run.start, occasions(run)
     saves = due[0]
     with contextlib.closing(run.batches()) as batches:
         while True:
-            # Each incarnation takes a step before it asks, however short its time limit is.
+            # Each incarnation takes a step before it may stop, however short its time limit is.
             stopping = at != run.start and run.between_steps(at, stop)
             for occasion in due:
                 if not stopping and occasion.due(at):
@@ -61,7 +60,7 @@ def loop(run: Run, stop: StopRequest) -> Outcome:
 
 
 def _step(run: Run, before: Position, batches: Generator[Batch]) -> Position:
-    """One optimizer step, and its lines in the log; returns the position behind it."""
+    """Take one optimizer step and log it; returns the position after it."""
     config = run.config
     began = time.monotonic()
     run.watchdog.phase(f"step {before.step + 1}, waiting for data")
@@ -129,7 +128,7 @@ def _say_what_is_special(run: Run) -> None:
         say("no validation: the corpus holds less than one sequence of held-out text")
     end, floor_at = config.train.tokens, config.schedule.decay_end_tokens
     if config.schedule.shape != "constant" and end < floor_at:
-        where = f"train.tokens {end:,} end before schedule.decay_end_tokens {floor_at:,}"
+        where = f"train.tokens {end:,} is less than schedule.decay_end_tokens {floor_at:,}"
         say(f"the learning rate does not reach its floor: {where}")
     say(f"{config.run.name}: {config.model.parameters:,} parameters, {run.engine.describe()}")
 

@@ -1,6 +1,7 @@
-"""The work that is due at token intervals besides training: saves, validations, samples. An occasion is due by what the
-run log says was last held, and is asked for at the loop's top. So whatever a stop or a kill interrupted is made up
-after the resume, at the same tokens at which the uninterrupted run holds it."""
+"""The work besides training that is due at token intervals: saves, validations, samples.
+
+The run log tells when each was last done, and the loop asks between steps which ones are due. So work that a stop or a
+kill interrupted is done after the resume, at the same tokens as in the uninterrupted run."""
 
 import functools
 import math
@@ -24,9 +25,9 @@ class Occasion:
     """One kind of work that the loop does between steps, on all ranks."""
 
     work: Work
-    """Does it; False if a request to stop interrupted it, the same on every rank."""
+    """Does the work; returns False, on every rank, if a request to stop interrupted it."""
     intervals: tuple[int, ...]
-    """Tokens between two of it; 0: at the end only."""
+    """Tokens from one time to the next; 0: at the end only."""
     held: int
     """Tokens at which it was last held."""
     put_off: Callable[[], bool] = lambda: False

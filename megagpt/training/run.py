@@ -1,4 +1,4 @@
-"""Sets a run up on one rank: data, engine, checkpoint, and everything else that the loop needs."""
+"""Sets up a run on one rank: data, engine, checkpoint, and everything else that the loop needs."""
 
 import contextlib
 import functools
@@ -51,10 +51,10 @@ class Run:
     validation_data: Corpus
     validation_sequences: int
     start: Position
-    """Where this incarnation begins."""
+    """The position at which this incarnation begins."""
     resumed: bool
     last_held: dict[str, int]
-    """Event -> tokens at which the run log has it last, up to `start`."""
+    """Event -> tokens of its last line in the run log, up to `start`."""
     lease: Lease
     saver: Saver
     watchdog: Watchdog
@@ -76,8 +76,8 @@ class Run:
         return self.world.any(stop.requested(self.reserve.seconds))
 
     def between_steps(self, at: Position, stop: StopRequest) -> bool:
-        """`agree_to_stop` in one exchange with all else that must be the same on every rank. Raises Superseded, and
-        the error of a save in the background."""
+        """`agree_to_stop`, and in the same exchange everything else that the ranks must agree on. Raises Superseded,
+        and the error of a save in the background."""
         lost = self.world.is_main and self.lease.lost()
         stopping, failed, superseded = self.world.any_of(stop.requested(self.reserve.seconds), self.saver.failed, lost)
         if superseded:
@@ -120,7 +120,7 @@ class Run:
         limit, needed = self.config.train.time_limit, self.reserve.seconds
         if 0 < limit < needed:
             short = f"shorter than the {needed:.0f} s that a step and its save may take"
-            say(f"train.time_limit {limit:g} s is {short}: each incarnation will make one step")
+            say(f"train.time_limit {limit:g} s is {short}: each incarnation will take one step")
 
 
 @contextlib.contextmanager
@@ -186,7 +186,7 @@ def open_run(
 
 
 def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:
-    """Load the checkpoint, or the next older one for each that turns out to be corrupt; returns the loaded one."""
+    """Load the checkpoint; if it turns out to be corrupt, the next older one, and so on. Returns the loaded one."""
     while found is not None:
         try:
             load(found, engine)

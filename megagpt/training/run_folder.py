@@ -1,4 +1,4 @@
-"""The files of a run beside its log and checkpoints: its config, and for each incarnation who ran it, where and how."""
+"""A run's folder: its path, its config, and the facts that each incarnation leaves there."""
 
 import json
 import os
@@ -35,12 +35,12 @@ def run_config(run: str | Path) -> str:
 
 
 def holds_run(run: Path) -> bool:
-    """Whether something of a run is there already."""
+    """Whether the folder holds files of a run."""
     return any(path.exists() for path in (run / "config.yaml", log_path(run), run / "checkpoints"))
 
 
 def check_free(run: Path) -> None:
-    """Raises UserError if a run is there already."""
+    """Raises UserError if the folder holds files of a run."""
     if holds_run(run):
         way = f"resume it with `megagpt train --resume {run}` or --auto-resume, or choose another run.name"
         raise UserError(f"{run}: already holds a run; {way}")

@@ -117,7 +117,7 @@ def test_the_same_position_may_be_saved_again(tmp_path: Path) -> None:
     assert saved_value(checkpoint) == 2.0
 
 
-def test_a_delayed_removal_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_delayed_removal_leaves_nothing_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On NFS a file that is open elsewhere stays in its folder, under another name."""
     saver = Saver(tmp_path, CheckpointConfig(keep_last=1), ALONE)
     save(saver, 1)
