@@ -242,7 +242,7 @@ class CheckpointConfig:
     every_tokens: Free[int] = Field(default=524_288_000, ge=0)
     """Interval in tokens; 0: only at the end and when stopped. The default is 1,000 steps of 0.5M tokens."""
     keep_last: Annotated[Free[int], Was("keep")] = Field(default=3, ge=1)
-    """Number of interval checkpoints to keep, the newest ones."""
+    """Number of interval checkpoints to keep: the newest of those from which a later step was finite."""
     milestone_every_tokens: Free[int] = Field(default=0, ge=0)
     """Interval of milestones in tokens: the first checkpoint at or past each multiple is kept for good. 0: none."""
 
