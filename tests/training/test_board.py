@@ -1,5 +1,6 @@
 """TensorBoard shows each point of a run once, the losses in one chart, and texts as they are."""
 
+import errno
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tensorboard.plugin_util import markdown_to_safe_html
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
@@ -24,7 +26,7 @@ from megagpt.training import loop
 from megagpt.training.markdown import samples_as_markdown, table, verbatim
 from megagpt.training.reporter import Reporter
 from megagpt.training.stragglers import Comparison
-from tests.conftest import Tiny, metrics
+from tests.conftest import Refusal, Tiny, metrics
 from tests.runs import charts
 
 FOLDERS = ["", "train", "validation"]
@@ -90,6 +92,19 @@ def test_a_kill_behind_a_validation_leaves_its_point(tmp_path: Path) -> None:
     assert charts(tmp_path) == {"loss/validation_loss": [(5, 3.5)]}
     assert charts(tmp_path / "validation") == {"loss/by_tokens": [(640, 3.5)]}
     reporter.close()
+
+
+def test_a_full_disk_ends_the_run_with_one_line(tiny: Tiny, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, written = RecordWriter.write, [0]
+
+    def fills_up(self: RecordWriter, data: bytes) -> None:
+        written[0] += 1
+        if written[0] > 40:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", fills_up)
+    refusal(["train", str(tiny())], "metrics cannot be written: disk full")
 
 
 def test_stragglers_of_one_comparison_are_one_text() -> None:
