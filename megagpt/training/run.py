@@ -16,7 +16,18 @@ from megagpt.config import Config
 from megagpt.config_file import to_yaml
 from megagpt.console import say
 from megagpt.data.builtin import prepare_builtin
-from megagpt.data.loader import Batch, Corpus, Share, open_corpus, read_ahead, train_batches, validation_sequences
+from megagpt.data.loader import (
+    Batch,
+    Corpus,
+    Share,
+    open_corpus,
+    read_ahead,
+    train_batches,
+    validation_corpus,
+    validation_sequences,
+)  # fmt: skip
+from megagpt.data.located import locate
+from megagpt.data.mixture import describe
 from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.errors import UserError
@@ -27,7 +38,7 @@ from megagpt.run_log import Event, newest
 from megagpt.training.outcome import Ending
 from megagpt.training.reporter import Reporter
 from megagpt.training.reserve import Reserve
-from megagpt.training.run_folder import check_free, claim_run, run_folder, start_as_markdown
+from megagpt.training.run_folder import check_free, claim_run, run_folder, start_as_markdown, start_folders
 from megagpt.training.safety import FiniteGuard, StopRequest
 from megagpt.training.schedule import batch_sequences, step_count
 from megagpt.training.stragglers import Stragglers
@@ -126,9 +137,13 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
     if not resume:
         check_free(folder)
     _check_vocabulary(config)
-    data = prepare_builtin(config.data, world)
+    starts = world.from_main(lambda: start_folders(folder)) if resume else []
+    data = prepare_builtin(locate(config.data, starts), world)
     context, seed = config.model.context, config.run.seed
-    train_data, validation_data = (open_corpus(data, split, context, seed) for split in ("train", "val"))
+    train_data, held_out = (open_corpus(data, split, context, seed) for split in ("train", "val"))
+    validation_data = validation_corpus(held_out)
+    if world.is_main:
+        say("\n".join(describe(config, train_data, held_out)))
     engine = build_engine(config, world)
     fingerprints = [stream.fingerprint for stream in train_data.streams]
     seek = functools.partial(choose, folder, config, fingerprints, allowed, world)
