@@ -57,7 +57,8 @@ def claim_run(run: Path, engine: Engine, from_tokens: int) -> Incarnation:
             write_atomic(run / "deepspeed.json", json.dumps(settings, indent=2).encode())
         facts = {
             "command": shlex.join(sys.argv), "directory": str(Path.cwd()), "host": platform.node(),
-            "job": slurm_job(os.environ), "platform": platform.platform(), "python": platform.python_version(), "megagpt": megagpt.__version__,
+            "job": slurm_job(os.environ), "platform": platform.platform(),
+            "python": platform.python_version(), "megagpt": megagpt.__version__,
             "torch": torch.__version__, "engine": engine.describe(), "device": device_name(engine.world.device),
             "world_size": engine.world.size, "from_tokens": from_tokens,
         }  # fmt: skip
