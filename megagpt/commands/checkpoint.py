@@ -1,4 +1,4 @@
-"""checkpoint list, verify, show, bench: what a run has saved, and how fast."""
+"""checkpoint list, verify, show, bench: a run's checkpoints, and the speed of saving and loading."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def register(add: Add) -> None:
     actions = add_actions(add("checkpoint", _list, "Look at a run's checkpoints."))
 
-    sub = actions("list", _list, "One line for each: position, size, writer, time, kind, and whether it is complete.")
+    sub = actions("list", _list, "One line per checkpoint: position, size, writer, time, kind, complete or not.")
     sub.add_argument("run", metavar="RUN")
 
     sub = actions("verify", _verify, "Read every byte against its checksum; exit code 1 if one differs.")

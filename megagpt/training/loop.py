@@ -1,12 +1,10 @@
-"""The loop: the only place where a run advances. It takes steps, and between them it holds the occasions that are
-due."""
+"""The loop: the only place where a run advances. It takes steps, and between them holds the occasions that are due."""
 
 import contextlib
 import time
 from collections.abc import Generator
 
 from megagpt.checkpoints.compatibility import Allowed
-from megagpt.checkpoints.folder import newest_complete
 from megagpt.config import Config
 from megagpt.console import duration, say
 from megagpt.data.loader import Batch
@@ -17,6 +15,7 @@ from megagpt.hardware import peak_flops
 from megagpt.position import Position
 from megagpt.process_memory import peak_memory
 from megagpt.run_log import Event
+from megagpt.training.bad_steps import judge
 from megagpt.training.occasions import crossed, occasions
 from megagpt.training.outcome import FINISHED, Outcome
 from megagpt.training.run import Run, open_run
@@ -25,9 +24,12 @@ from megagpt.training.schedule import learning_rate
 from megagpt.world import World
 
 
-def train(config: Config, world: World, resume: bool, allowed: Allowed, stop: StopRequest) -> ExitCode:
-    """Run a config or resume its run; returns the exit code. Raises ExpectedError."""
-    with open_run(config, world, resume, allowed) as run:
+def train(
+    config: Config, world: World, resume: bool, allowed: Allowed, stop: StopRequest, resume_at: int | None = None
+) -> ExitCode:
+    """Run a config or resume its run, from its checkpoint at `resume_at` tokens if given; returns the exit code. Raises
+    ExpectedError."""
+    with open_run(config, world, resume, allowed, resume_at) as run:
         _say_what_is_special(run)
         outcome = loop(run, stop)
         run.ending.outcome(outcome)
@@ -35,12 +37,12 @@ def train(config: Config, world: World, resume: bool, allowed: Allowed, stop: St
 
 
 def loop(run: Run, stop: StopRequest) -> Outcome:
-    """Every remaining step, until the end or a request to stop. Every rank calls it, and all decide alike."""
+    """Take every remaining step, until the end or a request to stop. Every rank calls it, and all decide alike."""
     began, at, due = time.monotonic(), run.start, occasions(run)
     saves = due[0]
     with contextlib.closing(run.batches()) as batches:
         while True:
-            # Each incarnation takes a step before it asks, however short its time limit is.
+            # Each incarnation takes a step before it may stop, however short its time limit is.
             stopping = at != run.start and run.between_steps(at, stop)
             for occasion in due:
                 if not stopping and occasion.due(at):
@@ -58,7 +60,7 @@ def loop(run: Run, stop: StopRequest) -> Outcome:
 
 
 def _step(run: Run, before: Position, batches: Generator[Batch]) -> Position:
-    """One optimizer step, and its lines in the log; returns the position behind it."""
+    """Take one optimizer step and log it; returns the position after it."""
     config = run.config
     began = time.monotonic()
     run.watchdog.phase(f"step {before.step + 1}, waiting for data")
@@ -72,12 +74,11 @@ def _step(run: Run, before: Position, batches: Generator[Batch]) -> Position:
     # Compiling may take long, once.
     patient = run.watchdog.patient(f"step {at.step}, compiling") if first and config.train.compile else None
     with patient or contextlib.nullcontext():
-        result = run.engine.train_step(batch, learning_rate(config, at.tokens))
+        is_spike = run.guard.is_spike if run.guard.watches_spikes else None
+        result = run.engine.train_step(batch, learning_rate(config, at.tokens), is_spike)
     took = time.monotonic() - began
     times = run.engine.clock.read()
-    if not result.updated:
-        _report_skipped(run, at, result)
-    run.guard.check(result.updated, at.step, lambda: _last_good(run, at))
+    judge(run, before, at, result)
     if first and run.resumed:
         since = seconds_since_start()
         values = {"seconds_to_first_step": since, "incarnation": run.lease.incarnation.number}
@@ -109,20 +110,6 @@ def _report_step(
     run.reporter.step(at, values | ({"loss_scale": scale.value} if scale.dynamic else {}))
 
 
-def _report_skipped(run: Run, at: Position, result: StepResult) -> None:
-    scale = run.engine.loss_scale
-    then = f"; the loss scale is now {scale.value:g}" if scale.dynamic else ""
-    text = f"step {at.step}: loss {result.loss}, gradient norm {result.gradient_norm}: update skipped{then}"
-    run.reporter.event(Event.SKIPPED, at, {}, text)
-
-
-def _last_good(run: Run, at: Position) -> str:
-    """A clause about the checkpoint to resume from, after a streak of skipped updates."""
-    run.finish_saves(at)
-    newest = newest_complete(run.folder)
-    return f"the last good checkpoint is {newest.path}" if newest else "no checkpoint was saved yet"
-
-
 def _compare_ranks(run: Run, at: Position, took: float, waited: float, times: StepTimes) -> None:
     """Log how the ranks' own work compares, and name the stragglers."""
     found = run.stragglers.add(took, waited, times)
@@ -139,7 +126,7 @@ def _say_what_is_special(run: Run) -> None:
     config = run.config
     end, floor_at = config.train.tokens, config.schedule.decay_end_tokens
     if config.schedule.shape != "constant" and end < floor_at:
-        where = f"train.tokens {end:,} end before schedule.decay_end_tokens {floor_at:,}"
+        where = f"train.tokens {end:,} is less than schedule.decay_end_tokens {floor_at:,}"
         say(f"the learning rate does not reach its floor: {where}")
     say(f"{config.run.name}: {config.model.parameters:,} parameters, {run.engine.describe()}")
 

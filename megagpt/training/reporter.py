@@ -1,4 +1,4 @@
-"""Every place where a run writes its numbers: the run log, TensorBoard, and the console."""
+"""Writes a run's numbers everywhere: to the run log, to TensorBoard and to the console."""
 
 import contextlib
 import sys
@@ -33,11 +33,13 @@ class Reporter:
     """Writes on the main rank; on the others it does nothing. TensorBoard's events continue across incarnations as one
     curve: those past `start` are purged if the run resumes, because they will be written again."""
 
-    def __init__(self, run: Path, start: Position, total_tokens: int, resumed: bool, is_main: bool) -> None:
+    def __init__(
+        self, run: Path, start: Position, total_tokens: int, resumed: bool, is_main: bool, went_back: bool = False
+    ) -> None:
         self._start, self._total = start, total_tokens
         self._began, self._last_line = time.monotonic(), 0.0
         self._bar: tqdm[Any] | None = None
-        self._log = RunLog(run, start.tokens) if is_main else None
+        self._log = RunLog(run, start.tokens, went_back) if is_main else None
         if self._log is None:
             return
         self._board = SummaryWriter(str(run), purge_step=start.step + 1 if resumed else None)
@@ -84,7 +86,7 @@ class Reporter:
             self._board.add_text(name, text, at.step)
 
     def flush(self) -> None:
-        """Put on the disk what a checkpoint's position claims to be there."""
+        """Write TensorBoard's events to the disk, so that none before a checkpoint's position is missing."""
         if self._log is not None:
             self._board.flush()
 
@@ -98,7 +100,7 @@ class Reporter:
             threading.excepthook = self._usual_hook
 
     def _hook(self, arguments: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread raises its disk error again in the next writer's thread: no traceback before that."""
+        """Print no traceback for a disk error in TensorBoard's thread: the next call of the writer raises it again."""
         is_writer = type(arguments.thread).__name__ == "_AsyncWriterThread"
         if not (is_writer and isinstance(arguments.exc_value, OSError)):
             self._usual_hook(arguments)

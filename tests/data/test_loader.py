@@ -19,7 +19,7 @@ from megagpt.data.loader import (
     train_batches,
     validation_corpus,
     validation_sequences,
-)  # fmt: skip
+)
 from megagpt.data.order import locate
 from megagpt.data.token_stream import TokenStream
 from megagpt.training.schedule import batch_sequences

@@ -1,4 +1,4 @@
-"""Saves, validations and samples that a stop or a kill interrupted are made up at their own tokens."""
+"""Saves, validations and samples that a stop or a kill interrupted are done after the resume, at their own tokens."""
 
 import contextlib
 import os
