@@ -64,9 +64,9 @@ def open_stream(folder: str | Path, split: str) -> TokenStream:
 
 
 def is_prepared(folder: str | Path) -> bool:
-    """Whether the folder is there and its preparation is not under way."""
+    """Whether the folder is there and no preparation of it is under way. What is in it may still be refused."""
     folder = Path(folder).expanduser()
-    return folder.is_dir() and ((folder / MANIFEST).exists() or not (folder / JOURNAL).exists())
+    return folder.exists() and ((folder / MANIFEST).exists() or not (folder / JOURNAL).exists())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -71,6 +71,19 @@ def test_config_and_train_say_the_passes(tmp_path: Path, tiny: Tiny, capsys: pyt
     assert "# not prepared here: nowhere, stdlib; " in capsys.readouterr().out
 
 
+def test_a_path_to_a_file_is_refused_with_its_folder(tmp_path: Path, tiny: Tiny, refusal: Refusal) -> None:
+    file = write_source(tmp_path / "s", 321, 100) / "x_train_0.bin"
+    for command in ("config", "train"):
+        refusal([command, str(tiny()), f"data.sources=[{{path: {file}}}]"], f"{file}: is a file", f": {file.parent}\n")
+    assert main(["config", str(tiny()), f"data.sources=[{{path: {file.parent}}}]"]) == 0
+
+
+def test_a_folder_in_preparation_is_not_here_yet(tmp_path: Path, tiny: Tiny, refusal: Refusal) -> None:
+    (tmp_path / "journal.json").touch()
+    refusal(["train", str(tiny()), f"data.sources=[{{path: {tmp_path}}}]"], "its preparation is not finished")
+    assert main(["config", str(tiny()), f"data.sources=[{{path: {tmp_path}}}]"]) == 0
+
+
 # --- held-out text ---
 
 
