@@ -31,6 +31,10 @@ def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowe
     if meta.sequences_seen:  # before the first sequence there is nothing that a change could contradict
         recipe = _differences(_marked(saved, Change.RECIPE), _marked(wanted, Change.RECIPE))
         data = _differences(_order(saved, meta.data), _order(wanted, fingerprints))
+    seen = meta.tokens_seen
+    if past := _differences(_skips_before(saved, seen), _skips_before(wanted, seen)):
+        way = "only stretches at or past that position may change"
+        raise UserError(f"{found.path} has seen {seen} tokens, and before them {past[0]}: {way}")
     refused, ways = list(model), []
     if model:
         ways.append("another model needs another run.name")
@@ -51,6 +55,11 @@ def _order(tree: dict[str, Any], fingerprints: list[str] | None) -> dict[str, An
     data = tree["data"]
     weights = [source["weight"] for source in data["sources"]]
     return {"data.sources weights": weights, "data.skip": data.get("skip", []), "data": fingerprints}
+
+
+def _skips_before(tree: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The stretches that were left out before a position."""
+    return {"data.skip": [stretch for stretch in tree["data"].get("skip", ()) if stretch["at"] < tokens]}
 
 
 def _marked(tree: dict[str, Any], change: Change) -> dict[str, Any]:

@@ -57,7 +57,8 @@ def _list(arguments: argparse.Namespace) -> int:
         meta = found.meta
         writer, kind = f"{meta.engine} x {meta.world_size}", "milestone" if meta.milestone else "interval"
         sizes = f"{checkpoint.tokens:17,} {meta.scalars['updates']:9,} {found.size / 1e9:8.3f}"
-        print(f"{sizes}  {writer:12} {meta.saved:25} {kind:9} complete")
+        state = "complete" if checkpoint.is_proven else "complete, unproven: no later step was finite yet"
+        print(f"{sizes}  {writer:12} {meta.saved:25} {kind:9} {state}")
     return 0
 
 

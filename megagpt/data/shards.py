@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def open_stream(folder: str | Path, split: str) -> TokenStream:
         raise UserError(f"{folder}: is a file; name the folder of the shards: {folder.parent}")
     if not folder.is_dir():
         here = "" if folder.is_absolute() else f" in {Path.cwd()}"
-        way = f"make the shards with `megagpt data prepare SOURCE --out {folder}`"
+        way = f"make the shards with `megagpt data prepare SOURCE --out {shlex.quote(str(folder))}`"
         raise UserError(f"{folder}: no such folder{here}; {way}")
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)

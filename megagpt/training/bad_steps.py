@@ -10,7 +10,7 @@ from megagpt.engines.engine import StepResult
 from megagpt.errors import UserError
 from megagpt.position import Position
 from megagpt.run_log import Event
-from megagpt.training.guard import Verdict
+from megagpt.training.guard import Judgement
 from megagpt.training.run import Run
 
 
@@ -18,14 +18,14 @@ def judge(run: Run, before: Position, at: Position, result: StepResult) -> None:
     """Act on the outcome of the step between two positions. Every rank calls it. Raises UserError, with the checkpoint
     to resume from, if the run cannot continue."""
     match run.guard.judge(result, before.tokens):
-        case Verdict.FINE:
+        case Judgement.FINE:
             run.saver.proved(before.tokens)
-        case Verdict.SKIPPED:
+        case Judgement.SKIPPED:
             _report(run, at, result)
-        case Verdict.TOO_MANY:
+        case Judgement.TOO_MANY:
             _report(run, at, result)
             raise UserError(_after_streak(run, at))
-        case Verdict.SPIKE_STOP:
+        case Judgement.SPIKE_STOP:
             _report(run, at, result)
             raise UserError(_after_spike(run, at))
 
@@ -36,7 +36,7 @@ def _report(run: Run, at: Position, result: StepResult) -> None:
     if result.spiked:
         cause = str(run.guard.spike)
     then = f"; the loss scale is now {scale.value:g}" if scale.dynamic and not result.spiked else ""
-    values = {"loss": result.loss, "spike": result.spiked}
+    values = {"reason": "spike" if result.spiked else "not finite"}
     run.reporter.event(Event.SKIPPED, at, values, f"step {at.step}: {cause}: update skipped{then}")
 
 
@@ -48,6 +48,7 @@ def _after_streak(run: Run, at: Position) -> str:
         good = newest_good(folder, since)
         if good is None:
             return "no checkpoint from before them is known to be good: begin again with a lower optimizer.lr"
+        run.lease.incarnation.check()
         gone = ", ".join(path.name for path in abandon(folder, lambda c: not c.is_proven))
         renamed = f"renamed, because no step from it was finite: {gone}; " if gone else ""
         lower = f"--allow-recipe-change optimizer.lr={run.config.optimizer.lr / 2:g}"

@@ -12,7 +12,7 @@ from megagpt.engines.engine import StepResult
 from megagpt.engines.loss_scale import LossScale
 
 
-class Verdict(enum.Enum):
+class Judgement(enum.Enum):
     """What a step's outcome means for the run."""
 
     FINE = enum.auto()
@@ -26,12 +26,12 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Spike:
-    """A loss that lies above its forerunners by more than `train.spike` allows."""
+    """A loss that lies above those before it by more than `train.spike` allows."""
 
     loss: float
     mean: float
     deviation: float
-    """Standard deviation of the forerunners."""
+    """Standard deviation of the losses before it."""
 
     def __str__(self) -> str:
         far = f"{(self.loss - self.mean) / self.deviation:.1f} standard deviations" if self.deviation else "far"
@@ -49,7 +49,7 @@ class Guard:
         """Updates skipped so far, for whatever reason."""
         self.in_a_row = meta.skipped_in_a_row if meta else 0
         self.spikes = meta.spikes if meta else 0
-        """Losses so far that were spikes."""
+        """Spikes so far."""
         kept = self._spike["steps"] if isinstance(self._spike, dict) else 0
         self._losses: deque[float] = deque(meta.recent_losses if meta else (), maxlen=kept)
         self.spike: Spike | None = None
@@ -79,12 +79,12 @@ class Guard:
         self.spike = Spike(loss, mean, deviation)
         return True
 
-    def judge(self, result: StepResult, tokens: int) -> Verdict:
+    def judge(self, result: StepResult, tokens: int) -> Judgement:
         """Count the outcome of the step from position `tokens`."""
         if result.updated:
             self.in_a_row = self.spikes_in_a_row = 0
             self._losses.append(result.loss)
-            return Verdict.FINE
+            return Judgement.FINE
         if not self.in_a_row:
             self.bad_since = tokens
         self.skipped += 1
@@ -92,8 +92,8 @@ class Guard:
         self.spikes += result.spiked
         self.spikes_in_a_row += result.spiked
         if result.spiked and isinstance(self._spike, dict) and self._spike["action"] == "stop":
-            return Verdict.SPIKE_STOP
-        return Verdict.TOO_MANY if self.in_a_row >= self._limit else Verdict.SKIPPED
+            return Judgement.SPIKE_STOP
+        return Judgement.TOO_MANY if self.in_a_row >= self._limit else Judgement.SKIPPED
 
     def suspicious(self, scale: LossScale) -> bool:
         """Whether the last update was skipped for a reason that fp16's search for its loss scale does not explain: the

@@ -16,7 +16,7 @@ from megagpt.config import TrainConfig
 from megagpt.engines.engine import Engine, StepResult
 from megagpt.engines.loss_scale import LossScale
 from megagpt.run_log import Event
-from megagpt.training.guard import Guard, Verdict
+from megagpt.training.guard import Guard, Judgement
 from tests.conftest import Tiny, metrics
 from tests.processes import megagpt
 from tests.runs import losses
@@ -156,7 +156,7 @@ def test_a_spike_is_skipped_and_counted(
     assert main(["train", config]) == 0
     run = tmp_path / "runs" / "tiny"
     (skipped,) = metrics(run, Event.SKIPPED)
-    assert (skipped["step"], skipped["spike"]) == (12, True)
+    assert (skipped["step"], skipped["reason"]) == (12, "spike")
     steps = metrics(run)
     assert [line["skipped_updates"] for line in steps] == [0] * 11 + [1] * 9
     earlier = [line["loss"] for line in steps[7:11]]
@@ -180,6 +180,10 @@ def test_a_spike_stops_the_run_and_its_advice_leaves_the_data_out(
     assert arguments[3:] == ["--at", "1280", "--allow-data-change", 'data.skip=[{"at": 1280, "tokens": 256}]']
     assert main(arguments) == 0
     assert metrics(run)[-1]["tokens_seen"] == 2560
+    capsys.readouterr()
+    late = ["--resume", str(run), "--allow-data-change", "train.tokens=5120", "data.skip=[{at: 1408, tokens: 128}]"]
+    assert main(["train", *late]) == 2
+    assert "only stretches at or past that position may change" in capsys.readouterr().err
     # Steps 11 to 20 saw the data of steps 13 to 22.
     longer = str(tiny(run={"folder": str(tmp_path / "other"), "name": "tiny"}, train={"tokens": 2816}))
     assert main(["train", longer]) == 0
@@ -196,9 +200,9 @@ def test_a_loss_is_a_spike_by_the_deviations_of_those_before() -> None:
     assert not guard.is_spike(math.nan), "a case for the gradient's norm"
     assert guard.is_spike(limit + 1e-6)
     bad = StepResult(9.0, math.nan, 1, updated=False, spiked=True)
-    assert guard.judge(bad, 4) is Verdict.SKIPPED
+    assert guard.judge(bad, 4) is Judgement.SKIPPED
     assert guard.recent_losses == [4.0, 3.0, 5.0, 4.0]
-    assert guard.judge(bad, 5) is Verdict.TOO_MANY
+    assert guard.judge(bad, 5) is Judgement.TOO_MANY
     assert (guard.skipped, guard.spikes, guard.in_a_row, guard.bad_since) == (2, 2, 2, 4)
 
 
