@@ -1,6 +1,7 @@
 """Token shards that other programs wrote: llm.c and modded-nanogpt (`.bin` with a header), build-nanogpt (plain `.npy`)
 and nanoGPT (`train.bin` and `val.bin`, uint16 without a header). They have no checksums."""
 
+import os
 import re
 import tokenize
 from pathlib import Path
@@ -25,6 +26,9 @@ def foreign_shards(folder: Path, split: str) -> list[Shard]:
     """The split's shards, ordered by name, without reading their tokens. Raises UserError if a file is corrupt or of
     another kind, or if the split is "train" and no file is named so."""
     files = [p for p in shard_files(folder) if p.suffix in _ENDINGS]
+    if not files and (below := shard_folders(folder)):
+        names = ", ".join(str(p) for p in below[:5])
+        raise UserError(f"{folder}: no token shards in it, but in folders below it; name them as sources: {names}")
     if not files:
         raise UserError(f"{folder}: no token shards in it (no manifest, .bin or .npy); run `megagpt data prepare`")
     named = [p for p in files if split_of(p) == split]
@@ -41,6 +45,11 @@ def shard_files(folder: Path) -> list[Path]:
     """The files that may be meant as token shards, by name: hidden and compressed ones, too."""
     endings = {*_ENDINGS, ".npz"}
     return sorted(p for p in folder.iterdir() if endings & {s.lower() for s in p.suffixes} and not p.is_dir())
+
+
+def shard_folders(folder: Path) -> list[Path]:
+    """The folders right below this one that have such files."""
+    return sorted(p for p in folder.iterdir() if p.is_dir() and os.access(p, os.R_OK) and shard_files(p))
 
 
 def split_of(path: Path) -> str | None:

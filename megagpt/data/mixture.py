@@ -33,9 +33,9 @@ def _describe_validation(config: Config, held_out: Corpus) -> Iterator[str]:
         if not any(stream is other for other in used.streams)
     ]
     if unused:
-        least = (held_out.rounding + 1) * context + 1
+        least = f"at model.context {context}, a source needs {(held_out.rounding + 1) * context + 1:,}"
         problem = "validation leaves sources out" if used.streams else "no validation"
-        yield f"{problem}: {', '.join(unused)}; at model.context {context} it takes {least:,}"
+        yield f"{problem}: {', '.join(unused)}; {least} (data prepare --val-fraction)"
     tokens = validation_sequences(used, config.validation.tokens) * context
     if 0 < tokens < config.validation.tokens // context * context:
         places = zip(used.sizes, used.weights, used.streams, strict=True)

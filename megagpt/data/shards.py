@@ -9,7 +9,6 @@ A folder without a manifest is read as shards of other programs.
 import hashlib
 import io
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megagpt.data import tokenizer
-from megagpt.data.foreign_shards import foreign_shards, shard_files, split_of
+from megagpt.data.foreign_shards import foreign_shards, shard_files, shard_folders, split_of
 from megagpt.data.token_stream import HEADER_BYTES, Shard, TokenStream, check_size, checksum_path, corrupt
 from megagpt.errors import UserError
 
@@ -142,7 +141,7 @@ def unread_note(folder: str | Path) -> str:
         read = {p.name for p in files if split_of(p)}
         reason = "shards have `train` or `val` in their names and end in .bin or .npy"
     names = [p.name for p in files if p.name not in read]
-    names += [f"{p.name}/" for p in sorted(folder.iterdir()) if p.is_dir() and os.access(p, os.R_OK) and shard_files(p)]
+    names += [f"{p.name}/" for p in shard_folders(folder)]
     return f"{folder}: not read: {first_names(names)}: {reason}" if names else ""
 
 

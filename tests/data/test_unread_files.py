@@ -9,7 +9,7 @@ import pytest
 from megagpt.cli import main
 from megagpt.data.shards import open_stream, unread_note
 from tests.conftest import write_tiny
-from tests.data.folders import write_bin
+from tests.data.folders import error_of, write_bin
 
 UNREAD = [
     "x_test_0.bin", "part_1.bin", "part_2.npy", "x_train_1.bin.gz", "x_train_2.bin.part", "X_TRAIN_3.BIN",
@@ -39,6 +39,16 @@ def test_a_subfolder_with_shards_is_named(folder: Path) -> None:
     (folder / "more").mkdir()
     write_bin(folder / "more" / "x_train_1.bin", np.arange(10))
     assert "not read: more/:" in unread_note(folder)
+
+
+def test_a_folder_of_folders_is_refused_with_their_names(tmp_path: Path) -> None:
+    for name in ("books", "notes", "web"):
+        (tmp_path / name).mkdir()
+    for name in ("books", "web"):
+        write_bin(tmp_path / name / "x_train_0.bin", np.arange(10))
+    message = error_of(lambda: open_stream(tmp_path, "train"))
+    assert f"name them as sources: {tmp_path / 'books'}, {tmp_path / 'web'}" in message
+    assert open_stream(tmp_path / "web", "train").tokens == 10
 
 
 def test_many_files_that_are_not_read_are_counted(folder: Path) -> None:
