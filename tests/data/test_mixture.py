@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from megagpt.cli import main
-from megagpt.config import Config
+from megagpt.config import Config, DataConfig, SourceConfig
 from megagpt.config_file import load_config
+from megagpt.data.builtin import builtin_folder, prepare_builtin
 from megagpt.data.loader import open_corpus
+from megagpt.data.located import locate
 from megagpt.data.mixture import describe
 from megagpt.data.order import interleave
+from megagpt.world import World
 from tests.conftest import Refusal, Tiny, metrics, write_tiny
 from tests.data.folders import write_bin
 
@@ -175,6 +178,9 @@ def test_equal_names_and_sizes_are_not_the_same_text(tmp_path: Path) -> None:
 def test_absent_sources_given_twice_are_refused(refusal: Refusal, tmp_path: Path, tiny: Tiny) -> None:
     config = str(tiny(data={"sources": [{"path": "no/where"}, {"path": "./no/where/"}]}))
     refusal(["config", config], "no/where and ./no/where/ are the same folder")
+    folder = builtin_folder(DataConfig(cache=str(tmp_path)))
+    both = [f"data.cache={tmp_path}", f"data.sources=[{{path: stdlib}}, {{path: {folder}}}]"]
+    refusal(["config", config, *both], f"{folder} are the same folder")
 
 
 # --- other folders ---
@@ -224,11 +230,6 @@ def test_relative_sources_that_are_nowhere_name_the_folders(
 def test_the_built_in_corpus_is_found_where_the_run_was_started(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megagpt.config import DataConfig, SourceConfig
-    from megagpt.data.builtin import builtin_folder, prepare_builtin
-    from megagpt.data.located import locate
-    from megagpt.world import World
-
     data = DataConfig((SourceConfig("stdlib"),))
     prepared = tmp_path / "start" / builtin_folder(data)
     shutil.copytree(corpus, prepared)
