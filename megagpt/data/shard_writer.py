@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from megagpt.data.shards import HEADER_BYTES, block_checksums, checksum_path, npy_header
+from megagpt.data.shards import npy_header
+from megagpt.data.token_stream import HEADER_BYTES, block_checksums, checksum_path
 from megagpt.errors import UserError
 from megagpt.files import write_atomic
 
