@@ -96,9 +96,9 @@ def expected(tmp_path: Path, data_files: dict[str, bytes]) -> dict[str, bytes]:
 # The command line with batches and a journal for a small corpus.
 _PROGRAM = """
 import sys
-from megagpt.data import prepare, sources
+from megagpt.data import documents, prepare
 prepare._JOURNAL_SECONDS = -1
-sources._BATCH_CHARACTERS = 2000
+documents._BATCH_CHARACTERS = 2000
 from megagpt.cli import main
 sys.exit(main())
 """
@@ -107,8 +107,8 @@ sys.exit(main())
 # Resumes at every cursor, which has been through JSON as between processes.
 _CURSORS = """
 import json, sys
-from megagpt.data import sources
-sources._BATCH_CHARACTERS = int(sys.argv[2])
+from megagpt.data import documents, sources
+documents._BATCH_CHARACTERS = int(sys.argv[2])
 source = sources.open_source(sys.argv[1], subset="sample-10BT")
 batches = list(source.batches(None))
 rests = []

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megagpt.data import sources
+from megagpt.data import documents as batching
 from megagpt.data.sources import open_source
 from megagpt.errors import UserError
 from tests.data.writers import (
@@ -61,7 +61,7 @@ def test_absurdly_nested_json_is_a_bad_line(tmp_path: Path) -> None:
 
 
 def test_the_documents_before_a_bad_line_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 1)
     path = tmp_path / "a.jsonl"
     path.write_bytes(jsonl(DOCUMENTS[:3]) + b"oops\n")
     found = []

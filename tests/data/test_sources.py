@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megagpt.data import sources
+from megagpt.data import documents as batching
 from megagpt.data.sources import open_source
 from tests.data.writers import DOCUMENTS, jsonl, read, write_gz, write_jsonl, write_parquet, write_text, write_zst
 
@@ -46,7 +46,7 @@ def test_documents_are_ordered_and_every_cursor_resumes(
     write: Callable[[Path, list[str]], Path],
     characters: int,
 ) -> None:
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", characters)
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", characters)
     name = str(write(tmp_path / "corpus", DOCUMENTS))
     batches = list(open_source(name).batches(None))
     assert [text for batch in batches for text in batch.documents] == DOCUMENTS
@@ -63,14 +63,14 @@ def test_documents_are_ordered_and_every_cursor_resumes(
 
 
 def test_a_batch_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 100)
     longest = max(map(len, DOCUMENTS))
     for batch in open_source(str(write_jsonl(tmp_path / "corpus", DOCUMENTS))).batches(None):
         assert sum(map(len, batch.documents)) < 100 + longest
 
 
 def test_blank_lines_and_a_missing_last_newline_are_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 1)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\n{"text": "one"}\r\n\n  \n{"text": ""}\n{"text": "two"}')
     batches = list(open_source(str(path)).batches(None))
