@@ -176,7 +176,7 @@ def _leave_out(found: Files, reason: str, path: Path) -> None:
 
 def _left_out(found: Files) -> Iterator[str]:
     for reason, names in sorted(found.left_out.items()):
-        yield f"left out {len(names):,} {reason}: {_shortened(sorted(names))}"
+        yield f"left out, {reason} ({len(names):,}): {_shortened(sorted(names))}"
 
 
 def _shortened(names: list[str]) -> str:

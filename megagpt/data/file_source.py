@@ -72,7 +72,7 @@ def _rows(file: Path, form: Format, skip: int) -> Iterator[Row]:
         raise disk_error(f"{file}: cannot be read: {first_line(error)}", error) from None
 
 
-def _state(file: Path) -> list[int]:
+def _state(file: Path) -> list[int | None]:
     """Size (bytes), and the times of the last change of content and of inode (ns): the second changes even if a
     program sets the first."""
     try:

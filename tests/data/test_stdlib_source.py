@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from megagpt.data import documents as batching
+from megagpt.data import stdlib_text
 from megagpt.data.sources import open_source
 from megagpt.data.tokenizer import gpt2
 from tests.data.writers import read
@@ -41,7 +42,7 @@ def digest(hash_seed: int, first_file: str) -> str:
     """SHA-256 of the texts of the library in that file's folder, read by another process."""
     program = """
 import hashlib, json, sys
-from megagpt.data import documents as batching
+from megagpt.data import sources, stdlib_text
 stdlib_text.inspect.getsourcefile = lambda module: sys.argv[1]
 texts = [text for batch in sources.open_source("stdlib").batches(None) for text in batch.documents]
 print(hashlib.sha256(json.dumps(texts).encode()).hexdigest())
