@@ -35,11 +35,15 @@ def _zstd() -> Any:
     return zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
 
 
+def _xz() -> Any:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ)  # the older format has no mark, so that zeros pass for it
+
+
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     ".gz": _gzip,
     ".zst": _zstd,
     ".zstd": _zstd,
-    ".xz": lzma.LZMADecompressor,
+    ".xz": _xz,
     ".bz2": bz2.BZ2Decompressor,
 }
 COMPRESSIONS = tuple(_DECOMPRESSORS)

@@ -149,16 +149,16 @@ def _reason_against(path: Path, held_out: Set[Path]) -> str | None:
         return None
     kind = kind_of(path)
     if kind is None or not path.is_file():
-        return "of other kinds"
+        return "other kinds"
     if held_out and path.resolve() in held_out:
         return _HELD_OUT
     name = path.name.lower()
     if name in _ABOUT_JSON or (kind in TEXT_KINDS and _ABOUT_TEXT.fullmatch(name[: name.rindex(kind)])):
-        return "about the corpus, not part of it"
+        return "files about the corpus"
     check_readable(path)
     # A compressed file or a table of 0 bytes is a failed download: its reader refuses it.
     is_plain = name.endswith(kind) and kind not in (".parquet", ".arrow")
-    return "of 0 bytes" if is_plain and path.stat().st_size == 0 else None
+    return "empty" if is_plain and path.stat().st_size == 0 else None
 
 
 # --- lines for the user ----------------------------------------------------------------------------------------------
