@@ -10,16 +10,17 @@ from typing import NamedTuple
 
 from megagpt.data.compression import COMPRESSIONS
 from megagpt.data.readers import TEXT_KINDS, kind_of, known_kinds
+from megagpt.data.shards import JOURNAL, MANIFEST
 from megagpt.errors import UserError
 
 # Names shown for each reason to leave files out.
 _SHOWN = 5
-# Files that come with a corpus and are not part of it: the papers of a repository, pip's list, and the descriptions
-# that `datasets` writes.
+# Files that come with a corpus and are not part of it: the papers of a repository, pip's list, the descriptions that
+# `datasets` writes, and those of prepared shards, whose folder may be below the corpus.
 _ABOUT_TEXT = re.compile(
     r"(readme|licen[cs]e|requirements)([._-].*)?|copying|notice|changelog|contributing|code_of_conduct|citation"
 )
-_ABOUT_JSON = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+_ABOUT_JSON = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", MANIFEST, JOURNAL)
 _MAGIC = re.compile(r"[*?\[]")
 
 

@@ -109,7 +109,7 @@ def _jsonl_rows(path: Path, data: BinaryIO, form: Format) -> Iterator[str | BadR
 
 def _json_line(line: bytes, place: str, text_key: str) -> str | BadRow:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         return BadRow(place, f"not JSON: byte {error.start} is not UTF-8", _FIX_LINE)
     except (ValueError, RecursionError) as error:
@@ -120,7 +120,11 @@ def _json_line(line: bytes, place: str, text_key: str) -> str | BadRow:
 def _text_of(value: Any, place: str, text_key: str, remedy: str) -> str | BadRow:
     if not isinstance(value, dict) or text_key not in value:
         found = did_you_mean(text_key, value) if isinstance(value, dict) and value else f"it is {value!s:.40}"
-        return BadRow(place, f"no key {text_key!r}; {found}", f"choose another --text-key, or {remedy}")
+        return BadRow(
+            place,
+            f"no key {text_key!r}; {found}",
+            f"choose another --text-key, {remedy}, or name the files to read by a glob",
+        )
     text = value[text_key]
     return text if isinstance(text, str) else BadRow(place, f"{text_key!r} is {text!r:.40}, not text", remedy)
 

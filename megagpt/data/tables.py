@@ -81,7 +81,8 @@ def as_row(value: Any, place: str, text_key: str) -> str | BadRow:
         return value
     if isinstance(value, UnicodeDecodeError):
         return BadRow(place, f"byte {value.start} of {text_key!r} is not UTF-8", _REMEDY)
-    return BadRow(place, f"{text_key!r} is {value!r:.40}, not text", _REMEDY)
+    remedy = _REMEDY if value is None else f"choose another --text-key, or {_REMEDY}"
+    return BadRow(place, f"{text_key!r} is {value!r:.40}, not text", remedy)
 
 
 def _check_column(path: Path, text_key: str, names: list[str]) -> None:

@@ -54,6 +54,15 @@ def test_a_clone_is_read_without_its_papers(tmp_path: Path, capsys: pytest.Captu
             assert f"{folder}/{name}" in lines[reason]
 
 
+def test_shards_may_be_below_their_corpus(tmp_path: Path) -> None:
+    folder = write(tmp_path / "corpus", "a.jsonl", "b.jsonl")
+    command = ["data", "prepare", str(folder), "--out", f"{folder}/shards", "--val-fraction", "0", "--workers", "1"]
+    assert main(command) == 0
+    assert main(command) == 0
+    (folder / "shards" / "manifest.json").rename(folder / "shards" / "journal.json")
+    assert [path.name for path in files_of(folder).files] == ["a.jsonl", "b.jsonl"]
+
+
 def test_a_folder_of_nothing_else_says_how_to_read_it(tmp_path: Path) -> None:
     folder = write(tmp_path / "readmes", "a/README.md", "b/README.md")
     message = error_of(folder)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import zstandard
 
 from megagpt.data import documents as batching
+from megagpt.data.file_source import file_source
+from megagpt.data.readers import Format
 from megagpt.data.sources import open_source
 from tests.data.writers import DOCUMENTS, jsonl, read, write_gz, write_jsonl, write_parquet, write_text, write_zst
 
@@ -114,3 +117,36 @@ def test_zst_with_a_long_window_is_read(tmp_path: Path) -> None:
     compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()
     path.write_bytes(compressor.compress(jsonl(DOCUMENTS)) + compressor.flush())
     assert read(open_source(str(path))) == DOCUMENTS
+
+
+@pytest.mark.parametrize("files", [20, 80])
+def test_work_grows_with_the_rows_not_with_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    """Additions of file sizes are counted: a sum over all earlier files at each row would be 10 or 40 of them."""
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 1)
+    additions = 0
+
+    class Size(int):
+        def __add__(self, other: int) -> "Size":
+            nonlocal additions
+            additions += 1
+            return Size(int(self) + int(other))
+
+        __radd__ = __add__
+
+    class Counted(type(tmp_path)):  # type: ignore[misc]
+        def stat(self, **options: bool) -> os.stat_result:
+            values = list(super().stat(**options))
+            values[6] = Size(values[6])
+            return os.stat_result(values)
+
+    paths = [Counted(tmp_path / f"{i:03d}.jsonl") for i in range(files)]
+    for path in paths:
+        path.write_bytes(jsonl(["one", "two", "three"]))
+    source = file_source("many", paths, Format())
+    batches = list(source.batches(None))
+    rows = 3 * files
+    assert len(batches) == rows + 1
+    assert [batch.fraction for batch in batches] == sorted(batch.fraction or 0 for batch in batches)
+    assert files <= additions <= 2 * (files + rows)
