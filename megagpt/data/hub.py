@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from megagpt.data.documents import Batch, Cursor, DocumentBatch, Source
-from megagpt.data.tables import as_row
+from megagpt.data.tables import as_row, texts_of
 from megagpt.errors import UserError, first_line
 
 
@@ -26,12 +26,14 @@ def hub_source(name: str, text_key: str, subset: str | None, split: str, revisio
         batch = Batch()
         row = cursor.get("row", 0) if cursor else 0
         try:
-            dataset = stream.select_columns([text_key])
+            # Arrow tables of one row: a string that is not UTF-8 is an error of its row alone.
+            dataset = stream.select_columns([text_key]).with_format("arrow")
             if cursor:
                 dataset.load_state_dict(cursor.get("state", cursor))
             for entry in dataset:
                 row += 1
-                if batch.add(as_row(entry[text_key], f"{name} row {row}", text_key)):
+                (text,) = texts_of(entry.column(text_key))
+                if batch.add(as_row(text, f"{name} row {row}", text_key)):
                     yield batch.take({"row": row, "state": dataset.state_dict()}, None)
             yield batch.take({"row": row, "state": dataset.state_dict()}, 1.0)
         except UserError:
