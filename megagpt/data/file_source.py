@@ -32,6 +32,9 @@ def file_source(name: str, files: list[Path], form: Format, notes: tuple[str, ..
                 if batch.add(text):
                     here = {"file": i, "row": row, "name": files[i].name, "content": content, "state": state}
                     yield batch.take(here, (starts[i] + share * sizes[i]) / total)
+            if _state(files[i])[:2] != state[:2]:
+                remedy = "wait until it is complete, then run the same command again"
+                raise UserError(f"{files[i]}: has changed while it was read; {remedy}")
             batch.files.append(FileRecord(files[i].name, state, content))
         yield batch.take({"file": len(files), "row": 0}, 1.0)
 

@@ -236,6 +236,24 @@ def test_a_folder_of_version_0_1_0_goes_on(tmp_path: Path, folder: Path, finishe
     assert "something else" in error_of(lambda: prepare(open_source(str(folder)), out, **SETTINGS)) or not finished
 
 
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that is not complete: its first part must not pass for the whole."""
+    path, out = write_corpus(tmp_path / "a.jsonl", DOCUMENTS[:30]), tmp_path / "out"
+    rows = file_source.read_rows
+
+    def growing(path: Path, form: Format, skip: int = 0) -> Iterator[Row]:
+        yield from rows(path, form, skip)
+        write_corpus(path, DOCUMENTS)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file_source, "read_rows", growing)
+        message = error_of(lambda: prepare(open_source(str(path)), out, **SETTINGS))
+    assert f"{path}: has changed while it was read" in message
+    assert prepare(open_source(str(path)), out, **SETTINGS)["documents"] == len(DOCUMENTS)
+    prepare(open_source(str(path)), tmp_path / "expected", **SETTINGS)
+    assert npy(out) == npy(tmp_path / "expected")
+
+
 # --- bad rows --------------------------------------------------------------------------------------------------------
 
 
