@@ -1,6 +1,6 @@
 """What a source of text is: documents in a fixed order, in batches, each with a place to resume at."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ class FileRecord(NamedTuple):
     """A file that was read to its end: what tells whether it still holds the same text."""
 
     name: str
-    state: list[int | None]
+    state: Sequence[int | None]
     """Size (bytes), and times of the last change of the content and of the inode (ns)."""
     content: str | None
     """Checksum of its rows. None, like the times, in a folder that version 0.1.0 prepared."""

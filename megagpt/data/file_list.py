@@ -43,10 +43,12 @@ def files_of(folder: Path, held_out: Set[Path] = frozenset()) -> Files:
     or back, and for what may not be read."""
     found = Files([], {})
     for path in _below(folder, ("**", "*"), found, {}):
+        if path.is_dir():
+            continue
         reason = _reason_against(path, held_out)
         if reason:
             _leave_out(found, reason, path)
-        elif not path.is_dir():
+        else:
             found.files.append(path)
     advice = f"holds no files to read ({known_kinds()}); choose another source, or name files by a glob"
     return _sorted(found, f"{folder}: {advice}")
@@ -71,7 +73,9 @@ def matches_of(pattern: str, held_out: Set[Path] = frozenset()) -> Files:
 
 
 def check_readable(path: Path) -> bool:
-    """True. Raises UserError for a file that may not be read."""
+    """True. Raises UserError for a file that may not be read, or only once, as a pipe."""
+    if not path.is_file():
+        raise UserError(f"{path}: not a regular file; write its text to one")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: may not be read; change its permissions, or remove it")
     return True
@@ -146,8 +150,6 @@ _HELD_OUT = "in --val"
 
 def _reason_against(path: Path, held_out: Set[Path]) -> str | None:
     """Why a folder's file is not read; None if it is."""
-    if path.is_dir():
-        return None
     kind = kind_of(path)
     if kind is None or not path.is_file():
         return "other kinds"

@@ -16,7 +16,7 @@ def file_source(name: str, files: list[Path], form: Format, notes: tuple[str, ..
     """The rows of these files, one file after the other. Resuming needs the rows before the cursor to be the same as
     before; the rest may have changed, so that a bad row can be fixed. A file that has the same size and times is taken
     to be the same; any other is read again and compared by a checksum of its texts."""
-    sizes = [file.stat().st_size for file in files]
+    sizes = [_state(file)[0] for file in files]
     starts = list(itertools.accumulate(sizes, initial=0))
     total = max(1, starts[-1])
 
@@ -75,7 +75,7 @@ def _rows(file: Path, form: Format, skip: int) -> Iterator[Row]:
         raise disk_error(f"{file}: cannot be read: {first_line(error)}", error) from None
 
 
-def _state(file: Path) -> list[int | None]:
+def _state(file: Path) -> list[int]:
     """Size (bytes), and the times of the last change of content and of inode (ns): the second changes even if a
     program sets the first."""
     try:

@@ -105,6 +105,8 @@ def check_finished(folder: Path, manifest: Json, identity: Json, sources: list[S
 
 
 def _same_settings(folder: Path, before: Json, now: Json) -> None:
+    if (before["val"] is None) != (now["val"] is None):
+        _refuse(folder, f"--val was {'not given' if before['val'] is None else 'given'}")
     before, now = _flat(before), _flat(now)
     if before == now:
         return

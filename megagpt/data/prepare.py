@@ -129,9 +129,8 @@ class _Preparation:
             journal.note(reading, batch, self.skip_bad)
             ends = np.cumsum(lengths)
             for start, end in zip(ends - lengths, ends, strict=True):
-                self.splits["val" if place or self._is_held_out(journal.documents) else "train"].append(
-                    tokens[start:end]
-                )
+                held_out = place > 0 or self._is_held_out(journal.documents)
+                self.splits["val" if held_out else "train"].append(tokens[start:end])
                 journal.documents += 1
             if time.monotonic() - self.saved > _JOURNAL_SECONDS:
                 self._save()

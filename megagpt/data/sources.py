@@ -19,7 +19,7 @@ from megagpt.data.stdlib_text import stdlib_source
 from megagpt.errors import UserError
 
 # How text files of stories and web pages often separate documents; encoded as text, it is 7 ordinary tokens.
-_END_OF_TEXT = b"<|endoftext|>"
+_END_OF_TEXT = "<|endoftext|>"
 _PEEK = 2**20  # bytes of a text file that are searched for it
 
 
@@ -42,7 +42,7 @@ def open_source(
     if separator and not texts:
         raise UserError(f"--separator: only {' '.join(TEXT_KINDS)} files are split, and {name} has none; leave it out")
     if found:
-        notes = (*notes_of(found), *_separator_note(texts if separator is None else []))
+        notes = (*notes_of(found), *_separator_note(texts, separator))
         return file_source(name, found.files, Format(text_key, separator), notes)
     return stdlib_source() if name == "stdlib" else hub_source(name, text_key, subset, split, revision)
 
@@ -57,13 +57,15 @@ def open_validation(name: str, separator: str | None = None, **options: Any) -> 
     return source, frozenset(path.resolve() for path in files)
 
 
-def _separator_note(texts: list[Path]) -> Iterator[str]:
-    """What to do if text files spell the end of their documents. Looks at the start of the first."""
+def _separator_note(texts: list[Path], separator: str | None) -> Iterator[str]:
+    """A word about a separator that is missing in the start of the first text file, or spelled there and not named."""
     for path in texts[:1]:
         with contextlib.suppress(UserError, OSError), opened(path) as (data, _):
-            if _END_OF_TEXT in data.read(_PEEK):
-                spelled = _END_OF_TEXT.decode()
-                yield f"{path} spells {spelled}; --separator '{spelled}' makes it the end of a document"
+            start = data.read(_PEEK)
+            if separator and separator.encode() not in start:
+                yield f"{path} has no {separator!r} (--separator) in its first {len(start):,} bytes"
+            elif separator is None and _END_OF_TEXT.encode() in start:
+                yield f"{path} spells {_END_OF_TEXT}; --separator '{_END_OF_TEXT}' makes it the end of a document"
 
 
 def local_files(name: str, held_out: Set[Path] = frozenset()) -> Files | None:

@@ -135,6 +135,14 @@ def test_files_that_may_not_be_read_are_refused_at_once(tmp_path: Path, monkeypa
             open_source(source)
 
 
+def test_pipes_are_never_waited_for(tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", "a.jsonl")
+    os.mkfifo(folder / "pipe.jsonl")
+    assert read(open_source(str(folder))) == ["a.jsonl"]
+    for source in (f"{folder}/*", f"{folder}/pipe.jsonl"):
+        assert "pipe.jsonl: not a regular file" in error_of(source)
+
+
 def test_a_failed_download_is_an_error(tmp_path: Path) -> None:
     for name in ("a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.arrow", "a.txt.xz", "a.csv.bz2"):
         folder = write(tmp_path / name, "good.jsonl")
