@@ -53,7 +53,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
     options = {name: getattr(arguments, name) for name in ("text_key", "separator", "subset", "revision")}
     val, held_out = None, frozenset[Path]()
     if arguments.val:
-        val, held_out = open_validation(arguments.val, split=arguments.val_split, **options)
+        # Another data set has other subsets and commits.
+        other = {} if arguments.val == arguments.source else {"subset": None, "revision": None}
+        val, held_out = open_validation(arguments.val, split=arguments.val_split, **(options | other))
     source = open_source(arguments.source, split=arguments.split, held_out=held_out, **options)
     for note in (*source.notes, *(f"--val: {note}" for note in (val.notes if val else ()))):
         say(note)

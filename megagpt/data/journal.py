@@ -110,7 +110,8 @@ def _same_settings(folder: Path, before: Json, now: Json) -> None:
     before, now = _flat(before), _flat(now)
     if before == now:
         return
-    if before.get("revision") and now.get("revision") and before | {"revision": now["revision"]} == now:
+    commits = {key: now[key] for key in ("revision", "val_revision") if now.get(key) and before.get(key)}
+    if "revision" in commits and before | commits == now:
         remedy = f"--revision {before['revision']} goes on with the data set as it was"
         raise UserError(f"{folder}: was prepared from something else: the data set has changed since; {remedy}")
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]

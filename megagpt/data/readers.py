@@ -49,9 +49,8 @@ def read_rows(path: Path, form: Format, skip: int = 0) -> Iterator[Row]:
         yield from _COLUMNS[kind](path, form.text_key, skip)
         return
     with opened(path) as (data, share):
-        for number, row in enumerate(_ROWS[kind](path, data, form), start=1):
-            if number > skip:
-                yield row, share()
+        for row in _ROWS[kind](path, data, form, skip):
+            yield row, share()
 
 
 def kind_of(path: Path) -> str | None:
@@ -69,12 +68,14 @@ def known_kinds() -> str:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-def _text_rows(path: Path, data: BinaryIO, form: Format) -> Iterator[str | BadRow]:
+def _text_rows(path: Path, data: BinaryIO, form: Format, skip: int) -> Iterator[str | BadRow]:
     if form.separator is None:
-        yield _decoded(data.read(), str(path), "convert the file to UTF-8")
+        if skip == 0:
+            yield _decoded(data.read(), str(path), "convert the file to UTF-8")
         return
     # No character's UTF-8 begins inside another's, so bytes are cut at the same places as text.
-    for number, piece in enumerate(_split(data, form.separator.encode()), start=1):
+    pieces = enumerate(_split(data, form.separator.encode()), start=1)
+    for number, piece in itertools.islice(pieces, skip, None):
         yield _decoded(piece, f"{path} document {number}", "convert the file to UTF-8")
 
 
@@ -101,8 +102,8 @@ def _decoded(data: bytes, place: str, remedy: str) -> str | BadRow:
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def _jsonl_rows(path: Path, data: BinaryIO, form: Format) -> Iterator[str | BadRow]:
-    for number, line in enumerate(data, start=1):
+def _jsonl_rows(path: Path, data: BinaryIO, form: Format, skip: int) -> Iterator[str | BadRow]:
+    for number, line in itertools.islice(enumerate(data, start=1), skip, None):
         # A blank line counts as an empty document; `prepare` drops empty documents.
         yield _json_line(line, f"{path} line {number}", form.text_key) if line.strip() else ""
 
@@ -129,7 +130,7 @@ def _text_of(value: Any, place: str, text_key: str, remedy: str) -> str | BadRow
     return text if isinstance(text, str) else BadRow(place, f"{text_key!r} is {text!r:.40}, not text", remedy)
 
 
-def _json_rows(path: Path, data: BinaryIO, form: Format) -> Iterator[str | BadRow]:
+def _json_rows(path: Path, data: BinaryIO, form: Format, skip: int) -> Iterator[str | BadRow]:
     """A `.json` file holds JSON lines, an array of objects, or objects that go over several lines."""
     head = data.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()  # type: ignore[attr-defined]
     line, newline, _ = head.partition(b"\n")
@@ -142,8 +143,8 @@ def _json_rows(path: Path, data: BinaryIO, form: Format) -> Iterator[str | BadRo
     except json.JSONDecodeError as error:
         goes_on = bool(newline) and error.pos >= len(line.decode()) - 1
     if line.startswith(b"[") or (line.startswith(b"{") and goes_on):
-        return _json_values(path, data, form)
-    return _jsonl_rows(path, data, form)
+        return itertools.islice(_json_values(path, data, form), skip, None)
+    return _jsonl_rows(path, data, form, skip)
 
 
 def _json_values(path: Path, data: BinaryIO, form: Format) -> Iterator[str | BadRow]:
@@ -216,7 +217,11 @@ class _JsonText:
 # --- CSV -------------------------------------------------------------------------------------------------------------
 
 
-def _csv_rows(path: Path, data: BinaryIO, form: Format) -> Iterator[str | BadRow]:
+def _csv_rows(path: Path, data: BinaryIO, form: Format, skip: int) -> Iterator[str | BadRow]:
+    return itertools.islice(_csv_records(path, data, form), skip, None)
+
+
+def _csv_records(path: Path, data: BinaryIO, form: Format) -> Iterator[str | BadRow]:
     """Rows under a line of column names; a text in quotes may go over several lines."""
     csv.field_size_limit(sys.maxsize)
     lines = (line.decode("utf-8", "surrogateescape") for line in data)
@@ -253,7 +258,7 @@ def _utf8(row: str | BadRow, place: str, remedy: str) -> str | BadRow:
 
 
 TEXT_KINDS = (".txt", ".md", ".text")
-_ROWS: dict[str, Callable[[Path, BinaryIO, Format], Iterator[str | BadRow]]] = {
+_ROWS: dict[str, Callable[[Path, BinaryIO, Format, int], Iterator[str | BadRow]]] = {
     **dict.fromkeys(TEXT_KINDS, _text_rows),
     **dict.fromkeys((".jsonl", ".ndjson"), _jsonl_rows),
     ".json": _json_rows,

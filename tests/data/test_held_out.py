@@ -10,6 +10,7 @@ import pytest
 from megagpt.cli import main
 from megagpt.data import documents as batching
 from megagpt.data import prepare as module
+from megagpt.data.documents import Source
 from megagpt.data.prepare import prepare
 from megagpt.data.shards import verify
 from megagpt.data.sources import open_source, open_validation
@@ -153,6 +154,24 @@ def test_files_of_the_validation_set_are_not_trained_on(tmp_path: Path, capsys: 
     assert "--val" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["prepare", str(folder), "--val", same, "--val-fraction", "0.1", "--out", str(tmp_path / "c")])
+
+
+@pytest.mark.parametrize("val", ["someone/stories", "other/stories"])
+def test_the_hub_is_asked_for_a_split_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], val: str
+) -> None:
+    asked: dict[str, tuple[object, ...]] = {}
+
+    def hub_source(name: str, text_key: str, subset: str | None, split: str, revision: str | None) -> Source:
+        asked[split] = name, text_key, subset, revision
+        return open_source(str(write_corpus(tmp_path / f"{split}.jsonl", [split])))
+
+    monkeypatch.setattr("megagpt.data.sources.hub_source", hub_source)
+    options = ["--subset", "big", "--revision", "abc", "--out", str(tmp_path / "out")]
+    assert main(["prepare", "someone/stories", "--val", val, *options]) == 0
+    same = ("big", "abc") if val == "someone/stories" else (None, None)
+    assert asked == {"train": ("someone/stories", "text", "big", "abc"), "validation": (val, "text", *same)}
+    assert documents_of(tmp_path / "out", "val") == ["validation"]
 
 
 def test_an_empty_validation_set_is_refused(tmp_path: Path) -> None:
