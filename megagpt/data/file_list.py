@@ -62,7 +62,8 @@ def matches_of(pattern: str, held_out: Set[Path] = frozenset()) -> Files:
     parts = path.parts[1:] if path.anchor else path.parts
     for match in _below(Path(path.anchor), (*parts, "*") if parts[-1] == "**" else parts, found, {}):
         if match.is_dir():
-            _leave_out(found, "folders", match)
+            if "**" not in parts:
+                _leave_out(found, "folders", match)
         elif held_out and match.resolve() in held_out:
             _leave_out(found, _HELD_OUT, match)
         elif check_readable(match) and kind_of(match) is None:
@@ -83,13 +84,7 @@ def check_readable(path: Path) -> bool:
 
 def notes_of(found: Files) -> tuple[str, ...]:
     """Lines for the user: how many files of which kinds are read, and what is left out."""
-    kinds = collections.Counter(_ending(path) for path in found.files)
-    listed = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
-    seen: dict[tuple[int, int], Path] = {}
-    places = ((path, path.stat()) for path in found.files)
-    again = [str(p) for p, stat in places if seen.setdefault((stat.st_dev, stat.st_ino), p) != p]
-    twice = [f"read more than once, through links: {_shortened(again)}"] if again else []
-    return (f"reading {len(found.files):,} file{'s' * (len(found.files) > 1)}: {listed}", *_left_out(found), *twice)
+    return (*_read(found.files), *_left_out(found))
 
 
 # --- the walk --------------------------------------------------------------------------------------------------------
@@ -155,13 +150,17 @@ def _reason_against(path: Path, held_out: Set[Path]) -> str | None:
         return "other kinds"
     if held_out and path.resolve() in held_out:
         return _HELD_OUT
-    name = path.name.lower()
-    if name in _ABOUT_JSON or (kind in TEXT_KINDS and _ABOUT_TEXT.fullmatch(name[: name.rindex(kind)])):
+    if _is_about(path):
         return "files about the corpus"
     check_readable(path)
     # A compressed file or a table of 0 bytes is a failed download: its reader refuses it.
-    is_plain = name.endswith(kind) and kind not in (".parquet", ".arrow")
+    is_plain = path.name.lower().endswith(kind) and kind not in (".parquet", ".arrow")
     return "empty" if is_plain and path.stat().st_size == 0 else None
+
+
+def _is_about(path: Path) -> bool:
+    name, kind = path.name.lower(), kind_of(path)
+    return name in _ABOUT_JSON or (kind in TEXT_KINDS and bool(_ABOUT_TEXT.fullmatch(name[: name.rindex(kind)])))
 
 
 # --- lines for the user ----------------------------------------------------------------------------------------------
@@ -171,6 +170,18 @@ def _sorted(found: Files, otherwise: str) -> Files:
     if not found.files:
         raise UserError("; ".join([otherwise, *_left_out(found)]))
     return Files(sorted(set(found.files)), found.left_out)
+
+
+def _read(files: list[Path]) -> Iterator[str]:
+    kinds = collections.Counter(_ending(path) for path in files)
+    listed = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
+    yield f"reading {len(files):,} file{'s' * (len(files) > 1)}: {listed}"
+    if about := [str(path) for path in files if _is_about(path)]:
+        yield f"among them, files about the corpus ({len(about):,}): {_shortened(about)}"
+    seen: dict[tuple[int, int], Path] = {}
+    places = ((path, path.stat()) for path in files)
+    if again := [str(path) for path, at in places if seen.setdefault((at.st_dev, at.st_ino), path) != path]:
+        yield f"read more than once, through links ({len(again):,}): {_shortened(again)}"
 
 
 def _leave_out(found: Files, reason: str, path: Path) -> None:

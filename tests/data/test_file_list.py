@@ -68,7 +68,9 @@ def test_a_folder_of_nothing_else_says_how_to_read_it(tmp_path: Path) -> None:
     message = error_of(folder)
     assert f"{folder}/a/README.md" in message
     assert "glob" in message
-    assert len(read(open_source(f"{folder}/**/README.md"))) == 2
+    asked = open_source(f"{folder}/**/README.md")
+    assert len(read(asked)) == 2
+    assert f"among them, files about the corpus (2): {folder}/a/README.md" in asked.notes[1]
     assert len(read(open_source(f"{folder}/a/README.md"))) == 1
 
 

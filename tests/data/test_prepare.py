@@ -12,10 +12,12 @@ from megagpt.cli import main
 from megagpt.data import documents as batching
 from megagpt.data import prepare as module
 from megagpt.data.documents import DocumentBatch
+from megagpt.data.encoding import encoded
 from megagpt.data.prepare import prepare
 from megagpt.data.shards import open_stream, verify
 from megagpt.data.sources import open_source
 from megagpt.data.tokenizer import gpt2
+from megagpt.errors import UserError
 from tests.data.preparation import contents, documents_of, error_of, make_documents, stop_after, write_corpus
 
 # --- the result ------------------------------------------------------------------------------------------------------
@@ -79,6 +81,20 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch:
     for workers in (1, 3):
         prepare(source, tmp_path / str(workers), val_fraction=0.1, shard_tokens=5000, workers=workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_what_was_read_before_an_error_is_encoded() -> None:
+    """The reader is some batches ahead of the writer."""
+
+    def batches() -> Iterator[DocumentBatch]:
+        for i in range(3):
+            yield DocumentBatch([f"document {i}"], {"row": i}, None)
+        raise UserError("corrupt")
+
+    results = encoded(batches(), workers=1)
+    assert [next(results)[0].cursor["row"] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="corrupt"):
+        next(results)
 
 
 @pytest.mark.usefixtures("inline")
