@@ -63,7 +63,9 @@ def _separator_note(texts: list[Path], separator: str | None) -> Iterator[str]:
         with contextlib.suppress(UserError, OSError), opened(path) as (data, _):
             start = data.read(_PEEK)
             if separator and separator.encode() not in start:
-                yield f"{path} has no {separator!r} (--separator) in its first {len(start):,} bytes"
+                hint = "; a shell passes a line break as $'\\n'" if "\\" in separator else ""
+                shown = f"'{separator}'" if separator.isprintable() else repr(separator)
+                yield f"{path} has no {shown} (--separator) in its first {len(start):,} bytes{hint}"
             elif separator is None and _END_OF_TEXT.encode() in start:
                 yield f"{path} spells {_END_OF_TEXT}; --separator '{_END_OF_TEXT}' makes it the end of a document"
 

@@ -248,4 +248,5 @@ def test_a_separator_that_is_spelled_is_pointed_out(tmp_path: Path) -> None:
     assert str(path) in note
     assert "--separator '<|endoftext|>'" in note
     assert not any("endoftext" in note for note in open_source(str(path), separator="<|endoftext|>").notes)
-    assert any("no '<end>'" in note for note in open_source(str(path), separator="<end>").notes)
+    for separator, hint in (("<end>", "no '<end>'"), (r"\n\n", "$'\\n'"), ("\r\r", r"no '\r\r'")):
+        assert any(hint in note for note in open_source(str(path), separator=separator).notes)
