@@ -1,4 +1,4 @@
-"""What a source of text is: documents in a fixed order, in batches, each with a place to resume at."""
+"""A source of text: documents in a fixed order, in batches, each with a place to resume at."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ class FileRecord(NamedTuple):
 
 
 class DocumentBatch(NamedTuple):
-    """Documents, and what else was met between the cursor of the batch before and this one's."""
+    """Documents, bad rows and ends of files between the cursor of the batch before and this one's."""
 
     documents: list[str]
     cursor: Cursor

@@ -1,4 +1,4 @@
-"""Which files a name stands for: what is read, what is left out and why, and what cannot be read."""
+"""The files of a source: those that are read, those that are left out and why, and those that cannot be read."""
 
 import collections
 import fnmatch
@@ -91,7 +91,7 @@ def notes_of(found: Files) -> tuple[str, ...]:
 
 
 def _below(folder: Path, parts: Sequence[str], found: Files, above: dict[Path, Path]) -> Iterator[Path]:
-    """What matches the parts of a pattern. Python's own globs stop at links and pass over what may not be read.
+    """The paths that match the parts of a pattern. Python's own globs stop at links and pass over what may not be read.
     `above`: the real paths of the folders that `**` has entered on the way, and the names by which it did."""
     if not parts:
         yield folder

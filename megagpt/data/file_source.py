@@ -1,4 +1,4 @@
-"""Files as a source: their rows in batches, and what tells whether they still hold the same text."""
+"""Files as a source: their rows in batches, and the check that they still hold the same text."""
 
 import itertools
 from collections.abc import Iterator

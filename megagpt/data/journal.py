@@ -1,4 +1,4 @@
-"""What a preparation remembers: how far it is, what it left out, and whether its sources are still the same."""
+"""The memory of a preparation: how far it is, which rows it left out, and whether its sources are still the same."""
 
 import json
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ _NAMED_ROWS = 10
 
 @dataclass
 class Reading:
-    """How far one source is read."""
+    """The part of one source that is read."""
 
     cursor: Cursor | None = None
     files: list[FileRecord] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Journal:
 
     @property
     def record(self) -> Json:
-        """What the manifest keeps, too."""
+        """The part that the manifest keeps, too."""
         skipped = {"rows": self.skipped, "first": self.first_skipped}
         return {"skipped": skipped, "tail_tokens": self.tail_tokens, "identity": self.identity}
 

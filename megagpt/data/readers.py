@@ -20,12 +20,12 @@ _FIX_LINE = "fix or remove the line"
 # First line of the small file that Git LFS leaves for a large one, from its specification.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _DECODER = json.JSONDecoder()
-# What the error handler "surrogateescape" makes of bytes that are not UTF-8.
+# Characters that the error handler "surrogateescape" makes of bytes that are not UTF-8.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
 
 class Format(NamedTuple):
-    """How files are read."""
+    """Options for reading files."""
 
     text_key: str = "text"
     """Key or column that holds the text."""
@@ -80,7 +80,7 @@ def _text_rows(path: Path, data: BinaryIO, form: Format, skip: int) -> Iterator[
 
 
 def _split(data: BinaryIO, separator: bytes) -> Iterator[bytes]:
-    """What is between separators. Line breaks beside a separator belong to it."""
+    """The pieces between separators. Line breaks beside a separator belong to it."""
     rest, first = b"", True
     # A chunk as long as what is left of the last one: the work stays linear, however long a document is.
     while chunk := data.read(max(_CHUNK, len(rest))):

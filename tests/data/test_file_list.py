@@ -1,4 +1,4 @@
-"""Which files a folder or a glob stands for; what is left out is named, and what cannot be read is an error."""
+"""The files of a folder or a glob: those left out are named, and one that cannot be read is an error."""
 
 import os
 from pathlib import Path
