@@ -79,7 +79,7 @@ def _notes(manifest: dict[str, Any]) -> Iterator[str]:
     skipped = manifest.get("skipped", {"rows": 0})
     if skipped["rows"]:
         rows = "; ".join(skipped["first"])
-        yield f"left out {skipped['rows']:,} bad rows; the first: {rows}"
+        yield f"left out {skipped['rows']:,} bad row{'s' * (skipped['rows'] > 1)}; the first: {rows}"
 
 
 def _verify(arguments: argparse.Namespace) -> int:
