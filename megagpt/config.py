@@ -5,10 +5,11 @@ every key with its docstring."""
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megagpt.config_marks import Data, For, ForFSDP, ForZero, Free, Recipe, Values, Was, fields_of, mark_of
+from megagpt.config_marks import Data, For, ForFSDP, ForZero, Free, Recipe, Was, fields_of, mark_of
+from megagpt.config_types import ActivationCheckpointing, PathText, RunName, Seconds
 from megagpt.errors import UserError
 from megagpt.models.presets import SECTION, ModelConfig
 
@@ -17,9 +18,9 @@ from megagpt.models.presets import SECTION, ModelConfig
 class RunConfig:
     """The run's name and place."""
 
-    name: Free[str] = ""
-    """Name of the run's folder in `folder`; empty: the config file's name."""
-    folder: Free[str] = "runs"
+    name: Free[RunName] = ""
+    """Name of the run's folder in `folder`, not a path; empty: the config file's name."""
+    folder: Free[PathText] = "runs"
     """Folder that holds all runs; `tensorboard --logdir` takes it."""
     seed: Recipe[int] = Field(default=0, ge=0)
     """Decides initial weights, data order and dropout, each through its own hash."""
@@ -29,7 +30,7 @@ class RunConfig:
 class SourceConfig:
     """One corpus of token shards."""
 
-    path: Free[str]
+    path: Free[PathText]
     """Folder written by `megagpt data prepare`, or of llm.c / modded-nanogpt .bin or build-nanogpt .npy shards.
     `stdlib` is the text of Python's own standard library, prepared on first use."""
     weight: Data[float] = Field(default=1.0, gt=0, le=1e15)
@@ -42,35 +43,8 @@ class DataConfig:
 
     sources: Data[tuple[SourceConfig, ...]] = Field(default=(SourceConfig("data/fineweb_edu_10bt"),), min_length=1)
     """The corpora and their weights."""
-    cache: Free[str] = "data"
+    cache: Free[PathText] = "data"
     """Folder in which the built-in corpus is prepared."""
-
-
-def _check_activation_checkpointing(value: Any) -> str | dict[str, int]:
-    match value:
-        case "none" | "full" | "selective":
-            return value
-        case {"every": int(k), **rest} if not rest and k > 0 and not isinstance(k, bool):
-            return {"every": k}
-    raise ValueError(f"{value!r} is not one of: none, full, selective, {{every: k}} with a whole number k above 0")
-
-
-def _check_seconds(value: Any) -> float:
-    if isinstance(value, str):
-        days, dash, clock = value.rpartition("-")
-        parts = clock.split(":")
-        if dash:  # after days, hours come first
-            parts += ["0"] * (3 - len(parts))
-        if all(p.isdigit() for p in [*parts, *([days] if dash else [])]) and len(parts) <= 3:
-            return 86_400 * int(days or 0) + sum(int(part) * 60**i for i, part in enumerate(reversed(parts)))
-    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
-        return value
-    raise ValueError(f"{value!r} is not a time: use seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")
-
-
-Seconds = Annotated[float, PlainValidator(_check_seconds), Values("seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")]
-_Modes = Annotated[str | dict[str, int], Values("none | full | selective | {every: k}")]
-ActivationCheckpointing = Annotated[_Modes, PlainValidator(_check_activation_checkpointing)]
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -122,8 +96,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: Recipe[float] = Field(default=0.1, ge=0)
     """On matrices only: embeddings and linear layers, not biases and LayerNorm gains."""
-    clip_norm: Annotated[Recipe[float], Was("clip")] = Field(default=1.0, gt=0)
-    """Largest global gradient norm."""
+    clip_norm: Annotated[Recipe[float], Was("clip")] = Field(default=1.0, gt=0, allow_inf_nan=True)
+    """Largest global gradient norm; .inf: gradients are not clipped."""
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -160,7 +134,7 @@ class EngineConfig:
     offload: Free[Literal["none", "optimizer", "all"]] = "none"
     """State kept in CPU memory instead of GPU memory. optimizer: optimizer state and update (zero). all: weights and
     gradients too (fsdp, zero stage 3)."""
-    nvme_path: ForZero[str] = ""
+    nvme_path: ForZero[PathText] = ""
     """zero stage 3: folder on a local NVMe disk for the state that `offload` names, instead of CPU memory."""
     deepspeed: ForZero[dict[str, Any]] = Field(default_factory=dict)
     """zero: DeepSpeed settings merged over the generated ones, such as

@@ -273,7 +273,7 @@ def test_a_key_is_explained_with_default_bounds_and_text(capsys: pytest.CaptureF
     assert explained(capsys, "clip_norm") == [
         "optimizer.clip_norm = 1.0",
         "number > 0; a resume needs --allow-recipe-change to change it",
-        "Largest global gradient norm.",
+        "Largest global gradient norm; .inf: gradients are not clipped.",
     ]
 
 

@@ -1,6 +1,7 @@
 """data prepare, data verify: token shards."""
 
 import argparse
+import shlex
 
 from megagpt.commands.options import Add, add_actions, count
 from megagpt.errors import UserError
@@ -28,10 +29,11 @@ def _add_prepare(add: Add, text: str = "") -> None:
 
 
 def _add_verify(add: Add, text: str = "") -> None:
-    add("verify", _verify, text).add_argument("folder")
+    add("verify", _verify, text).add_argument("folder", help="folder of token shards")
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
+    from megagpt.config_yaml import value_text
     from megagpt.data.prepare import prepare
     from megagpt.data.progress import PrepareProgress
     from megagpt.data.sources import open_source
@@ -46,7 +48,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     train, val = (manifest["splits"][split]["tokens"] for split in ("train", "val"))
     found = f"{manifest['documents']:,} documents, {train:,} training and {val:,} validation tokens"
-    print(f"{arguments.out}: {found}; train with data.sources='[{{path: {arguments.out}}}]'")
+    sources = f"data.sources={value_text([{'path': arguments.out}])}"
+    print(f"{arguments.out}: {found}; train with {shlex.quote(sources)}")
     return 0
 
 

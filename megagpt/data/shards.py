@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 import tokenize
 import zlib
 from dataclasses import dataclass, field
@@ -142,7 +143,8 @@ def open_stream(folder: str | Path, split: str) -> TokenStream:
     shards."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; make the shards with `megagpt data prepare SOURCE --out {folder}`")
+        command = f"megagpt data prepare SOURCE --out {shlex.quote(str(folder))}"
+        raise UserError(f"{folder}: no such folder; make the shards with `{command}`")
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         listed = manifest["splits"][split]

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from megagpt.config_marks import Free, Recipe, Shape
 from megagpt.errors import UserError, did_you_mean
 
-SECTION = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+SECTION = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True, config=SECTION)

@@ -26,12 +26,9 @@ def run_folder(config: Config) -> Path:
     return Path(config.run.folder) / config.run.name
 
 
-def run_config(run: str | Path) -> str:
-    """The path of the config in a run's folder. Raises UserError if it is not a run's folder."""
-    path = Path(run) / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run}: not a run's folder (no config.yaml in it)")
-    return str(path)
+def resume_command(run: Path) -> str:
+    """The command that resumes a run, as a shell takes it."""
+    return shlex.join(["megagpt", "train", "--resume", str(run)])
 
 
 def holds_run(run: Path) -> bool:
@@ -42,7 +39,7 @@ def holds_run(run: Path) -> bool:
 def check_free(run: Path) -> None:
     """Raises UserError if a run is there already."""
     if holds_run(run):
-        way = f"resume it with `megagpt train --resume {run}` or --auto-resume, or choose another run.name"
+        way = f"resume it with `{resume_command(run)}` or --auto-resume, or choose another run.name"
         raise UserError(f"{run}: already holds a run; {way}")
 
 
@@ -69,4 +66,4 @@ def claim_run(run: Path, engine: Engine, from_tokens: int) -> Incarnation:
 def start_as_markdown(incarnation: Incarnation) -> str:
     """The facts of an incarnation, for TensorBoard."""
     rows = "\n".join(f"| {key} | {value} |" for key, value in incarnation.start().items() if value is not None)
-    return f"Resume with `megagpt train --resume {incarnation.run}`\n\n| | |\n|---|---|\n{rows}"
+    return f"Resume with `{resume_command(incarnation.run)}`\n\n| | |\n|---|---|\n{rows}"
