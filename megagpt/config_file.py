@@ -147,6 +147,11 @@ def with_current_keys(tree: dict[str, Any], where: str) -> dict[str, Any]:
     return tree
 
 
+@functools.cache
+def _adapter() -> TypeAdapter[Config]:
+    return TypeAdapter(Config)
+
+
 def build_config(tree: dict[str, Any], where: str) -> Config:
     """Check a tree of plain values and make the Config; `where` names it in errors."""
     model = tree.get("model")
@@ -157,7 +162,7 @@ def build_config(tree: dict[str, Any], where: str) -> Config:
             raise UserError(f"{where}: model.preset: {error}") from None
     try:
         # JSON mode is pydantic's strict mode for parsed files: no string passes for a number, no bool for an int.
-        config = TypeAdapter(Config).validate_json(json.dumps(tree))
+        config = _adapter().validate_json(json.dumps(tree))
     except ValidationError as error:
         errors = error.errors()
         # A list without its bad items is not too short.

@@ -53,7 +53,14 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar(f"{_YAML}str", text, style=None if text.isprintable() else '"')
 
 
+def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    # With an exponent, a whole number would be read as an int, of which a float holds 53 bits.
+    whole = value.is_integer() and abs(value) < _LARGEST
+    return dumper.represent_scalar(f"{_YAML}float", f"{value:.1f}") if whole else dumper.represent_float(value)
+
+
 _Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(float, _represent_float)
 
 
 def dump(value: Any, flow: bool = False) -> str:
@@ -76,11 +83,10 @@ def plain_value(text: str) -> Any:
     if math.isinf(value) or (value == 0 and re.search("[1-9]", re.split("[eE]", digits)[0])):
         return text
     # 5e8 tokens are a whole number; 1.0e-4 is not, and neither is 2.0, without an exponent.
-    is_whole = bool(_WHOLE.fullmatch(text)) or ("e" in text.lower() and value.is_integer())
-    if not is_whole or abs(value) >= _LARGEST:
+    if abs(value) > _LARGEST or not ("e" in digits.lower() or _WHOLE.fullmatch(text)):
         return value
     exact = Decimal(digits)
-    return int(exact) if exact == exact.to_integral_value() else value
+    return int(exact) if exact == exact.to_integral_value() and abs(exact) < _LARGEST else value
 
 
 def parse(text: str, kind: Any, where: str) -> Any:

@@ -8,19 +8,30 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.cli import main
 from megagpt.config import Config
-from megagpt.config_file import build_config, load_config, load_run, to_yaml
-from megagpt.config_yaml import dump, parse, plain_value, value_text
+from megagpt.config_file import build_config, load_config, override, to_yaml
+from megagpt.config_yaml import dump, parse, parse_value, plain_value, value_text
 from megagpt.errors import UserError
 from tests.conftest import Refusal
 
 MODEL = {"layers": 1, "width": 8, "heads": 1, "context": 8}
 TINY = {"model": MODEL, "train": {"tokens": 10**6, "batch_tokens": 512}, "schedule": {"shape": "constant"}}
-TEXT_KEYS = ["run.folder", "sampling.prompt", "data.cache"]
+
+
+# Without lone surrogates, which UTF-8 cannot hold.
+texts = st.text(st.characters(exclude_categories=["Cs"]))
+paths = texts.filter(lambda text: "\0" not in text)
+names = st.text(st.characters(categories=["L", "N", "P"], exclude_characters="/\\"), min_size=3, max_size=40)
+sources = st.lists(st.fixed_dictionaries({"path": paths, "weight": st.floats(1e-6, 1e15)}), min_size=1, max_size=3)
+numbers = st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False)
+plain = st.recursive(
+    st.none() | st.booleans() | numbers | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @pytest.fixture
@@ -50,8 +61,9 @@ def read_file(lines: str) -> Config:
     "text",
     [
         "Chapter 1 # The end", "# The end", "2024-05-01", "010", "0x10", "1_000", "1:30", "1e3", "1e400", ".inf", "nan",
-        "yes", "no", "on", "off", "true", "~", "null", "", " ", " a ", "a: b", "[a, b]", "{a: b}", "- a", "*a", "&a", "!!int 1",
-        "| a", "> a", "%TAG", "@", "`", "it's", "'tis", '"', 'say "hi"', "a=b", "C:\\new", "tab\there", "two\nlines",
+        "yes", "no", "on", "off", "true", "~", "null", "", " ", " a ", "a: b", "[a, b]", "{a: b}", "- a", "*a", "&a",
+        "!!int 1", "| a", "> a", "%TAG", "@", "`",
+        "it's", "'tis", '"', 'say "hi"', "a=b", "C:\\new", "tab\there", "two\nlines",
         "Zürich 🤗", "\u2028", "\x85", "\ufeff",
     ],
 )  # fmt: skip
@@ -74,20 +86,17 @@ def test_quotes_around_a_whole_text_are_not_part_of_it(text: str, value: str) ->
     assert read("sampling.prompt", text) == value
 
 
-@given(st.sampled_from(TEXT_KEYS), st.text())
-def test_any_text_can_be_an_override(key: str, text: str) -> None:
-    try:
-        assert read(key, value_text(text)) == text
-        assert text[:1] in "'\" \t\n" or read(key, text) == text
-    except UserError as error:
-        assert "\0" in text or any(0xD800 <= ord(c) < 0xE000 for c in text), error
+@given(texts)
+def test_any_text_can_be_an_override(text: str) -> None:
+    assert parse_value(value_text(text), str, "here") == text
+    assert text.lstrip()[:1] in ("'", '"') or parse_value(text, str, "here") == text
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("010", 10), ("1_000", 1000), ("1e3", 1000), ("1.5e3", 1500), ("+8", 8), (" 8 ", 8), ("9007199254740993e0", 2**53 + 1),
-        ("9223372036854775807", 2**63 - 1),
+        ("010", 10), ("1_000", 1000), ("1e3", 1000), ("1.5e3", 1500), ("+8", 8), (" 8 ", 8),
+        ("9007199254740993e0", 2**53 + 1), ("9223372036854775807", 2**63 - 1),
     ],
 )  # fmt: skip
 def test_whole_numbers_are_decimal(text: str, value: int) -> None:
@@ -97,8 +106,8 @@ def test_whole_numbers_are_decimal(text: str, value: int) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "0x10", "0o10", "0b10", "1:30", "1e400", "1e30", "9223372036854775808", "1e-1", "8.0", ".inf", "nan", "yes", "~", "",
-        "'8'", "8 # eight", "8 8", "8,", "[8]", "{a: 8}", "2024-05-01", "1,000", "-8", "\u0668x",
+        "0x10", "0o10", "0b10", "1:30", "1e400", "1e30", "9223372036854775808", "1e-1", "8.0", ".inf", "nan", "yes",
+        "~", "", "'8'", "8 # eight", "8 8", "8,", "[8]", "{a: 8}", "2024-05-01", "1,000", "-8", "\u0668x",
     ],
 )  # fmt: skip
 def test_what_is_no_whole_number_is_refused_by_key(text: str, refusal: Refusal) -> None:
@@ -246,28 +255,12 @@ def test_what_a_file_cannot_hold_is_refused_with_its_place(
 
 
 def test_deep_nesting_is_refused() -> None:
-    for text in ("[" * 20_000, "[" * 20_000 + "]" * 20_000):
+    for text in ("[" * 2_000, "[" * 2_000 + "]" * 2_000):
         with pytest.raises(UserError, match="here"):
             parse(text, Any, "here")
 
 
-@pytest.mark.parametrize("file", ["a b .yaml", "..yaml", "a .yaml"])
-def test_a_file_whose_name_is_no_runs_name_needs_one(file: str, own: str, refusal: Refusal) -> None:
-    Path(file).write_text(json.dumps(TINY))
-    refusal(["config", file], "run.name")
-    assert load_config(file, ["run.name=good"]).run.name == "good"
-
-
 # --- written and read ---
-
-texts = st.text(st.characters(exclude_categories=["Cs"]))
-paths = texts.filter(lambda text: "\0" not in text)
-leaves = (
-    st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False) | texts
-)
-plain = st.recursive(
-    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=8
-)
 
 
 @given(plain)
@@ -281,31 +274,32 @@ def test_other_readers_of_yaml_read_the_same_texts(text: str) -> None:
     assert yaml.safe_load(dump({"key": text})) == {"key": text}
 
 
-@st.composite
-def trees(draw: st.DrawFn) -> dict[str, Any]:
-    floats = st.floats(min_value=1e-300, allow_nan=False)
-    source = st.fixed_dictionaries({"path": paths, "weight": st.floats(1e-6, 1e15)})
-    return {
-        **TINY,
-        "run": {
-            "name": draw(
-                st.text(st.characters(categories=["L", "N", "P"], exclude_characters="/\\"), min_size=3, max_size=40)
-            ),
-            "folder": draw(paths),
-        },
-        "data": {"sources": draw(st.lists(source, min_size=1, max_size=3)), "cache": draw(paths)},
-        "optimizer": {"clip_norm": draw(floats), "lr": draw(st.floats(1e-300, 1e300))},
-        "sampling": {"prompt": draw(texts), "top_k": draw(st.integers(0, 2**63 - 1))},
-        "train": {
-            **TINY["train"],
-            "time_limit": draw(st.floats(0, 1e9) | st.integers(0, 10**9)),
-            "compile": draw(st.booleans()),
-        },
-        "engine": {"name": "zero", "nvme_path": "", "deepspeed": draw(st.dictionaries(texts, plain, max_size=3))},
+trees = st.fixed_dictionaries(
+    {
+        "model": st.just(MODEL),
+        "schedule": st.just({"shape": "constant"}),
+        "run": st.fixed_dictionaries({"name": names, "folder": paths}),
+        "data": st.fixed_dictionaries({"sources": sources, "cache": paths}),
+        "train": st.fixed_dictionaries(
+            {
+                "tokens": st.integers(512, 2**63 - 1), "batch_tokens": st.just(512), "compile": st.booleans(),
+                "time_limit": st.floats(0, 1e9) | st.integers(0, 10**9),
+                "activation_checkpointing": st.sampled_from(["none", "full", {"every": 3}]),
+            }
+        ),
+        "optimizer": st.fixed_dictionaries(
+            {"clip_norm": st.floats(1e-300, allow_nan=False), "lr": st.floats(1e-300, 1e300)}
+        ),
+        "sampling": st.fixed_dictionaries({"prompt": texts}),
+        "engine": st.fixed_dictionaries(
+            {"name": st.just("zero"), "deepspeed": st.dictionaries(texts, plain, max_size=3)}
+        ),
     }
+)  # fmt: skip
 
 
-@given(trees())
+@settings(max_examples=30)
+@given(trees)
 def test_a_config_that_was_written_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]
 ) -> None:
@@ -315,52 +309,7 @@ def test_a_config_that_was_written_reads_back_equal(
     assert load_config(str(file)) == config
 
 
-@given(st.lists(st.fixed_dictionaries({"path": paths, "weight": st.floats(1e-6, 1e15)}), min_size=1, max_size=3))
-def test_a_list_survives_an_override_and_a_shell(sources: list[dict[str, Any]]) -> None:
-    (word,) = shlex.split(shlex.quote(f"data.sources={value_text(sources)}"))
-    found = load_config("gpt3_xl", [word]).data.sources
-    assert [{"path": source.path, "weight": source.weight} for source in found] == sources
-
-
-# --- configs by name ---
-
-
-def test_a_file_may_have_an_equals_sign_in_its_name(own: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("lr=1e-3.yaml").write_text(json.dumps(TINY))
-    Path("train.lr=2").write_text(json.dumps(TINY))
-    Path("sweep").mkdir()
-    Path("sweep/lr=5.yaml").write_text(json.dumps(TINY))
-    for name in ("lr=1e-3.yaml", "./lr=1e-3.yaml", "sweep/lr=5.yaml", "./train.lr=2"):
-        assert main(["config", name, "optimizer.lr=0.25"]) == 0
-        assert f"name: {Path(name).stem if name.endswith('.yaml') else 'train'}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("lr=1e-4.yaml", "'lr=1e-4.yaml' not found: did you mean lr=1e-3.yaml?"),
-        ("sub/lr=1e-4.yaml", "not found: did you mean sub/lr=1e-3.yaml?"),
-        ("sub/tinny.yaml", "not found: did you mean sub/tiny.yaml?"),
-        ("tinny.yaml", "not found: did you mean tiny.yaml"),
-        ("gpt3_lx", "not found: did you mean gpt3_xl"),
-        ("missing/tiny.yaml", "no folder 'missing'"),
-        ("sub", "is a folder; name a file in it"),
-        ("x" * 300, "not found: File name too long"),
-    ],
-)
-def test_a_config_that_is_not_there_is_called_so(name: str, hint: str, own: str, refusal: Refusal) -> None:
-    Path("sub").mkdir()
-    for file in ("lr=1e-3.yaml", "sub/lr=1e-3.yaml", "sub/tiny.yaml"):
-        Path(file).write_text(json.dumps(TINY))
-    refusal(["config", name], f"config {name!r}", hint)
-    refusal(["config", "--config", name], f"config {name!r}", hint)
-
-
-def test_the_place_of_a_run_decides_its_name(own: str) -> None:
-    """Also of runs whose stored name 0.1.0 took as a path."""
-    run = Path("elsewhere/moved run")
-    run.mkdir(parents=True)
-    run.joinpath("config.yaml").write_text(json.dumps({**TINY, "run": {"name": "../out", "seed": 3}}))
-    config = load_run(run, ["optimizer.lr=0.25"])
-    assert (config.run.name, config.run.folder, config.run.seed) == ("moved run", "elsewhere", 3)
-    assert config.optimizer.lr == 0.25
+@given(sources)
+def test_a_list_survives_an_override_and_a_shell(given_sources: list[dict[str, Any]]) -> None:
+    (word,) = shlex.split(shlex.quote(f"data.sources={value_text(given_sources)}"))
+    assert override({}, word) == {"data": {"sources": given_sources}}

@@ -96,8 +96,14 @@ def _is_override(word: str) -> bool:
     key, equals, _ = word.partition("=")
     if key.partition(".")[0] in fields_of(Config) and "/" not in key:
         return bool(equals)
-    is_file = "/" in key or word.endswith((".yaml", ".yml")) or Path(word).is_file()
-    return bool(equals) and not is_file
+    return bool(equals) and not ("/" in key or word.endswith((".yaml", ".yml")) or _is_file(word))
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def one_name(names: Sequence[str], what: str) -> str:
