@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """Exit with code 2, the usage, and the arguments that this command does not take."""
         word = words[0].partition("=")[0]
-        options = [name for name in self._option_string_actions if name.startswith("--")]
+        listed = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        options = [name for action in listed for name in action.option_strings if name.startswith("--")]
         advice = f": {did_you_mean(word, options)}" if word.startswith("--") else ""
         self.error(f"unrecognized arguments: {' '.join(words)}{advice}")
 

@@ -98,6 +98,8 @@ _OWNED_ZERO = {
     "round_robin_gradients": "megagpt, as false: its order of the weights is not that of their optimizer state",
     "elastic_checkpoint": "megagpt, whose checkpoints fit any number of ranks",
     "load_from_fp32_weights": "megagpt, which always does",
+    # Another choice of the modules that are gathered as one breaks the backward pass.
+    "leaf_module": "megagpt, which gathers weights block by block",
     "zenflow": "optimizer",
     "compute_grad_norm": "optimizer.clip_norm",
     "stage3_gather_16bit_weights_on_model_save": "megagpt, whose checkpoints gather nothing",
@@ -169,7 +171,8 @@ def check_zero_section(zero: dict[str, Any], on_gpu: bool) -> None:
 def check_on_cpu(made: dict[str, Any]) -> None:
     """Raise UserError, naming the key, for settings of the whole config that only a GPU has."""
     zero = made["zero_optimization"]
-    keys = [f"zero_optimization.{key}" for key in zero if key.startswith("zero_quantized_") and zero[key]]
+    quantized = [key for key in zero if key.startswith("zero_quantized_") and zero[key] and zero["stage"] == 3]
+    keys = [f"zero_optimization.{key}" for key in quantized]
     keys += ["aio.use_gds"] if made.get("aio", {}).get("use_gds") else []
     for key in keys:
         raise UserError(f"engine.deepspeed.{key} true: it needs a GPU, and this run is on a CPU; leave it out")
@@ -215,6 +218,9 @@ def _contradictions(made: dict[str, Any], ranks: int) -> Iterator[tuple[str, Any
     bucket = zero["allgather_bucket_size"]
     if stage < 3 and bucket % 2:
         yield "zero_optimization.allgather_bucket_size", bucket, f"must be even; use {bucket + 1}"
+    if threshold := zero.get("stage3_module_granularity_threshold", 0):
+        problem = "megagpt gathers weights block by block; leave it out"
+        yield "zero_optimization.stage3_module_granularity_threshold", threshold, problem
     sharing = min(zero.get("zero_hpz_partition_size", 1), ranks)
     if stage == 3 and sharing > 1 and ranks % sharing:
         yield (

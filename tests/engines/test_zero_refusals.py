@@ -53,7 +53,8 @@ WRONG: list[tuple[Tree, str]] = [
     ({"flops_profiler": {"profile_step": 0}}, "flops_profiler.profile_step: 0"),
     ({"flops_profiler": {"enable": True}}, "unknown key engine.deepspeed.flops_profiler.enable: did you mean enabled?"),
     ({"comms_logger": {"prof_ops": "all_reduce"}}, "comms_logger.prof_ops: 'all_reduce'"),
-    ({"zero_optimization": {"leaf_module": 3}}, "zero_optimization"),
+    ({"zero_optimization": {"leaf_module": {"names": ["blocks"]}}}, "zero_optimization.leaf_module is decided by"),
+    ({"zero_optimization": {"stage3_module_granularity_threshold": 9}}, "granularity_threshold 9: megagpt gathers"),
 ]
 
 
