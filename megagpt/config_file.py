@@ -18,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megagpt.config import Config, EngineConfig, SourceConfig, contradictions
 from megagpt.config_marks import Was, fields_of, mark_of
+from megagpt.config_types import name_problem
 from megagpt.config_yaml import dump, kind_below, parse, parse_value
 from megagpt.errors import UserError, did_you_mean
 from megagpt.models.presets import preset_fields
@@ -199,6 +200,8 @@ def load_run(run: Path, overrides: Sequence[str] = ()) -> Config:
     path, place, here = run / "config.yaml", run.resolve(), Path.cwd()
     if not path.is_file():
         raise UserError(f"{run}: not a run's folder (no config.yaml in it)")
+    if problem := name_problem(place.name):
+        raise UserError(f"{str(run)!r}: the folder's name {place.name!r} {problem}; rename the folder")
     tree = _overridden(_read_tree(path), overrides)
     folder = place.parent.relative_to(here) if place.parent.is_relative_to(here) else place.parent
     return build_config(_merge(tree, {"run": {"name": place.name, "folder": str(folder)}}), _where(path, overrides))

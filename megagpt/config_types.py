@@ -12,19 +12,21 @@ _LONGEST_NAME = 255
 _LONGEST_TIME = 1e9
 
 
-def _check_name(name: str) -> str:
-    problem = ""
+def name_problem(name: str) -> str:
+    """Why a run cannot have that name, as part of a sentence; empty if it can."""
     if "/" in name or "\\" in name:
-        problem = "is a path, not a name: the run would lie outside run.folder, which may be a path"
-    elif name in (".", ".."):
-        problem = "is no name of its own: every folder has it"
-    elif name != name.strip():
-        problem = "begins or ends with a blank"
-    elif not name.isprintable():
-        problem = "has characters that cannot be seen"
-    elif len(name.encode()) > _LONGEST_NAME:
-        problem = f"has more than {_LONGEST_NAME} bytes"
-    if problem:
+        return "is a path, not a name: the run would lie outside run.folder, which may be a path"
+    if name in (".", ".."):
+        return "is no name of its own: every folder has it"
+    if name != name.strip():
+        return "begins or ends with a blank"
+    if not name.isprintable():
+        return "has characters that cannot be seen"
+    return f"has more than {_LONGEST_NAME} bytes" if len(name.encode()) > _LONGEST_NAME else ""
+
+
+def _check_name(name: str) -> str:
+    if problem := name_problem(name):
         raise ValueError(f"{name!r} {problem}; choose another run.name")
     return name
 

@@ -7,6 +7,7 @@ import pytest
 
 from megagpt.cli import main
 from megagpt.config_file import load_config, load_run
+from megagpt.training.run_folder import run_folder
 from tests.conftest import Refusal
 
 MODEL = {"layers": 1, "width": 8, "heads": 1, "context": 8}
@@ -66,3 +67,15 @@ def test_the_place_of_a_run_decides_its_name() -> None:
     config = load_run(run, ["optimizer.lr=0.25"])
     assert (config.run.name, config.run.folder, config.run.seed) == ("moved run", "elsewhere", 3)
     assert config.optimizer.lr == 0.25
+
+
+def test_a_folder_that_is_no_runs_name_must_be_renamed(refusal: Refusal) -> None:
+    run = Path("runs/a ")
+    run.mkdir(parents=True)
+    run.joinpath("config.yaml").write_text(TINY)
+    refusal(["status", str(run)], "'runs/a '", "ends with a blank; rename the folder")
+
+
+def test_a_run_folder_may_begin_with_a_tilde(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run_folder(load_config("tiny.yaml", ["run.folder=~/runs"])) == tmp_path / "runs" / "tiny"

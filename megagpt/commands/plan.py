@@ -26,7 +26,7 @@ def _config(arguments: argparse.Namespace) -> int:
     from megagpt.planning.summary import summarize
 
     config = config_of(arguments)
-    summary = summarize(config, arguments.ranks)
+    summary = list(summarize(config, arguments.ranks))
     print(to_yaml(config))
     print("\n".join(f"# {line}" for line in summary))
     return 0

@@ -209,12 +209,20 @@ def _contradictions(made: dict[str, Any], ranks: int) -> Iterator[tuple[str, Any
     prescales, factor = made.get("prescale_gradients", False), made.get("gradient_predivide_factor", 1.0)
     way = "leave it out, or set engine.deepspeed.zero_optimization.reduce_scatter to false"
     if prescales and stage > 1 and scatters:
-        yield "prescale_gradients", True, f"engine.stage {stage} cannot do it where it scatters gradients; {way}"
+        yield (
+            "prescale_gradients",
+            True,
+            f"DeepSpeed cannot do it at engine.stage {stage} while it scatters gradients; {way}",
+        )
     if factor != 1 and stage == 2 and scatters:
-        yield "gradient_predivide_factor", factor, f"engine.stage 2 cannot do it where it scatters gradients; {way}"
+        yield (
+            "gradient_predivide_factor",
+            factor,
+            f"DeepSpeed cannot do it at engine.stage 2 while it scatters gradients; {way}",
+        )
     if factor != 1 and stage == 3:
         # Without reduce_scatter, DeepSpeed forgets to multiply if the factor is the number of ranks.
-        yield "gradient_predivide_factor", factor, "engine.stage 3 cannot do it; leave it out"
+        yield "gradient_predivide_factor", factor, "DeepSpeed cannot do it at engine.stage 3; leave it out"
     bucket = zero["allgather_bucket_size"]
     if stage < 3 and bucket % 2:
         yield "zero_optimization.allgather_bucket_size", bucket, f"must be even; use {bucket + 1}"

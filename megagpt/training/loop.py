@@ -168,5 +168,5 @@ def _finished(run: Run, at: Position, seconds: float) -> Outcome:
         return FINISHED
     text = f"done in {duration(seconds)}: {at.tokens:,} tokens in {run.folder}"
     run.reporter.event(Event.FINISHED, at, {}, text)
-    say(f"see it with: {shlex.join(['tensorboard', '--logdir', run.config.run.folder])}")
+    say(f"see it with: {shlex.join(['tensorboard', '--logdir', str(run.folder.parent)])}")
     return FINISHED

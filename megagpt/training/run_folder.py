@@ -23,7 +23,7 @@ from megagpt.run_log import log_path
 
 def run_folder(config: Config) -> Path:
     """The folder of a config's run."""
-    return Path(config.run.folder) / config.run.name
+    return Path(config.run.folder).expanduser() / config.run.name
 
 
 def resume_command(run: Path) -> str:

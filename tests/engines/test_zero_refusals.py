@@ -92,10 +92,13 @@ def test_values_of_the_wrong_kind_are_refused_by_key(passed: Tree, problem: str)
     assert "\n" not in str(caught.value)
 
 
-def test_the_config_command_refuses_them_too(tmp_path: Path, refusal: Refusal) -> None:
+def test_the_config_command_refuses_them_too(
+    tmp_path: Path, refusal: Refusal, capsys: pytest.CaptureFixture[str]
+) -> None:
     tree = {"base": "gpt3_xl.yaml", "engine": {"name": "zero", "deepspeed": {"prescale_gradients": True}}}
     (tmp_path / "own.yaml").write_text(json.dumps(tree))
     refusal(["config", str(tmp_path / "own.yaml")], "engine.deepspeed.prescale_gradients true: ")
+    assert capsys.readouterr().out == ""
 
 
 def test_ranks_that_share_weights_must_divide_all_ranks(refusal: Refusal) -> None:
