@@ -207,19 +207,12 @@ def _contradictions(made: dict[str, Any], ranks: int) -> Iterator[tuple[str, Any
     if zero.get("legacy_stage1"):
         yield "zero_optimization.legacy_stage1", True, "DeepSpeed no longer has it; leave it out"
     prescales, factor = made.get("prescale_gradients", False), made.get("gradient_predivide_factor", 1.0)
-    way = "leave it out, or set engine.deepspeed.zero_optimization.reduce_scatter to false"
+    scattering = f"DeepSpeed cannot do it at engine.stage {stage} while it scatters gradients; leave it out, or set "
+    scattering += "engine.deepspeed.zero_optimization.reduce_scatter to false"
     if prescales and stage > 1 and scatters:
-        yield (
-            "prescale_gradients",
-            True,
-            f"DeepSpeed cannot do it at engine.stage {stage} while it scatters gradients; {way}",
-        )
+        yield "prescale_gradients", True, scattering
     if factor != 1 and stage == 2 and scatters:
-        yield (
-            "gradient_predivide_factor",
-            factor,
-            f"DeepSpeed cannot do it at engine.stage 2 while it scatters gradients; {way}",
-        )
+        yield "gradient_predivide_factor", factor, scattering
     if factor != 1 and stage == 3:
         # Without reduce_scatter, DeepSpeed forgets to multiply if the factor is the number of ranks.
         yield "gradient_predivide_factor", factor, "DeepSpeed cannot do it at engine.stage 3; leave it out"
@@ -231,10 +224,7 @@ def _contradictions(made: dict[str, Any], ranks: int) -> Iterator[tuple[str, Any
         yield "zero_optimization.stage3_module_granularity_threshold", threshold, problem
     sharing = min(zero.get("zero_hpz_partition_size", 1), ranks)
     if stage == 3 and sharing > 1 and ranks % sharing:
-        yield (
-            "zero_optimization.zero_hpz_partition_size",
-            sharing,
-            f"does not divide {ranks} ranks; choose a divisor",
-        )
+        problem = f"does not divide {ranks} ranks; choose a divisor of them"
+        yield "zero_optimization.zero_hpz_partition_size", sharing, problem
     if zero.get("zero_quantized_gradients") and not scatters:
         yield "zero_optimization.zero_quantized_gradients", True, "it needs reduce_scatter; leave one of them out"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megagpt.cli import main
 from megagpt.config_file import build_config
 from megagpt.engines import deepspeed_library, zero_config
 from megagpt.engines.zero_config import bucket_elements, deepspeed_config
@@ -98,6 +99,7 @@ def test_the_config_command_refuses_them_too(
     tree = {"base": "gpt3_xl.yaml", "engine": {"name": "zero", "deepspeed": {"prescale_gradients": True}}}
     (tmp_path / "own.yaml").write_text(json.dumps(tree))
     refusal(["config", str(tmp_path / "own.yaml")], "engine.deepspeed.prescale_gradients true: ")
+    main(["config", str(tmp_path / "own.yaml")])
     assert capsys.readouterr().out == ""
 
 
