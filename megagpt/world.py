@@ -191,7 +191,7 @@ def _meet(info: RankInfo) -> tuple[dist.Store, dist.Store]:
 def check_device(name: str, option: str) -> None:
     """Raises UserError if the device, which was chosen with that config key or option, is not here."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{option} is cuda, but PyTorch sees no GPU here; choose cpu for it")
+        raise UserError(f"{option} is cuda, but PyTorch sees no GPU here; use {option}=cpu")
 
 
 def _device(name: str, local_rank: int) -> torch.device:

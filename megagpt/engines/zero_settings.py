@@ -217,7 +217,9 @@ def _contradictions(made: dict[str, Any], ranks: int) -> Iterator[tuple[str, Any
         # Without reduce_scatter, DeepSpeed forgets to multiply if the factor is the number of ranks.
         yield "gradient_predivide_factor", factor, "DeepSpeed cannot do it at engine.stage 3; leave it out"
     bucket = zero["allgather_bucket_size"]
-    if stage < 3 and bucket % 2:
+    # At stage 1 in bf16 DeepSpeed uses another optimizer, unless it is offloaded.
+    aligns = stage == 2 or (stage == 1 and ("bf16" not in made or "offload_optimizer" in zero))
+    if aligns and bucket % 2:
         yield "zero_optimization.allgather_bucket_size", bucket, f"must be even; use {bucket + 1}"
     if threshold := zero.get("stage3_module_granularity_threshold", 0):
         problem = "megagpt gathers weights block by block; leave it out"

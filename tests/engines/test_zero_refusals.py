@@ -84,6 +84,15 @@ def test_what_deepspeed_takes_is_passed_through(stage: int, passed: Tree) -> Non
     assert made["zero_optimization"] == made["zero_optimization"] | zero
 
 
+def test_an_odd_bucket_is_taken_where_deepspeed_takes_it() -> None:
+    run = config(1, {"zero_optimization": {"allgather_bucket_size": 7}})
+    bf16 = dataclasses.replace(run, train=dataclasses.replace(run.train, precision="bf16"))
+    assert deepspeed_config(bf16, ranks=1, on_gpu=False)["zero_optimization"]["allgather_bucket_size"] == 7
+    offloaded = dataclasses.replace(bf16, engine=dataclasses.replace(run.engine, offload="optimizer"))
+    with pytest.raises(UserError, match="allgather_bucket_size 7: must be even; use 8"):
+        deepspeed_config(offloaded, ranks=1, on_gpu=False)
+
+
 @pytest.mark.parametrize(("passed", "problem"), WRONG, ids=str)
 def test_values_of_the_wrong_kind_are_refused_by_key(passed: Tree, problem: str) -> None:
     with pytest.raises(UserError) as caught:
