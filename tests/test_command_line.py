@@ -83,6 +83,7 @@ def test_unknown_arguments_are_refused(argv: list[str], capsys: Capture) -> None
     ("argv", "hint"),
     [
         (["train", "gpt3_xl", "--rseume", "x"], "--rseume x: did you mean --resume"),
+        (["train", "gpt3_xl", "--train.tokens=1e9"], "an override has no dashes: train.tokens=1e9"),
         (["train", "gpt3_xl", "--auto-resum3"], "did you mean --auto-resume"),
         (["trian"], "'trian' does not exist: did you mean train?"),
         (["launch", "hots"], "'hots' does not exist: did you mean hosts?"),

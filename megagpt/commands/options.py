@@ -29,7 +29,11 @@ class Parser(argparse.ArgumentParser):
         word = words[0].partition("=")[0]
         listed = [action for action in self._actions if action.help != argparse.SUPPRESS]
         options = [name for action in listed for name in action.option_strings if name.startswith("--")]
-        advice = f": {did_you_mean(word, options)}" if word.startswith("--") else ""
+        advice = ""
+        if word.startswith("--"):
+            advice = (
+                f": an override has no dashes: {words[0][2:]}" if "." in word else f": {did_you_mean(word, options)}"
+            )
         self.error(f"unrecognized arguments: {' '.join(words)}{advice}")
 
 
