@@ -112,11 +112,12 @@ def parsers(parser: argparse.ArgumentParser, name: str = "megagpt") -> Iterator[
                 yield from parsers(inner, f"{name} {command}")
 
 
-@pytest.mark.parametrize(
-    ("name", "parser"), parsers(make_parser()), ids=lambda part: part if isinstance(part, str) else ""
-)
-def test_every_option_has_a_help_text(name: str, parser: argparse.ArgumentParser) -> None:
-    for action in parser._actions:
+PARSERS = dict(parsers(make_parser()))
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_option_has_a_help_text(name: str) -> None:
+    for action in PARSERS[name]._actions:
         if isinstance(action, argparse._SubParsersAction) or "--local_rank" in action.option_strings:
             continue
         assert action.help, f"{name}: {action.option_strings or action.dest} needs a help text"
