@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from megagpt.config_marks import Data, For, ForFSDP, ForZero, Free, Recipe, Was, fields_of, mark_of
 from megagpt.config_types import ActivationCheckpointing, PathText, RunName, Seconds
 from megagpt.errors import UserError
-from megagpt.models.presets import SECTION, ModelConfig
+from megagpt.models.presets import SECTION, ModelConfig, near_divisors
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -236,8 +236,7 @@ class Config:
         unit = self.train.micro_batch * ranks
         if self.batch_sequences % unit:
             per_rank = self.batch_sequences // ranks if self.batch_sequences % ranks == 0 else 0
-            fits = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
-            fits = sorted(sorted(fits, key=lambda m: abs(m - self.train.micro_batch))[:2])
+            fits = near_divisors(per_rank, self.train.micro_batch) if per_rank else []
             low = self.batch_sequences // unit * unit * self.model.context
             batches = [b for b in (low, low + unit * self.model.context) if b]
             ways = f"train.batch_tokens {' or '.join(map(str, batches))}"

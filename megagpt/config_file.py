@@ -116,16 +116,16 @@ def _error_text(error: Any) -> str:
             return f"unknown key {key}: {_unknown_key(location)}"
         case "missing":
             return f"{key} is missing"
+        case "value_error":
+            return f"{key}: {error['ctx']['error']}"
         case _ if value is None:
-            return f"{key} has no value: give it one, or leave it out"
+            return f"{key}: it has no value; give it one, or leave it out"
         case "dataclass_type" | "dataclass_exact_type":
             return f"{key}: {value!r} is not a section with keys of its own"
         case "tuple_type":
             return f"{key}: {value!r} is not a list, such as [{{path: data/web}}]"
         case "string_type":
             return f"{key}: {value!r} is not a text"
-        case "value_error":
-            return f"{key}: {error['ctx']['error']}"
     message = error["msg"].replace("Input should be", "should be")
     return f"{key}: {value!r} {message}"
 

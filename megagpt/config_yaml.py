@@ -85,7 +85,7 @@ def plain_value(text: str) -> Any:
     # 5e8 tokens are a whole number; 1.0e-4 is not, and neither is 2.0, without an exponent.
     if abs(value) > _LARGEST or not ("e" in digits.lower() or _WHOLE.fullmatch(text)):
         return value
-    exact = Decimal(digits)
+    exact = Decimal(digits) if value else Decimal(0)  # whatever the exponent of a zero is
     return int(exact) if exact == exact.to_integral_value() and abs(exact) < _LARGEST else value
 
 
@@ -107,7 +107,7 @@ def parse_value(text: str, kind: Any, where: str) -> Any:
     takes_text, stripped = _takes(kind, str), text.strip()
     if not stripped and not takes_text:
         return {} if _is_section(kind) else None
-    if _is_section(kind) or get_origin(kind) is tuple or (stripped[0:1] in "[{" and stripped and not _only_text(kind)):
+    if _is_section(kind) or get_origin(kind) is tuple or _takes(kind, dict) or _is_flow(stripped, kind):
         return parse(text, kind, where)
     quoted = _unquoted(stripped)
     if quoted is not None or takes_text:
@@ -129,7 +129,7 @@ def _unquoted(text: str) -> str | None:
         return None
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         return None
     return node.value if isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(text) else None
 
@@ -196,8 +196,9 @@ def _takes(kind: Any, wanted: Any) -> bool:
     return any(part is wanted or (wanted is str and part is Literal) for part in _parts(kind))
 
 
-def _only_text(kind: Any) -> bool:
-    return _takes(kind, str) and not _takes(kind, dict)
+def _is_flow(text: str, kind: Any) -> bool:
+    """Whether it is a list or a mapping in one line: in a text, brackets and braces are characters like others."""
+    return text.startswith(("[", "{")) and not _takes(kind, str)
 
 
 def _is_section(kind: Any) -> bool:
@@ -234,6 +235,6 @@ def _problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.reader.ReaderError):
         return f"the character {chr(error.character)!r} is not allowed in YAML; is this a text file?"
     problem = getattr(error, "problem", None) or "not valid YAML"
-    if problem.startswith("but "):
+    if problem.startswith("but "):  # the second half of a sentence
         problem = f"{getattr(error, 'context', '')}, {problem}"
     return problem + ("; indent with blanks" if "'\\t'" in problem else "")

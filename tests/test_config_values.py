@@ -96,7 +96,7 @@ def test_any_text_can_be_an_override(text: str) -> None:
     ("text", "value"),
     [
         ("010", 10), ("1_000", 1000), ("1e3", 1000), ("1.5e3", 1500), ("+8", 8), (" 8 ", 8),
-        ("9007199254740993e0", 2**53 + 1), ("9223372036854775807", 2**63 - 1),
+        ("9007199254740993e0", 2**53 + 1), ("1e0000000000000000000000", 1), ("9223372036854775807", 2**63 - 1),
     ],
 )  # fmt: skip
 def test_whole_numbers_are_decimal(text: str, value: int) -> None:
@@ -116,7 +116,16 @@ def test_what_is_no_whole_number_is_refused_by_key(text: str, refusal: Refusal) 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 1e-3), ("1E+1", 10.0), ("010", 10.0), (".5", 0.5), ("5.", 5.0), ("1_0.5", 10.5), ("1e300", 1e300)],
+    [
+        ("1e-3", 1e-3),
+        ("1E+1", 10.0),
+        ("010", 10.0),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("1_0.5", 10.5),
+        ("1e300", 1e300),
+        ("7e-1", 0.7),
+    ],
 )
 def test_numbers_are_decimal(text: str, value: float) -> None:
     assert read("optimizer.lr", text) == value
@@ -231,7 +240,7 @@ def test_merge_keys_take_what_another_section_holds(own: str) -> None:
         ("optimizer:\n\tlr: 1\n", ["line 3", "indent with blanks"]),
         ("optimizer: [1]\n", ["optimizer: [1]", "not a section"]),
         ("optimizer: fast\n", ["optimizer: 'fast'", "not a section"]),
-        ("optimizer: {lr: }\n", ["optimizer.lr has no value"]),
+        ("optimizer: {lr: }\n", ["optimizer.lr: it has no value"]),
         ("optimzer:\n", ["unknown key optimzer", "optimizer"]),
         ("data: {sources: web}\n", ["data.sources: 'web'"]),
         ("data: {sources: [web]}\n", ["data.sources.0: 'web'", "not a section"]),
@@ -254,7 +263,14 @@ def test_what_a_file_cannot_hold_is_refused_with_its_place(
     refusal(["config", own], own, *parts)
 
 
+def test_numbers_of_any_length_are_read_at_once() -> None:
+    assert [plain_value(text) for text in ("0e999999999", "-0e9999999999999999999", "0.0e-99999999")] == [0, 0, 0]
+    for text in ("1e999999999999", "1e-999999999999", "9" * 10_000, f"1e{'9' * 10_000}"):
+        assert plain_value(text) == text
+
+
 def test_deep_nesting_is_refused() -> None:
+    assert parse_value('"a": ' + "[" * 2_000, str, "here") == '"a": ' + "[" * 2_000
     for text in ("[" * 2_000, "[" * 2_000 + "]" * 2_000):
         with pytest.raises(UserError, match="here"):
             parse(text, Any, "here")
