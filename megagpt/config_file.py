@@ -2,8 +2,9 @@
 
     config = load_config("gpt3_xl.yaml", ["train.tokens=1e9", "model.layers=2"])
 
-A file may name another file as its `base` (beside itself, or by bare name); it then holds only the differences. Keys at
-its top that begin with `x-` hold what YAML's `<<: *name` takes from there. Every error names file, key and value."""
+A file may name another file as its `base` (in the same folder, or by bare name); it then holds only the differences.
+Keys at its top that begin with `x-` hold what YAML's `<<: *name` takes from there. Every error names file, key and
+value."""
 
 import difflib
 import functools
@@ -16,7 +17,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from megagpt.config import Config, EngineConfig, SourceConfig, contradictions
+from megagpt.config import Config, EngineConfig, contradictions
 from megagpt.config_marks import Was, fields_of, mark_of
 from megagpt.config_types import name_problem
 from megagpt.config_yaml import dump, kind_below, parse, parse_value
@@ -95,10 +96,10 @@ def override(tree: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def _unknown_key(location: tuple[str | int, ...]) -> str:
-    """Which keys are valid beside the one at `location`."""
+    """A sentence about the keys that are valid in the section of the key at `location`."""
     kind: Any = Config
-    for part in location[:-1]:  # the only list is that of the sources
-        kind = fields_of(kind)[part].annotation if isinstance(part, str) else SourceConfig
+    for part in location[:-1]:
+        kind = kind_below(kind, str(part))
     word, known = str(location[-1]), fields_of(kind)
     if kind is Config and not difflib.get_close_matches(word, known):
         # A key without its section.

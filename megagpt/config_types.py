@@ -1,5 +1,6 @@
 """Types of config values that have a rule of their own, each with its check."""
 
+import math
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, PlainValidator
@@ -61,8 +62,23 @@ def _check_seconds(value: Any) -> float:
     raise ValueError(f"{value!r} is not a time {most}: use seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")
 
 
+_SPIKE_WORDS = "none | {deviations: number, steps: whole number, action: skip | stop}"
+
+
+def _check_spikes(value: Any) -> str | dict[str, Any]:
+    match value:
+        case "none":
+            return value
+        case {"deviations": int() | float() as far, "steps": int(steps), "action": "skip" | "stop", **rest}:
+            booleans = isinstance(far, bool) or isinstance(steps, bool)
+            if not rest and not booleans and 0 < far < math.inf and steps > 1:
+                return value
+    raise ValueError(f"{value!r} is not {_SPIKE_WORDS}, with deviations above 0 and steps above 1")
+
+
 RunName = Annotated[str, AfterValidator(_check_name)]
 PathText = Annotated[str, AfterValidator(_check_path)]
 Seconds = Annotated[float, PlainValidator(_check_seconds), Values("seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")]
 _Modes = Annotated[str | dict[str, int], Values("none | full | selective | {every: k}")]
 ActivationCheckpointing = Annotated[_Modes, PlainValidator(_check_activation_checkpointing)]
+Spikes = Annotated[str | dict[str, Any], PlainValidator(_check_spikes), Values(_SPIKE_WORDS)]

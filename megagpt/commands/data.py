@@ -54,7 +54,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from megagpt.data.shards import verify
+    from megagpt.data.shards import unchecked_note, unread_note, verify
 
     print(f"{arguments.folder}: {verify(arguments.folder):,} tokens, all complete")
+    for note in filter(None, (unchecked_note(arguments.folder), unread_note(arguments.folder))):
+        print(note)
     return 0

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the one grammar of their arguments. `section.key=value` is an override, any
+"""Options that several commands share, and the one grammar of their arguments: `section.key=value` is an override, any
 other argument names the config. Both may come before or after options."""
 
 import argparse

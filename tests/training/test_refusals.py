@@ -4,12 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
 from tests.conftest import Refusal, Tiny, metrics
+from tests.data.folders import write_bin
 from tests.runs import losses
 
 
@@ -27,6 +29,7 @@ def test_an_impossible_run_is_refused_in_one_line(tiny: Tiny, tmp_path: Path, re
     (tmp_path / "empty").mkdir()
     refusal(["train", config, f"data.sources=[{{path: {tmp_path / 'empty'}}}]"], "no token shards")
     long = ["model.context=65536", "train.batch_tokens=65536", "train.micro_batch=1", "train.tokens=65536"]
+    long += ["validation.tokens=0"]
     refusal(["train", config, *long], "less than one sequence", "65536")
     refusal(["train", config, "model.vocab_size=50304"], "model.vocab_size 50304", "50257")
     refusal(["train", config, "model.vocab_size=50000"], "model.vocab_size 50000", "50257")
@@ -51,14 +54,12 @@ def test_a_checkpoint_of_other_model_or_data_is_refused(tiny: Tiny, tmp_path: Pa
     assert train(str(tiny())) == 0
     run = tmp_path / "runs" / "tiny"
     wider = ["train", "--resume", str(run), "model.width=64"]
-    refusal(wider, "model.width 32 there, 64 here", "another run.name")
+    refusal(wider, "model.width is 32 in the checkpoint, 64 now", "another run.name")
     recipe = ["--allow-recipe-change", "--allow-data-change"]
-    refusal([*wider, *recipe], "model.width 32 there, 64 here")
-    refusal(["train", "--resume", str(run), "run.seed=1"], "run.seed 0 there, 1 here", "--allow-recipe-change")
+    refusal([*wider, *recipe], "model.width is 32 in the checkpoint, 64 now")
+    refusal(["train", "--resume", str(run), "run.seed=1"], "run.seed is 0 in", "--allow-recipe-change")
     both = ["train.batch_tokens=256", "optimizer.lr=1e-4"]
-    refusal(
-        ["train", "--resume", str(run), *both], "train.batch_tokens 128 there, 256 here", "optimizer.lr 0.0006 there"
-    )
+    refusal(["train", "--resume", str(run), *both], "train.batch_tokens is 128 in", "optimizer.lr is 0.0006 in the")
     from megagpt.data.prepare import prepare
     from megagpt.data.sources import open_source
 
@@ -76,13 +77,13 @@ def test_an_allowed_change_is_trained_with(
     config = str(tiny(train={"tokens": 1280}, schedule={"decay_end_tokens": 2560}))
     assert train(config) == 0
     run = tmp_path / "runs" / "tiny"
-    shutil.copytree(corpus, tmp_path / "moved")
-    sources = [{"path": str(tmp_path / "moved"), "weight": 1}, {"path": str(corpus), "weight": 3}]
+    write_bin(tmp_path / "other_train_0.bin", np.arange(5000))
+    sources = [{"path": str(tmp_path), "weight": 1}, {"path": str(corpus), "weight": 3}]
     changes = [f"data.sources={json.dumps(sources)}", "optimizer.lr=1e-5", "model.dropout=0.1", "train.tokens=1920"]
     capsys.readouterr()
     assert train("--resume", str(run), "--allow-data-change", "--allow-recipe-change", *changes) == 0
     output = capsys.readouterr().out
-    for difference in ("optimizer.lr 0.0006 there, 1e-05 here", "model.dropout 0.0 there, 0.1 here", "data"):
+    for difference in ("optimizer.lr is 0.0006 in the checkpoint, 1e-05 now", "model.dropout is 0.0 in", "data"):
         assert f"resuming with a change: {difference}" in output
     steps = metrics(run)
     assert [line["step"] for line in steps] == list(range(1, 16))
