@@ -1,13 +1,12 @@
 """The command line: its parser, and how errors end it."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 
 from megagpt import __version__
 from megagpt.commands import checkpoint, data, exchange, launch, measure, plan, sample, train
-from megagpt.commands.options import Command, adder, parse
+from megagpt.commands.options import Command, Parser, adder, parse
 from megagpt.errors import ExitCode, ExpectedError, Reported, expected
 
 
@@ -33,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.INTERRUPTED
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("megagpt", description="The GPT-2 and GPT-3 papers, executable.")
+def make_parser() -> Parser:
+    parser = Parser("megagpt", description="The GPT-2 and GPT-3 papers, executable.")
     parser.add_argument("--version", action="version", version=f"megagpt {__version__}")
     add = adder(parser.add_subparsers(title="commands", required=True, metavar="COMMAND"))
     for module in (train, launch, sample, exchange, checkpoint, data, plan, measure):

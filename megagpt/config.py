@@ -2,25 +2,25 @@
 that the papers give in tokens stay in tokens. `config_file` reads a Config from YAML; `megagpt config --keys` shows
 every key with its docstring."""
 
-import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megagpt.config_marks import Data, For, ForFSDP, ForZero, Free, Recipe, Values, Was, fields_of, mark_of
+from megagpt.config_marks import Data, For, ForFSDP, ForZero, Free, Recipe, Was, fields_of, mark_of
+from megagpt.config_types import ActivationCheckpointing, PathText, RunName, Seconds, Spikes
 from megagpt.errors import UserError
-from megagpt.models.presets import SECTION, ModelConfig
+from megagpt.models.presets import SECTION, ModelConfig, near_divisors
 
 
 @dataclass(frozen=True, config=SECTION)
 class RunConfig:
     """The run's name and place."""
 
-    name: Free[str] = ""
-    """Name of the run's folder in `folder`; empty: the config file's name."""
-    folder: Free[str] = "runs"
+    name: Free[RunName] = ""
+    """Name of the run's folder in `folder`, not a path; empty: the config file's name."""
+    folder: Free[PathText] = "runs"
     """Folder that holds all runs; `tensorboard --logdir` takes it."""
     seed: Recipe[int] = Field(default=0, ge=0)
     """Decides initial weights, data order and dropout, each through its own hash."""
@@ -30,7 +30,7 @@ class RunConfig:
 class SourceConfig:
     """One corpus of token shards."""
 
-    path: Free[str]
+    path: Free[PathText]
     """Folder written by `megagpt data prepare`, or of llm.c / modded-nanogpt .bin, build-nanogpt .npy or nanoGPT's
     train.bin and val.bin. A relative path starts at the current folder; on a resume, also where the run was started.
     `stdlib` is the text of Python's own standard library, prepared on first use."""
@@ -57,50 +57,8 @@ class DataConfig:
     skip: Data[tuple[SkipConfig, ...]] = ()
     """Stretches of the data order to leave out, such as [{at: 3000000, tokens: 500000}]: to pass data at which the loss
     spiked."""
-    cache: Free[str] = "data"
+    cache: Free[PathText] = "data"
     """Folder in which the built-in corpus is prepared."""
-
-
-def _check_activation_checkpointing(value: Any) -> str | dict[str, int]:
-    match value:
-        case "none" | "full" | "selective":
-            return value
-        case {"every": int(k), **rest} if not rest and k > 0 and not isinstance(k, bool):
-            return {"every": k}
-    raise ValueError(f"{value!r} is not one of: none, full, selective, {{every: k}} with a whole number k above 0")
-
-
-def _check_seconds(value: Any) -> float:
-    if isinstance(value, str):
-        days, dash, clock = value.rpartition("-")
-        parts = clock.split(":")
-        if dash:  # after days, hours come first
-            parts += ["0"] * (3 - len(parts))
-        if all(p.isdigit() for p in [*parts, *([days] if dash else [])]) and len(parts) <= 3:
-            return 86_400 * int(days or 0) + sum(int(part) * 60**i for i, part in enumerate(reversed(parts)))
-    if isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
-        return value
-    raise ValueError(f"{value!r} is not a time: use seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")
-
-
-_SPIKE_WORDS = "none | {deviations: number, steps: whole number, action: skip | stop}"
-
-
-def _check_spikes(value: Any) -> str | dict[str, Any]:
-    match value:
-        case "none":
-            return value
-        case {"deviations": int() | float() as far, "steps": int(steps), "action": "skip" | "stop", **rest}:
-            booleans = isinstance(far, bool) or isinstance(steps, bool)
-            if not rest and not booleans and 0 < far < math.inf and steps > 1:
-                return value
-    raise ValueError(f"{value!r} is not {_SPIKE_WORDS}, with deviations above 0 and steps above 1")
-
-
-Spikes = Annotated[str | dict[str, Any], PlainValidator(_check_spikes), Values(_SPIKE_WORDS)]
-Seconds = Annotated[float, PlainValidator(_check_seconds), Values("seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")]
-_Modes = Annotated[str | dict[str, int], Values("none | full | selective | {every: k}")]
-ActivationCheckpointing = Annotated[_Modes, PlainValidator(_check_activation_checkpointing)]
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -156,8 +114,8 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     weight_decay: Recipe[float] = Field(default=0.1, ge=0)
     """Weight decay of matrices: embeddings and linear layers. Biases and LayerNorm gains have none."""
-    clip_norm: Annotated[Recipe[float], Was("clip")] = Field(default=1.0, gt=0)
-    """Largest global gradient norm."""
+    clip_norm: Annotated[Recipe[float], Was("clip")] = Field(default=1.0, gt=0, allow_inf_nan=True)
+    """Largest global gradient norm; .inf: gradients are not clipped."""
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -195,7 +153,7 @@ class EngineConfig:
     offload: Free[Literal["none", "optimizer", "all"]] = "none"
     """State kept in CPU memory instead of GPU memory. optimizer: optimizer state and update (zero). all: weights and
     gradients too (fsdp, zero stage 3)."""
-    nvme_path: ForZero[str] = ""
+    nvme_path: ForZero[PathText] = ""
     """zero stage 3: folder on a local NVMe disk for the state that `offload` names, instead of CPU memory."""
     deepspeed: ForZero[dict[str, Any]] = Field(default_factory=dict)
     """zero: DeepSpeed settings merged over the generated ones, such as
@@ -301,8 +259,7 @@ class Config:
         unit = self.train.micro_batch * ranks
         if self.batch_sequences % unit:
             per_rank = self.batch_sequences // ranks if self.batch_sequences % ranks == 0 else 0
-            fits = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
-            fits = sorted(sorted(fits, key=lambda m: abs(m - self.train.micro_batch))[:2])
+            fits = near_divisors(per_rank, self.train.micro_batch) if per_rank else []
             low = self.batch_sequences // unit * unit * self.model.context
             batches = [b for b in (low, low + unit * self.model.context) if b]
             ways = f"train.batch_tokens {' or '.join(map(str, batches))}"

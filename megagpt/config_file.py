@@ -3,64 +3,26 @@
     config = load_config("gpt3_xl.yaml", ["train.tokens=1e9", "model.layers=2"])
 
 A file may name another file as its `base` (in the same folder, or by bare name); it then holds only the differences.
-Every error names file, key and value."""
+Keys at its top that begin with `x-` hold what YAML's `<<: *name` takes from there. Every error names file, key and
+value."""
 
+import difflib
 import functools
 import json
-import re
-from dataclasses import asdict, replace
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from megagpt.config import Config, EngineConfig, SourceConfig, contradictions
+from megagpt.config import Config, EngineConfig, contradictions
 from megagpt.config_marks import Was, fields_of, mark_of
+from megagpt.config_types import name_problem
+from megagpt.config_yaml import dump, kind_below, parse, parse_value
 from megagpt.errors import UserError, did_you_mean
 from megagpt.models.presets import preset_fields
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are numbers (`5e8`, `1_000`) and whose duplicate keys are errors."""
-
-
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
-    value = float(loader.construct_scalar(node).replace("_", ""))
-    # 5e8 is read as a whole number, for token counts; 1.0e-4 is not whole, and 2.0, without exponent, stays a float.
-    return int(value) if value.is_integer() and "e" in node.value.lower() else value
-
-
-def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_FLOAT = "tag:yaml.org,2002:float"
-_FLOATS = r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(?:[eE][-+]?\d+)$|^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*)$"
-_Loader.yaml_implicit_resolvers = {
-    first: [resolver for resolver in resolvers if resolver[0] != _FLOAT]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_FLOAT, re.compile(_FLOATS), list("-+0123456789."))
-_Loader.add_constructor(_FLOAT, _number)
-_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: {getattr(error, 'problem', None) or 'not valid YAML'}") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 def config_folders() -> list[Path]:
@@ -71,12 +33,20 @@ def config_folders() -> list[Path]:
 
 def find_config(name: str) -> Path:
     """The file of that path or bare name (`gpt3_xl.yaml`). Raises UserError with the nearest names."""
-    for folder in config_folders():
-        for candidate in (folder / name, folder / f"{name}.yaml"):
+    path, folders = Path(name), config_folders()
+    try:
+        for candidate in (folder / file for folder in folders for file in (name, f"{name}.yaml")):
             if candidate.is_file():
                 return candidate
-    known = sorted({p.name for folder in config_folders()[1:] for p in folder.glob("*.yaml")})
-    raise UserError(f"config {name!r} not found: {did_you_mean(name, known)}")
+        if name and path.is_dir():
+            raise UserError(f"config {name!r} is a folder; name a file in it, such as {str(path / 'config.yaml')!r}")
+        if not path.parent.is_dir():
+            raise UserError(f"config {name!r} not found: there is no folder {str(path.parent)!r}")
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"config {name!r} not found: {os.strerror(error.errno or 0)}") from None
+    near = [str(file) for file in path.parent.glob("*.y*ml")]
+    shipped = [file.name for folder in folders[1:] for file in folder.glob("*.yaml")] if path.name == name else []
+    raise UserError(f"config {name!r} not found: {did_you_mean(name, sorted({*near, *shipped}))}")
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -95,10 +65,11 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    tree = _parse_yaml(text, str(path)) or {}
+    tree = parse(text, Config, str(path)) or {}
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds a {type(tree).__name__}, not sections such as `model:` and `train:`")
     base = tree.pop("base", None)
+    tree = {key: value for key, value in tree.items() if not key.startswith("x-")}
     tree = with_current_keys(tree, str(path))
     if base is None:
         return tree
@@ -115,20 +86,27 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 def override(tree: dict[str, Any], text: str) -> dict[str, Any]:
     """The tree with one `section.key=value` applied. Raises UserError if the text is not of that form."""
     key, equals, value = text.partition("=")
-    if not equals or not key or not all(key.split(".")):
+    parts = key.split(".")
+    if not equals or not all(parts):
         raise UserError(f"override {text!r} is not of the form section.key=value, such as train.tokens=1e9")
-    over: Any = _parse_yaml(value, f"override {text!r}")
-    for part in reversed(key.split(".")):
+    over: Any = parse_value(value, functools.reduce(kind_below, parts, Config), f"override {text!r}")
+    for part in reversed(parts):
         over = {part: over}
     return _merge(tree, with_current_keys(over, f"override {text!r}"))
 
 
-def _valid_names(location: tuple[str | int, ...]) -> list[str]:
-    """The keys that are valid in the section of the key at `location`."""
+def _unknown_key(location: tuple[str | int, ...]) -> str:
+    """A sentence about the keys that are valid in the section of the key at `location`."""
     kind: Any = Config
-    for part in location[:-1]:  # the only list is that of the sources
-        kind = fields_of(kind)[part].annotation if isinstance(part, str) else SourceConfig
-    return list(fields_of(kind))
+    for part in location[:-1]:
+        kind = kind_below(kind, str(part))
+    word, known = str(location[-1]), fields_of(kind)
+    if kind is Config and not difflib.get_close_matches(word, known):
+        # A key without its section.
+        inner = [f"{section}.{key}" for section, field in known.items() for key in fields_of(field.annotation)]
+        if matching := [key for key in inner if key.rpartition(".")[2] == word]:
+            return f"did you mean {' or '.join(matching)}?"
+    return did_you_mean(word, known)
 
 
 def _error_text(error: Any) -> str:
@@ -136,13 +114,19 @@ def _error_text(error: Any) -> str:
     key = ".".join(map(str, location)) or "config"
     match error["type"]:
         case "unexpected_keyword_argument":
-            return f"unknown key {key}: {did_you_mean(str(location[-1]), _valid_names(location))}"
+            return f"unknown key {key}: {_unknown_key(location)}"
         case "missing":
             return f"{key} is missing"
-        case "dataclass_type" | "dataclass_exact_type":
-            return f"{key}: {value!r} is not a section with keys of its own"
         case "value_error":
             return f"{key}: {error['ctx']['error']}"
+        case _ if value is None:
+            return f"{key}: it has no value; give it one, or leave it out"
+        case "dataclass_type" | "dataclass_exact_type":
+            return f"{key}: {value!r} is not a section with keys of its own"
+        case "tuple_type":
+            return f"{key}: {value!r} is not a list, such as [{{path: data/web}}]"
+        case "string_type":
+            return f"{key}: {value!r} is not a text"
     message = error["msg"].replace("Input should be", "should be")
     return f"{key}: {value!r} {message}"
 
@@ -165,6 +149,11 @@ def with_current_keys(tree: dict[str, Any], where: str) -> dict[str, Any]:
     return tree
 
 
+@functools.cache
+def _adapter() -> TypeAdapter[Config]:
+    return TypeAdapter(Config)
+
+
 def build_config(tree: dict[str, Any], where: str) -> Config:
     """Check a tree of plain values and make the Config; `where` names it in errors."""
     model = tree.get("model")
@@ -175,9 +164,12 @@ def build_config(tree: dict[str, Any], where: str) -> Config:
             raise UserError(f"{where}: model.preset: {error}") from None
     try:
         # JSON mode is pydantic's strict mode for parsed files: no string passes for a number, no bool for an int.
-        config = TypeAdapter(Config).validate_json(json.dumps(tree))
+        config = _adapter().validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_error_text(e) for e in error.errors())) from None
+        errors = error.errors()
+        # A list without its bad items is not too short.
+        inner = [found for found in errors if found["type"] != "too_short"]
+        raise UserError(f"{where}: " + "; ".join(map(_error_text, inner or errors))) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
     if problems := list(contradictions(config)):
@@ -193,21 +185,43 @@ def _other_engine(tree: dict[str, Any], text: str) -> dict[str, Any]:
     return tree if over["name"] == engine.get("name", EngineConfig.name) else {**tree, "engine": {}}
 
 
-def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """Read a config by path or bare name, apply `section.key=value` overrides, check it. Raises UserError."""
     path = find_config(name)
-    tree = _read_tree(path)
+    tree = _overridden(_read_tree(path), overrides)
+    run = tree.get("run", {})
+    if isinstance(run, dict) and not run.get("name"):
+        tree = {**tree, "run": {**run, "name": path.stem}}
+    return build_config(tree, _where(path, overrides))
+
+
+def load_run(run: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in the folder of a run, with overrides. The folder may have been moved: its place decides run.name and
+    run.folder. Raises UserError if it is not a run's folder."""
+    path, place, here = run / "config.yaml", run.resolve(), Path.cwd()
+    if not path.is_file():
+        raise UserError(f"{run}: not a run's folder (no config.yaml in it)")
+    if problem := name_problem(place.name):
+        raise UserError(f"{str(run)!r}: the folder's name {place.name!r} {problem}; rename the folder")
+    tree = _overridden(_read_tree(path), overrides)
+    folder = place.parent.relative_to(here) if place.parent.is_relative_to(here) else place.parent
+    return build_config(_merge(tree, {"run": {"name": place.name, "folder": str(folder)}}), _where(path, overrides))
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         tree = _other_engine(tree, text)
     for text in overrides:
         tree = override(tree, text)
-    where = str(path) + (f" with {' '.join(overrides)}" if overrides else "")
-    config = build_config(tree, where)
-    if not config.run.name:
-        config = replace(config, run=replace(config.run, name=path.stem))
-    return config
+    return tree
+
+
+def _where(path: Path, overrides: Sequence[str]) -> str:
+    """The file and the overrides, in one line."""
+    words = [text if text.isprintable() else repr(text) for text in overrides]
+    return f"{path} with {' '.join(words)}" if words else str(path)
 
 
 def to_yaml(config: Config) -> str:
     """The resolved run, every value spelled out; `load_config` reads it back to an equal Config."""
-    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False, allow_unicode=True)
+    return dump(json.loads(json.dumps(asdict(config))))

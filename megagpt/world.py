@@ -188,11 +188,16 @@ def _meet(info: RankInfo) -> tuple[dist.Store, dist.Store]:
     return _connect(info), watched
 
 
+def check_device(name: str, option: str) -> None:
+    """Raises UserError if the device, which was chosen with that config key or option, is not here."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{option} is cuda, but PyTorch sees no GPU here; use {option}=cpu")
+
+
 def _device(name: str, local_rank: int) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("train.device is cuda, but PyTorch sees no GPU here; use train.device=cpu")
+    check_device(name, "train.device")
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"local rank {local_rank}, but only {torch.cuda.device_count()} GPUs here: start fewer ranks")
     device = torch.device("cuda", local_rank)

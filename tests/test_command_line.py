@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from megagpt.cli import main, make_parser
 from megagpt.commands.options import config_of, parse, split_words
 from megagpt.errors import UserError
+from tests.conftest import Refusal
 
 Capture = pytest.CaptureFixture[str]
 # The start of each command that takes a config, and an option of it.
@@ -71,7 +73,69 @@ def test_unknown_arguments_are_refused(argv: list[str], capsys: Capture) -> None
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
-    assert "unrecognized arguments: " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "unrecognized arguments: " in error
+    command = " ".join(itertools.takewhile(str.isalpha, argv[: 1 + (argv[0] == "data")]))
+    assert error.startswith(f"usage: megagpt {command} ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["train", "gpt3_xl", "--rseume", "x"], "--rseume x: did you mean --resume"),
+        (["train", "gpt3_xl", "--train.tokens=1e9"], "an override has no dashes: train.tokens=1e9"),
+        (["train", "gpt3_xl", "--auto-resum3"], "did you mean --auto-resume"),
+        (["trian"], "'trian' does not exist: did you mean train?"),
+        (["launch", "hots"], "'hots' does not exist: did you mean hosts?"),
+        (["launch", "verdit"], "'verdit' does not exist: valid: slurm, hosts"),
+        (["prepar"], "'prepar' does not exist: "),
+        (["sample", "run", "--device", "gpu"], "'gpu'"),
+        (["bench", "gpt2-124m", "--engine", "zer0"], "--engine"),
+    ],
+    ids=str,
+)
+def test_a_slip_is_answered_with_the_nearest(argv: list[str], hint: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert hint in error
+    assert "prepare" not in error.replace("'prepar'", "")
+
+
+def parsers(parser: argparse.ArgumentParser, name: str = "megagpt") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every parser below one, with its command."""
+    yield name, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command, inner in action.choices.items():
+                yield from parsers(inner, f"{name} {command}")
+
+
+PARSERS = dict(parsers(make_parser()))
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_option_has_a_help_text(name: str) -> None:
+    for action in PARSERS[name]._actions:
+        if isinstance(action, argparse._SubParsersAction) or "--local_rank" in action.option_strings:
+            continue
+        assert action.help, f"{name}: {action.option_strings or action.dest} needs a help text"
+        assert action.help != argparse.SUPPRESS, f"{name}: {action.option_strings}"
+
+
+@pytest.mark.parametrize("argv", [["sample", "run"], ["bench", "gpt2-124m"], ["parity"]], ids=" ".join)
+def test_a_missing_gpu_names_the_option_that_was_typed(
+    argv: list[str], refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    line = refusal([*argv, "--device", "cuda"], "--device is cuda, but PyTorch sees no GPU here")
+    assert "train.device" not in line
+
+
+def test_bench_says_that_it_takes_no_config_file(refusal: Refusal) -> None:
+    refusal(["bench", "gpt2_124m.yaml"], "bench takes a preset, such as gpt2-124m, and no config file: gpt2_124m.yaml")
+    refusal(["bench", "gpt2_124m"], "unknown preset 'gpt2_124m': did you mean gpt2-124m")
 
 
 @pytest.mark.parametrize("command", [["data", "verify"], ["verify"]], ids=" ".join)

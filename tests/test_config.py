@@ -15,7 +15,7 @@ from megagpt.config_file import build_config, find_config, load_config, to_yaml
 from megagpt.config_keys import Key, all_keys, keys_marked
 from megagpt.config_marks import Change, For, mark_of
 from megagpt.errors import UserError
-from megagpt.models.presets import PRESETS, ModelConfig
+from megagpt.models.presets import PRESETS, ModelConfig, near_divisors
 from tests.processes import REPOSITORY
 
 FILES = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -199,6 +199,17 @@ def test_a_batch_divides_or_the_error_names_those_that_do(ranks: int, micro_batc
         assert accumulation * ranks * micro_batch == sequences
 
 
+@given(st.integers(1, 3000), st.integers(1, 4000))
+def test_the_nearest_divisors_are_found(number: int, near: int) -> None:
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    assert near_divisors(number, near) == sorted(sorted(divisors, key=lambda divisor: abs(divisor - near))[:2])
+
+
+@pytest.mark.parametrize("override", ["model.layers=1e15", "model.width=1e15", "train.batch_tokens=1024e15"])
+def test_enormous_numbers_are_answered_without_counting_to_them(override: str) -> None:
+    assert main(["config", "gpt2_124m", override, "train.tokens=4096e15", "train.micro_batch=7"]) in (0, 2)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_quickstart_divides_over_up_to_four_ranks(ranks: int) -> None:
     load_config("quickstart.yaml").check_ranks(ranks)
@@ -285,7 +296,7 @@ def test_a_key_is_explained_with_default_bounds_and_text(capsys: pytest.CaptureF
     assert explained(capsys, "clip_norm") == [
         "optimizer.clip_norm = 1.0",
         "number > 0; a resume needs --allow-recipe-change to change it",
-        "Largest global gradient norm.",
+        "Largest global gradient norm; .inf: gradients are not clipped.",
     ]
 
 

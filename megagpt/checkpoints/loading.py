@@ -132,8 +132,10 @@ def load_model(folder: Path) -> GPT:
 
 
 def saved_config(found: OpenCheckpoint) -> Config:
-    """The config of the run that saved a checkpoint. Raises UserError."""
-    return build_config(found.meta.config, str(found.path))
+    """The config of the run that saved a checkpoint, without the run's name: 0.1.0 took names that are now refused.
+    Raises UserError."""
+    tree = found.meta.config
+    return build_config({**tree, "run": {**tree.get("run", {}), "name": ""}}, str(found.path))
 
 
 def tensor_shapes(found: OpenCheckpoint) -> dict[str, tuple[int, ...]]:

@@ -16,13 +16,13 @@ def register(add: Add) -> None:
     actions = add_actions(add("checkpoint", _list, "Look at a run's checkpoints."))
 
     sub = actions("list", _list, "One line per checkpoint: position, size, writer, time, kind, complete or not.")
-    sub.add_argument("run", metavar="RUN")
+    sub.add_argument("run", metavar="RUN", help="folder of the run")
 
     sub = actions("verify", _verify, "Read every byte against its checksum; exit code 1 if one differs.")
-    sub.add_argument("run", metavar="RUN_OR_CHECKPOINT")
+    sub.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run or one of its checkpoints")
 
     sub = actions("show", _show, "Show the description of a checkpoint, or of a run's newest complete one.")
-    sub.add_argument("run", metavar="RUN_OR_CHECKPOINT")
+    sub.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run or one of its checkpoints")
     sub.add_argument("--tensors", action="store_true", help="every tensor with its shape")
 
     sub = actions("bench", _bench, "Compare saving and loading with the disk's own speed. Works under torchrun too.")

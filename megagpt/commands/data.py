@@ -1,6 +1,7 @@
 """data prepare, data verify: token shards."""
 
 import argparse
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,10 +40,11 @@ def _add_prepare(add: Add, text: str = "") -> None:
 
 
 def _add_verify(add: Add, text: str = "") -> None:
-    add("verify", _verify, text).add_argument("folder")
+    add("verify", _verify, text).add_argument("folder", help="folder of token shards")
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
+    from megagpt.config_yaml import value_text
     from megagpt.console import say
     from megagpt.data.prepare import VAL_FRACTION, prepare
     from megagpt.data.progress import PrepareProgress
@@ -69,7 +71,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
         say(note)
     train, held = (manifest["splits"][split]["tokens"] for split in ("train", "val"))
     found = f"{manifest['documents']:,} documents, {train:,} training and {held:,} validation tokens"
-    print(f"{arguments.out}: {found}; train with data.sources='[{{path: {arguments.out}}}]'")
+    sources = f"data.sources={value_text([{'path': arguments.out}])}"
+    print(f"{arguments.out}: {found}; train with {shlex.quote(sources)}")
     return 0
 
 

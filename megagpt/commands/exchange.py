@@ -8,12 +8,12 @@ from megagpt.commands.options import Add, add_config, config_of, count
 
 def register(add: Add) -> None:
     sub = add("export", _export, "Write a run's newest weights as a folder for transformers.")
-    sub.add_argument("run", metavar="RUN_OR_CHECKPOINT")
-    sub.add_argument("--to", required=True, metavar="DIR")
+    sub.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run, for its newest checkpoint, or a checkpoint")
+    sub.add_argument("--to", required=True, metavar="DIR", help="folder to write, which must be empty or new")
     sub.add_argument("--shard-bytes", type=count, default=5_000_000_000, help="largest safetensors file (5e9)")
 
     sub = add("import", _import, "Start a run from a transformers GPT-2 folder: its weights, the config's recipe.")
-    sub.add_argument("folder", metavar="FOLDER")
+    sub.add_argument("folder", metavar="FOLDER", help="folder of a GPT-2 that transformers has saved")
     add_config(sub)
 
 
@@ -30,7 +30,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _import(arguments: argparse.Namespace) -> int:
     from megagpt.exchange.importing import import_run
+    from megagpt.training.run_folder import resume_command
 
     run = import_run(arguments.folder, config_of(arguments))
-    print(f"{run}: starts from {arguments.folder}; train it with: megagpt train --resume {run}")
+    print(f"{run}: starts from {arguments.folder}; train it with: {resume_command(run)}")
     return 0

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megagpt.commands.options import Add, add_actions, add_config, config_of, count, split_words
+from megagpt.commands.options import Add, Parser, add_actions, add_config, config_of, count, split_words
 from megagpt.errors import UserError
 
 # Options of `megagpt train` that are passed on to it.
@@ -20,12 +20,12 @@ def register(add: Add) -> None:
 
     sub = actions("slurm", _slurm, "Print the sbatch command of a run, or submit it. Refuses a run that cannot work.")
     _add_run(sub)
-    sub.add_argument("--nodes", type=count, required=True)
+    sub.add_argument("--nodes", type=count, required=True, help="number of machines")
     sub.add_argument("--gpus-per-node", type=count, default=8, help="ranks on each node (8)")
     sub.add_argument("--gpu-memory", type=count, metavar="GB", help="memory of one GPU (the largest known GPU's)")
     sub.add_argument("--time", help="time limit, as sbatch takes it (24:00:00)")
-    sub.add_argument("--account")
-    sub.add_argument("--partition")
+    sub.add_argument("--account", help="account to charge, as sbatch takes it")
+    sub.add_argument("--partition", help="partition of the cluster, as sbatch takes it")
     text = "another option of sbatch: --sbatch=--qos=high"
     sub.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=text)
     sub.add_argument("--submit", action="store_true", help="also submit the job")
@@ -40,15 +40,15 @@ def register(add: Add) -> None:
     # For launch/multinode.sh, inside a Slurm job.
     _add_run(actions("check", _check))
     sub = actions("node", _node)
-    sub.add_argument("folder", type=Path)
-    sub.add_argument("--port", type=count, required=True)
-    sub.add_argument("--gpu", action="store_true")
+    sub.add_argument("folder", type=Path, help="folder for the reports")
+    sub.add_argument("--port", type=count, required=True, help="port that the ranks will meet at")
+    sub.add_argument("--gpu", action="store_true", help="check the GPUs, too")
     sub = actions("verdict", _verdict)
     _add_run(sub)
-    sub.add_argument("--logs", type=Path, required=True)
+    sub.add_argument("--logs", type=Path, required=True, help="folder of the ranks' output")
 
 
-def _add_run(sub: argparse.ArgumentParser) -> None:
+def _add_run(sub: Parser) -> None:
     """The arguments of the `megagpt train` that is started."""
     add_config(sub)
     text = "passed on to `megagpt train`"

@@ -2,7 +2,8 @@
 
 import argparse
 
-from megagpt.commands.options import Add, add_words, count, one_name, split_words
+from megagpt.commands.options import Add, add_device, add_words, count, one_name, split_words
+from megagpt.errors import UserError
 
 
 def register(add: Add) -> None:
@@ -12,30 +13,39 @@ def register(add: Add) -> None:
     sub.add_argument("--context", type=count, help="tokens in a sequence (the preset's)")
     sub.add_argument("--precision", action="append", choices=("fp32", "bf16"), help="may be given twice (both)")
     sub.add_argument("--compile", action="store_true", help="torch.compile")
-    sub.add_argument("--engine", default="ddp", help="engine of megagpt's own row (ddp)")
+    engines = ("ddp", "fsdp", "zero")
+    sub.add_argument("--engine", choices=engines, default="ddp", help="engine of megagpt's own row (ddp)")
     sub.add_argument("--against", default="", help="comma-separated: plain, transformers")
     text = "give the others megagpt's CPU allocator setting too"
     sub.add_argument("--same-allocator", action="store_true", help=text)
     sub.add_argument("--steps", type=count, default=5, help="measured steps in each round (5)")
     text = "number of rounds, alternating between implementations (2)"
     sub.add_argument("--rounds", type=count, default=2, help=text)
-    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(sub)
 
     sub = add("parity", _parity, "Compare every engine with one plain process, and measure the memory of each.")
     text = "comma-separated: fp32, bf16, memory, crossings (the first three)"
     sub.add_argument("--tables", default="fp32,bf16,memory", help=text)
-    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(sub)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     from megagpt.measure.steps import bench
+    from megagpt.models.presets import get_preset
+    from megagpt.world import check_device
 
     names, arguments.overrides = split_words(arguments)
     arguments.model = one_name(names, "preset, such as gpt2-124m")
+    if arguments.model.endswith((".yaml", ".yml")):
+        raise UserError(f"bench takes a preset, such as gpt2-124m, and no config file: {arguments.model}")
+    get_preset(arguments.model)
+    check_device(arguments.device, "--device")
     return bench(arguments)
 
 
 def _parity(arguments: argparse.Namespace) -> int:
     from megagpt.measure.tables import parity
+    from megagpt.world import check_device
 
+    check_device(arguments.device, "--device")
     return parity(arguments)

@@ -1,11 +1,12 @@
-"""Options that several commands share, and the one grammar of their arguments: an argument with `=` is an override, any
-other names the config. Both may come before or after options."""
+"""Options that several commands share, and the one grammar of their arguments: `section.key=value` is an override, any
+other argument names the config. Both may come before or after options."""
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from megagpt.errors import UserError
+from megagpt.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from megagpt.config import Config
@@ -14,44 +15,72 @@ Command = Callable[[argparse.Namespace], int]
 Actions = argparse._SubParsersAction
 
 
+class Parser(argparse.ArgumentParser):
+    """Names the nearest command or option for one that does not exist."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            listed = [choice.dest for choice in action._choices_actions]  # without internal ones
+            raise argparse.ArgumentError(action, f"{value!r} does not exist: {did_you_mean(value, listed)}")
+        super()._check_value(action, value)
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """Exit with code 2, the usage, and the arguments that this command does not take."""
+        word = words[0].partition("=")[0]
+        listed = [action for action in self._actions if action.help != argparse.SUPPRESS]
+        options = [name for action in listed for name in action.option_strings if name.startswith("--")]
+        advice = ""
+        if word.startswith("--"):
+            advice = (
+                f": an override has no dashes: {words[0][2:]}" if "." in word else f": {did_you_mean(word, options)}"
+            )
+        self.error(f"unrecognized arguments: {' '.join(words)}{advice}")
+
+
 class Add(Protocol):
     """Adds a command to the command line and returns its parser. Without a text it has no entry in the help."""
 
-    def __call__(self, name: str, command: Command, text: str = "") -> argparse.ArgumentParser: ...
+    def __call__(self, name: str, command: Command, text: str = "") -> Parser: ...
 
 
-def adder(actions: "Actions[argparse.ArgumentParser]") -> Add:
-    def add(name: str, command: Command, text: str = "") -> argparse.ArgumentParser:
+def adder(actions: "Actions[Parser]") -> Add:
+    def add(name: str, command: Command, text: str = "") -> Parser:
         sub = actions.add_parser(name, help=text, description=text) if text else actions.add_parser(name)
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, parser=sub)
         return sub
 
     return add
 
 
-def add_actions(parser: argparse.ArgumentParser) -> Add:
+def add_actions(parser: Parser) -> Add:
     """Give a command actions of its own, such as `checkpoint list`."""
     return adder(parser.add_subparsers(title="actions", required=True, metavar="ACTION"))
 
 
-def add_words(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+def add_words(parser: Parser, name: str, text: str) -> None:
     """Let a command take a name and overrides; `split_words` takes them apart."""
     parser.add_argument("words", nargs="*", metavar=f"{name} | section.key=value", help=text)
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: Parser) -> None:
     """Let a command take a config and overrides; `config_of` reads them."""
     add_words(parser, "CONFIG", "a config's path or bare name, and what to override in it")
     parser.add_argument("--config", metavar="CONFIG", help="the config, as an option")
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def add_device(parser: Parser) -> None:
+    text = "where to compute; auto: on a GPU if there is one (auto)"
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=text)
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Exits with code 2 and the usage for arguments that no command takes."""
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes no positional arguments after an option that follows the first ones.
     words = [text for text in rest if not text.startswith("-")] if hasattr(arguments, "words") else []
     if len(words) < len(rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        command: Parser = arguments.parser
+        command.refuse(rest)
     if words:
         arguments.words = [*arguments.words, *words]
     return arguments
@@ -60,7 +89,26 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 def split_words(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Names and overrides."""
     named = [arguments.config] if getattr(arguments, "config", None) else []
-    return [w for w in arguments.words if "=" not in w] + named, [w for w in arguments.words if "=" in w]
+    overrides = [word for word in arguments.words if _is_override(word)]
+    return [word for word in arguments.words if word not in overrides] + named, overrides
+
+
+def _is_override(word: str) -> bool:
+    """Whether the word is `section.key=value`. A file's name may have `=`, too: `lr=1e-3.yaml`."""
+    from megagpt.config import Config
+    from megagpt.config_marks import fields_of
+
+    key, equals, _ = word.partition("=")
+    if key.partition(".")[0] in fields_of(Config) and "/" not in key:
+        return bool(equals)
+    return bool(equals) and not ("/" in key or word.endswith((".yaml", ".yml")) or _is_file(word))
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def one_name(names: Sequence[str], what: str) -> str:

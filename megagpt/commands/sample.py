@@ -5,7 +5,7 @@ import codecs
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megagpt.commands.options import Add
+from megagpt.commands.options import Add, add_device
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 def register(add: Add) -> None:
     sub = add("sample", _sample, "Continue prompts with a run's newest checkpoint or a transformers GPT-2 folder.")
     sub.add_argument("model", metavar="RUN_OR_FOLDER", help="a run, one of its checkpoints, or a GPT-2 folder")
-    sub.add_argument("--prompt", action="append", help="may be given several times")
+    sub.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     sub.add_argument("--samples", type=int, default=1, help="continuations of each prompt (1)")
     sub.add_argument("--max-tokens", type=int, default=64, help="new tokens in each (64)")
     sub.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1.0)")
     sub.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: all (50)")
     sub.add_argument("--top-p", type=float, default=1.0, help="probability of the likeliest tokens to draw from (1.0)")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=0, help="decides what is drawn (0)")
     sub.add_argument("--stream", action="store_true", help="print tokens as they come, one continuation after another")
     sub.add_argument("--slide", action="store_true", help="keep the end of a prompt that is longer than the context")
-    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(sub)
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -32,7 +32,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     from megagpt.console import warn
     from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
     from megagpt.generation import generate
-    from megagpt.world import join
+    from megagpt.world import check_device, join
 
     checks = {
         "--temperature must not be negative": arguments.temperature >= 0,
@@ -44,6 +44,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     }
     if refused := [message for message, holds in checks.items() if not holds]:
         raise UserError(refused[0])
+    check_device(arguments.device, "--device")
     with join(arguments.device) as world:
         model = load_model(Path(arguments.model)).to(world.device).eval()
         context = model.config.context

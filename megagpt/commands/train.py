@@ -1,7 +1,6 @@
 """train, status: start or resume a run, and show its progress."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +26,7 @@ def register(add: Add) -> None:
     sub.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
     sub = add("status", _status, "Show a run's progress, speed, time to go, last checkpoint and restarts.")
-    sub.add_argument("run", metavar="RUN", type=Path)
+    sub.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -77,23 +76,17 @@ def _run_and_position(arguments: argparse.Namespace) -> tuple[Path | None, int |
 
 
 def _resumed_config(run: Path, arguments: argparse.Namespace) -> "Config":
-    """The config in the folder of the run to resume. The folder may have been moved: its place decides its name."""
-    from megagpt.config_file import load_config
-    from megagpt.training.run_folder import run_config
+    from megagpt.config_file import load_run
 
     names, overrides = split_words(arguments)
     if names:
         raise UserError(f"--resume takes the run's own config: leave {names[0]!r} out")
-    config = load_config(run_config(run), overrides)
-    run, here = run.resolve(), Path.cwd()
-    folder = run.parent.relative_to(here) if run.parent.is_relative_to(here) else run.parent
-    return replace(config, run=replace(config.run, name=run.name, folder=str(folder)))
+    return load_run(run, overrides)
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from megagpt.config_file import load_config
-    from megagpt.training.run_folder import run_config
+    from megagpt.config_file import load_run
     from megagpt.training.status import status_lines
 
-    print("\n".join(status_lines(arguments.run, load_config(run_config(arguments.run)))))
+    print("\n".join(status_lines(arguments.run, load_run(arguments.run))))
     return 0

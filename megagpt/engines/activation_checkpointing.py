@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from megagpt.config import ActivationCheckpointing
+from megagpt.config_types import ActivationCheckpointing
 from megagpt.models.attention import KeyValueCache
 from megagpt.models.gpt import GPT
 

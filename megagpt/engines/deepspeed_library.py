@@ -5,17 +5,23 @@ import os
 import warnings
 from types import ModuleType
 
+from megagpt.errors import UserError, first_line
+
 
 def load_deepspeed(on_gpu: bool) -> ModuleType:
     """The `deepspeed` module, without its banner. The first call in a process decides whether the module works on GPUs
-    or on CPUs; on CPUs it then needs no compiler."""
+    or on CPUs; on CPUs it then needs no compiler. Raises UserError if it cannot be imported."""
     # DeepSpeed's collectives use deprecated names of PyTorch's, which warns at every call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-    from deepspeed.utils import logger
+    try:
+        import deepspeed
+        from deepspeed.utils import logger
+    except Exception as error:  # it also raises types of its own, for a CUDA that it finds unfit
+        way = "install it (pip install deepspeed), or use engine.name fsdp"
+        raise UserError(f"engine.name zero: DeepSpeed cannot be imported: {first_line(error)}; {way}") from None
 
     logger.setLevel(logging.ERROR)
     if not on_gpu:

@@ -14,6 +14,7 @@ from megagpt.engines.deepspeed_library import load_deepspeed
 from megagpt.engines.engine import DTYPES, MOMENTS, Engine, build_optimizer, moments_of, prepare_model
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.engines.zero_config import check_nvme, deepspeed_config
+from megagpt.engines.zero_settings import check_on_cpu, refusals
 from megagpt.errors import UserError
 from megagpt.models.gpt import GPT, Block
 from megagpt.world import World
@@ -26,6 +27,8 @@ class ZeroEngine(Engine):
         super().__init__(config, world)
         on_gpu = world.device.type == "cuda"
         self._settings = deepspeed_config(config, world.size, on_gpu)
+        if not on_gpu:
+            check_on_cpu(self._settings)
         if config.engine.nvme_path:
             check_nvme(config.engine.nvme_path, on_gpu)
         deepspeed = load_deepspeed(on_gpu)
@@ -37,10 +40,11 @@ class ZeroEngine(Engine):
             raise UserError(f"train.precision {config.train.precision}: {problem}; {advice}")
         os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed reads it under any launcher
         deepspeed.init_distributed(auto_mpi_discovery=False)
-        self.model = self._build(deepspeed)
-        self.clock = prepare_model(self.model, config, world.device)
-        parts = {"model": self.model, "optimizer": build_optimizer(self.model, config)}
-        self._engine, *_ = deepspeed.initialize(**parts, config=self._settings, dist_init_required=False)
+        with refusals(config):
+            self.model = self._build(deepspeed)
+            self.clock = prepare_model(self.model, config, world.device)
+            parts = {"model": self.model, "optimizer": build_optimizer(self.model, config)}
+            self._engine, *_ = deepspeed.initialize(**parts, config=self._settings, dist_init_required=False)
         shards: type[_WholeWeights | _PartitionedWeights] = _WholeWeights
         if config.engine.stage == 3:
             shards = _SwappedWeights if config.engine.nvme_path else _PartitionedWeights

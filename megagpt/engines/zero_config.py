@@ -5,73 +5,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from megagpt.config import Config
 from megagpt.engines.deepspeed_library import load_deepspeed
-from megagpt.errors import UserError, did_you_mean, first_line
+from megagpt.engines.zero_settings import check_combination, check_on_cpu, check_settings, check_zero_section
+from megagpt.errors import UserError
 from megagpt.models.presets import ModelConfig
 
 # Largest bucket of gradients or weights, in elements: 200 MB in fp32, more than links need to run at full rate.
 # DeepSpeed's own 5e8 would take 2 GB for each bucket.
 _LARGEST_BUCKET = 50_000_000
 
-# DeepSpeed keys that a user may set, with their types: they change no result and contradict no key of megagpt's.
-_PASSED_THROUGH: dict[str, type | tuple[type, ...]] = {
-    "zero_optimization": dict,
-    "aio": dict,
-    "comms_logger": dict,
-    "communication_data_type": str,
-    "disable_allgather": bool,
-    "dump_state": bool,
-    "flops_profiler": dict,
-    "gradient_predivide_factor": (int, float),
-    "memory_breakdown": bool,
-    "prescale_gradients": bool,
-    "steps_per_print": int,
-    "wall_clock_breakdown": bool,
-}
-
-# DeepSpeed keys that a user may not set, with the megagpt key that decides each.
-_OWNED = {
-    "train_batch_size": "train.batch_tokens",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.batch_tokens and train.micro_batch",
-    "managed_gradient_accumulation": "train.batch_tokens and train.micro_batch",
-    "gradient_clipping": "optimizer.clip_norm",
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-    **dict.fromkeys(("fp16", "bf16", "amp", "torch_autocast", "data_types"), "train.precision"),
-    "compile": "train.compile",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "seed": "run.seed",
-    "zero_allow_untested_optimizer": "optimizer",
-    "zero_force_ds_cpu_optimizer": "engine.offload",
-    "tensorboard": "the run's own TensorBoard events",
-    "checkpoint": "checkpoint",
-    "curriculum_learning": "data",
-    "data_efficiency": "data",
-    "elasticity": "train.batch_tokens: the batch is the same on any number of ranks",
-}  # fmt: skip
-_OWNED_ZERO = {
-    "stage": "engine.stage",
-    **dict.fromkeys(("offload_optimizer", "offload_param"), "engine.offload and engine.nvme_path"),
-    **dict.fromkeys(("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"), "engine.offload"),
-    # The first breaks gradients under activation checkpointing, the second the map from weights to their fp32 copies.
-    "memory_efficient_linear": "megagpt, as false: it adds biases twice under selective activation checkpointing",
-    "round_robin_gradients": "megagpt, as false: its order of the weights is not that of their optimizer state",
-    "elastic_checkpoint": "megagpt, whose checkpoints fit any number of ranks",
-    "load_from_fp32_weights": "megagpt, which always does",
-    "zenflow": "optimizer",
-    "compute_grad_norm": "optimizer.clip_norm",
-    "stage3_gather_16bit_weights_on_model_save": "megagpt, whose checkpoints gather nothing",
-    "stage3_gather_fp16_weights_on_model_save": "megagpt, whose checkpoints gather nothing",
-}
-
 
 def bucket_elements(model: ModelConfig) -> int:
-    """Elements in a bucket: the weights of a block, but at most the largest bucket."""
-    return min(_LARGEST_BUCKET, model.block_parameters)
+    """Elements in a bucket: the weights of a block, but at most the largest bucket. An even number, which DeepSpeed
+    asks for."""
+    return min(_LARGEST_BUCKET, model.block_parameters) // 2 * 2
 
 
 def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]:
@@ -120,57 +68,15 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
     if train.precision == "fp16":
         # Constant for DeepSpeed; the engine overrides it before each step.
         generated["fp16"] = {"enabled": True, "loss_scale": 1.0}
-    _check_passed_through(engine.deepspeed)
-    if "zero_optimization" in engine.deepspeed:
-        zero |= engine.deepspeed["zero_optimization"]
-        _check_zero_section(zero, on_gpu)
-    return generated | engine.deepspeed | {"zero_optimization": zero}
-
-
-def _check_passed_through(section: dict[str, Any]) -> None:
-    for key, value in section.items():
-        place = f"engine.deepspeed.{key}"
-        _refuse_owned(place, key, _OWNED)
-        if key not in _PASSED_THROUGH:
-            raise UserError(f"unknown key {place}: {did_you_mean(key, (*_PASSED_THROUGH, *_OWNED))}")
-        kind = _PASSED_THROUGH[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            name = "a section with keys of its own" if kind is dict else f"a {getattr(kind, '__name__', 'number')}"
-            raise UserError(f"{place}: {value!r} is not {name}")
-    sums_in = section.get("communication_data_type", "fp32")
-    if sums_in != "fp32":
-        place = f"engine.deepspeed.communication_data_type {sums_in!r}"
-        raise UserError(f"{place}: every engine sums gradients in fp32; leave it out")
-    for key, value in section.get("zero_optimization", {}).items():
-        place = f"engine.deepspeed.zero_optimization.{key}"
-        _refuse_owned(place, key, _OWNED_ZERO)
-        if value == "auto":
-            raise UserError(f"{place}: 'auto' is for programs that fill it in; leave it out to get megagpt's value")
-
-
-def _refuse_owned(place: str, key: str, owned: dict[str, str]) -> None:
-    if key in owned:
-        raise UserError(f"{place} is decided by {owned[key]}; leave it out")
-
-
-def _check_zero_section(zero: dict[str, Any], on_gpu: bool) -> None:
-    """Raise UserError if the merged section does not fit DeepSpeed's own names and types."""
-    load_deepspeed(on_gpu)
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    known = [field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()]
-    for key in zero:
-        if key not in known:
-            raise UserError(f"unknown key engine.deepspeed.zero_optimization.{key}: {did_you_mean(key, known)}")
-    try:
-        DeepSpeedZeroConfig(**zero)
-    except AssertionError as error:
-        raise UserError(f"engine.deepspeed.zero_optimization: {first_line(error)}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        at = f".{key}: {first['input']!r}" if key else ":"
-        raise UserError(f"engine.deepspeed.zero_optimization{at} {first['msg']}") from None
+    passed = check_settings(engine.deepspeed)
+    if "zero_optimization" in passed:
+        zero |= passed["zero_optimization"]
+        check_zero_section(zero, on_gpu)
+    made = generated | passed | {"zero_optimization": zero}
+    check_combination(made, ranks)
+    if train.device == "cpu":
+        check_on_cpu(made)
+    return made
 
 
 def check_nvme(folder: str, on_gpu: bool) -> None:

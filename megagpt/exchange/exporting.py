@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 from pathlib import Path
 
 from megagpt.checkpoints.checkpoint import OpenCheckpoint
@@ -32,7 +33,8 @@ def _card(checkpoint: OpenCheckpoint, m: ModelConfig) -> str:
     run, data, adam, train = (meta.config[section] for section in ("run", "data", "optimizer", "train"))
     log = newest(checkpoint.path.parent.parent, up_to_tokens=meta.tokens_seen)
     loss = log[Event.VALIDATION]["validation_loss"] if Event.VALIDATION in log else None
-    decay = f"weight decay {adam['weight_decay']:g}, gradient clipping at {adam['clip_norm']:g}"
+    clipping = f"gradient clipping at {adam['clip_norm']:g}" if math.isfinite(adam["clip_norm"]) else "no clipping"
+    decay = f"weight decay {adam['weight_decay']:g}, {clipping}"
     rows = [
         ("run", f"`{run['name']}`, seed {run['seed']}"),
         ("trained on", f"{meta.tokens_seen:,} tokens in {meta.scalars['updates']:,} updates"),

@@ -44,7 +44,7 @@ def import_run(folder: str | Path, config: Config) -> Path:
     ]
     if differing:
         raise UserError(f"{folder}: its shape is not the config's: {'; '.join(differing)}; change the config")
-    run = Path(config.run.folder) / config.run.name
+    run = Path(config.run.folder).expanduser() / config.run.name
     if run.exists() and any(run.iterdir()):
         raise UserError(f"{run}: already holds a run; choose another run.name")
     with torch.device("meta"):

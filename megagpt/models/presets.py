@@ -6,6 +6,7 @@ XL has 16 heads of 128 (printed: 24), 13B has width 5120 (printed: 5140).
 """
 
 import dataclasses
+import itertools
 from typing import Literal
 
 from pydantic import ConfigDict, Field
@@ -14,7 +15,9 @@ from pydantic.dataclasses import dataclass
 from megagpt.config_marks import Free, Recipe, Shape
 from megagpt.errors import UserError, did_you_mean
 
-SECTION = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+# Numbers tried for a message's advice: enough for every real shape, and done in a moment.
+_TRIED = 100_000
+SECTION = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -43,8 +46,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            fits = [h for h in range(1, self.width + 1) if self.width % h == 0]
-            near = sorted(sorted(fits, key=lambda h: abs(h - self.heads))[:2])
+            near = near_divisors(self.width, self.heads)
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; heads {near} divide it")
 
     @property
@@ -90,7 +92,8 @@ class ModelConfig:
         convention of PaLM's appendix B: 12 L C T for the two attention products, no discount for causality. The
         embedding is looked up, not multiplied, so the tied table counts once. A banded layer counts its window."""
         multiplied = self.parameters - self.context * self.width
-        seen = sum(min(self.window, self.context) if self.is_banded(i) else self.context for i in range(self.layers))
+        banded = self.layers // 2 if self.attention == "banded" else 0
+        seen = banded * min(self.window, self.context) + (self.layers - banded) * self.context
         return 6 * multiplied + 12 * self.width * seen
 
 
@@ -137,6 +140,14 @@ _ROWS = [
     _preset("gpt3-175b", 96, 12288, 96, _3M2, 0.6e-4),
 ]
 PRESETS = {row.model.preset: row for row in _ROWS}
+
+
+def near_divisors(number: int, near: int) -> list[int]:
+    """The two divisors of a number that are nearest to another, in order; fewer if they are too far away."""
+    near = min(near, number)
+    distances = range(min(number, _TRIED))
+    tried = (value for distance in distances for value in dict.fromkeys((near - distance, near + distance)))
+    return sorted(itertools.islice((value for value in tried if 0 < value <= number and number % value == 0), 2))
 
 
 def get_preset(name: str) -> Preset:

@@ -1,6 +1,7 @@
 """The loop: the only place where a run advances. It takes steps, and between them holds the occasions that are due."""
 
 import contextlib
+import shlex
 import time
 from collections.abc import Generator
 
@@ -20,6 +21,7 @@ from megagpt.training.markdown import verbatim
 from megagpt.training.occasions import crossed, occasions
 from megagpt.training.outcome import FINISHED, Outcome
 from megagpt.training.run import Run, open_run
+from megagpt.training.run_folder import resume_command
 from megagpt.training.safety import TIME_LIMIT, StopRequest, seconds_since_start
 from megagpt.training.schedule import learning_rate
 from megagpt.training.speed import Speed
@@ -146,7 +148,7 @@ def _stopped(run: Run, at: Position, stop: StopRequest) -> Outcome:
         ways = "raise train.time_limit, or lower validation.tokens or sampling.samples"
         limit = run.config.train.time_limit
         raise UserError(f"train.time_limit {limit:g} s ends this run before {due}; {ways}")
-    text = f"stopped by {reason}; resume with: megagpt train --resume {run.folder}"
+    text = f"stopped by {reason}; resume with: {resume_command(run.folder)}"
     run.reporter.event(Event.STOPPED, at, {"reason": reason}, text)
     return Outcome("stopped", reason, ExitCode.STOPPED)
 
@@ -157,5 +159,5 @@ def _finished(run: Run, at: Position, seconds: float) -> Outcome:
         return FINISHED
     text = f"done in {duration(seconds)}: {at.tokens:,} tokens in {run.folder}"
     run.reporter.event(Event.FINISHED, at, {}, text)
-    say(f"see it with: tensorboard --logdir {run.config.run.folder}")
+    say(f"see it with: {shlex.join(['tensorboard', '--logdir', str(run.folder.parent)])}")
     return FINISHED

@@ -24,15 +24,12 @@ from megagpt.training.markdown import table, verbatim
 
 def run_folder(config: Config) -> Path:
     """The folder of a config's run."""
-    return Path(config.run.folder) / config.run.name
+    return Path(config.run.folder).expanduser() / config.run.name
 
 
-def run_config(run: str | Path) -> str:
-    """The path of the config in a run's folder. Raises UserError if it is not a run's folder."""
-    path = Path(run) / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run}: not a run's folder (no config.yaml in it)")
-    return str(path)
+def resume_command(run: Path) -> str:
+    """The command that resumes a run, as a shell takes it."""
+    return shlex.join(["megagpt", "train", "--resume", str(run)])
 
 
 def holds_run(run: Path) -> bool:
@@ -43,7 +40,7 @@ def holds_run(run: Path) -> bool:
 def check_free(run: Path) -> None:
     """Raises UserError if the folder holds files of a run."""
     if holds_run(run):
-        way = f"resume it with `megagpt train --resume {run}` or --auto-resume, or choose another run.name"
+        way = f"resume it with `{resume_command(run)}` or --auto-resume, or choose another run.name"
         raise UserError(f"{run}: already holds a run; {way}")
 
 
@@ -86,4 +83,4 @@ def start_folders(run: Path) -> list[Path]:
 def start_as_markdown(incarnation: Incarnation) -> str:
     """The facts of an incarnation, for TensorBoard."""
     facts = {key: value for key, value in incarnation.start().items() if value is not None}
-    return verbatim(f"Resume with: megagpt train --resume {incarnation.run}") + "\n\n" + table(facts)
+    return verbatim(f"Resume with: {resume_command(incarnation.run)}") + "\n\n" + table(facts)

@@ -12,6 +12,7 @@ from megagpt.config import Config
 from megagpt.console import duration
 from megagpt.incarnations import list_incarnations
 from megagpt.run_log import Event, log_path, read
+from megagpt.training.run_folder import resume_command
 
 # Number of last steps whose median speed is shown.
 _STEPS = 100
@@ -50,7 +51,7 @@ def status_lines(run: Path, config: Config) -> Iterator[str]:
         engine = start.get("engine", start.get("note", "?"))
         begun = f"{start.get('started', '?')} on {start.get('host', '?')}, {engine}"
         yield f"  {incarnation.number}: {begun}, from {start.get('from_tokens', 0):,} tokens; {ended}"
-    yield f"resume with  megagpt train --resume {run}"
+    yield f"resume with  {resume_command(run)}"
 
 
 def _state(run: Path, seconds_between: float) -> str:

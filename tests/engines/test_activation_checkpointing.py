@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from megagpt.config import ActivationCheckpointing
+from megagpt.config_types import ActivationCheckpointing
 from megagpt.engines import activation_checkpointing
 from megagpt.engines.activation_checkpointing import checkpoint_activations
 from megagpt.models.attention import KeyValueCache
