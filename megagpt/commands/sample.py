@@ -2,6 +2,8 @@
 
 import argparse
 import codecs
+import io
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +46,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     }
     if refused := [message for message, holds in checks.items() if not holds]:
         raise UserError(refused[0])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # any character may come, whatever the terminal can show
     with join(arguments.device) as world:
         model = load_model(Path(arguments.model)).to(world.device).eval()
         context = model.config.context
@@ -73,7 +77,6 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _stream(model: "torch.nn.Module", text: str, tokens: list[int], count: int, settings: dict[str, Any]) -> None:
-
     from megagpt.data.tokenizer import gpt2
     from megagpt.generation import generate
 
@@ -84,5 +87,7 @@ def _stream(model: "torch.nn.Module", text: str, tokens: list[int], count: int, 
         print(decoder.decode(gpt2().decode_single_token_bytes(token)), end="", flush=True)
 
     print(text, end="", flush=True)
-    generate(model, model.config, [tokens], count, on_token=show, **settings)  # type: ignore[arg-type]
-    print(decoder.decode(b"", final=True), flush=True)
+    try:
+        generate(model, model.config, [tokens], count, on_token=show, **settings)  # type: ignore[arg-type]
+    finally:
+        print(decoder.decode(b"", final=True), flush=True)

@@ -96,7 +96,7 @@ def _report_step(
     run: Run, at: Position, batch: Batch, result: StepResult, took: float, waited: float, times: StepTimes
 ) -> None:
     speed, scale = batch.tokens / took, run.engine.loss_scale
-    peak = peak_flops(run.world.device, run.config.train.precision)
+    peak = run.config.log.peak_tflops * 1e12 or peak_flops(run.world.device, run.config.train.precision)
     values = {
         "loss": result.loss, "lr": learning_rate(run.config, at.tokens), "gradient_norm": result.gradient_norm,
         "tokens_seen": at.tokens, "sequences_seen": at.sequences, "batch_tokens": batch.tokens,
