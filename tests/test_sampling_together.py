@@ -66,6 +66,7 @@ def samples_of_a_rank(config: str) -> list[tuple[list[list[int]], int]]:
         return found
 
 
+@pytest.mark.slow
 def test_ranks_whose_logits_differ_draw_the_same_samples(tiny: Tiny) -> None:
     (alike, differing), of_rank_1 = run_ranks(2, samples_of_a_rank, str(tiny()))
     assert of_rank_1 == [alike, alike]

@@ -27,7 +27,7 @@ from megagpt.run_log import Event, newest
 from megagpt.training.outcome import Ending
 from megagpt.training.reporter import Reporter
 from megagpt.training.reserve import Reserve
-from megagpt.training.run_folder import check_free, claim_run, run_folder, start_as_markdown
+from megagpt.training.run_folder import check_free, claim_run, holds_run, run_folder, start_as_markdown
 from megagpt.training.safety import FiniteGuard, StopRequest
 from megagpt.training.schedule import batch_sequences, step_count
 from megagpt.training.stragglers import Stragglers
@@ -125,7 +125,7 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
     config.check_ranks(world.size)
     if not resume:
         check_free(folder)
-    _check_vocabulary(config, resume)
+    _check_vocabulary(config, holds_run(folder))
     data = prepare_builtin(config.data, world)
     context, seed = config.model.context, config.run.seed
     train_data, validation_data = (open_corpus(data, split, context, seed) for split in ("train", "val"))
@@ -182,11 +182,11 @@ def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:
     return found
 
 
-def _check_vocabulary(config: Config, resume: bool) -> None:
+def _check_vocabulary(config: Config, exists: bool) -> None:
     """Raises UserError if the model does not fit the tokenizer, before anything is read or written. Only a run that
     exists already may have a larger vocabulary: imported weights may be padded."""
     model, sampling = config.model, config.sampling
-    if model.vocab_size < VOCAB_SIZE or (model.vocab_size > VOCAB_SIZE and not resume):
+    if model.vocab_size < VOCAB_SIZE or (model.vocab_size > VOCAB_SIZE and not exists):
         way = "leave it out: the table is padded to a multiple of 128 by itself"
         raise UserError(f"model.vocab_size {model.vocab_size} is not GPT-2's vocabulary of {VOCAB_SIZE}; {way}")
     prompt = len(gpt2().encode_ordinary(sampling.prompt))

@@ -30,6 +30,7 @@ def card(folder: Path) -> str:
     return (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary_is_trained_and_exported(padded: Path, tiny: Tiny, tmp_path: Path) -> None:
     """End-of-text keeps its id, and the padding is never generated."""
     config = str(tiny(train={"tokens": 256}, sampling={"samples": 1, "max_tokens": 3}))
@@ -63,7 +64,8 @@ def test_a_padded_vocabulary_is_trained_and_exported(padded: Path, tiny: Tiny, t
 
 
 def test_a_new_run_with_a_padded_vocabulary_is_refused(tiny: Tiny, refusal: Refusal) -> None:
-    refusal(["train", str(tiny()), "model.vocab_size=50304"], "model.vocab_size 50304", "leave it out")
+    for option in ([], ["--auto-resume"]):
+        refusal(["train", *option, str(tiny()), "model.vocab_size=50304"], "model.vocab_size 50304", "leave it out")
 
 
 def test_a_card_has_the_tokens_of_each_source(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
