@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,39 +42,46 @@ class Scripted(nn.Module):
 # --- ranks that differ ---
 
 
-def samples_of_a_rank(config: str) -> list[tuple[list[list[int]], int]]:
-    """Samples of an FSDP model and the number of its calls, as it is, and with logits that make rank 1 alone end both
-    samples at the third token."""
+def samples_of_a_rank(config: str) -> list[list[Any]]:
+    """Of an FSDP model: the number of its calls and the samples, or the error. First as it is; then with logits that
+    make rank 1 alone end both samples at the third token; then with logits that are NaN on rank 0 alone."""
     with join("cpu") as world:
         engine = build_engine(load_config(config, ["engine.name=fsdp"]), world)
-        calls, disturbed = 0, False
+        calls, turn = 0, 0
 
         def disturb(module: nn.Module, inputs: object, logits: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
-            if disturbed and world.rank == 1:
+            if turn == 1 and world.rank == 1:
                 logits = logits + 1e-6
                 logits[..., END_OF_TEXT] += 100.0 if calls > 2 else 0.0
+            if turn == 2 and world.rank == 0 and calls > 2:
+                logits = logits * torch.nan
             return logits
 
         engine.model.register_forward_hook(disturb)
         found = []
-        for turn in range(2):
-            disturbed, calls = turn == 1, 0
+        for number in range(3):
+            turn, calls = number, 0
             with engine.evaluation() as model:
-                rows = generate(model, engine.config.model, [[5, 17, 3], [7]], 9, top_k=50, decide=world.from_main)
-            found.append((rows, calls))
+                try:
+                    shape, prompts = engine.config.model, [[5, 17, 3], [7]]
+                    rows: Any = generate(model, shape, prompts, 9, top_k=50, decide=world.from_main)
+                except NonFiniteError as error:
+                    rows = str(error)
+            found.append([calls, rows])
         return found
 
 
 @pytest.mark.slow
 def test_ranks_whose_logits_differ_draw_the_same_samples(tiny: Tiny) -> None:
-    (alike, differing), of_rank_1 = run_ranks(2, samples_of_a_rank, str(tiny()))
-    assert of_rank_1 == [alike, alike]
+    of_rank_0, of_rank_1 = run_ranks(2, samples_of_a_rank, str(tiny()))
+    assert of_rank_0 == of_rank_1
+    alike, differing, (calls, error) = of_rank_0
     assert differing == alike
-    rows, calls = alike
-    assert [len(row) for row in rows] == [9, 9]
-    assert calls == 9
+    assert alike[0] == 9
+    assert [len(row) for row in alike[1]] == [9, 9]
+    assert (calls, error[:24]) == (3, "sample 1, new token 3: t")
 
 
 def test_the_loop_samples_the_main_ranks_tokens(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,8 @@ def readable(path: Path) -> Iterator[Path]:
         yield path
     except UserError:
         raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; fetch the whole folder, for instance with `hf download`") from None
     except Exception as error:  # the libraries raise many kinds for a corrupt file
         way = "fetch it again" if _is_safetensors(path) or path.suffix == ".json" else "convert it to safetensors"
         raise UserError(f"{path}: cannot be read: {first_line(error)}; {way}") from None
