@@ -99,6 +99,18 @@ def test_an_import_names_a_weight_that_is_not_finite(
     refusal(["sample", str(padded)], "lm_head.weight", "differs")
 
 
+def test_an_import_reads_pytorchs_own_format(padded: Path, tiny: Tiny, tmp_path: Path) -> None:
+    weights = load_file(padded / "model.safetensors")
+    (padded / "model.safetensors").unlink()
+    torch.save(weights, padded / "pytorch_model.bin")
+    assert main(["import", str(padded), str(tiny()), *SHAPE, "model.vocab_size=50304"]) == 0
+    assert main(["export", str(tmp_path / "runs" / "tiny"), "--to", str(tmp_path / "out")]) == 0
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == weights.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(exported[name], tensor), name
+
+
 def test_another_tokenizers_vocabulary_is_refused(tiny: Tiny, refusal: Refusal, tmp_path: Path) -> None:
     folder = str(tmp_path / "small")
     GPT2LMHeadModel(GPT2Config(vocab_size=131, n_positions=32, n_embd=8, n_layer=1, n_head=1)).save_pretrained(folder)
