@@ -19,7 +19,7 @@ from megagpt.failures import failure, follow_failed_peers, leave_record, report
 from megagpt.launchers import RankInfo
 from megagpt.process_memory import keep_freed_memory
 
-# Upper bound on how long a rank waits for peers that never come.
+# Longest time that a rank waits for peers.
 _TIMEOUT = datetime.timedelta(minutes=30)
 _REMEMBERED_COLLECTIVES = 2000
 T = TypeVar("T")
@@ -66,11 +66,11 @@ class World:
         return self._reduce([value], dist.ReduceOp.MAX)[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank, on every rank."""
+        """Whether some rank sets the flag; every rank gets the same answer."""
         return self.any_of(flag)[0]
 
     def any_of(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is set on some rank, on every rank, in one exchange."""
+        """For each flag, whether some rank sets it, in one exchange; every rank gets the same answers."""
         return [value > 0 for value in self._reduce(list(map(float, flags)), dist.ReduceOp.MAX)]
 
     def from_main(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
@@ -133,7 +133,7 @@ def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float 
         threading.Thread(target=follow_failed_peers, args=(watched, left), daemon=True).start()
     try:
         with console.voice(silent=not world.is_main):
-            # The flight recorder: if a collective hangs, it tells which one.
+            # The flight recorder shows which collective hangs.
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED_COLLECTIVES))
             on_gpu = world.device.type == "cuda"
             dist.init_process_group(
@@ -141,7 +141,7 @@ def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float 
                 world_size=world.size, device_id=world.device if on_gpu else None,
             )  # fmt: skip
             yield world
-            # The rank that holds the store leaves with the others: those who watch take its exit for a failure.
+            # The rank that holds the store must not leave first: its peers would take its exit for a failure.
             world.barrier()
     except Exception as error:
         if world.size == 1:
@@ -178,9 +178,9 @@ def _connect(info: RankInfo) -> dist.Store:
 
 
 def _meet(info: RankInfo) -> tuple[dist.Store, dist.Store]:
-    """The ranks' store, and a connection of its own for the thread that watches it: a rank that waits for a peer blocks
-    all who share its connection. A peer's watch connects before the ranks meet: the rank that holds the store may fail
-    and leave right after that, and a watch that connected later would wait for it until the timeout."""
+    """The ranks' store, and a second connection to it for the thread that watches for failed peers. A rank that waits
+    for a peer blocks every user of its connection. The second connection is made before the ranks meet: the rank that
+    holds the store may fail and leave right after that, and a later connection would wait until the timeout."""
     if info.rank == 0 or launchers.started_by_torchrun(os.environ):  # the holder outlives the connection
         store = _connect(info)
         return store, store.clone()  # type: ignore[attr-defined]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as ServedAccumulator
 
 from megagpt.checkpoints.saving import Saver, meta_of
 from megagpt.config import CheckpointConfig
@@ -47,7 +49,7 @@ def save_run(config: str, change: Callable[[GPT], None]) -> Path:
         change(engine.model)
     run = run_folder(engine.config)
     saver = Saver(run, CheckpointConfig(asynchronous=False), World.alone())
-    saver.save(engine.state(), engine.replica, meta_of(engine, position(engine.config, 0, 0), [], False, 0))
+    saver.save(engine.state(), engine.replica, meta_of(engine, position(engine.config, 0, 0), [], False))
     saver.finish()
     return run
 
@@ -66,6 +68,17 @@ def assert_same_curve(run: Path, expected: Path | Sequence[tuple[float, float]],
     for line, (loss, norm) in zip(steps, expected, strict=True):
         assert line["loss"] == pytest.approx(loss, abs=tolerance)
         assert line["gradient_norm"] == pytest.approx(norm, abs=NORM)
+
+
+def charts(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The points of each tag in TensorBoard's events of a folder, the same by each of TensorBoard's loaders."""
+    events, served = EventAccumulator(str(folder), {"scalars": 0}), ServedAccumulator(str(folder), {"tensors": 0})
+    events.Reload()
+    served.Reload()
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for tag, points in found.items():
+        assert [e.step for e in served.Tensors(tag)] == [step for step, _ in points], tag
+    return found
 
 
 def wait_for_steps(

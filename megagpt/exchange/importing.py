@@ -29,7 +29,7 @@ _ORIGIN = "imported.json"
 
 
 class _Unread(FlatShard):
-    """A whole parameter, read from its file only when the checkpoint is written."""
+    """A whole parameter, which is read from its file only when the checkpoint is written."""
 
     source: Pretrained
     parameter: str
@@ -47,7 +47,7 @@ def import_run(folder: str | Path, config: Config) -> Path:
     if theirs.vocab_size < VOCAB_SIZE:
         raise UserError(f"{folder}: its vocabulary of {theirs.vocab_size} is not GPT-2's {VOCAB_SIZE}")
     differing = [
-        f"model.{key} {getattr(theirs, key)} there, {getattr(ours, key)} in the config"
+        f"model.{key} is {getattr(theirs, key)} there, {getattr(ours, key)} in the config"
         for key in ("layers", "width", "heads", "context", "vocab_size", "attention")
         if getattr(theirs, key) != getattr(ours, key)
     ]

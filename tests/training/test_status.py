@@ -186,7 +186,9 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path: Path, capsys: p
     assert capsys.readouterr().err == f"megagpt: error: {tmp_path}: not a run's folder (no config.yaml in it)\n"
 
 
-def test_a_real_run(tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_status_of_a_real_run_is_shown(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "runs" / "tiny"
     assert main(["train", str(tiny(sampling={"samples": 0}))]) == 0
     capsys.readouterr()
