@@ -1,7 +1,6 @@
 """What an exported folder says of its origin, and folders with a padded vocabulary or broken weights."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from megagpt.cli import main
+from megagpt.data.prepare import prepare
+from megagpt.data.sources import open_source
 from megagpt.data.tokenizer import END_OF_TEXT
 from tests.conftest import Refusal, Tiny
 
@@ -69,7 +70,8 @@ def test_a_new_run_with_a_padded_vocabulary_is_refused(tiny: Tiny, refusal: Refu
 
 
 def test_a_card_has_the_tokens_of_each_source(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
-    shutil.copytree(corpus, tmp_path / "second")
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"other {i} " * 99}) for i in range(100)))
+    prepare(open_source(str(tmp_path / "text.jsonl")), tmp_path / "second", val_fraction=0.1, workers=1)
     sources = [{"path": str(corpus), "weight": 3}, {"path": str(tmp_path / "second"), "weight": 1}]
     config = str(tiny(data={"sources": sources}, train={"tokens": 1280}, validation={"tokens": 0}))
     assert main(["train", config]) == 0
