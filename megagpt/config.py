@@ -212,6 +212,9 @@ class LogConfig:
 
     every_tokens: Free[int] = Field(default=0, ge=0)
     """Interval in tokens; 0: every step."""
+    peak_tflops: Free[float] = Field(default=0.0, ge=0)
+    """Peak of one device in TFLOP/s, dense, in `train.precision`: what MFU is a fraction of. 0: by the GPU's name, if
+    it is a known one."""
     straggler_every_steps: Annotated[Free[int], Was("pace_steps")] = Field(default=50, ge=0)
     """Steps between comparisons of the time that each rank works without waiting for others; 0: never."""
     straggler_factor: Annotated[Free[float], Was("slow_rank")] = Field(default=1.2, gt=1)

@@ -36,6 +36,10 @@ class UserError(ExpectedError):
     """The user caused it and can fix it. A retry would fail in the same way."""
 
 
+class NonFiniteError(UserError):
+    """A weight or a logit is NaN or infinite."""
+
+
 class TransientError(ExpectedError):
     """A disk or a network failed for a while: a retry may succeed without any change."""
 

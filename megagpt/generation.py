@@ -1,15 +1,21 @@
 """Text generation with a key/value cache."""
 
+import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megagpt.data.tokenizer import END_OF_TEXT, VOCAB_SIZE
-from megagpt.errors import UserError
+from megagpt.errors import NonFiniteError, UserError
 from megagpt.models.attention import KeyValueCache
 from megagpt.models.presets import ModelConfig
+
+Decide = Callable[[Callable[[], Tensor]], Tensor]
+"""Calls a function that draws tokens, on one rank or on all, and gives its result to all."""
 
 
 @torch.no_grad()
@@ -25,11 +31,15 @@ def generate(
     seed: int = 0,
     first_row: int = 0,
     on_token: Callable[[int, int], None] = lambda row, token: None,
+    decide: Decide = lambda draw: draw(),
 ) -> list[list[int]]:
     """Continue each prompt by at most `max_tokens` tokens, ending before end-of-text; returns the new tokens only. A
     row's draws depend on the seed and the row's number alone, which counts from `first_row`, so other prompts do not
     change them. When a row fills the context, the window slides: the row continues from its last context // 2 tokens.
-    `on_token(row, token)` is called for each new token. Raises UserError if a prompt is empty or too long."""
+    `on_token(row, token)` is called for each new token. Ranks that generate together pass `World.from_main` as
+    `decide`: all of them go on with the main rank's tokens, so they call a sharded model equally often, even if their
+    logits differ by a bit. Raises UserError if a prompt is empty or too long, NonFiniteError if logits are not finite.
+    """
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= config.context:
             has = f"prompt {row + 1} has {len(prompt)} tokens"
@@ -46,8 +56,14 @@ def generate(
             kept = max(1, config.context // 2)
             windows = [w[-kept:] if len(w) > config.context else w for w in windows]
             cache, tokens = _prefill(config, windows, device)
-        logits = model(tokens, cache=cache)[:, -1, :VOCAB_SIZE].float()  # (B, V)
-        drawn = draw(logits, torch.from_numpy(uniform[:, i]), temperature, top_k, top_p)
+        with _attention_kernels(device):
+            logits = model(tokens, cache=cache)[:, -1, :VOCAB_SIZE].float()  # (B, V)
+
+        def next_tokens(logits: Tensor = logits, i: int = i) -> Tensor:
+            _check_finite(logits, alive, i)
+            return draw(logits, torch.from_numpy(uniform[:, i]), temperature, top_k, top_p)
+
+        drawn = decide(next_tokens)
         for row, token in enumerate(drawn.tolist()):
             windows[row].append(token)
             alive[row] = alive[row] and token != END_OF_TEXT
@@ -58,6 +74,23 @@ def generate(
             break
         tokens = drawn[:, None].to(device)
     return new
+
+
+def _attention_kernels(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """On a GPU, no cuDNN: it would plan each length of the cache by itself, for longer than the token takes."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def _check_finite(logits: Tensor, alive: list[bool], i: int) -> None:
+    """Raises NonFiniteError if a row that has not ended has a logit that is NaN or infinite."""
+    finite = torch.isfinite(logits).all(1).tolist()
+    for row, (is_alive, is_finite) in enumerate(zip(alive, finite, strict=True)):
+        if is_alive and not is_finite:
+            where = f"sample {row + 1}, new token {i + 1}"
+            way = "the weights are too large or corrupt, so take an older checkpoint"
+            raise NonFiniteError(f"{where}: the model's logits are NaN or infinite; {way}")
 
 
 def _prefill(config: ModelConfig, windows: list[list[int]], device: torch.device) -> tuple[KeyValueCache, Tensor]:

@@ -1,21 +1,59 @@
 """Accelerators by name: dense peak rates and memory. Unknown hardware is None, never a guess."""
 
 import functools
+import re
+from typing import NamedTuple
 
 import torch
 
-# Dense FLOP/s (without sparsity) from NVIDIA's data sheets: of bf16 matrix products with fp32 accumulation, and of fp32
-# products as PyTorch runs them by default (no TF32). The first key that is part of the device's name counts.
-_PEAK_FLOPS = {
-    "H200": (989.4e12, 66.9e12),  # GH200 too: the same chip
-    "H100 PCIe": (756e12, 51.2e12),
-    "H100 NVL": (835e12, 60e12),
-    "H100": (989.4e12, 66.9e12),
-    "A100": (312e12, 19.5e12),
-    "L40S": (362e12, 91.6e12),
+
+class Peak(NamedTuple):
+    """Dense peak rates (TFLOP/s, without sparsity) of matrix products, from the makers' data sheets."""
+
+    half: float
+    """bf16 and fp16 with fp32 sums: the same rate on every card here."""
+    fp32: float
+    """As PyTorch runs them by default: no TF32."""
+    has_bf16: bool = True
+
+
+# Words of the device's name -> its rates. The first entry whose words are all in the name counts, so a variant comes
+# before the card that it is one of.
+_PEAKS = {
+    "GB300": Peak(2500, 80),
+    "GB200": Peak(2500, 80),
+    "B300": Peak(2250, 75),
+    "B200": Peak(2250, 80),
+    "GH200": Peak(989.4, 66.9),
+    "H200 NVL": Peak(835, 60),
+    "H200": Peak(989.4, 66.9),
+    "H100 PCIe": Peak(756, 51.2),
+    "H100 NVL": Peak(835, 60),
+    "H100": Peak(989.4, 66.9),
+    "H800 PCIe": Peak(756, 51.2),
+    "H800": Peak(989.4, 66.9),
+    "H20": Peak(148, 44),
+    "A100": Peak(312, 19.5),
+    "A800": Peak(312, 19.5),
+    "A40": Peak(149.7, 37.4),
+    "A30": Peak(165, 10.3),
+    "A10": Peak(125, 31.2),
+    "L40S": Peak(362, 91.6),
+    "L40": Peak(181, 90.5),
+    "L4": Peak(121, 30.3),
+    "RTX A6000": Peak(154.8, 38.7),
+    "RTX 4090": Peak(165.2, 82.6),
+    "RTX 3090": Peak(71, 35.6),
+    "V100 PCIE": Peak(112, 14, has_bf16=False),
+    "V100": Peak(125, 15.7, has_bf16=False),
+    "T4": Peak(65, 8.1, has_bf16=False),
+    "MI300X": Peak(1307.4, 163.4),
+    "MI325X": Peak(1307.4, 163.4),
 }
-# Memory of the largest of them, an H200 (GB).
-LARGEST_GPU_GB = 141.0
+# Words of slower variants, which have the name of a card above in their own: a slice of a card, a laptop's chip.
+_VARIANTS = {"mig", "laptop", "max", "d", "ti"}
+# Memory of the largest of them, a B300 (GB).
+LARGEST_GPU_GB = 288.0
 
 
 @functools.cache
@@ -25,9 +63,10 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of the device in a precision ("fp32", "bf16"); None if it is unknown."""
-    name = device_name(device)
-    for key, (bf16, fp32) in _PEAK_FLOPS.items():
-        if key in name:
-            return bf16 if precision == "bf16" else fp32
-    return None
+    """Peak FLOP/s of the device in a precision ("fp32", "bf16", "fp16"); None if it is unknown."""
+    # By words: an "NVIDIA RTX A1000" is no A100.
+    words = set(re.findall(r"\w+", device_name(device).lower()))
+    found = [peak for key, peak in _PEAKS.items() if words.issuperset(key.lower().split())]
+    if not found or words & _VARIANTS or (precision == "bf16" and not found[0].has_bf16):
+        return None
+    return float(round(1e12 * (found[0].fp32 if precision == "fp32" else found[0].half)))

@@ -3,14 +3,23 @@
 import contextlib
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as ServedAccumulator
 
+from megagpt.checkpoints.saving import Saver, meta_of
+from megagpt.config import CheckpointConfig
+from megagpt.config_file import load_config
+from megagpt.engines.engine import build_engine
 from megagpt.incarnations import list_incarnations
+from megagpt.models.gpt import GPT
+from megagpt.position import position
+from megagpt.training.run_folder import run_folder
+from megagpt.world import World
 from tests.conftest import metrics
 from tests.processes import Process
 
@@ -31,6 +40,18 @@ def shrunk(corpus: Path) -> list[str]:
         "train.device=cpu", "train.precision=fp32", "schedule.warmup_tokens=64", "optimizer.lr=1e-2",
         f"data.sources=[{{path: {corpus}}}]", "validation.tokens=64", "sampling.samples=1", "sampling.max_tokens=2",
     ]  # fmt: skip
+
+
+def save_run(config: str, change: Callable[[GPT], None]) -> Path:
+    """A run that has a checkpoint at token 0 and nothing else, with weights that `change` has set; its folder."""
+    engine = build_engine(load_config(config), World.alone())
+    with torch.no_grad():
+        change(engine.model)
+    run = run_folder(engine.config)
+    saver = Saver(run, CheckpointConfig(asynchronous=False), World.alone())
+    saver.save(engine.state(), engine.replica, meta_of(engine, position(engine.config, 0, 0), [], False))
+    saver.finish()
+    return run
 
 
 def losses(run: Path) -> list[float]:

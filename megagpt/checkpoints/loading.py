@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megagpt.checkpoints.checkpoint import INDEX, Checkpoint, OpenCheckpoint
+from megagpt.checkpoints.checkpoint import INDEX, Checkpoint, CheckpointMeta, OpenCheckpoint
 from megagpt.checkpoints.compatibility import Allowed, check
 from megagpt.checkpoints.folder import at_tokens, find_checkpoint, list_checkpoints, renamed
 from megagpt.checkpoints.saving import hush
@@ -20,6 +20,7 @@ from megagpt.config_file import build_config
 from megagpt.console import say
 from megagpt.engines.engine import Engine
 from megagpt.errors import ExpectedError, UserError, first_line
+from megagpt.models.finite import check_finite
 from megagpt.models.gpt import GPT
 from megagpt.models.huggingface import is_pretrained, load_pretrained
 from megagpt.world import World
@@ -38,9 +39,9 @@ def choose(
         if found is not None:
             for difference in check(found, config, fingerprints, allowed):
                 say(f"resuming with a change: {difference}")
-            if config.model.dropout and found.meta.world_size != world.size:
-                change = f"on {world.size} ranks instead of {found.meta.world_size}"
-                say(f"dropout draws by rank: {change}, other elements are dropped from here on, at the same rate")
+            if config.model.dropout and (changes := _dropout_changes(found.meta, config, world.size)):
+                draws = "dropout draws by rank and micro-batch"
+                say(f"{draws}: {' and '.join(changes)}, other elements are dropped from here on, at the same rate")
         return found
 
     return world.from_main(search)
@@ -80,6 +81,19 @@ def _checked(checkpoint: Checkpoint) -> OpenCheckpoint:
         raise UserError(f"{checkpoint.path}: cannot be read: {first_line(error)}") from None
 
 
+def _dropout_changes(meta: CheckpointMeta, config: Config, ranks: int) -> list[str]:
+    """The differences from the incarnation that saved a checkpoint which make dropout draw other elements."""
+    if not meta.sequences_seen:  # nothing was dropped yet
+        return []
+    train, before = config.train, meta.config["train"]
+    changes = [f"on {ranks} ranks instead of {meta.world_size}"] if ranks != meta.world_size else []
+    if train.micro_batch != before["micro_batch"]:
+        changes.append(f"with train.micro_batch {train.micro_batch} instead of {before['micro_batch']}")
+    if train.compile != before.get("compile"):
+        changes.append(f"with train.compile {train.compile} instead of {before.get('compile')}".lower())
+    return changes
+
+
 def load(found: OpenCheckpoint, engine: Engine) -> None:
     """Fill the engine from a checkpoint. Every rank calls it. Raises CorruptError, on every rank, if some rank reads a
     block that is not as it was written."""
@@ -110,11 +124,13 @@ def _quarantine_words(error: CorruptError, now: Path, before: Path) -> str:
 
 
 def read_weights(found: OpenCheckpoint, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Parameters by name, fp32 on the CPU. Raises UserError for one that is missing or of another shape."""
+    """Parameters by name, fp32 on the CPU. Raises UserError for one that is missing or of another shape, and
+    NonFiniteError for one with NaN or infinite values."""
     state = {f"model.{name}": torch.empty(shape) for name, shape in shapes.items()}
     found.check_file(INDEX)
     _read(found, state, no_dist=True)
-    return {name: state[f"model.{name}"] for name in shapes}
+    way = "take an older checkpoint (megagpt checkpoint list)"
+    return {name: check_finite(state[f"model.{name}"], name, found.path, way) for name in shapes}
 
 
 def load_model(folder: Path) -> GPT:

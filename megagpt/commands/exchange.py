@@ -11,6 +11,8 @@ def register(add: Add) -> None:
     sub.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run, for its newest checkpoint, or a checkpoint")
     sub.add_argument("--to", required=True, metavar="DIR", help="folder to write, which must be empty or new")
     sub.add_argument("--shard-bytes", type=count, default=5_000_000_000, help="largest safetensors file (5e9)")
+    text = "format of the weights (fp32); fp16 is refused if a weight is too large for it"
+    sub.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help=text)
 
     sub = add("import", _import, "Start a run from a transformers GPT-2 folder: its weights, the config's recipe.")
     sub.add_argument("folder", metavar="FOLDER", help="folder of a GPT-2 that transformers has saved")
@@ -22,7 +24,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from megagpt.exchange.exporting import export_checkpoint
 
     checkpoint = find_checkpoint(Path(arguments.run))
-    export_checkpoint(checkpoint, arguments.to, arguments.shard_bytes)
+    export_checkpoint(checkpoint, arguments.to, arguments.shard_bytes, arguments.dtype)
     call = f"transformers.AutoModelForCausalLM.from_pretrained({arguments.to!r})"
     print(f"wrote {arguments.to} from {checkpoint.path}; load it with {call}")
     return 0

@@ -2,6 +2,8 @@
 
 import argparse
 import codecs
+import io
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     if refused := [message for message, holds in checks.items() if not holds]:
         raise UserError(refused[0])
     check_device(arguments.device, "--device")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # any character may come, whatever the terminal can show
     with join(arguments.device) as world:
         model = load_model(Path(arguments.model)).to(world.device).eval()
         context = model.config.context
@@ -84,5 +88,7 @@ def _stream(model: "torch.nn.Module", text: str, tokens: list[int], count: int, 
         print(decoder.decode(gpt2().decode_single_token_bytes(token)), end="", flush=True)
 
     print(text, end="", flush=True)
-    generate(model, model.config, [tokens], count, on_token=show, **settings)  # type: ignore[arg-type]
-    print(decoder.decode(b"", final=True), flush=True)
+    try:
+        generate(model, model.config, [tokens], count, on_token=show, **settings)  # type: ignore[arg-type]
+    finally:
+        print(decoder.decode(b"", final=True), flush=True)

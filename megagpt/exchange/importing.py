@@ -1,25 +1,31 @@
 """A run that starts from the weights of a GPT-2 folder."""
 
 import dataclasses
+import json
 import shutil
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megagpt.checkpoints.checkpoint import CheckpointMeta
 from megagpt.checkpoints.saving import Saver
 from megagpt.config import CheckpointConfig, Config
 from megagpt.config_file import to_yaml
-from megagpt.engines.engine import Replica
+from megagpt.data.tokenizer import VOCAB_SIZE
+from megagpt.engines.engine import MOMENTS, Replica
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.engines.loss_scale import loss_scale
-from megagpt.errors import UserError
-from megagpt.files import write_atomic
-from megagpt.models.gpt import GPT
+from megagpt.errors import ExpectedError, UserError
+from megagpt.files import now, read_json, write_atomic
 from megagpt.models.huggingface import Pretrained
 from megagpt.world import World
+
+_ORIGIN = "imported.json"
 
 
 class _Unread(FlatShard):
@@ -29,14 +35,17 @@ class _Unread(FlatShard):
     parameter: str
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.source.read(self.parameter, tuple(self.shape))
+        return self.source.read(self.parameter)
 
 
 def import_run(folder: str | Path, config: Config) -> Path:
     """Make the config's run folder with a checkpoint at token 0: the weights from `folder`, moments of zero. Holds one
-    tensor in memory at a time; returns the run folder. Raises UserError if the shapes differ or the run exists."""
+    tensor in memory at a time; returns the run folder, which keeps in imported.json where the weights came from. Raises
+    UserError if the shapes differ, a weight is not finite, or the run exists."""
     source = Pretrained(folder)
     theirs, ours = source.config, config.model
+    if theirs.vocab_size < VOCAB_SIZE:
+        raise UserError(f"{folder}: its vocabulary of {theirs.vocab_size} is not GPT-2's {VOCAB_SIZE}")
     differing = [
         f"model.{key} is {getattr(theirs, key)} there, {getattr(ours, key)} in the config"
         for key in ("layers", "width", "heads", "context", "vocab_size", "attention")
@@ -47,26 +56,32 @@ def import_run(folder: str | Path, config: Config) -> Path:
     run = Path(config.run.folder).expanduser() / config.run.name
     if run.exists() and any(run.iterdir()):
         raise UserError(f"{run}: already holds a run; choose another run.name")
-    with torch.device("meta"):
-        model = GPT(ours)
     state: dict[str, FlatShard] = {}
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        nothing = torch.zeros(1).expand(parameter.numel())
+    for name, shape in source.shapes.items():
+        nothing = torch.zeros(1).expand(prod(shape))
         weights = _Unread(nothing, shape, 0)
         weights.source, weights.parameter = source, name
-        source.find(name, shape)  # refuses a missing tensor before anything is written
         state[f"model.{name}"] = weights
-        state |= {f"{moment}.{name}": FlatShard(nothing, shape, 0) for moment in ("exp_avg", "exp_avg_sq")}
+        state |= {f"{moment}.{name}": FlatShard(nothing, shape, 0) for moment in MOMENTS}
     scalars = {"updates": 0, "loss_scale": dataclasses.asdict(loss_scale(config.train.precision))}
     meta = CheckpointMeta(0, 0, 0, "import", 1, dataclasses.asdict(config), None, scalars)
     saver = Saver(run, CheckpointConfig(asynchronous=False), World.alone())
     try:
         saver.save(state, Replica(0, 1), meta)
         saver.finish()
+        whence = {"folder": str(source.folder.resolve()), "imported": now(), "config": source.description}
+        write_atomic(run / _ORIGIN, json.dumps(whence, indent=1).encode())
         # Written last: a folder without it does not count as a run.
         write_atomic(run / "config.yaml", to_yaml(config).encode())
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(run, ignore_errors=True)
+        if isinstance(error, CheckpointException):  # PyTorch's, around what reading a tensor has raised
+            raise next((e for e, _ in error.failures.values() if isinstance(e, ExpectedError)), error) from None
         raise
     return run
+
+
+def origin(run: Path) -> dict[str, Any]:
+    """Where an imported run's weights came from: `folder`, the time `imported`, and the `config` there. Empty for a run
+    that started from random weights."""
+    return read_json(run / _ORIGIN)

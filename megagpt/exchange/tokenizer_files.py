@@ -29,7 +29,8 @@ def tokenizer_files(context: int) -> dict[str, str]:
     }  # fmt: skip
     settings = {
         "tokenizer_class": "GPT2Tokenizer", "model_max_length": context,
-        "bos_token": _END, "eos_token": _END, "unk_token": _END,
+        # Prompts of a batch are padded on the left, so that all of them end where the continuations begin.
+        "bos_token": _END, "eos_token": _END, "unk_token": _END, "pad_token": _END, "padding_side": "left",
         "add_prefix_space": False, "clean_up_tokenization_spaces": False,
     }  # fmt: skip
     return {

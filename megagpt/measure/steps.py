@@ -74,7 +74,7 @@ def bench(arguments: argparse.Namespace) -> int:
         others = [s for s, r in zip(best, rows, strict=True) if r.implementation in against and r.config == row.config]
         ratio = f"{min(others) / seconds:.2f}x" if others and row.implementation == "megagpt" else ""
         speed = arguments.batch * model.context / seconds
-        peak = first["peak_flops"][precision]
+        peak = found[0]["peak_flops"]
         mfu = f"{speed * model.flops_per_token / peak:.1%}" if peak else "n/a"
         memory = max(r["memory"] for r in found) / 2**30
         print(
@@ -130,7 +130,7 @@ def _measure(row: Row) -> Iterator[dict[str, Any]]:
             "device": device_name(device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "peak_flops": {p: peak_flops(device, p) for p in ("fp32", "bf16")},
+            "peak_flops": config.log.peak_tflops * 1e12 or peak_flops(device, config.train.precision),
         }
 
 
@@ -139,6 +139,6 @@ def _transformers(config: ModelConfig) -> nn.Module:
         import transformers
     except ImportError:
         raise UserError("--against transformers needs it installed: pip install transformers") from None
-    from megagpt.models.huggingface import hf_config
+    from megagpt.models.hf_layout import hf_config
 
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf_config(config))).train()

@@ -1,8 +1,11 @@
 """Causal self-attention, dense or locally banded, and the key/value cache of generation."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megagpt.models.presets import ModelConfig
 
@@ -49,20 +52,25 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float) -> Tensor:
     """Attention of each query i to keys i - window < j <= i; all (B, H, T, D). Queries are cut into blocks of `window`;
-    each sees its own block and the one before: O(T window), not O(T^2)."""
+    each sees its own block and the one before: O(T window), not O(T^2). Heads count as rows of the batch and blocks as
+    heads, because fused kernels take four dimensions; on a GPU, PyTorch would otherwise compute in fp32 and keep all
+    probabilities."""
     B, H, T, D = q.shape
     if window >= T:
         return causal_attention(q, k, v, dropout)
     tail = -T % window
     blocks = (T + tail) // window
-    q = F.pad(q, (0, 0, 0, tail)).view(B, H, blocks, window, D)
+    q = F.pad(q, (0, 0, 0, tail)).reshape(B * H, blocks, window, D)
     # One block in front of the first, so that every block has a predecessor.
-    k, v = (F.pad(x, (0, 0, window, tail)).unfold(2, 2 * window, window).transpose(-1, -2) for x in (k, v))
+    k, v = (F.pad(x, (0, 0, window, tail)).reshape(B * H, -1, D) for x in (k, v))
+    k, v = (x.unfold(1, 2 * window, window).transpose(-1, -2) for x in (k, v))  # (B H, blocks, 2 window, D)
     i = torch.arange(window, device=q.device)[:, None]
     j = torch.arange(2 * window, device=q.device) - window
     band = (j <= i) & (i - j < window)  # (window, 2 window)
-    mask = band.expand(blocks, -1, -1).clone()
-    mask[0] &= j >= 0
+    mask = band.expand(1, blocks, -1, -1).clone()
+    mask[:, 0] &= j >= 0
     # Padded queries of the last block may see padding; their output is cut off.
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, H, blocks, window, D)
+    # On a CPU, the kernel of earlier versions, so that their curves keep their digits.
+    with sdpa_kernel(SDPBackend.MATH) if q.device.type == "cpu" else contextlib.nullcontext():
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B H, blocks, window, D)
     return y.reshape(B, H, blocks * window, D)[:, :, :T]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megagpt.data.tokenizer import gpt2
+from megagpt.errors import NonFiniteError
 from megagpt.evaluation.validation import unigram_loss, validation_loss
 from megagpt.generation import generate
 from megagpt.position import Position
@@ -111,17 +112,21 @@ def _sample(run: Run) -> Work:
             return False
         began = time.monotonic()
         prompt = gpt2().encode_ordinary(s.prompt)
+        problem = ""
         with run.engine.evaluation() as model:
-            rows = generate(
-                model, run.config.model, [prompt] * s.samples, s.max_tokens,
-                temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=run.config.run.seed,
-                on_token=lambda row, token: run.watchdog.phase("sampling"),
-            )  # fmt: skip
+            try:
+                rows = generate(
+                    model, run.config.model, [prompt] * s.samples, s.max_tokens,
+                    temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=run.config.run.seed,
+                    on_token=lambda row, token: run.watchdog.phase("sampling"), decide=run.world.from_main,
+                )  # fmt: skip
+            except NonFiniteError as error:  # the steps decide whether the run ends
+                rows, problem = [], f"no samples: {error}"
         run.reserve.took(samples=time.monotonic() - began)
         found = [gpt2().decode(row) for row in rows]
         texts = [s.prompt + text for text in found]
-        run.reporter.event(Event.SAMPLES, at, {"samples": texts}, "\n".join(f"> {text}" for text in texts))
-        run.reporter.text(at, "samples", samples_as_markdown(s.prompt, found))
+        run.reporter.event(Event.SAMPLES, at, {"samples": texts}, problem or "\n".join(f"> {text}" for text in texts))
+        run.reporter.text(at, "samples", problem or samples_as_markdown(s.prompt, found))
         return True
 
     return work

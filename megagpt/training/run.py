@@ -44,6 +44,7 @@ from megagpt.training.reserve import Reserve
 from megagpt.training.run_folder import (
     check_free,
     claim_run,
+    holds_run,
     run_folder,
     start_as_markdown,
     start_folders,
@@ -159,7 +160,7 @@ def open_run(
     if asked is not None and world.from_main(lambda: went_back(folder, asked)):
         say(f"--at {asked} was done before this restart; resuming from the newest checkpoint")
         resume_at = None
-    _check_vocabulary(config)
+    _check_vocabulary(config, holds_run(folder))
     starts = world.from_main(lambda: start_folders(folder)) if resume else []
     data = prepare_builtin(locate(config.data, starts), world)
     context, seed = config.model.context, config.run.seed
@@ -240,10 +241,11 @@ def _check_length(config: Config, found: OpenCheckpoint) -> None:
         raise UserError(f"train.tokens {wanted:,} is less than the {seen:,} that {found.path} has seen; {ways}")
 
 
-def _check_vocabulary(config: Config) -> None:
-    """Raises UserError if the model does not fit the tokenizer, before anything is read or written."""
+def _check_vocabulary(config: Config, exists: bool) -> None:
+    """Raises UserError if the model does not fit the tokenizer, before anything is read or written. Only a run that
+    exists already may have a larger vocabulary: imported weights may be padded."""
     model, sampling = config.model, config.sampling
-    if model.vocab_size != VOCAB_SIZE:
+    if model.vocab_size < VOCAB_SIZE or (model.vocab_size > VOCAB_SIZE and not exists):
         way = "leave it out: the table is padded to a multiple of 128 by itself"
         raise UserError(f"model.vocab_size {model.vocab_size} is not GPT-2's vocabulary of {VOCAB_SIZE}; {way}")
     prompt = len(gpt2().encode_ordinary(sampling.prompt))

@@ -119,9 +119,9 @@ def test_offloaded_state_takes_no_gpu_memory(capsys: Capture) -> None:
 
 def test_the_largest_known_gpu_is_the_default_limit(capsys: Capture) -> None:
     assert "which the largest known GPU has" in refusal(
-        capsys, "slurm", "gpt3_13b.yaml", "--nodes", "1", "engine.name=ddp"
+        capsys, "slurm", "gpt3_175b.yaml", "--nodes", "1", "engine.name=ddp"
     )
-    assert main(["launch", "slurm", "gpt3_6.7b.yaml", "--nodes", "1", "engine.name=ddp"]) == 0
+    assert main(["launch", "slurm", "gpt3_13b.yaml", "--nodes", "1", "engine.name=ddp"]) == 0
 
 
 @pytest.mark.parametrize("gpus", [8, 64, 512])

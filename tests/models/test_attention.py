@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -60,6 +61,59 @@ def test_banded_attention_is_masked_attention(length: int, window: int, seed: in
         torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fused_kernels_take_banded_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They ask for four dimensions and a mask that broadcasts over the batch. The CPU's fused kernel, which asks for
+    the same as the GPU's, takes what the call hands over."""
+    usual, calls = F.scaled_dot_product_attention, []
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropout_p: float) -> Tensor:
+        calls.append((q, k, v, attn_mask))
+        return usual(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
+
+    inputs = [x.detach().float() for x in qkv(13)]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    ours = banded_attention(*inputs, 4, 0.0)
+    ((q, k, v, mask),) = calls
+    assert q.shape == (2 * 3, 4, 4, 4)
+    assert k.shape == v.shape == (2 * 3, 4, 8, 4)
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    assert mask.shape == (1, 4, 4, 8)
+    assert mask.dtype == torch.bool
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        fused = usual(q, k, v, attn_mask=mask)
+        with pytest.raises(RuntimeError, match="No available kernel"):  # blocks as a dimension of their own
+            usual(*(x.unflatten(0, (2, 3)) for x in (q, k, v)), attn_mask=mask)
+    torch.testing.assert_close(fused.reshape(2, 3, 16, 4)[:, :, :13], ours, rtol=1e-5, atol=1e-5)
+
+
+def unfolded(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float) -> Tensor:
+    """Banded attention as versions before 0.2 computed it, with the blocks as a dimension of their own."""
+    B, H, T, D = q.shape
+    tail = -T % window
+    blocks = (T + tail) // window
+    q = F.pad(q, (0, 0, 0, tail)).view(B, H, blocks, window, D)
+    k, v = (F.pad(x, (0, 0, window, tail)).unfold(2, 2 * window, window).transpose(-1, -2) for x in (k, v))
+    i, j = torch.arange(window)[:, None], torch.arange(2 * window) - window
+    mask = ((j <= i) & (i - j < window)).expand(blocks, -1, -1).clone()
+    mask[0] &= j >= 0
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return y.reshape(B, H, blocks * window, D)[:, :, :T]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpus_digits_are_those_of_version_0_1(dropout: float, dtype: torch.dtype) -> None:
+    results = []
+    for attend in (banded_attention, unfolded):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in qkv(45)]
+        torch.manual_seed(0)
+        y = attend(*inputs, 8, dropout)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_a_window_of_one_copies_the_values() -> None:

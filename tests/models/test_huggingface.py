@@ -1,60 +1,25 @@
 """Weights to and from the folders of `transformers`, which itself reads and writes them here."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from megagpt.errors import UserError
-from megagpt.models.gpt import GPT
-from megagpt.models.huggingface import export, is_pretrained, load_pretrained, read_config
+from megagpt.models.huggingface import is_pretrained, load_pretrained, read_config
 from megagpt.models.presets import ModelConfig
-
-CONFIG = ModelConfig(layers=2, width=32, heads=4, context=16, vocab_size=131)
-
-
-def randomize(model: torch.nn.Module) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.1, 0.3, generator=generator)
-
-
-def their_model(**changes: Any) -> GPT2LMHeadModel:
-    fields = {"vocab_size": 131, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4} | changes
-    model = GPT2LMHeadModel(GPT2Config(**fields, attn_implementation="eager")).eval()
-    randomize(model)
-    return model
-
-
-def our_model(config: ModelConfig = CONFIG) -> GPT:
-    model = GPT(config).eval()
-    randomize(model)
-    return model
-
-
-def export_model(model: GPT, folder: Path, **options: Any) -> None:
-    parameters = dict(model.named_parameters())
-    export(folder, model.config, lambda shapes: {name: parameters[name].detach() for name in shapes}, **options)
-
-
-def random_tokens() -> Tensor:
-    return torch.randint(131, (3, 16), generator=torch.Generator().manual_seed(1))
-
-
-def assert_same_logits(ours: GPT, theirs: GPT2LMHeadModel) -> None:
-    with torch.no_grad():
-        a, b = ours.eval()(random_tokens()), theirs.eval()(random_tokens()).logits
-    assert a.shape == b.shape == (3, 16, 131)
-    assert b.std() > 0.5
-    assert (a - b).abs().max() <= 1e-5
+from tests.models.folders import (
+    CONFIG,
+    assert_same_logits,
+    edit_config,
+    edit_tensors,
+    export_model,
+    our_model,
+    refusal,
+    their_model,
+)
 
 
 @pytest.fixture
@@ -159,26 +124,6 @@ def test_a_round_trip_of_a_folder_is_bit_exact(folder: Path, tmp_path: Path) -> 
         assert torch.equal(after[name], tensor), name
 
 
-def refusal(action: Callable[[], Any]) -> str:
-    with pytest.raises(UserError) as error:
-        action()
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
-    fields = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
-
-
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def test_a_missing_tensor_is_named(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.pop("transformer.h.1.mlp.c_fc.bias"))
     message = refusal(lambda: load_pretrained(folder))
@@ -256,13 +201,6 @@ def test_a_folder_without_a_config_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
     assert not is_pretrained(folder)
     assert "config.json" in refusal(lambda: load_pretrained(folder))
-
-
-def test_a_folder_without_safetensors_is_refused(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    message = refusal(lambda: load_pretrained(folder))
-    assert "model.safetensors" in message
-    assert str(folder) in message
 
 
 @pytest.mark.parametrize("kept", [0, 4, 200, -1000])

@@ -92,6 +92,24 @@ def test_an_allowed_change_is_trained_with(
     assert [line["step"] for line in metrics(run)] == list(range(1, 21))
 
 
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+def test_a_change_of_what_dropout_drops_is_said(
+    dropout: float, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(tiny(model={"dropout": dropout}, train={"tokens": 256}, checkpoint={"every_tokens": 128}))
+    assert train(config) == 0
+    newest = list_checkpoints(tmp_path / "runs" / "tiny")[-1]
+    resume = ["--resume", str(tmp_path / "runs" / "tiny")]
+    newest.remove()
+    assert "dropout draws" not in capsys.readouterr().out
+    assert train(*resume, "train.micro_batch=2") == 0
+    said = "with train.micro_batch 2 instead of 4, other elements are dropped"
+    assert (said in capsys.readouterr().out) == (dropout > 0)
+    list_checkpoints(tmp_path / "runs" / "tiny")[-1].remove()
+    assert train(*resume, "train.micro_batch=4") == 0  # what the checkpoint was saved with
+    assert "dropout draws" not in capsys.readouterr().out
+
+
 def test_incomplete_checkpoints_are_passed_over(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny(checkpoint={"every_tokens": 640, "keep_last": 9})
     assert train(str(config)) == 0

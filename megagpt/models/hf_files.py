@@ -1,0 +1,117 @@
+"""The weight files of a folder of `transformers`, read one tensor at a time: safetensors or PyTorch's own format, one
+file or several with an index."""
+
+import contextlib
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megagpt.errors import UserError, first_line
+
+# In the order in which `transformers` looks for them.
+_SINGLE_AND_INDEX = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+class TensorFiles:
+    """The tensors of a folder by key."""
+
+    def __init__(self, folder: Path) -> None:
+        """Finds out which file holds which tensor. Raises UserError if there is none that can be read."""
+        self.folder = folder
+        self._loaded: tuple[Path, dict[str, Tensor]] | None = None
+        self.files = self._find()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises UserError if its file cannot be read."""
+        with readable(self.files[key]) as path:
+            if not _is_safetensors(path):
+                return tuple(self._load(path)[key].shape)
+            with safe_open(path, framework="pt") as file:
+                return tuple(file.get_slice(key).get_shape())
+
+    def read(self, key: str) -> Tensor:
+        """A tensor as it is stored, on the CPU. Raises UserError if it cannot be read or holds no plain numbers."""
+        with readable(self.files[key]) as path:
+            if _is_safetensors(path):
+                with safe_open(path, framework="pt") as file:
+                    tensor = file.get_tensor(key)
+            else:
+                tensor = self._load(path)[key]
+        if tensor.dtype not in _DTYPES:
+            name = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{path}: tensor {key!r} has dtype {name}; only fp64, fp32, bf16 and fp16 are read")
+        return tensor
+
+    def _find(self) -> dict[str, Path]:
+        """Key -> file."""
+        for single, index in _SINGLE_AND_INDEX:
+            if (self.folder / single).exists():
+                return dict.fromkeys(self._keys(self.folder / single), self.folder / single)
+            if (self.folder / index).exists():
+                with readable(self.folder / index) as path:
+                    weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+                    return {key: self.folder / file for key, file in weight_map.items()}
+        names = " or ".join(single for single, _ in _SINGLE_AND_INDEX)
+        raise UserError(f"{self.folder}: holds no {names}, nor an index of several: fetch or convert the weights")
+
+    def _keys(self, path: Path) -> list[str]:
+        with readable(path):
+            if not _is_safetensors(path):
+                return list(self._load(path))
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+
+    def _load(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a file in PyTorch's format. They stay on the disk until they are used."""
+        if self._loaded is None or self._loaded[0] != path:
+            self._loaded = None
+            # Only tensors are unpickled: a pickle can run any code.
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            if not isinstance(found, dict):
+                raise ValueError(f"it holds a {type(found).__name__}, not tensors by name")
+            self._loaded = path, {key: value for key, value in found.items() if isinstance(value, Tensor)}
+        return self._loaded[1]
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[Path]:
+    """Turns whatever the reading of a file raises into a UserError that names it; the pointer that Git LFS leaves in
+    place of a large file, too."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+        if start == _LFS_POINTER:
+            ways = f"run `git lfs pull` in {path.parent}, or fetch the model with `hf download`"
+            raise UserError(f"{path}: a Git LFS pointer, not the file itself: {ways}")
+        yield path
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; fetch the whole folder, for instance with `hf download`") from None
+    except Exception as error:  # the libraries raise many kinds for a corrupt file
+        way = "fetch it again" if _is_safetensors(path) or path.suffix == ".json" else "convert it to safetensors"
+        raise UserError(f"{path}: cannot be read: {first_line(error)}; {way}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping. Raises UserError."""
+    with readable(path):
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds a {type(tree).__name__}, not a mapping")
+    return tree
+
+
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix == ".safetensors"
