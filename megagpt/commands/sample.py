@@ -32,7 +32,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     from megagpt.console import warn
     from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
     from megagpt.generation import generate
-    from megagpt.world import join
+    from megagpt.world import alone
 
     checks = {
         "--temperature must not be negative": arguments.temperature >= 0,
@@ -44,7 +44,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     }
     if refused := [message for message, holds in checks.items() if not holds]:
         raise UserError(refused[0])
-    with join(arguments.device) as world:
+    with alone(arguments.device) as world:
         model = load_model(Path(arguments.model)).to(world.device).eval()
         context = model.config.context
         if model.config.vocab_size < VOCAB_SIZE:

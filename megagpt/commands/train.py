@@ -1,11 +1,14 @@
 """train, status: a run, begun or resumed, and its progress."""
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagpt import launchers
 from megagpt.commands.options import Add, add_config, config_of, split_words
+from megagpt.console import say
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,14 +35,16 @@ def _train(arguments: argparse.Namespace) -> int:
     from megagpt.training.safety import StopRequest
 
     with StopRequest() as stop:  # first of all: a scheduler may send its signal during the imports
+        if launchers.speaks(os.environ):
+            say("starting: loading PyTorch")
         from megagpt.world import fail_together, join
 
         try:
             config = _resumed_config(arguments) if arguments.resume else config_of(arguments)
         except UserError as error:
-            fail_together(error)
+            fail_together(error, stop.signal)
         stop.time_limit = config.train.time_limit
-        with join(config.train.device, hang_timeout=config.train.hang_timeout) as world:
+        with join(config.train.device, hang_timeout=config.train.hang_timeout, asked=stop.signal) as world:
             from megagpt.checkpoints.compatibility import Allowed
             from megagpt.training.loop import train
             from megagpt.training.run_folder import holds_run, run_folder
