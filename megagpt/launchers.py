@@ -47,9 +47,8 @@ def find_rank(environment: Mapping[str, str]) -> RankInfo:
 
     def port_number() -> int:
         if not 0 < (port := number("MASTER_PORT")) < 2**16:
-            raise UserError(
-                f"MASTER_PORT={port} is not a port: set it to a free port of rank 0's machine, 1024 to 65535"
-            )
+            way = "set it to a free port of rank 0's machine, 1024 to 65535"
+            raise UserError(f"MASTER_PORT={port} is not a port: {way}")
         return port
 
     rank, size, local_rank = (number(name) for name in names[:3])
@@ -134,6 +133,13 @@ def torchrun_passes_sigterm_on(environment: Mapping[str, str]) -> bool:
     """Whether torchrun started this rank and handles SIGTERM: it kills the rank some time after it passed it on."""
     handled = environment.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")
     return started_by_torchrun(environment) and "SIGTERM" in handled
+
+
+def torchrun_waits_longer() -> bool:
+    """Whether this PyTorch's torchrun has --shutdown-timeout, which 2.11 lacks."""
+    from torch.distributed.run import get_args_parser
+
+    return "--shutdown-timeout" in get_args_parser().format_help()
 
 
 def started_by_torchrun(environment: Mapping[str, str]) -> bool:

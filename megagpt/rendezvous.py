@@ -1,5 +1,5 @@
-"""How the ranks of a job meet: in a store that rank 0 or torchrun's agent holds. A rank that waits says for whom, where,
-and by which variables, and ends if it is asked to. PyTorch's own wait is silent, and hears no Ctrl-C, for half an hour.
+"""How the ranks of a job meet: in a store that rank 0 or torchrun's agent holds. A rank that waits says for whom, where
+and by which variables, and ends if it is asked to. PyTorch's own wait is silent, and deaf to Ctrl-C, for half an hour.
 """
 
 import contextlib
@@ -63,8 +63,9 @@ def connect(info: RankInfo, asked: Asked, seconds: float = TIMEOUT.total_seconds
     def work() -> None:
         try:
             _resolve(info)
-            place = {"host_name": info.address, "port": info.port, "is_master": holds, "multi_tenant": holds}
-            store = dist.TCPStore(**place, timeout=TIMEOUT, wait_for_workers=False)
+            store = dist.TCPStore(
+                info.address, info.port, is_master=holds, timeout=TIMEOUT, wait_for_workers=False, multi_tenant=holds
+            )
             found.append((store, store.clone()))  # type: ignore[attr-defined]
         except Exception as error:
             found.append(error)
@@ -93,13 +94,10 @@ def arrive(info: RankInfo, store: dist.Store, asked: Asked, gpu: str = "") -> No
     host = socket.gethostname()
     store.set(_GPU + gpu, str(info.rank))
     first = count_in(info, store)
-    if not launchers.started_by_torchrun(
-        os.environ
-    ):  # which counts by itself, and may start ranks again with one store
+    if not launchers.started_by_torchrun(os.environ):  # it numbers its ranks, and may start them again with one store
         if (size := int(store.get(_SIZE))) != info.size:
-            raise UserError(
-                f"{size_variable}={info.size} on rank {info.rank}, and {size} on rank 0: set it alike on all"
-            )
+            here = f"{size_variable}={info.size} on rank {info.rank}"
+            raise UserError(f"{here}, and {size} on rank 0: set it alike on all")
         if not first:
             raise UserError(f"{rank_variable}={info.rank} is set for two processes of this job: give each its own")
     wait, pause = _Wait(info, asked, TIMEOUT.total_seconds()), _LOOK_SECONDS / 10
@@ -222,6 +220,5 @@ def _refused(info: RankInfo, error: Exception) -> UserError | TransientError:
     if "EADDRINUSE" in str(error):
         reason = "is taken on this machine: another program or another job listens there"
         return UserError(f"port {info.port} {reason}; set MASTER_PORT to a free port, on all ranks alike")
-    return UserError(
-        f"rank 0 cannot listen at port {info.port}: {reason}; set MASTER_PORT to another port, on all ranks"
-    )
+    way = "set MASTER_PORT to another port, on all ranks alike"
+    return UserError(f"rank 0 cannot listen at port {info.port}: {reason}; {way}")

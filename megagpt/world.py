@@ -200,10 +200,9 @@ def _start_process_group(world: World, store: dist.Store, timeout: datetime.time
     # Otherwise gloo connects each rank to every other one, with each group that is made: a thousand ranks with three
     # groups would need more sockets than the usual limit of open files.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    # The flight recorder, by its new and its old name: if a collective hangs, it tells which one.
-    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
-    size = next((os.environ[name] for name in names if name in os.environ), str(_REMEMBERED_COLLECTIVES))
-    os.environ.update(dict.fromkeys(names, size))
+    # The flight recorder: if a collective hangs, it tells which one. PyTorch warns if its old name is set, too.
+    size = os.environ.pop("TORCH_NCCL_TRACE_BUFFER_SIZE", str(_REMEMBERED_COLLECTIVES))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", size)
     # PyTorch 2.13 renames collectives, and warns at each call of an old name; 2.11 has the old ones only.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     on_gpu = world.device.type == "cuda"

@@ -1,6 +1,7 @@
 """train, status: a run, begun or resumed, and its progress."""
 
 import argparse
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +28,10 @@ def register(add: Add) -> None:
     # The deepspeed launcher and old PyTorch launchers pass it beside LOCAL_RANK, which is used instead.
     sub.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
-    sub = add("status", _status, "Show a run's progress, speed, time to go, last checkpoint and restarts.")
-    sub.add_argument("run", metavar="RUN", type=Path)
+    sub = add("status", _status, "Show a run's progress, checkpoint, incarnations and next step, or list all runs.")
+    text = "a run's folder, or one that holds runs (runs)"
+    sub.add_argument("run", metavar="RUN_OR_FOLDER", type=Path, nargs="?", default=Path("runs"), help=text)
+    sub.add_argument("--json", action="store_true", help="print it as JSON: an object of a run, a list of all runs")
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -73,7 +76,15 @@ def _resumed_config(arguments: argparse.Namespace) -> "Config":
 def _status(arguments: argparse.Namespace) -> int:
     from megagpt.config_file import load_config
     from megagpt.training.run_folder import run_config
-    from megagpt.training.status import status_lines
+    from megagpt.training.status import list_runs, read_status, status_lines, table
 
-    print("\n".join(status_lines(arguments.run, load_config(run_config(arguments.run)))))
+    run: Path = arguments.run
+    values: object
+    if (run / "config.yaml").is_file():
+        config = load_config(run_config(run))
+        lines, values = status_lines(run, config), read_status(run, config).as_json()
+    else:
+        found = list_runs(run)
+        lines, values = table(found), [status.as_json() for status in found]
+    print(json.dumps(values, indent=1) if arguments.json else "\n".join(lines))
     return 0

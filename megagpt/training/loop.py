@@ -29,6 +29,8 @@ def train(config: Config, world: World, resume: bool, allowed: Allowed, stop: St
     """Run a config or resume its run; returns the exit code. Raises ExpectedError."""
     with open_run(config, world, resume, allowed) as run:
         _say_what_is_special(run)
+        if not run.start.last:
+            say("first step" if not config.train.compile else "first step, which compiles the model and takes longer")
         outcome = loop(run, stop)
         run.ending.outcome(outcome)
         return outcome.code

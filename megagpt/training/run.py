@@ -21,7 +21,7 @@ from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.errors import UserError
 from megagpt.incarnations import Lease, Superseded
-from megagpt.launchers import torchrun_passes_sigterm_on
+from megagpt.launchers import torchrun_passes_sigterm_on, torchrun_waits_longer
 from megagpt.position import Position, position
 from megagpt.run_log import Event, newest
 from megagpt.training.outcome import Ending
@@ -110,7 +110,12 @@ class Run:
         """Print how long a stop takes at most."""
         say(self.reserve.sentence(self.config.model.checkpoint_bytes))
         if torchrun_passes_sigterm_on(os.environ):
-            say("torchrun ends its ranks 30 s after it passes a signal on; give it --shutdown-timeout to wait longer")
+            longer = "give it --shutdown-timeout to wait longer"
+            if not torchrun_waits_longer():
+                longer = (
+                    "only PyTorch 2.12 and newer can wait longer: set train.time_limit, or send SIGUSR1 to the ranks"
+                )
+            say(f"torchrun ends its ranks 30 s after it passes a signal on; {longer}")
         limit, needed = self.config.train.time_limit, self.reserve.seconds
         if 0 < limit < needed:
             short = f"shorter than the {needed:.0f} s that a step and its save may take"
@@ -126,9 +131,11 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
     if not resume:
         check_free(folder)
     _check_vocabulary(config)
+    say("reading data")
     data = prepare_builtin(config.data, world)
     context, seed = config.model.context, config.run.seed
     train_data, validation_data = (open_corpus(data, split, context, seed) for split in ("train", "val"))
+    say("building the model")
     engine = build_engine(config, world)
     fingerprints = [stream.fingerprint for stream in train_data.streams]
     seek = functools.partial(choose, folder, config, fingerprints, allowed, world)
@@ -150,7 +157,7 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
         world.barrier()
         saver = Saver(folder, config.checkpoint, world, lease.incarnation)
         saver.probe(config.model.checkpoint_bytes)
-        reporter = Reporter(folder, start, config.train.tokens, resume, world.is_main)
+        reporter = Reporter(folder, start, start.total * start.context, resume, world.is_main)
         stack.callback(reporter.close)
         reporter.text(start, "config", f"```yaml\n{to_yaml(config)}```")
         reporter.text(start, "start", start_as_markdown(lease.incarnation))
