@@ -334,4 +334,4 @@ def test_a_killed_and_a_running_run_take_the_printed_steps(tiny: Tiny, tmp_path:
     assert rank.wait(PATIENCE) == ExitCode.STOPPED
     log = (tmp_path / "2.log").read_text()
     assert "SIGINT: stopping after this step and a save; Ctrl-C again ends at once without saving" in log
-    assert f"stopped by SIGINT; resume with: megagpt train --resume runs/tiny" in log
+    assert "stopped by SIGINT; resume with: megagpt train --resume runs/tiny" in log
