@@ -133,21 +133,27 @@ def _measure(row: Row) -> Iterator[dict[str, Any]]:
                 plain_step, model, optimizer, tokens, targets, config.optimizer.clip_norm, bf16,
                 micro_batches=accumulation,
             )  # fmt: skip
-        seconds = []
-        for _ in range(_WARMUP_STEPS[device.type] + (row.steps or _STEPS[device.type])):
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
+        seconds = _time(step, device, row.steps)
         yield {
-            "seconds": seconds[_WARMUP_STEPS[device.type] :],
+            "seconds": seconds,
             "memory": peak_memory(device),
             "device": device_name(device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "peak_flops": {p: peak_flops(device, p) for p in ("fp32", "bf16")},
         }
+
+
+def _time(step: Callable[[], object], device: torch.device, steps: int | None) -> list[float]:
+    """Seconds of each measured step."""
+    seconds = []
+    for _ in range(_WARMUP_STEPS[device.type] + (steps or _STEPS[device.type])):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[_WARMUP_STEPS[device.type] :]
 
 
 def _transformers(config: ModelConfig) -> nn.Module:

@@ -39,12 +39,11 @@ def _listen(reader: int, signals: Collection[int], speaks: bool, left: threading
         for number in numbers:
             if number not in signals:
                 continue
+            first = not came or (number == signal.SIGINT and signal.SIGINT not in came)
             came.append(number)
-            if speaks and (len(came) == 1 or came.count(signal.SIGINT) == 1 == (number == signal.SIGINT)):
-                _say(
-                    f"{signal.Signals(number).name}: stopping after this step and a save; "
-                    "Ctrl-C again ends at once without saving"
-                )
+            if first and speaks:
+                then = "stopping after this step and a save; Ctrl-C again ends at once without saving"
+                _say(f"{signal.Signals(number).name}: {then}")
             if came.count(signal.SIGINT) > 1 and not left.wait(_GRACE_SECONDS):
                 os._exit(ExitCode.INTERRUPTED)
 
