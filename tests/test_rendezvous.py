@@ -10,14 +10,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from megagpt import rendezvous
+from megagpt import rendezvous, world
+from megagpt.cli import main
 from megagpt.errors import ExitCode, Interrupted, Reported, Stopped, TransientError, UserError
 from megagpt.launchers import RankInfo
 from megagpt.rendezvous import arrive, connect, count_in, never, raise_file_limit
+from megagpt.world import join
 from tests.conftest import Refusal, Tiny
-from tests.processes import free_port, rank_environment, start_train
+from tests.processes import free_port, rank_environment, run_ranks, start_train
 from tests.runs import PATIENCE, assert_one_error
 
 HOST = "127.0.0.1"
@@ -249,3 +252,41 @@ def test_the_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(resource, "setrlimit", refused)
     raise_file_limit()
+
+
+def test_commands_that_need_no_peers_wait_for_none(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever RANK and WORLD_SIZE an earlier job has left in the shell; and the first lines of a run."""
+    config, run = str(tiny(sampling={"samples": 0}, validation={"tokens": 0})), str(tmp_path / "runs" / "tiny")
+    assert main(["train", config]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = ["starting: loading PyTorch", "reading data", "building the model"]
+    assert lines[:3] == first
+    assert lines[4] == "first step"
+    for name, value in rank_environment(0, 8, free_port()).items():
+        monkeypatch.setenv(name, value)
+
+    def no_peers(*_: object, **__: object) -> None:
+        raise AssertionError("it looked for peers")
+
+    monkeypatch.setattr(world, "connect", no_peers)
+    for words in (
+        ["sample", run, "--max-tokens", "2"], ["export", run, "--to", str(tmp_path / "out")], ["status", run],
+        ["config", config], ["checkpoint", "verify", run], ["checkpoint", "list", run], ["models"],
+    ):  # fmt: skip
+        assert main(words) == 0
+    with pytest.raises(AssertionError, match="looked for peers"):
+        main(["train", "--resume", run])
+
+
+def files_after_join() -> int:
+    before = psutil.Process().num_fds()
+    with join("cpu"):
+        return psutil.Process().num_fds() - before
+
+
+def test_a_rank_connects_to_no_peer_before_it_needs_it() -> None:
+    """A connection to each would need more sockets in a large job than a process may open."""
+    small, large = (run_ranks(size, files_after_join)[1] for size in (2, 5))
+    assert small == large
