@@ -5,7 +5,7 @@
 #
 # sbatch's options override the lines below, and so does its environment: --account or SBATCH_ACCOUNT, --partition or
 # SBATCH_PARTITION, --time or SBATCH_TIMELIMIT, --gpus-per-node or SBATCH_GPUS_PER_NODE, --signal, --exclude, ...
-# `megagpt launch slurm` prints the whole command, and refuses a run that cannot work.
+# `megagpt launch slurm` prints the whole sbatch command, and refuses a run that cannot work.
 #
 # Before sbatch, activate the environment in which megagpt is installed, or set PYTHON=/path/to/its/python.
 # Optional: RANKS_PER_NODE (default: the GPUs of a node), MASTER_PORT (default: derived from the job's number).
@@ -33,7 +33,7 @@ hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${hosts%%$'\n'*}
 echo "== job $job on $SLURM_NNODES node(s), $RANKS_PER_NODE rank(s) each: $*"
 
-# Exit codes: 0: done; 75: stopped by a signal, or a failure that a retry may not repeat: requeue; others: fix first.
+# Exit codes. 0: done. 75: stopped by a signal, or a failure that a retry may not repeat: requeue. Others: fix it first.
 end() {
   if [[ $1 == 75 ]] && [[ $(scontrol show job -o "$SLURM_JOB_ID") == *" JobState=RUNNING "* ]]; then
     scontrol requeue "$SLURM_JOB_ID" && sleep 600 # Slurm ends this script earlier
@@ -45,8 +45,8 @@ end() {
 run=$("$python" -m megagpt launch check "$@") || end $?
 [[ -n $run ]] || end 0
 
-# torchrun ignores signals; Slurm signals the ranks; when they have saved and exited, torchrun exits. Otherwise SIGUSR1
-# would kill torchrun, and a SIGTERM to torchrun would kill its ranks after 30 s.
+# torchrun must ignore signals: SIGUSR1 would kill torchrun, and after a SIGTERM torchrun would kill its ranks in 30 s.
+# Slurm signals the ranks too; when they have saved and exited, torchrun exits.
 export PET_SIGNALS_TO_HANDLE=SIGHUP
 export logs=$run/logs/$job python job
 srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \

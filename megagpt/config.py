@@ -2,6 +2,7 @@
 that the papers give in tokens stay in tokens. `config_file` reads a Config from YAML; `megagpt config --keys` shows
 every key with its docstring."""
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -37,11 +38,24 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, config=SECTION)
+class SkipConfig:
+    """A stretch of the data order that is left out."""
+
+    at: Data[int] = Field(ge=0)
+    """The run's position, in tokens seen, at which the stretch would come. Rounded up to whole sequences."""
+    tokens: Data[int] = Field(gt=0)
+    """Length of the stretch. Rounded up to whole sequences."""
+
+
+@dataclass(frozen=True, config=SECTION)
 class DataConfig:
     """The training data."""
 
     sources: Data[tuple[SourceConfig, ...]] = Field(default=(SourceConfig("data/fineweb_edu_10bt"),), min_length=1)
     """The corpora and their weights."""
+    skip: Data[tuple[SkipConfig, ...]] = ()
+    """Stretches of the data order to leave out, such as [{at: 3000000, tokens: 500000}]: to pass data at which the loss
+    spiked."""
     cache: Free[str] = "data"
     """Folder in which the built-in corpus is prepared."""
 
@@ -68,6 +82,21 @@ def _check_seconds(value: Any) -> float:
     raise ValueError(f"{value!r} is not a time: use seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")
 
 
+_SPIKE_WORDS = "none | {deviations: number, steps: whole number, action: skip | stop}"
+
+
+def _check_spikes(value: Any) -> str | dict[str, Any]:
+    match value:
+        case "none":
+            return value
+        case {"deviations": int() | float() as far, "steps": int(steps), "action": "skip" | "stop", **rest}:
+            booleans = isinstance(far, bool) or isinstance(steps, bool)
+            if not rest and not booleans and 0 < far < math.inf and steps > 1:
+                return value
+    raise ValueError(f"{value!r} is not {_SPIKE_WORDS}, with deviations above 0 and steps above 1")
+
+
+Spikes = Annotated[str | dict[str, Any], PlainValidator(_check_spikes), Values(_SPIKE_WORDS)]
 Seconds = Annotated[float, PlainValidator(_check_seconds), Values("seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")]
 _Modes = Annotated[str | dict[str, int], Values("none | full | selective | {every: k}")]
 ActivationCheckpointing = Annotated[_Modes, PlainValidator(_check_activation_checkpointing)]
@@ -80,30 +109,34 @@ class TrainConfig:
     tokens: Free[int] = Field(default=300_000_000_000, gt=0)
     """Tokens of the whole run; the last batch is cut to fit."""
     batch_tokens: Recipe[int] = Field(default=524_288, gt=0)
-    """Global batch in tokens, whatever the number of ranks."""
+    """Global batch in tokens, the same on any number of ranks."""
     batch_ramp_start: Recipe[int] = Field(default=0, ge=0)
     """Batch in tokens at the start of the ramp; 0: the full batch from the first step."""
     batch_ramp_tokens: Recipe[int] = Field(default=0, ge=0)
     """Tokens over which the batch grows linearly from `batch_ramp_start` to `batch_tokens`."""
     micro_batch: Free[int] = Field(default=8, gt=0)
-    """Sequences that a rank takes through the model at a time. Accumulation is derived from it."""
+    """Sequences that a rank takes through the model at a time. Gradient accumulation is derived from it."""
     precision: Free[Literal["fp32", "bf16", "fp16"]] = "bf16"
     """Number format of matrix products. The optimizer's weights, the sum of the gradients over micro-batches and over
-    ranks, LayerNorm, softmax and the residual stream are always fp32. fp16 scales the loss, dynamically."""
+    ranks, LayerNorm, softmax and the residual stream are always fp32. fp16 uses dynamic loss scaling."""
     compile: Free[bool] = False
     """torch.compile each block. Evaluation and sampling run uncompiled."""
     activation_checkpointing: Free[ActivationCheckpointing] = "none"
-    """Activations that the backward pass computes again instead of keeping them. none: no activations; full: every
-    block's; {every: k}: one block's in k; selective: all but the outputs of matrix products and attention."""
+    """Activations that the backward pass computes again, so that they need not be kept. none: no activations; full: all
+    blocks'; {every: k}: those of one in every k blocks; selective: all but outputs of matrix products and attention."""
     nonfinite_limit: Free[int] = Field(default=10, gt=0)
     """A step whose loss or gradient is not finite on some rank is skipped on all ranks. The run ends after this many
-    skipped steps in a row."""
+    skipped steps in a row, and names the last good checkpoint."""
+    spike: Recipe[Spikes] = "none"
+    """Loss spikes: a loss that exceeds the mean of the last `steps` losses by more than `deviations` of their standard
+    deviations. Its update is skipped, which counts towards `nonfinite_limit`, or the run stops. Such as
+    {deviations: 6, steps: 128, action: skip}."""
     time_limit: Free[Seconds] = 0
-    """Wall-clock time of one incarnation, counted from the start of its process. By then it has saved and ended, as
-    after a signal. Seconds, MM:SS, HH:MM:SS or D-HH:MM:SS as in Slurm; 0: no limit."""
+    """Wall-clock time in which one incarnation saves and ends, as after a signal; counted from the start of its
+    process. Seconds, MM:SS, HH:MM:SS or D-HH:MM:SS as in Slurm; 0: no limit."""
     hang_timeout: Annotated[Free[Annotated[Seconds, Field(gt=0)]], Was("collective_timeout")] = 900
-    """Longest time that a rank may spend without a step, a validation batch or a sampled token. After it the stacks of
-    all ranks are left in the run's folder and the run ends with code 3, resumable. Written as `time_limit`."""
+    """Longest time that a rank may spend without a step, a validation batch or a sampled token. After that, the stacks
+    of all ranks are written to the run's folder, and the run ends with code 3, resumable. Same form as `time_limit`."""
     device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto: cuda if there is a GPU."""
 
@@ -121,7 +154,7 @@ class OptimizerConfig:
     eps: Recipe[float] = Field(default=1.0e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: Recipe[float] = Field(default=0.1, ge=0)
-    """On matrices only: embeddings and linear layers, not biases and LayerNorm gains."""
+    """Weight decay of matrices: embeddings and linear layers. Biases and LayerNorm gains have none."""
     clip_norm: Annotated[Recipe[float], Was("clip")] = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
 
@@ -131,13 +164,14 @@ class ScheduleConfig:
     """Learning rate as a function of tokens. Defaults: GPT-3, appendix B."""
 
     shape: Recipe[Literal["cosine", "wsd", "constant"]] = "cosine"
-    """After the warm-up: cosine to the floor; warm-up-stable-decay (constant, then linear to the floor); constant."""
+    """Rate after the warm-up. cosine: to the floor; wsd (warm-up-stable-decay): constant, then linear to the floor;
+    constant: no decay."""
     warmup_tokens: Recipe[int] = Field(default=375_000_000, ge=0)
-    """Linear from zero to the peak over these tokens."""
+    """Tokens over which the rate grows linearly from zero to the peak."""
     decay_start_tokens: Recipe[int] = Field(default=0, ge=0)
-    """wsd only: end of the stable part."""
+    """wsd only: position in tokens at which the constant part ends."""
     decay_end_tokens: Recipe[int] = Field(default=260_000_000_000, ge=0)
-    """Position at which the floor is reached; constant after it."""
+    """Position in tokens at which the rate reaches the floor; it is constant after that."""
     floor_ratio: Annotated[Recipe[float], Was("floor")] = Field(default=0.1, ge=0, le=1)
     """The floor as a fraction of the peak."""
 
@@ -156,7 +190,7 @@ class EngineConfig:
     copies equal (hybrid sharding). 0: all ranks share one copy."""
     reshard_after_forward: ForFSDP[bool] = True
     """fsdp: drop a block's gathered weights after its forward pass and gather them again for its backward pass.
-    false: keep them, one gather less for the memory of a whole model in the compute precision."""
+    false: keep them, which saves a gather and takes the memory of a whole model in the compute precision."""
     offload: Free[Literal["none", "optimizer", "all"]] = "none"
     """State kept in CPU memory instead of GPU memory. optimizer: optimizer state and update (zero). all: weights and
     gradients too (fsdp, zero stage 3)."""
@@ -173,9 +207,9 @@ class ValidationConfig:
     """Loss on held-out documents."""
 
     every_tokens: Free[int] = Field(default=131_072_000, ge=0)
-    """Interval; 0: only at the end. The default is 250 steps of 0.5M tokens."""
+    """Interval in tokens; 0: only at the end. The default is 250 steps of 0.5M tokens."""
     tokens: Free[int] = Field(default=10_485_760, ge=0)
-    """Size of the validation set, the same on any number of ranks; less if the corpus holds less. 0: none."""
+    """Size of the validation set, the same on any number of ranks; less if the corpus holds less. 0: no validation."""
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -183,7 +217,7 @@ class SamplingConfig:
     """Text drawn from the model while it trains."""
 
     every_tokens: Free[int] = Field(default=524_288_000, ge=0)
-    """Interval; 0: only at the end. The default is 1,000 steps of 0.5M tokens."""
+    """Interval in tokens; 0: only at the end. The default is 1,000 steps of 0.5M tokens."""
     prompt: Free[str] = "Hello, I'm a language model,"
     """Text that the samples continue."""
     samples: Free[int] = Field(default=4, ge=0)
@@ -191,7 +225,7 @@ class SamplingConfig:
     max_tokens: Free[int] = Field(default=32, gt=0)
     """New tokens in each sample."""
     temperature: Free[float] = Field(default=1.0, ge=0)
-    """0: greedy."""
+    """Temperature of the draw; 0: greedy."""
     top_k: Free[int] = Field(default=50, ge=0)
     """Draw from the k likeliest tokens only; 0: from all tokens."""
     top_p: Free[float] = Field(default=1.0, gt=0, le=1)
@@ -206,11 +240,11 @@ class CheckpointConfig:
     """Training stops only while each rank's share is copied into CPU memory; a thread then writes the copy. If false,
     or if memory is short, training waits until everything is written."""
     every_tokens: Free[int] = Field(default=524_288_000, ge=0)
-    """Interval; 0: only at the end and when stopped. The default is 1,000 steps of 0.5M tokens."""
+    """Interval in tokens; 0: only at the end and when stopped. The default is 1,000 steps of 0.5M tokens."""
     keep_last: Annotated[Free[int], Was("keep")] = Field(default=3, ge=1)
-    """Number of newest interval checkpoints that are kept."""
+    """Number of interval checkpoints to keep: the newest of those from which a later step was finite."""
     milestone_every_tokens: Free[int] = Field(default=0, ge=0)
-    """Milestones: the first checkpoint at or past each multiple of this is kept for good. 0: none."""
+    """Interval of milestones in tokens: the first checkpoint at or past each multiple is kept for good. 0: none."""
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -218,12 +252,12 @@ class LogConfig:
     """How often metrics are written and ranks compared."""
 
     every_tokens: Free[int] = Field(default=0, ge=0)
-    """Interval; 0: every step."""
+    """Interval in tokens; 0: every step."""
     straggler_every_steps: Annotated[Free[int], Was("pace_steps")] = Field(default=50, ge=0)
     """Steps between comparisons of the time that each rank works without waiting for others; 0: never."""
     straggler_factor: Annotated[Free[float], Was("slow_rank")] = Field(default=1.2, gt=1)
-    """A rank that works longer than this multiple of the median, in three comparisons in a row, is a straggler: it is
-    named in the log and in TensorBoard."""
+    """A rank that works longer than this multiple of the median in three comparisons in a row is a straggler: the log
+    and TensorBoard name it."""
 
 
 @dataclass(frozen=True, config=SECTION)

@@ -2,8 +2,8 @@
 
     config = load_config("gpt3_xl.yaml", ["train.tokens=1e9", "model.layers=2"])
 
-A file may name another file as its `base` (beside itself, or by bare name); it then holds only the differences. Every
-error names file, key and value."""
+A file may name another file as its `base` (in the same folder, or by bare name); it then holds only the differences.
+Every error names file, key and value."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
 
 def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int | float:
     value = float(loader.construct_scalar(node).replace("_", ""))
-    # 5e8 tokens are a whole number; 1.0e-4 is not, and neither is 2.0, without an exponent.
+    # 5e8 is read as a whole number, for token counts; 1.0e-4 is not whole, and 2.0, without exponent, stays a float.
     return int(value) if value.is_integer() and "e" in node.value.lower() else value
 
 
@@ -124,7 +124,7 @@ def override(tree: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def _valid_names(location: tuple[str | int, ...]) -> list[str]:
-    """The keys that are valid beside the one at `location`."""
+    """The keys that are valid in the section of the key at `location`."""
     kind: Any = Config
     for part in location[:-1]:  # the only list is that of the sources
         kind = fields_of(kind)[part].annotation if isinstance(part, str) else SourceConfig

@@ -11,11 +11,12 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined, to_jsonable_python
 
-from megagpt.config import Config, SourceConfig
+from megagpt.config import Config, SkipConfig, SourceConfig
 from megagpt.config_marks import Change, For, Values, fields_of, mark_of
 from megagpt.errors import UserError, did_you_mean
 
 _WIDTH, _INDENT = 100, "    "  # columns
+_LISTS = {"data.sources": SourceConfig, "data.skip": SkipConfig}
 _TYPES = {bool: "true or false", int: "whole number", float: "number", str: "text", dict: "mapping"}
 _BOUNDS = {annotated_types.Gt: ">", annotated_types.Ge: ">=", annotated_types.Lt: "<", annotated_types.Le: "<="}
 
@@ -33,9 +34,14 @@ class Key:
         return " ".join((self.field.description or "").split())
 
     @property
+    def default_value(self) -> Any:
+        """PydanticUndefined if there is none."""
+        return self.field.get_default(call_default_factory=True, validated_data={})
+
+    @property
     def default(self) -> str:
         """As YAML; "required" if there is none."""
-        value = self.field.get_default(call_default_factory=True, validated_data={})
+        value = self.default_value
         if value is PydanticUndefined:
             return "required"
         text = yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=10**6, allow_unicode=True)
@@ -64,14 +70,15 @@ def all_keys() -> list[Key]:
     keys = []
     for section, field in fields_of(Config).items():
         keys += [Key(f"{section}.{name}", inner) for name, inner in fields_of(field.annotation).items()]
-    at = next(i for i, key in enumerate(keys) if key.name == "data.sources")
-    keys[at + 1 : at + 1] = [Key(f"data.sources[].{name}", field) for name, field in fields_of(SourceConfig).items()]
+    for name, item in _LISTS.items():
+        at = next(i for i, key in enumerate(keys) if key.name == name)
+        keys[at + 1 : at + 1] = [Key(f"{name}[].{inner}", field) for inner, field in fields_of(item).items()]
     return keys
 
 
-def keys_marked(change: Change) -> list[str]:
-    """The names of all keys with that mark."""
-    return [key.name for key in all_keys() if mark_of(key.field, Change) is change]
+def keys_marked(change: Change) -> list[Key]:
+    """All keys with that mark."""
+    return [key for key in all_keys() if mark_of(key.field, Change) is change]
 
 
 def find_keys(word: str) -> list[Key]:

@@ -1,4 +1,4 @@
-"""Lines for people: on every rank `say` is called, and only the main rank's process prints."""
+"""Lines for people. Every rank calls `say`; only the main rank's process prints."""
 
 import contextlib
 import io
@@ -50,7 +50,7 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Print a line to stderr, on any rank: for what must not mix with a command's result."""
+    """Print a line to stderr, on any rank: for lines that must not mix with a command's output."""
     _print(text, "stderr")
 
 

@@ -1,6 +1,6 @@
-"""Why a rank failed: said once per job by the rank that failed first, and left as a record where launchers look. The
-record is the file that torchrun names in TORCHELASTIC_ERROR_FILE, in torchrun's own form with ours beside it, so that a
-job's verdict reads what the rank knew instead of guessing from its log."""
+"""Why a rank failed. The rank that failed first prints it, once per job. Every failed rank also leaves a record in the
+file that torchrun names in TORCHELASTIC_ERROR_FILE, in torchrun's own form with ours beside it. So a job's verdict
+reads what the rank knew, instead of guessing from its log."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from megagpt.errors import ExitCode, Reported, expected, first_line
 from megagpt.files import read_json, write_atomic
 from megagpt.launchers import error_file
 
-# Where ranks that failed count themselves, how often the others look, and how long they then wait for a clean end.
+# The store's key under which failed ranks count themselves; how often the others look at it; their time to end cleanly.
 _FAILURES = "megagpt/failures"
 _WATCH_SECONDS = 1.0
 _GRACE_SECONDS = 5.0
@@ -73,9 +73,9 @@ def read_record(path: Path) -> Failure | None:
 
 
 def report(error: Exception, rank: int, ranks: int, store: dist.Store) -> None:
-    """Print the error and leave its record. Most errors are seen by every rank, and a peer that left breaks the other
-    ranks' collectives: the first rank to count itself prints, and does so before any rank leaves, because launchers
-    kill the rest as soon as one has left."""
+    """Print the error and leave its record. Only the rank that counts itself first prints: most errors are seen by
+    every rank, and a peer that left breaks the other ranks' collectives. It prints before it leaves, because launchers
+    kill the other ranks as soon as one has left."""
     if isinstance(error, Reported):
         return
     first = False

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent, and the reading of what a crash may have cut off."""
+"""Writes files that are either complete or absent, and reads files that a crash may have cut off."""
 
 import datetime
 import json

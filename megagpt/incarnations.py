@@ -1,10 +1,10 @@
-"""A run's incarnations, numbered: one for each time that a process group began to train it. Only the newest may write.
+"""A run's incarnations: its starts, numbered from 1. Each is a process group that began to train; the newest may write.
 
 RUN/incarnations/000003.json        how it began: when, on which host, by which command, with which versions
 RUN/incarnations/000003.end.json    how it ended: finished, stopped by a signal, or failed at which token
 
 A batch system may start a job again while ranks of its last incarnation still run: on a node that it has lost contact
-with, or behind a broken link. Such ranks see the shared folder long before anyone can end them."""
+with, or behind a broken link. Such ranks see the newer incarnation's file long before anyone can end them."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ class Incarnation:
         return _folder(self.run) / f"{self.number:06d}{ending}"
 
     def start(self) -> dict[str, Any]:
-        """The facts that it left when it began."""
+        """The facts that were written when it began."""
         return read_json(self._file(".json"))
 
     def ended(self) -> dict[str, Any]:
@@ -62,12 +62,12 @@ class Incarnation:
             raise Superseded(f"{self.run}: {newer}; incarnation {self.number} ends and writes nothing more")
 
     def end(self, outcome: str, reason: str, tokens_seen: int, **more: Any) -> None:
-        """Record how it ended. The first writer wins: it is closest to the cause. Never raises: that would hide it."""
+        """Record how it ended. The first writer wins: it is closest to the cause. Never raises, so nothing hides it."""
         with contextlib.suppress(OSError):
             create_json(self._file(".end.json"), _end(outcome, reason, tokens_seen, more))
 
     def correct_end(self, outcome: str, reason: str, tokens_seen: int, **more: Any) -> None:
-        """Replace the record, by someone who knows more. Raises OSError."""
+        """Replace the record, for a caller who knows more than its writer. Raises OSError."""
         end = _end(outcome, reason, tokens_seen, more)
         write_atomic(self._file(".end.json"), json.dumps(end, indent=1).encode())
 
@@ -80,7 +80,7 @@ class Lease:
         self._looked = time.monotonic()
 
     def lost(self) -> bool:
-        """Whether a newer incarnation has begun; looks every few seconds only, and never raises."""
+        """Whether a newer incarnation has begun; reads the disk every few seconds only, and never raises."""
         if time.monotonic() - self._looked < _LOOK_SECONDS:
             return False
         self._looked = time.monotonic()

@@ -1,4 +1,4 @@
-"""Launchers' environment variables: rank, node, Slurm job. Only this module reads them, from any mapping."""
+"""Rank, node and Slurm job of this process, from launchers' environment variables. Only this module reads these."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from megagpt.errors import UserError
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where a launcher put this process."""
+    """This process's place among the ranks, as its launcher set it."""
 
     rank: int
     size: int
@@ -57,7 +57,7 @@ def find_rank(environment: Mapping[str, str]) -> RankInfo:
             raise UserError(f"{name}={value} is not below {names[1]}={size}: {hint}")
     if names is _LAUNCHER:
         return RankInfo(rank, size, local_rank, environment["MASTER_ADDR"].strip(), port_number())
-    # One port per step, so that steps of one job, and jobs that share a node, rarely meet.
+    # One port per step, so that steps of one job, and jobs that share a node, rarely choose the same.
     port = 20_000 + (number("SLURM_JOB_ID") * 31 + number("SLURM_STEP_ID")) % 20_000
     address = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
     port = port_number() if environment.get("MASTER_PORT") else port
@@ -83,6 +83,11 @@ def slurm_job(environment: Mapping[str, str]) -> str | None:
     """The Slurm job and how often it was requeued, such as 4711.2; None outside of Slurm."""
     job = environment.get("SLURM_JOB_ID")
     return f"{job}.{environment.get('SLURM_RESTART_COUNT', '0')}" if job else None
+
+
+def restarts(environment: Mapping[str, str]) -> int:
+    """How often Slurm has requeued this job, or torchrun has restarted this rank, with the same command."""
+    return max(int(environment.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def job_number(job: object) -> str:
@@ -130,7 +135,7 @@ def job_setting(environment: Mapping[str, str], name: str) -> int:
 
 
 def torchrun_passes_sigterm_on(environment: Mapping[str, str]) -> bool:
-    """Whether torchrun started this rank and handles SIGTERM: it kills the rank some time after it passed it on."""
+    """Whether torchrun started this rank and handles SIGTERM: it passes the signal on, and kills the rank later."""
     handled = environment.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM")
     return started_by_torchrun(environment) and "SIGTERM" in handled
 

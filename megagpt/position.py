@@ -1,4 +1,4 @@
-"""Where a run is: one frozen value that the loop hands on and a checkpoint stores."""
+"""A run's position: one frozen value that the loop passes on and a checkpoint stores."""
 
 from dataclasses import dataclass, replace
 

@@ -25,8 +25,10 @@ class Event(enum.StrEnum):
     CHECKPOINT = "checkpoint"
     """A checkpoint is complete."""
     RESUMED = "resumed"
+    WENT_BACK = "went_back"
+    """The run was told to resume from an older checkpoint."""
     SKIPPED = "skipped"
-    """A step's update was skipped: its loss or gradient was not finite."""
+    """A step's update was skipped: its loss or gradient was not finite, or its loss was a spike."""
     RANKS = "ranks"
     """The ranks' own work, compared."""
     STRAGGLER = "straggler"
@@ -60,11 +62,17 @@ def newest(run: Path, up_to_tokens: float = math.inf) -> dict[str, Line]:
 class RunLog:
     """Writes the log. Only the main rank has one."""
 
-    def __init__(self, run: Path, tokens: int) -> None:
-        """Drops the lines past `tokens`, the position that the run resumes from."""
+    def __init__(self, run: Path, tokens: int, went_back: bool = False) -> None:
+        """Drops the lines past `tokens`, the position that the run resumes from. `went_back`: other lines may follow
+        than those that were there, which are moved to metrics.abandoned.jsonl."""
         self._path = log_path(run)
         if self._path.exists():
-            kept = [line for line in json_lines(self._path) if line.get("tokens_seen", math.inf) <= tokens]
+            lines = list(json_lines(self._path))
+            kept = [line for line in lines if line.get("tokens_seen", math.inf) <= tokens]
+            if went_back:
+                dropped = [line for line in lines if line.get("tokens_seen", math.inf) > tokens]
+                with self._path.with_name("metrics.abandoned.jsonl").open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in dropped)
             write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -87,5 +95,5 @@ class RunLog:
             raise disk_error(text, error) from None
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # its error was reported when it was written
+        with contextlib.suppress(OSError):  # the error was reported when the line was written
             self._file.close()

@@ -67,11 +67,11 @@ class World:
         return self._reduce([value], dist.ReduceOp.MAX)[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank, on every rank."""
+        """Whether some rank sets the flag; every rank gets the same answer."""
         return self.any_of(flag)[0]
 
     def any_of(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is set on some rank, on every rank, in one exchange."""
+        """For each flag, whether some rank sets it, in one exchange; every rank gets the same answers."""
         return [value > 0 for value in self._reduce(list(map(float, flags)), dist.ReduceOp.MAX)]
 
     def from_main(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
@@ -140,7 +140,7 @@ def join(
                 threading.Thread(target=follow_failed_peers, args=(watched, left), daemon=True).start()
             _start_process_group(world, store, max(TIMEOUT, datetime.timedelta(seconds=hang_timeout + 60)))
             yield world
-            # The rank that holds the store leaves with the others: those who watch take its exit for a failure.
+            # The rank that holds the store must not leave first: its peers would take its exit for a failure.
             world.barrier()
     except Exception as error:
         if world.size == 1:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as ServedAccumulator
 
 from megagpt.incarnations import list_incarnations
 from tests.conftest import metrics
@@ -45,6 +47,17 @@ def assert_same_curve(run: Path, expected: Path | Sequence[tuple[float, float]],
     for line, (loss, norm) in zip(steps, expected, strict=True):
         assert line["loss"] == pytest.approx(loss, abs=tolerance)
         assert line["gradient_norm"] == pytest.approx(norm, abs=NORM)
+
+
+def charts(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The points of each tag in TensorBoard's events of a folder, the same by each of TensorBoard's loaders."""
+    events, served = EventAccumulator(str(folder), {"scalars": 0}), ServedAccumulator(str(folder), {"tensors": 0})
+    events.Reload()
+    served.Reload()
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    for tag, points in found.items():
+        assert [e.step for e in served.Tensors(tag)] == [step for step, _ in points], tag
+    return found
 
 
 def wait_for_steps(

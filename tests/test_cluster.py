@@ -124,7 +124,7 @@ def test_a_time_limit_saves_requeues_and_resumes(
     events = EventAccumulator(str(job.run))
     events.Reload()
     assert [e.step for e in events.Scalars("loss/loss")] == list(range(1, STEPS + 1)), "not one continuous run"
-    assert [e.value for e in events.Scalars("progress/incarnation")] == [2.0]
+    assert [e.value for e in events.Scalars("totals/incarnation")] == [2.0]
     (*_, start) = events.Tensors("start/text_summary")
     assert f"megagpt train --resume {job.run}" in start.tensor_proto.string_val[0].decode()
 

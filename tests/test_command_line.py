@@ -43,13 +43,13 @@ def test_the_config_may_be_an_option(command: list[str], option: list[str]) -> N
 
 
 @pytest.mark.parametrize("words", [["a", "b"], ["a", "--config", "b"], []], ids=str)
-def test_other_than_one_config_is_refused(words: list[str]) -> None:
+def test_exactly_one_config_is_taken(words: list[str]) -> None:
     with pytest.raises(UserError, match=r"name one config, such as quickstart.yaml( \(got a, b\))?$") as caught:
         config_of(parsed("config", *words, "train.tokens=1e9"))
     assert ("(got a, b)" in str(caught.value)) == bool(words)
 
 
-def test_other_than_one_preset_is_refused(capsys: Capture) -> None:
+def test_exactly_one_preset_is_taken(capsys: Capture) -> None:
     assert main(["bench", "model.layers=2", "--steps", "1"]) == 2
     assert "name one preset, such as gpt2-124m" in capsys.readouterr().err
 

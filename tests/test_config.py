@@ -223,13 +223,20 @@ def test_the_recipe_is_optimizer_schedule_batch_seed_and_dropout() -> None:
         for section, kind in (("optimizer", OptimizerConfig), ("schedule", ScheduleConfig))
         for field in dataclasses.fields(kind)
     ]
-    others = ["run.seed", "train.batch_tokens", "train.batch_ramp_start", "train.batch_ramp_tokens", "model.dropout"]
-    assert sorted(keys_marked(Change.RECIPE)) == sorted(sections + others)
+    others = [
+        "run.seed",
+        "train.batch_tokens",
+        "train.batch_ramp_start",
+        "train.batch_ramp_tokens",
+        "train.spike",
+        "model.dropout",
+    ]
+    assert sorted(key.name for key in keys_marked(Change.RECIPE)) == sorted(sections + others)
 
 
 def test_the_shape_is_the_model_without_dropout_and_preset() -> None:
     names = {f"model.{field.name}" for field in dataclasses.fields(ModelConfig)}
-    assert set(keys_marked(Change.SHAPE)) == names - {"model.dropout", "model.preset"}
+    assert {key.name for key in keys_marked(Change.SHAPE)} == names - {"model.dropout", "model.preset"}
 
 
 def test_every_key_of_one_engine_is_refused_by_the_others() -> None:
@@ -300,12 +307,14 @@ def test_values_of_each_kind_are_explained(word: str, parts: list[str], capsys: 
 
 
 def test_without_a_word_every_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    """Those of `megagpt config`, and those of the items of data.sources."""
+    """Those of `megagpt config`, and those of the items of lists."""
     config = dataclasses.asdict(load_config("gpt3_xl"))
     names = [f"{section}.{key}" for section, keys in config.items() for key in keys]
     lines = explained(capsys)
     shown = [line.split(" = ")[0] for line in lines if re.match(r"[a-z]+\.\S+ = ", line)]
-    assert sorted(shown) == sorted([*names, "data.sources[].path", "data.sources[].weight"])
+    assert sorted(shown) == sorted(
+        [*names, *(f"data.{key}" for key in ("sources[].path", "sources[].weight", "skip[].at", "skip[].tokens"))]
+    )
 
 
 def test_a_word_in_the_text_of_a_key_finds_it(capsys: pytest.CaptureFixture[str]) -> None:

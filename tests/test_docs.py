@@ -136,7 +136,7 @@ def test_paths_and_links_lead_somewhere(document: str) -> None:
     assert not missing
 
 
-def test_messages_in_the_table_of_troubles_are_printed() -> None:
+def test_messages_in_the_troubleshooting_table_are_printed() -> None:
     sources = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "megagpt").rglob("*.py"))
     table = read("docs/clusters.md").partition("## Troubleshooting")[2]
     first_cells = re.findall(r"^\| (.+?) \|", table, re.MULTILINE)

@@ -143,7 +143,7 @@ def test_a_rank_outside_its_world_is_refused(rank: str, size: str) -> None:
         ("rack[2-3]node[08,10]-ib,x", "rack2node08-ib"),
     ],
 )
-def test_first_host(nodes: str, first: str) -> None:
+def test_the_first_host_of_a_node_list_is_found(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
 
 

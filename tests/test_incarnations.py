@@ -38,7 +38,7 @@ def test_each_incarnation_supersedes_all_before(tmp_path: Path) -> None:
             old.check()
 
 
-def test_starts_at_the_same_moment_get_different_numbers(tmp_path: Path) -> None:
+def test_incarnations_that_begin_together_get_different_numbers(tmp_path: Path) -> None:
     found: list[int] = []
     threads = [threading.Thread(target=lambda: found.append(claim(tmp_path, {}).number)) for _ in range(16)]
     for thread in threads:
@@ -48,7 +48,7 @@ def test_starts_at_the_same_moment_get_different_numbers(tmp_path: Path) -> None
     assert sorted(found) == list(range(1, 17))
 
 
-def test_the_first_word_on_an_end_stays_unless_it_is_corrected(tmp_path: Path) -> None:
+def test_the_first_record_of_an_end_stays_unless_corrected(tmp_path: Path) -> None:
     start = claim(tmp_path, {})
     assert start.ended() == {}
     start.end("failed", "rank 3", 7)
@@ -58,7 +58,7 @@ def test_the_first_word_on_an_end_stays_unless_it_is_corrected(tmp_path: Path) -
     assert start.ended()["reason"] == "rank 2"
 
 
-def test_what_a_death_cut_off_is_read_as_nothing(tmp_path: Path) -> None:
+def test_a_record_that_a_death_cut_off_is_read_as_empty(tmp_path: Path) -> None:
     start = claim(tmp_path, {})
     (tmp_path / "incarnations" / "000001.json").write_text('{"host": ')
     (tmp_path / "incarnations" / "000001.end.json").write_text("")
@@ -77,7 +77,7 @@ def test_an_older_incarnation_saves_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob("*.saving-*"))
 
 
-def test_a_save_under_way_leaves_a_newer_ones_place_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_in_flight_leaves_a_newer_ones_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both save the same position. The older one is halted when all of its files are written."""
     old = saver(tmp_path, claim(tmp_path, {}))
     reached, go_on = threading.Event(), threading.Event()
@@ -122,7 +122,7 @@ def test_the_list_is_in_order_of_numbers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_of_two_live_starts_the_older_one_ends(tmp_path: Path, corpus: Path) -> None:
+def test_of_two_running_incarnations_the_older_one_ends(tmp_path: Path, corpus: Path) -> None:
     """Real processes of one run at the same time, both healthy, as if a scheduler had lost contact with the first."""
     config = write_tiny(
         tmp_path, corpus, train={"tokens": 128 * 100_000}, checkpoint={"every_tokens": 640, "keep_last": 3}

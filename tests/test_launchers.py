@@ -79,7 +79,7 @@ def test_python_and_torchrun_train_the_same_run(corpus: Path, tmp_path: Path, ex
         assert_same_run(done, tmp_path / name, expected)
 
 
-def test_deepspeed(corpus: Path, tmp_path: Path, expected: list[float]) -> None:
+def test_deepspeed_trains_the_same_run(corpus: Path, tmp_path: Path, expected: list[float]) -> None:
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
     command = [*launcher, f"--master_port={free_port()}", SCRIPT, *arguments_of(corpus, tmp_path), *ZERO3]
     done = run(command, tmp_path)
@@ -132,7 +132,9 @@ def test_an_impossible_config_is_one_line_under_torchrun(corpus: Path, tmp_path:
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("engine", [[], ZERO3], ids=["config's engine", "zero3"])
-def test_srun(engine: list[str], corpus: Path, tmp_path: Path, expected: list[float], cluster: MiniCluster) -> None:
+def test_srun_trains_the_same_run(
+    engine: list[str], corpus: Path, tmp_path: Path, expected: list[float], cluster: MiniCluster
+) -> None:
     assert_same_run(srun([*arguments_of(corpus, tmp_path), *engine], tmp_path, cluster), tmp_path, expected)
 
 

@@ -142,7 +142,7 @@ def test_an_error_before_the_ranks_meet_ends_a_healthy_peer(tmp_path: Path, fail
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_rank_that_leaves_in_peace_ends_nobody(tmp_path: Path, first: int) -> None:
+def test_a_rank_that_exits_cleanly_ends_no_peer(tmp_path: Path, first: int) -> None:
     """Its peer has work left, such as files to write, for longer than peers of a failed rank are given."""
     codes, stderr = without_launcher(tmp_path, first, "none", "")
     assert codes == [0, 0], stderr

@@ -1,10 +1,11 @@
-"""One checkpoint on disk: its folder, what makes it complete, and what it says of itself.
+"""One checkpoint on disk: its folder, its marker of completeness, and its description.
 
-RUN/checkpoints/000000000524288/    named by tokens seen; while incarnation 3 writes it, with `.saving-3` behind
+RUN/checkpoints/000000000524288/    named by tokens seen; while incarnation 3 writes it, with the suffix `.saving-3`
     __0_0.distcp, ...           fp32 weights and both Adam moments by name, a file from each rank
-    .metadata                   which part of which tensor lies where
+    .metadata                   the place of each part of each tensor
     meta.json                   position, counters, config, engine, world size, versions, data fingerprints
-    COMPLETE                    size and checksums of all of them; written last, when they are on the disk"""
+    COMPLETE                    size and checksums of all of them; written last, when they are on the disk
+    UNPROVEN                    empty; removed after a later step was finite"""
 
 import errno
 import importlib.metadata
@@ -30,6 +31,8 @@ INDEX = ".metadata"
 FORMAT = 2
 SAVING = ".saving"
 CORRUPT = ".corrupt"
+ABANDONED = ".abandoned"
+UNPROVEN = "UNPROVEN"
 REMOVED = ".removed"
 SHARE = "run.folder must be one that all hosts share"
 
@@ -44,8 +47,8 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """The content of meta.json. No generator's state is in it: initial weights, data order, dropout and samples are
-    functions of the seed and the position."""
+    """The content of meta.json. It holds no random generator's state: initial weights, data order, dropout and samples
+    are functions of the seed and the position."""
 
     tokens_seen: int
     sequences_seen: int
@@ -62,11 +65,15 @@ class CheckpointMeta:
     """The engine's state that is not a tensor: `updates`, `loss_scale`."""
     milestone: bool = False
     skipped_updates: int = 0
+    skipped_in_a_row: int = 0
+    spikes: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """Those that train.spike compares the next one with."""
     saved: str = field(default_factory=now)
     versions: dict[str, str] = field(default_factory=_versions)
 
     def to_json(self) -> bytes:
-        """The scalars are keys beside the others."""
+        """The content of the file, in which the scalars are keys beside the others."""
         tree = {"format": FORMAT, **asdict(self)}
         scalars = tree.pop("scalars")
         return json.dumps(tree | scalars, indent=1).encode()
@@ -129,11 +136,21 @@ class Checkpoint:
         return OpenCheckpoint(self, CheckpointMeta.from_json(data, self.path / META), sums)
 
     def is_milestone(self) -> bool:
-        """By meta.json alone, which is small and is not checked here. Raises OSError, and ValueError for no JSON."""
+        """Reads only meta.json, which is small, and does not check it. Raises OSError, and ValueError if not JSON."""
         return bool(json.loads((self.path / META).read_bytes()).get("milestone"))
 
+    @property
+    def is_proven(self) -> bool:
+        """Whether a later step was finite, so the weights are good. True for imported weights and for checkpoints of
+        version 0.1, which did not note it. Raises OSError."""
+        return not (self.path / UNPROVEN).exists()
+
+    def prove(self) -> None:
+        """Note that a later step was finite. Raises OSError."""
+        (self.path / UNPROVEN).unlink(missing_ok=True)
+
     def verify(self, progress: Progress = lambda count: None) -> list[str]:
-        """Read all of it against its checksums; returns the problems, by file. `progress` is told of bytes read."""
+        """Compare all of it with its checksums; returns the problems, by file. `progress` is called with bytes read."""
         try:
             sums = self.sums()
         except CorruptError as error:
@@ -158,7 +175,7 @@ class Checkpoint:
             try:
                 check_size(saving / name, expected)
             except CorruptError as error:
-                raise UserError(f"{error} for the main rank: {SHARE}") from None
+                raise UserError(f"{error}, as the main rank sees it: {SHARE}") from None
         data = meta.to_json()
         write_atomic(saving / META, data)
         files = sorted({**sums, META: sum_bytes(data)}.items())
@@ -168,7 +185,7 @@ class Checkpoint:
         flush_folder(saving)
         fence()
         try:
-            saving.rename(self.path)  # never over one that is there
+            saving.rename(self.path)  # fails if one is there already
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -178,7 +195,7 @@ class Checkpoint:
         flush_folder(self.path.parent)
 
     def remove(self) -> None:
-        """Take its name away first: after a removal that is cut off or delayed, the rest does not look complete."""
+        """Rename the folder before its files go, so that an interrupted removal leaves nothing that looks complete."""
         gone = self.path.with_name(self.path.name + REMOVED)
         shutil.rmtree(gone, ignore_errors=True)
         self.path.rename(gone)
@@ -186,18 +203,26 @@ class Checkpoint:
 
     def quarantine(self) -> Path:
         """Rename a corrupt checkpoint; returns its new path, or the old one if the disk refuses."""
-        quarantined = self.path.with_name(self.path.name + CORRUPT)
-        while quarantined.exists():  # an earlier one of this position
-            quarantined = quarantined.with_name(quarantined.name + CORRUPT)
         try:
-            return self.path.rename(quarantined)
+            return self._rename(CORRUPT)
         except OSError:
             return self.path
+
+    def abandon(self) -> Path:
+        """Rename a checkpoint from which the run does not continue, so that none resumes from it; returns its new path.
+        Raises OSError."""
+        return self._rename(ABANDONED)
+
+    def _rename(self, suffix: str) -> Path:
+        renamed = self.path.with_name(self.path.name + suffix)
+        while renamed.exists():  # an earlier one of this position
+            renamed = renamed.with_name(renamed.name + suffix)
+        return self.path.rename(renamed)
 
 
 @dataclass(frozen=True)
 class OpenCheckpoint:
-    """A complete checkpoint, validated once by `Checkpoint.open`; nothing here reads the disk but `check_file`."""
+    """A complete checkpoint, validated once by `Checkpoint.open`. Of its methods, only `check_file` reads the disk."""
 
     checkpoint: Checkpoint
     meta: CheckpointMeta
@@ -213,7 +238,7 @@ class OpenCheckpoint:
         return sum(s.size for s in self.sums.values())
 
     def check_file(self, name: str, progress: Progress = lambda count: None) -> None:
-        """Read one of its files against its checksums. Raises CorruptError."""
+        """Compare one of its files with its checksums. Raises CorruptError."""
         if name in self.sums:  # all but the marker itself
             _read_all(self.path / name, self.sums[name], progress)
 

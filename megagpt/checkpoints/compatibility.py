@@ -23,17 +23,18 @@ class Allowed:
 
 
 def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowed: Allowed) -> list[str]:
-    """The allowed differences, for the log. Raises UserError naming the others and the options that allow them."""
+    """The differences that are allowed, for the log. Raises UserError naming the others, and the options for them."""
     meta = found.meta
     saved, wanted = meta.config, asdict(config)
     model = _differences(_marked(saved, Change.SHAPE), _marked(wanted, Change.SHAPE))
     recipe, data = [], []
     if meta.sequences_seen:  # before the first sequence there is nothing that a change could contradict
         recipe = _differences(_marked(saved, Change.RECIPE), _marked(wanted, Change.RECIPE))
-        before, now = ([s["weight"] for s in tree["data"]["sources"]] for tree in (saved, wanted))
-        data = _differences(
-            {"data.sources weights": before, "data": meta.data}, {"data.sources weights": now, "data": fingerprints}
-        )
+        data = _differences(_order(saved, meta.data), _order(wanted, fingerprints))
+    seen = meta.tokens_seen
+    if past := _differences(_skips_before(saved, seen), _skips_before(wanted, seen)):
+        way = "only stretches at or past that position may change"
+        raise UserError(f"{found.path} has seen {seen} tokens, and before them {past[0]}: {way}")
     refused, ways = list(model), []
     if model:
         ways.append("another model needs another run.name")
@@ -49,13 +50,29 @@ def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowe
     return recipe + data
 
 
+def _order(tree: dict[str, Any], fingerprints: list[str] | None) -> dict[str, Any]:
+    """The values that decide the order of the data."""
+    data = tree["data"]
+    weights = [source["weight"] for source in data["sources"]]
+    return {"data.sources weights": weights, "data.skip": data.get("skip", []), "data": fingerprints}
+
+
+def _skips_before(tree: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The stretches that were left out before a position."""
+    return {"data.skip": [stretch for stretch in tree["data"].get("skip", ()) if stretch["at"] < tokens]}
+
+
 def _marked(tree: dict[str, Any], change: Change) -> dict[str, Any]:
-    """The values of the keys with that mark, by `section.key`."""
-    keys = [(name, *name.split(".")) for name in keys_marked(change)]
-    return {name: tree[section].get(key) for name, section, key in keys}
+    """The values of the keys with that mark, by `section.key`. A key that is newer than the checkpoint has its default:
+    every new key's default is what the code did before."""
+    values = {}
+    for key in keys_marked(change):
+        section, name = key.name.split(".")
+        values[key.name] = tree[section].get(name, key.default_value)
+    return values
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    # JSON, in which one of them was stored, has lists for tuples.
+    # The saved values come from JSON, which has lists for tuples.
     differ = [key for key in wanted if to_jsonable_python(saved.get(key)) != to_jsonable_python(wanted[key])]
-    return [f"{key} {saved.get(key)} there, {wanted[key]} here" for key in differ]
+    return [f"{key} is {saved.get(key)} in the checkpoint, {wanted[key]} now" for key in differ]

@@ -1,12 +1,13 @@
-"""A run's checkpoints: listed, found, rotated, quarantined."""
+"""Lists, finds and rotates a run's checkpoints."""
 
 import contextlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from megagpt.checkpoints.checkpoint import CORRUPT, REMOVED, SAVING, Checkpoint, OpenCheckpoint
+from megagpt.checkpoints.checkpoint import ABANDONED, CORRUPT, REMOVED, SAVING, Checkpoint, OpenCheckpoint
 from megagpt.console import warn
-from megagpt.errors import ExpectedError, UserError
+from megagpt.errors import ExpectedError, UserError, disk_reason
 
 # The suffix of a quarantined checkpoint up to version 0.1.
 _OLD_CORRUPT = ".damaged"
@@ -30,7 +31,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
 
 
 def newest_complete(run: Path) -> OpenCheckpoint | None:
-    """The newest complete checkpoint, as far as file sizes tell. Newer ones are named on stderr with their problem."""
+    """The newest checkpoint that is complete by its file sizes. Newer ones are named on stderr with their problem."""
     for checkpoint in reversed(list_checkpoints(run)):
         try:
             return checkpoint.open()
@@ -40,7 +41,7 @@ def newest_complete(run: Path) -> OpenCheckpoint | None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is that of a checkpoint, not of a run."""
+    """Whether a path is a checkpoint's, not a run's."""
     path = path.resolve()
     return path.is_dir() and path.name.isdigit() and path.parent.name == "checkpoints"
 
@@ -61,34 +62,63 @@ def saving_folder(checkpoint: Checkpoint, incarnation: int) -> Path:
 
 
 class Rotation:
-    """Keeps a run's last interval checkpoints. It reads those that are there once, and no old checkpoint after that."""
+    """Keeps a run's last interval checkpoints. Only proven ones count: from those a later step was finite. It reads
+    the checkpoints that are there once, and no old one after that."""
 
     def __init__(self, run: Path, keep_last: int) -> None:
         self._keep_last = keep_last
-        self._interval = [c for c in list_checkpoints(run) if _counts(c)]
+        self._proven: list[Checkpoint] = []
+        self._unproven: list[tuple[Checkpoint, bool]] = []
+        for checkpoint in list_checkpoints(run):
+            with contextlib.suppress(ExpectedError, OSError, ValueError):  # it is not complete: rotation leaves it
+                milestone = checkpoint.is_milestone()
+                checkpoint.open()
+                if not checkpoint.is_proven:
+                    self._unproven.append((checkpoint, milestone))
+                elif not milestone:
+                    self._proven.append(checkpoint)
 
     def saved(self, newest: Checkpoint, milestone: bool) -> None:
-        """After a save: of the interval checkpoints up to `newest`, leave the last `keep_last`. Milestones stay, and
-        so do incomplete checkpoints, for people to look at."""
-        self._interval = [c for c in self._interval if c != newest]
-        if not milestone:
-            self._interval.append(newest)
-        up_to_newest = sorted((c for c in self._interval if c.tokens <= newest.tokens), key=lambda c: c.tokens)
-        for checkpoint in up_to_newest[: -self._keep_last]:
+        """Note a save, which is unproven."""
+        self._proven = [c for c in self._proven if c != newest]
+        self._unproven = [(c, m) for c, m in self._unproven if c != newest] + [(newest, milestone)]
+
+    def proved(self, tokens: int) -> None:
+        """After a finite step from position `tokens`: the checkpoints up to it are proven. Of them, leave the last
+        `keep_last`. Milestones stay, and so do incomplete checkpoints, for people to look at."""
+        for checkpoint, milestone in [(c, m) for c, m in self._unproven if c.tokens <= tokens]:
+            with contextlib.suppress(OSError):  # it stays unproven until the next time
+                checkpoint.prove()
+                self._unproven.remove((checkpoint, milestone))
+                if not milestone:
+                    self._proven.append(checkpoint)
+        up_to_now = sorted((c for c in self._proven if c.tokens <= tokens), key=lambda c: c.tokens)
+        for checkpoint in up_to_now[: -self._keep_last]:
             with contextlib.suppress(OSError):  # it stays until the next time
                 checkpoint.remove()
-                self._interval.remove(checkpoint)
+                self._proven.remove(checkpoint)
 
 
-def _counts(checkpoint: Checkpoint) -> bool:
-    """Whether rotation may remove a checkpoint: it is complete, and it is no milestone."""
-    with contextlib.suppress(ExpectedError, OSError, ValueError):
-        return not checkpoint.is_milestone() and checkpoint.open() is not None
-    return False
+def newest_good(run: Path, before_tokens: int) -> Checkpoint | None:
+    """The newest complete checkpoint before a position that is proven; None if there is none."""
+    for checkpoint in reversed(list_checkpoints(run)):
+        with contextlib.suppress(ExpectedError, OSError):
+            if checkpoint.tokens < before_tokens and checkpoint.is_proven:
+                return checkpoint.open().checkpoint
+    return None
+
+
+def abandon(run: Path, doubtful: Callable[[Checkpoint], bool]) -> list[Path]:
+    """Rename the checkpoints that are doubtful; returns their new paths, oldest first. Raises UserError."""
+    try:
+        return [checkpoint.abandon() for checkpoint in list_checkpoints(run) if doubtful(checkpoint)]
+    except OSError as error:
+        problem = f"a checkpoint from which the run does not continue cannot be renamed: {disk_reason(error)}"
+        raise UserError(f"{checkpoints_folder(run)}: {problem}") from None
 
 
 def remove_unfinished(run: Path, incarnation: int) -> None:
-    """Remove the rests of saves and removals that were cut off, up to those of an incarnation."""
+    """Remove what interrupted saves and removals left, of this incarnation and of older ones."""
     folder = checkpoints_folder(run)
     for path in [*folder.glob(f"*{REMOVED}"), *folder.glob(f"*{SAVING}*")]:
         number = path.name.partition(f"{SAVING}-")[2]  # empty for removals, and before there were incarnations
@@ -96,7 +126,7 @@ def remove_unfinished(run: Path, incarnation: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def quarantined(run: Path) -> list[Path]:
-    """The run's corrupt checkpoints that were renamed."""
+def renamed(run: Path) -> list[Path]:
+    """The run's checkpoints that are quarantined or abandoned."""
     folder = checkpoints_folder(run)
-    return sorted([*folder.glob(f"*{CORRUPT}"), *folder.glob(f"*{_OLD_CORRUPT}")])
+    return sorted(path for suffix in (CORRUPT, _OLD_CORRUPT, ABANDONED) for path in folder.glob(f"*{suffix}"))

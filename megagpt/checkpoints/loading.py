@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megagpt.checkpoints.checkpoint import INDEX, OpenCheckpoint
+from megagpt.checkpoints.checkpoint import INDEX, Checkpoint, OpenCheckpoint
 from megagpt.checkpoints.compatibility import Allowed, check
-from megagpt.checkpoints.folder import find_checkpoint, list_checkpoints, quarantined
+from megagpt.checkpoints.folder import at_tokens, find_checkpoint, list_checkpoints, renamed
 from megagpt.checkpoints.saving import hush
 from megagpt.checkpoints.storage import CorruptError, Reader
 from megagpt.config import Config
@@ -25,34 +25,59 @@ from megagpt.models.huggingface import is_pretrained, load_pretrained
 from megagpt.world import World
 
 
-def choose(run: Path, config: Config, fingerprints: list[str], allowed: Allowed, world: World) -> OpenCheckpoint | None:
+def choose(
+    run: Path, config: Config, fingerprints: list[str], allowed: Allowed, world: World, tokens: int | None = None
+) -> OpenCheckpoint | None:
     """The run's newest complete checkpoint, which fits config and data; None if none was ever completed. Every rank
     calls it and gets the main rank's answer, because file systems may show ranks different states. Corrupt ones are
-    named and quarantined. Raises UserError if all are corrupt, or if the checkpoint belongs to another run."""
-    return world.from_main(lambda: _choose(run, config, fingerprints, allowed, world.size))
+    named and quarantined. `tokens`: take the checkpoint of that position and no other. Raises UserError if all are
+    corrupt, if that one is missing or corrupt, or if the checkpoint belongs to another run."""
+
+    def search() -> OpenCheckpoint | None:
+        found = _newest(run) if tokens is None else _at(run, tokens)
+        if found is not None:
+            for difference in check(found, config, fingerprints, allowed):
+                say(f"resuming with a change: {difference}")
+            if config.model.dropout and found.meta.world_size != world.size:
+                change = f"on {world.size} ranks instead of {found.meta.world_size}"
+                say(f"dropout draws by rank: {change}, other elements are dropped from here on, at the same rate")
+        return found
+
+    return world.from_main(search)
 
 
-def _choose(run: Path, config: Config, fingerprints: list[str], allowed: Allowed, ranks: int) -> OpenCheckpoint | None:
+def _newest(run: Path) -> OpenCheckpoint | None:
     for checkpoint in reversed(list_checkpoints(run)):
         try:
-            found = checkpoint.open()
-            found.check_file(INDEX)  # PyTorch hides what its reader of the index raises
+            return _checked(checkpoint)
         except CorruptError as error:
             say(_quarantine_words(error, checkpoint.quarantine(), checkpoint.path))
-            continue
-        except OSError as error:
-            raise UserError(f"{checkpoint.path}: cannot be read: {first_line(error)}") from None
-        for difference in check(found, config, fingerprints, allowed):
-            say(f"resuming with a change: {difference}")
-        if config.model.dropout and found.meta.world_size != ranks:
-            change = f"on {ranks} ranks instead of {found.meta.world_size}"
-            say(f"dropout draws by rank: {change}, other elements are dropped from here on, at the same rate")
-        return found
-    if left := quarantined(run):
-        ways = "restore one from a copy, or use another run.name"
-        again = "To begin this run again from its first token, remove the quarantined checkpoints"
+    if left := renamed(run):
+        ways = "restore one from a copy or give one its name back, or use another run.name"
+        again = "To begin this run again from its first token, remove the renamed checkpoints"
         raise UserError(f"{left[-1]}: no checkpoint of this run is complete; {ways}. {again}")
     return None
+
+
+def _at(run: Path, tokens: int) -> OpenCheckpoint:
+    checkpoint = at_tokens(run, tokens)
+    if not checkpoint.path.is_dir():
+        there = ", ".join(str(c.tokens) for c in list_checkpoints(run)) or "none"
+        raise UserError(f"{run}: has no checkpoint at {tokens} tokens; there are: {there}")
+    try:
+        return _checked(checkpoint)
+    except CorruptError as error:
+        raise UserError(f"{error}; choose another checkpoint, or leave --at out to take the newest good one") from None
+
+
+def _checked(checkpoint: Checkpoint) -> OpenCheckpoint:
+    """The checkpoint, opened. Raises CorruptError, and UserError if the disk does not read it."""
+    try:
+        found = checkpoint.open()
+        found.check_file(INDEX)  # PyTorch hides what its reader of the index raises
+        return found
+    except OSError as error:
+        raise UserError(f"{checkpoint.path}: cannot be read: {first_line(error)}") from None
 
 
 def load(found: OpenCheckpoint, engine: Engine) -> None:

@@ -1,19 +1,23 @@
 """Saving: a thread writes a copy of this rank's share of the state while training continues."""
 
+import contextlib
 import datetime
+import math
 import os
 import threading
 import time
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
-from megagpt.checkpoints.checkpoint import SHARE, Checkpoint, CheckpointMeta
+from megagpt.checkpoints.checkpoint import SHARE, UNPROVEN, Checkpoint, CheckpointMeta
 from megagpt.checkpoints.folder import Rotation, at_tokens, checkpoints_folder, remove_unfinished, saving_folder
 from megagpt.checkpoints.storage import Writer
 from megagpt.config import CheckpointConfig
@@ -26,7 +30,7 @@ from megagpt.position import Position
 from megagpt.process_memory import free_memory
 from megagpt.world import World
 
-# Time that ranks wait for the slowest writer of a save.
+# Longest time that ranks wait for the slowest writer of a save.
 _TIMEOUT = datetime.timedelta(hours=3)
 # Bytes that each rank writes once at the start, to learn how fast the disk is.
 _PROBE_BYTES = 2**24
@@ -39,35 +43,46 @@ class Saved:
     """A checkpoint that is complete."""
 
     checkpoint: Checkpoint
+    meta: CheckpointMeta
     stall_seconds: float
-    """Time that training waited for it, and for the end of the one before."""
+    """Time that training waited for it, and for the end of the save before it."""
     save_seconds: float
     """Time from its begin to its marker."""
 
 
 class Saver:
     """Saves of one run, one at a time. Every rank has one and calls it in the same steps. `save` returns as soon as the
-    state is copied; `poll` and `finish` return the checkpoint. If the disk refuses it, all ranks have `failed` set."""
+    state is copied; `poll` and `finish` return the checkpoint. If the disk refuses it, `failed` is set on all ranks."""
 
     def __init__(
         self, run: Path, config: CheckpointConfig, world: World, incarnation: Incarnation | None = None
     ) -> None:
         """`incarnation`: once a newer one has begun, saves raise Superseded and change nothing on the disk."""
         self._run, self._config, self._world, self._incarnation = run, config, world, incarnation
-        # A group of its own: collectives of a step and of a save in the background must not meet in one.
+        # A group of its own: collectives of a step and of a save in the background must not mix.
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world.size > 1 else None
         self._ranks_here = world.hosts().count(world.host)
         self._thread: threading.Thread | None = None
         self._outcome: Saved | BaseException | None = None
         self.expected_seconds = 0.0
-        """Of the next save: the duration of the longest so far, or at first an estimate by the disk's speed."""
+        """Duration of the next save: the longest one so far; before the first, an estimate from the disk's speed."""
         self._measured = False
         self._room: bool | None = None
+        self._new: list[Saved] = []
+        """Complete, and not yet known to the rotation."""
+        self._unproven: float = 0
+        """Tokens of the newest complete checkpoint, until it is proven; then infinite. At first those on the disk are
+        to be looked at."""
+        self._finite_from = -1
+        """The newest position from which a step was finite."""
         self._rotation: Rotation | None = None
+        # One thread rotates, because removing a checkpoint may take long.
+        self._rotating = ThreadPoolExecutor(1, thread_name_prefix="rotation")
+        self._rotated: Future[None] | None = None
 
     def probe(self, size: int) -> None:
-        """Write a little into the checkpoints' folder, to learn whether it can be written and how long a checkpoint of
-        `size` bytes will take. Raises UserError if it cannot."""
+        """Write a little into the checkpoints' folder, to learn whether that works and how long a checkpoint of `size`
+        bytes will take. Raises UserError if the folder cannot be written or is not shared by all ranks."""
         self._world.from_main(self._clear)
         share = size // self._world.size
         data = memoryview(bytearray(os.urandom(min(share, _PROBE_BYTES) or 1)))
@@ -88,16 +103,36 @@ class Saver:
         def see_all() -> None:
             for other in (folder / f"probe.{rank}" for rank in range(self._world.size)):
                 if not other.exists():
-                    raise UserError(f"{other} was written and is missing for the main rank: {SHARE}")
+                    raise UserError(f"{other} was written, but the main rank does not see it: {SHARE}")
                 other.unlink()
 
         self._world.from_main(see_all)
 
+    def proved(self, tokens: int) -> None:
+        """A step from position `tokens` was finite, which proves the checkpoints up to it: rotate them."""
+        self._finite_from = tokens
+        self._rotate_if_proven()
+
+    def _rotate_if_proven(self) -> None:
+        if self._world.is_main and self._unproven <= self._finite_from:
+            self._unproven = math.inf
+            new, self._new = self._new, []
+            self._rotated = self._rotating.submit(self._rotate, new, self._finite_from)
+
+    def _rotate(self, new: list[Saved], tokens: int) -> None:
+        with contextlib.suppress(OSError):  # what it leaves is rotated the next time
+            self._fence()
+            if self._rotation is None:
+                self._rotation = Rotation(self._run, self._config.keep_last)
+            for saved in new:
+                self._rotation.saved(saved.checkpoint, saved.meta.milestone)
+            self._rotation.proved(tokens)
+
     def save(self, state: dict[str, FlatShard], replica: Replica, meta: CheckpointMeta) -> Saved | None:
-        """Begin a save after the one before it has ended: returns what that one saved, or raises its error. `replica`:
-        the copy of the state that this rank holds; each copy writes its share."""
+        """Wait for the save before this one, then begin this one. Returns what the earlier save saved, or raises its
+        error. `replica`: the copy of the state that this rank holds; each copy writes its share."""
         called = time.monotonic()
-        previous = self.finish()
+        previous = self._collect()
         begin = time.monotonic()
         state = share_of(state, replica)
         copied = self._config.asynchronous and self._room_for(state)
@@ -112,7 +147,7 @@ class Saver:
             try:
                 self._write(state, checkpoint, meta)
                 seconds = time.monotonic() - begin
-                self._outcome = Saved(checkpoint, stall if copied else stall + seconds, seconds)
+                self._outcome = Saved(checkpoint, meta, stall if copied else stall + seconds, seconds)
             except (Exception, CheckpointException) as error:  # which is no Exception
                 self._outcome = error
 
@@ -125,15 +160,22 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed on this rank: `finish` raises it."""
+        """Whether a save has failed on this rank; `finish` then raises the error."""
         return isinstance(self._outcome, BaseException)
 
     def poll(self) -> Saved | None:
         """The checkpoint that was completed since the last call, if there is one; never waits."""
-        return self.finish() if isinstance(self._outcome, Saved) else None
+        return self._collect() if isinstance(self._outcome, Saved) else None
 
     def finish(self) -> Saved | None:
-        """Wait for the save in flight and return its checkpoint, unless that was returned before. Raises its error."""
+        """Wait for the save in flight and for rotation; return the checkpoint, unless it was returned before. Raises
+        the error of either."""
+        saved = self._collect()
+        if self._rotated is not None:
+            self._rotated.result()
+        return saved
+
+    def _collect(self) -> Saved | None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -142,9 +184,12 @@ class Saver:
             # The first real save tells more than the probe.
             self.expected_seconds = max(outcome.save_seconds, self.expected_seconds if self._measured else 0.0)
             self._measured = True
+            self._new.append(outcome)
+            self._unproven = outcome.checkpoint.tokens
+            self._rotate_if_proven()
         if outcome is None or isinstance(outcome, Saved):
             return outcome
-        # The errors of the ranks, behind the one that PyTorch made of them.
+        # The errors of the ranks, which PyTorch wraps in one.
         of_ranks = [f[0] for f in outcome.failures.values()] if isinstance(outcome, CheckpointException) else [outcome]
         if of_disk := [cause for cause in of_ranks if isinstance(cause, OSError)]:
             text = f"{checkpoints_folder(self._run)}: the checkpoint could not be written: {disk_reason(*of_disk)}"
@@ -152,7 +197,7 @@ class Saver:
         raise outcome
 
     def _room_for(self, state: dict[str, FlatShard]) -> bool:
-        """Whether every rank has free memory for a copy. Asked once: a copy's memory is kept for the next one."""
+        """Whether every rank has free memory for a copy. Checked once: a copy's memory is kept for the next one."""
         if self._room is not None:
             return self._room
         sizes = [s.flat.nbytes for s in state.values()]
@@ -169,7 +214,7 @@ class Saver:
         saving = saving_folder(checkpoint, self._number)
 
         def begin() -> None:
-            self._clear()  # of a save that failed
+            self._clear()  # remove what a failed save left
             saving.mkdir(parents=True)
 
         self._world.from_main(begin, self._group)
@@ -182,11 +227,8 @@ class Saver:
 
         def complete() -> None:
             sums = {name: s for sums in gathered for name, s in sums.items()}
+            (saving / UNPROVEN).touch()
             checkpoint.complete(saving, meta, sums, self._fence)
-            self._fence()
-            if self._rotation is None:
-                self._rotation = Rotation(self._run, self._config.keep_last)
-            self._rotation.saved(checkpoint, meta.milestone)
 
         self._world.from_main(complete, self._group)
 
@@ -203,12 +245,12 @@ class Saver:
         remove_unfinished(self._run, self._number)
 
 
-def meta_of(engine: Engine, at: Position, data: list[str], milestone: bool, skipped_updates: int) -> CheckpointMeta:
-    """The meta.json of an engine's save."""
+def meta_of(engine: Engine, at: Position, data: list[str], milestone: bool, **counters: Any) -> CheckpointMeta:
+    """The meta.json of an engine's save. `counters`: those of CheckpointMeta that are not 0."""
     return CheckpointMeta(
         tokens_seen=at.tokens, sequences_seen=at.sequences, step=at.step, engine=engine.config.engine.name,
         world_size=engine.world.size, config=asdict(engine.config), data=data,
-        scalars=engine.scalars(), milestone=milestone, skipped_updates=skipped_updates,
+        scalars=engine.scalars(), milestone=milestone, **counters,
     )  # fmt: skip
 
 
@@ -230,7 +272,7 @@ def share_of(state: dict[str, FlatShard], replica: Replica) -> dict[str, FlatSha
 
 
 def _copy(shard: FlatShard) -> FlatShard:
-    """In CPU memory; from a GPU without waiting for it."""
+    """A copy in CPU memory; from a GPU, the copying goes on after the return."""
     on_gpu = shard.flat.device.type == "cuda"
     copy = torch.empty(shard.flat.shape, dtype=shard.flat.dtype, pin_memory=on_gpu)
     copy.copy_(shard.flat, non_blocking=on_gpu)

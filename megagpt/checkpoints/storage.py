@@ -1,7 +1,8 @@
-"""A checkpoint's files: PyTorch's distributed checkpoint format, checksummed block by block. The files are those of
-`torch.distributed.checkpoint`, which its own tools read. Each block of BLOCK_BYTES is hashed on its way to the disk,
-and compared on its way back before anything uses it: every read verifies its blocks, and no extra pass is needed.
-(Token shards have smaller blocks with CRC-32: a training batch reads single sequences of them.)"""
+"""A checkpoint's files: the format of `torch.distributed.checkpoint`, whose own tools read them, with checksums.
+
+Each block of BLOCK_BYTES is hashed when it is written, and compared when it is read, before anything uses it: every
+read verifies its blocks, and no extra pass is needed. (Token shards have smaller blocks with CRC-32, because a training
+batch reads single sequences of them.)"""
 
 import contextlib
 import io
@@ -23,7 +24,7 @@ from torch.serialization import set_crc32_options
 
 from megagpt.errors import UserError
 
-# A reader of one small tensor reads a whole block; a checkpoint of 2 TB has half a million of them.
+# Bytes with one checksum. A reader of a small tensor reads a whole block; a checkpoint of 2 TB has half a million.
 BLOCK_BYTES = 2**22
 _KEPT_BLOCKS = 4
 _AHEAD_BYTES = 2**24
@@ -33,7 +34,7 @@ class CorruptError(UserError):
     """A file of a checkpoint is missing, too short, or differs from what was written."""
 
     def __init__(self, file: Path, what: str) -> None:
-        super().__init__(file, what)  # both, so that it can be sent to other ranks
+        super().__init__(file, what)  # both arguments, so that the error can be pickled for other ranks
         self.file, self.what = file, what
 
     def __str__(self) -> str:
@@ -111,9 +112,9 @@ class _HashingWriter(io.RawIOBase):
 
 
 class CheckedReader(io.RawIOBase):
-    """Reads a file, each block compared with its checksum before any byte of it is handed out. The last blocks stay in
-    memory, since a tensor's own directory, at its end, is read before and after the tensor. Raises CorruptError, naming
-    the file, if a checksum differs."""
+    """Reads a file, and compares each block with its checksum before it returns any byte of it. The last blocks stay in
+    memory, because each tensor's zip directory, at its end, is read before and after the tensor itself. Raises
+    CorruptError, naming the file, if a checksum differs."""
 
     def __init__(self, path: Path, expected: FileSum) -> None:
         check_size(path, expected)
@@ -151,13 +152,13 @@ class CheckedReader(io.RawIOBase):
         if content is None:
             oldest = self._kept.pop(next(iter(self._kept))) if len(self._kept) == _KEPT_BLOCKS else None
             content = self._read(block, oldest)
-        self._kept[block] = content  # the last of them now
+        self._kept[block] = content  # now the most recent one
         return content
 
     def _read(self, block: int, buffer: memoryview | None) -> memoryview:
         start = block * BLOCK_BYTES
         size = min(BLOCK_BYTES, self._expected.size - start)
-        # A block's memory is used again, but for that of the last block, which is shorter.
+        # Reuse an old block's memory, unless the sizes differ: the last block of a file is shorter.
         content = buffer if buffer is not None and len(buffer) == size else memoryview(bytearray(size))
         filled = 0
         while filled < size:
@@ -187,7 +188,7 @@ class _ChecksummedFiles(FileSystem):
         if mode == "rb":
             if path.name not in self.sums:
                 raise CorruptError(path, "is not in the list of the checkpoint's files")
-            # Buffered for the sake of pickle, which asks for single bytes.
+            # Buffered, because pickle asks for single bytes.
             with io.BufferedReader(CheckedReader(path, self.sums[path.name])) as reader:
                 yield cast(io.IOBase, reader)
             return
@@ -222,7 +223,7 @@ class Writer(dcp.FileSystemWriter):
                 try:
                     torch.save(tensor, cast(Any, stream))
                 except RuntimeError as error:
-                    if isinstance(error.__context__, OSError):  # of the disk, which PyTorch hides
+                    if isinstance(error.__context__, OSError):  # the disk's error, which PyTorch hides
                         raise error.__context__ from None
                     raise
                 length = stream.tell() - offset
@@ -242,7 +243,7 @@ class Reader(dcp.FileSystemReader):
         self.fs = _ChecksummedFiles(sums)
 
     def prepare_local_plan(self, plan: dcp.LoadPlan) -> dcp.LoadPlan:
-        """In the files' order: PyTorch's is that of the names."""
+        """Sort the reads by their place in the files; PyTorch sorts them by name."""
 
         def place(item: dcp.ReadItem) -> tuple[str, int]:
             info = self.storage_data[item.storage_index]
@@ -251,7 +252,7 @@ class Reader(dcp.FileSystemReader):
         return replace(plan, items=sorted(plan.items, key=place))
 
     def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
-        """PyTorch's, while a thread keeps the disk busy: it brings into the page cache what comes next."""
+        """PyTorch's method, while a thread keeps the disk busy by bringing the next ranges into the page cache."""
         infos = [self.storage_data[item.storage_index] for item in plan.items]
         ranges = [(Path(self.path) / i.relative_path, i.offset, i.offset + i.length) for i in infos]
         stopped = threading.Event()
@@ -265,14 +266,14 @@ class Reader(dcp.FileSystemReader):
 
 
 def _read_ahead(ranges: list[tuple[Path, int, int]], stopped: threading.Event) -> None:
-    """Read byte ranges of files in order, a large piece at a time, and forget them."""
+    """Read byte ranges of files in order, a large piece at a time, and discard the bytes."""
     scratch = memoryview(bytearray(_AHEAD_BYTES))
     for path, of_file in itertools.groupby(ranges, key=lambda r: r[0]):
         try:
             with path.open("rb", buffering=0) as file:
                 done = 0
                 for _, start, stop in of_file:
-                    # Neighbours in one piece, and at least a piece of each.
+                    # One piece may cover several small ranges.
                     done = max(done, start)
                     while done < stop and not stopped.is_set():
                         count = os.preadv(file.fileno(), [scratch], done)

@@ -46,7 +46,7 @@ def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
 def deepspeed_command(
     hostfile: Path, hosts: Mapping[str, int], master: str, port: int, script: Path, arguments: Sequence[str]
 ) -> list[str]:
-    """DeepSpeed's launcher over pdsh and ssh. Without `--force_multi` a single host's ranks start on this one."""
+    """DeepSpeed's launcher over pdsh and ssh. Without `--force_multi`, the ranks of a single host would start here."""
     beside = Path(sys.executable).parent / "deepspeed"
     return [
         str(beside) if beside.exists() else "deepspeed", f"--hostfile={hostfile}", "--force_multi",

@@ -22,7 +22,7 @@ from megagpt.errors import first_line
 from megagpt.launchers import SlurmNode, slurm_node
 
 _COLLECTIVE_BYTES = {"cuda": 2**28, "cpu": 2**24}
-# Timeout of the collective: until the last node has imported PyTorch. The pre-flight check gives up earlier.
+# Timeout of the collective: the last node must have imported PyTorch by then. The pre-flight check gives up earlier.
 _PATIENCE = datetime.timedelta(minutes=10)
 _ROUNDS = 3
 
@@ -72,7 +72,7 @@ def _exchange_files(folder: Path, node: str) -> None:
 
 
 def _gpu_facts() -> dict[str, Any]:
-    """`count` of GPUs that PyTorch sees, memory of each that others use (`used`, MiB), `error` of one that fails."""
+    """`count`: GPUs that PyTorch sees; `used`: MiB of each that other processes use; `error`: of a GPU that fails."""
     found: dict[str, Any] = {"count": torch.cuda.device_count(), "used": [], "error": ""}
     try:
         for index in range(found["count"]):
@@ -86,7 +86,7 @@ def _gpu_facts() -> dict[str, Any]:
 
 
 def _used_by_others() -> list[int]:
-    """MiB that other processes use of each GPU of this job."""
+    """MiB of each GPU of this job that other processes use."""
     query = ["nvidia-smi", "--format=csv,noheader,nounits"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         query.append(f"--id={visible}")
@@ -97,7 +97,7 @@ def _used_by_others() -> list[int]:
 
     used = dict.fromkeys((row[0] for row in ask("--query-gpu=uuid")), 0)
     for row in ask("--query-compute-apps=gpu_uuid,pid,used_memory"):
-        with contextlib.suppress(ValueError, KeyError):  # its memory may be unknown
+        with contextlib.suppress(ValueError, KeyError):  # a process's memory may be unknown
             if int(row[1]) != os.getpid():
                 used[row[0]] += int(row[2])
     return list(used.values())

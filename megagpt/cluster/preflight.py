@@ -16,10 +16,10 @@ from megagpt.console import say
 from megagpt.errors import TransientError, UserError, first_line
 from megagpt.launchers import slurm_nodes
 
-# Time until a node's first answer (s): Python's start and the import of torch from a cold file system shared by all.
+# Time (s) until a node's first answer: Python starts, and imports torch from a file system that all nodes load at once.
 _ANSWER_SECONDS = 300.0
 _COLLECTIVE_SECONDS = 120.0
-# Largest tolerated clock skew (s); less may be the delay of the message.
+# Largest tolerated clock skew (s): a smaller difference may be the delay of the message.
 _CLOCK_SECONDS = 5.0
 # Memory (MiB) that drivers and monitors may use on an idle GPU.
 _IDLE_MIB = 1024
@@ -63,8 +63,8 @@ def preflight(nodes: Sequence[str], gpus: int, folder: Path, port: int, answer_s
 
 
 def _ask(command: list[str], count: int, seconds: float) -> tuple[dict[str, Any], dict[str, Any], dict[int, str]]:
-    """Facts and collectives by node, of the nodes that answered in time; and the last line of each task's stderr by
-    its index, srun's own under -1."""
+    """Facts and collectives of the nodes that answered in time, by node; and the last line of each task's stderr, by
+    its index; srun's own line has the index -1."""
     try:
         asking = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     except FileNotFoundError:

@@ -8,15 +8,15 @@ from megagpt.errors import UserError
 from megagpt.hardware import LARGEST_GPU_GB
 from megagpt.planning.memory import state_bytes
 
-# Time from the signal to the time limit without the save (s): Slurm may be a minute late, and one step comes first.
+# Time (s) from the signal to the time limit, besides the save's: Slurm may be a minute late, and one step comes first.
 _SIGNAL_SECONDS = 120
 # Pessimistic checkpoint bandwidth of a node on a shared disk, bytes/s.
 _DISK_BYTES = 250e6
 
 
 def check_fits(config: Config, ranks: int, gpu_gb: float | None) -> str:
-    """A sentence about the memory that each rank needs. Raises UserError if a GPU has less (`gpu_gb` GB; if None, the
-    largest known one's), and if the run does not divide over the ranks."""
+    """A sentence about the memory that each rank needs. Raises UserError if a GPU has less, and if the run cannot be
+    divided among the ranks. `gpu_gb`: memory of a GPU (GB); None: that of the largest known GPU."""
     config.check_ranks(ranks)
     state = state_bytes(config, ranks)
     on_host = {"none": 0.0, "optimizer": state.optimizer, "all": state.total}[config.engine.offload]
@@ -42,7 +42,7 @@ def _way_out(config: Config, ranks: int) -> str:
 def sbatch_command(
     config: Config, script: Path, arguments: Sequence[str], nodes: int, gpus_per_node: int, options: Sequence[str]
 ) -> list[str]:
-    """`options` are sbatch's own; they come last, so that they override the others."""
+    """The command as words. `options` are sbatch's own; they come last, so that they override the others."""
     ahead = max(300, _SIGNAL_SECONDS + int(config.model.checkpoint_bytes / (nodes * _DISK_BYTES)))
     return [
         "sbatch", f"--job-name={config.run.name}",

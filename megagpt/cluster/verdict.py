@@ -1,4 +1,4 @@
-"""After the ranks of a job have ended: which failure was the first, and whether the job should be started again."""
+"""Judges a job whose ranks have ended: which failure was the first, and whether the job should be started again."""
 
 import datetime
 import re
@@ -24,10 +24,10 @@ SUMMARY = "first_error.txt"
 _TAIL_LINES = 30
 # Bytes at the end of the run log that hold its last line.
 _LOG_BYTES = 2**22
-# Failures in a row without a new checkpoint after which a job ends, whatever their reasons.
+# Number of failures in a row without a new checkpoint after which a job ends, for any reasons.
 _MAX_FRUITLESS = 3
-# Time between a rank's failure and another rank's death from which on torchrun has caused the death: it kills ranks
-# that do not end by themselves.
+# If a rank dies longer than this after another rank's failure, torchrun has killed it: it kills ranks that do not end
+# by themselves.
 _AFTERMATH = datetime.timedelta(seconds=5)
 
 
@@ -37,7 +37,7 @@ class Cause:
 
     failure: Failure
     log: Path | None = None
-    """Of the rank, or of its launcher."""
+    """The log of the rank, or of its launcher."""
     died: bool = False
     """Killed by a signal that no other rank's failure explains: out of memory, a crash."""
 
@@ -50,9 +50,9 @@ def is_finished(run: Path, config: Config) -> bool:
 
 
 def decide(run: Path, config: Config, job: str, logs: Path) -> ExitCode:
-    """DONE; STOPPED: the job should be started again; or DIFFERENT: it should not. `job`: ID.RESTARTS of this
-    incarnation; `logs`: folder of its ranks' logs and records, in which a summary is left. Exit codes of the ranks are
-    not used: torchrun and srun replace them by their own."""
+    """DONE: the run is finished; STOPPED: the job should be started again; DIFFERENT: it should not. `job`: ID.RESTARTS
+    of this incarnation; `logs`: folder of its ranks' logs and records, to which a summary is written. Exit codes of the
+    ranks are not used, because torchrun and srun replace them by their own."""
     if is_finished(run, config):
         return ExitCode.DONE
     mine = _incarnations(run, job)
@@ -126,8 +126,8 @@ def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _find_cause(end: dict[str, Any], logs: Path) -> Cause:
-    """The first failure: a death by a signal, since other ranks only notice it; then the incarnation's own record of
-    its end; then the record of the rank that failed first; then the first exit code and the end of that rank's log."""
+    """The first failure, from the best source: a death by a signal, which other ranks only notice; else the end that
+    the incarnation recorded; else the record of the rank that failed first; else the first exit code and its log."""
     records = list(_records(logs))
     first = next((cause for cause in records if cause.failure.first), None)
     if death := _death(logs, reported=first is not None):
@@ -202,7 +202,7 @@ def _rank_log(logs: Path, node: str, local_rank: int) -> Path | None:
 
 
 def _summarize(cause: Cause, logs: Path) -> None:
-    """Say what failed first, and leave it in `logs` with the end of that rank's log."""
+    """Say what failed first, and write it to `logs` with the end of that rank's log."""
     lines = [f"first to fail: {cause.failure.where}: {cause.failure.reason}"]
     if cause.log is not None:
         lines.append(f"its log: {cause.log}")

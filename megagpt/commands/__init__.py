@@ -1,1 +1,1 @@
-"""One module for each group of commands. They import what they run only when it runs, so that help is fast."""
+"""One module for each group of commands. A command imports what it needs only when it runs, so that help is fast."""

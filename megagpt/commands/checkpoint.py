@@ -1,4 +1,4 @@
-"""checkpoint list, verify, show, bench: what a run has saved, and how fast."""
+"""checkpoint list, verify, show, bench: a run's checkpoints, and the speed of saving and loading."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def register(add: Add) -> None:
     actions = add_actions(add("checkpoint", _list, "Look at a run's checkpoints."))
 
-    sub = actions("list", _list, "One line for each: position, size, writer, time, kind, and whether it is complete.")
+    sub = actions("list", _list, "One line per checkpoint: position, size, writer, time, kind, complete or not.")
     sub.add_argument("run", metavar="RUN")
 
     sub = actions("verify", _verify, "Read every byte against its checksum; exit code 1 if one differs.")
@@ -57,7 +57,8 @@ def _list(arguments: argparse.Namespace) -> int:
         meta = found.meta
         writer, kind = f"{meta.engine} x {meta.world_size}", "milestone" if meta.milestone else "interval"
         sizes = f"{checkpoint.tokens:17,} {meta.scalars['updates']:9,} {found.size / 1e9:8.3f}"
-        print(f"{sizes}  {writer:12} {meta.saved:25} {kind:9} complete")
+        state = "complete" if checkpoint.is_proven else "complete, unproven: no later step was finite yet"
+        print(f"{sizes}  {writer:12} {meta.saved:25} {kind:9} {state}")
     return 0
 
 

@@ -18,7 +18,7 @@ _TRAIN_OPTIONS = ("--allow-data-change", "--allow-recipe-change")
 def register(add: Add) -> None:
     actions = add_actions(add("launch", _slurm, "Start runs on many machines."))
 
-    sub = actions("slurm", _slurm, "Print the sbatch command of a run, or submit it; refuses what cannot work.")
+    sub = actions("slurm", _slurm, "Print the sbatch command of a run, or submit it. Refuses a run that cannot work.")
     _add_run(sub)
     sub.add_argument("--nodes", type=count, required=True)
     sub.add_argument("--gpus-per-node", type=count, default=8, help="ranks on each node (8)")
@@ -28,12 +28,12 @@ def register(add: Add) -> None:
     sub.add_argument("--partition")
     text = "another option of sbatch: --sbatch=--qos=high"
     sub.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=text)
-    sub.add_argument("--submit", action="store_true", help="submit the job, instead of printing the command")
+    sub.add_argument("--submit", action="store_true", help="also submit the job")
 
     sub = actions("hosts", _hosts, "Start a run on the hosts of a hostfile, with DeepSpeed's launcher over ssh.")
     _add_run(sub)
     sub.add_argument("--hostfile", type=Path, required=True, help="lines of the form: HOST slots=RANKS")
-    sub.add_argument("--master", default="", help="address at which the others reach the first host (its name)")
+    sub.add_argument("--master", default="", help="address at which the other hosts reach the first one (its name)")
     sub.add_argument("--port", type=count, default=29500, help="port of the first host (29500)")
     sub.add_argument("--print", action="store_true", help="print the command, instead of running it")
 
@@ -51,7 +51,7 @@ def register(add: Add) -> None:
 def _add_run(sub: argparse.ArgumentParser) -> None:
     """The arguments of the `megagpt train` that is started."""
     add_config(sub)
-    text = "as of `megagpt train`"
+    text = "passed on to `megagpt train`"
     for option in _TRAIN_OPTIONS:
         sub.add_argument(option, dest="options", action="append_const", const=option, default=[], help=text)
 
@@ -62,7 +62,7 @@ def find_script(name: str) -> Path:
     for folder in (package.parent / "launch", package / "launch"):
         if (folder / name).is_file():
             return folder / name
-    raise UserError(f"launch/{name} is neither beside the package nor in it: install megagpt again")
+    raise UserError(f"launch/{name} is neither next to the package nor in it: install megagpt again")
 
 
 def _train_arguments(arguments: argparse.Namespace) -> list[str]:
@@ -81,7 +81,7 @@ def _slurm(arguments: argparse.Namespace) -> int:
     script, words = find_script("multinode.sh"), _train_arguments(arguments)
     command = sbatch_command(config, script, words, arguments.nodes, arguments.gpus_per_node, options)
     accumulation = config.accumulation(ranks)
-    print(f"# {ranks} ranks, {accumulation} micro-batch(es) of {config.train.micro_batch} a step and rank; {fits}")
+    print(f"# {ranks} ranks, {accumulation} micro-batch(es) of {config.train.micro_batch} per step and rank; {fits}")
     print(shlex.join(command), flush=True)
     if not arguments.submit:
         return 0
@@ -143,7 +143,7 @@ def _check(arguments: argparse.Namespace) -> int:
         except UnfitError as error:
             if job.endswith(".0"):
                 raise
-            # After a requeue nobody watches, and the problem may pass: the job may be started again.
+            # After a requeue, nobody watches the job, and the problem may pass: a retry may succeed.
             return decide_after_failure(run, job, Cause(failure(error, rank=None)), logs)
     print(run)
     return 0

@@ -6,7 +6,7 @@ from megagpt.commands.options import Add, add_words, count, one_name, split_word
 
 
 def register(add: Add) -> None:
-    sub = add("bench", _bench, "Measure training steps: tokens/s, MFU and peak memory, beside other implementations.")
+    sub = add("bench", _bench, "Measure training steps: tokens/s, MFU, peak memory; compare other implementations.")
     add_words(sub, "PRESET", "a preset, such as gpt2-124m, and overrides, such as engine.stage=3")
     sub.add_argument("--batch", type=count, default=4, help="sequences in a micro-batch (4)")
     sub.add_argument("--accumulation", type=count, default=1, help="micro-batches in a step (1)")

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the one grammar of their arguments. An argument with `=` is an override, any
+"""Options that several commands share, and the one grammar of their arguments: an argument with `=` is an override, any
 other names the config. Both may come before or after options."""
 
 import argparse

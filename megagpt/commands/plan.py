@@ -1,4 +1,4 @@
-"""config, models: what a run will be, and what can be set."""
+"""config, models: a run before it starts, the config's keys, and the papers' sizes."""
 
 import argparse
 

@@ -20,7 +20,7 @@ def register(add: Add) -> None:
     sub.add_argument("--max-tokens", type=int, default=64, help="new tokens in each (64)")
     sub.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1.0)")
     sub.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: all (50)")
-    sub.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this mass (1.0)")
+    sub.add_argument("--top-p", type=float, default=1.0, help="probability of the likeliest tokens to draw from (1.0)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--stream", action="store_true", help="print tokens as they come, one continuation after another")
     sub.add_argument("--slide", action="store_true", help="keep the end of a prompt that is longer than the context")
@@ -73,11 +73,10 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 
 def _stream(model: "torch.nn.Module", text: str, tokens: list[int], count: int, settings: dict[str, Any]) -> None:
-
     from megagpt.data.tokenizer import gpt2
     from megagpt.generation import generate
 
-    # A character may span several tokens: print it when its last byte is there.
+    # A character may span several tokens: print it when its last byte has arrived.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def show(row: int, token: int) -> None:

@@ -1,4 +1,4 @@
-"""train, status: a run, begun or resumed, and its progress."""
+"""train, status: start or resume a run, and show its progress."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt import launchers
-from megagpt.commands.options import Add, add_config, config_of, split_words
+from megagpt.commands.options import Add, add_config, config_of, count, split_words
 from megagpt.console import say
 from megagpt.errors import UserError
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 def register(add: Add) -> None:
     sub = add("train", _train, "Train a config, or resume a run. Works under torchrun, deepspeed and srun too.")
     add_config(sub)
-    sub.add_argument("--resume", metavar="RUN", help="folder of the run to resume")
+    sub.add_argument("--resume", metavar="RUN", help="folder of the run to resume, or of one of its checkpoints")
+    text = "with --resume: the checkpoint of that position; newer ones are renamed, not deleted"
+    sub.add_argument("--at", metavar="TOKENS", type=_position, help=text)
     sub.add_argument("--auto-resume", action="store_true", help="resume the config's run if it exists; else begin it")
     text = "resume on other data than the run was trained on"
     sub.add_argument("--allow-data-change", action="store_true", help=text)
@@ -43,7 +45,8 @@ def _train(arguments: argparse.Namespace) -> int:
         from megagpt.world import fail_together, join
 
         try:
-            config = _resumed_config(arguments) if arguments.resume else config_of(arguments)
+            run, resume_at = _run_and_position(arguments)
+            config = _resumed_config(run, arguments) if run else config_of(arguments)
         except UserError as error:
             fail_together(error, stop.signal)
         stop.time_limit = config.train.time_limit
@@ -53,13 +56,35 @@ def _train(arguments: argparse.Namespace) -> int:
             from megagpt.training.run_folder import holds_run, run_folder
 
             allowed = Allowed(data=arguments.allow_data_change, recipe=arguments.allow_recipe_change)
-            resume = bool(arguments.resume)
+            resume = run is not None
             if arguments.auto_resume:
                 resume = world.from_main(lambda: holds_run(run_folder(config)))
-            return train(config, world, resume, allowed, stop)
+            return train(config, world, resume, allowed, stop, resume_at)
 
 
-def _resumed_config(arguments: argparse.Namespace) -> "Config":
+def _position(text: str) -> int:
+    """A number of tokens; 0 is the position of imported weights."""
+    return 0 if text == "0" else count(text)
+
+
+def _run_and_position(arguments: argparse.Namespace) -> tuple[Path | None, int | None]:
+    """Folder of the run to resume, and tokens of the checkpoint to resume from, if they were given."""
+    from megagpt.checkpoints.folder import is_checkpoint
+
+    if not arguments.resume:
+        if arguments.at is not None:
+            raise UserError("--at names a checkpoint of the run that --resume names: give --resume RUN, too")
+        return None, None
+    path = Path(arguments.resume)
+    if not is_checkpoint(path):
+        return path, arguments.at
+    path = path.resolve()
+    if arguments.at not in (None, int(path.name)):
+        raise UserError(f"--resume {arguments.resume} and --at {arguments.at} name two checkpoints: leave one out")
+    return path.parent.parent, int(path.name)
+
+
+def _resumed_config(run: Path, arguments: argparse.Namespace) -> "Config":
     """The config in the folder of the run to resume. The folder may have been moved: its place decides its name."""
     from megagpt.config_file import load_config
     from megagpt.training.run_folder import run_config
@@ -67,8 +92,8 @@ def _resumed_config(arguments: argparse.Namespace) -> "Config":
     names, overrides = split_words(arguments)
     if names:
         raise UserError(f"--resume takes the run's own config: leave {names[0]!r} out")
-    config = load_config(run_config(arguments.resume), overrides)
-    run, here = Path(arguments.resume).resolve(), Path.cwd()
+    config = load_config(run_config(run), overrides)
+    run, here = run.resolve(), Path.cwd()
     folder = run.parent.relative_to(here) if run.parent.is_relative_to(here) else run.parent
     return replace(config, run=replace(config.run, name=run.name, folder=str(folder)))
 

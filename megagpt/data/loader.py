@@ -53,6 +53,8 @@ class Corpus:
     weights: list[int]
     context: int
     seed: int
+    skips: tuple[tuple[int, int], ...] = ()
+    """Stretches to leave out: position in the run at which one would come, and its length, both in sequences."""
 
     @property
     def sizes(self) -> list[int]:
@@ -66,11 +68,18 @@ class Corpus:
         read = [self.streams[s].read(i * self.context, self.context + 1) for s, i in places]
         return np.stack(read) if read else np.empty((0, self.context + 1), dtype=np.int64)
 
+    def numbers_at(self, positions: np.ndarray) -> np.ndarray:
+        """The sequence numbers that a run takes at these positions, past the stretches that it leaves out."""
+        numbers = positions.copy()
+        for at, length in self.skips:
+            numbers[positions >= at] += length
+        return numbers
+
     def batch(self, sequences: range, share: Share) -> Batch:
-        """The sequences with these numbers, dealt to the ranks in turn; this rank's share, cut into micro-batches.
-        The ranks' shares differ by at most one sequence. Rows that do not count fill them up, so all ranks take the
-        same number of micro-batches, even if the batch does not divide over them."""
-        rows = self.rows(np.array(sequences[share.rank :: share.ranks], dtype=np.int64))
+        """The sequences at these positions of the run, dealt to the ranks in turn; this rank's share, cut into
+        micro-batches. The ranks' shares differ by at most one sequence. Rows that do not count fill them up, so all
+        ranks take the same number of micro-batches, even if the batch does not divide over them."""
+        rows = self.rows(self.numbers_at(np.array(sequences[share.rank :: share.ranks], dtype=np.int64)))
         filled_rows = share.micro_batches(len(sequences)) * share.micro_batch
         filled = np.full((filled_rows, self.context + 1), IGNORE, dtype=np.int64)
         filled[: len(rows)] = rows
@@ -82,7 +91,8 @@ class Corpus:
 def open_corpus(data: DataConfig, split: str, context: int, seed: int) -> Corpus:
     """Open "train" or "val" of every source. Raises UserError if a source is missing, empty or too short."""
     streams = [open_stream(source.path, split) for source in data.sources]
-    corpus = Corpus(streams, integer_weights(tuple(s.weight for s in data.sources)), context, seed)
+    skips = [(-(-s.at // context), -(-s.tokens // context)) for s in data.skip] if split == "train" else []
+    corpus = Corpus(streams, integer_weights(tuple(s.weight for s in data.sources)), context, seed, tuple(skips))
     for stream, size in zip(streams, corpus.sizes, strict=True):
         if split == "train" and size == 0:
             problem = f"{stream.tokens} tokens are less than one sequence of model.context {context} + 1"
@@ -101,7 +111,7 @@ def validation_sequences(corpus: Corpus, tokens: int) -> int:
 
 
 def read_ahead(batches: Iterator[Batch]) -> Generator[Batch]:
-    """The same batches, made by a thread that stays a few steps ahead. Raises the thread's errors in their place."""
+    """The same batches, made by a thread that stays a few steps ahead. An error in the thread is raised in its turn."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
         ready = deque(thread.submit(next, batches, None) for _ in range(_AHEAD))

@@ -2,9 +2,8 @@
 
 A sequence is context + 1 consecutive tokens of one source. Sequences of the mixture are numbered from 0 in the order in
 which training takes them, so one integer is a run's position, and each rank finds its own sequences from it alone.
-Two steps: `interleave` spreads the sources over the numbers by weight; `permute` shuffles each source's sequences in
-a new order in every epoch, so no sequence comes twice before every other one of its source has come once.
-"""
+There are two steps. `interleave` spreads the sources over the numbers by weight. `permute` shuffles each source's
+sequences in a new order in every epoch, so none comes twice before every other one of its source has come once."""
 
 import hashlib
 import math

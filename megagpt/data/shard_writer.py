@@ -1,4 +1,4 @@
-"""Writes token shards document by document. A kill leaves each shard complete or, until it is, named `.partial`."""
+"""Writes token shards document by document. A shard has the suffix `.partial` until it is complete."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ class SplitWriter:
         return self.tokens + sum(s["tokens"] for s in self.shards)
 
     def _paths(self) -> tuple[Path, Path]:
-        """Of the open shard: its name when it is full, and its name until then."""
+        """The open shard's name when it is full, and its name until then."""
         path = self.folder / f"{self.split}_{len(self.shards):05d}.npy"
         return path, path.with_suffix(".npy.partial")
 

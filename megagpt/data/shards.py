@@ -1,9 +1,9 @@
 """Token shards on disk: the format, its verification, and its reading.
 
-A prepared folder holds `train_00000.npy`, ... and `val_00000.npy`, ... (uint16, or uint32 past 65,535 ids), beside each
-a `.crc32.npy` with one checksum per block of 64 KiB, and `manifest.json`, written last. Every read checks the blocks it
-touches, so a corrupt shard is found before it is trained on; the cost does not grow with the corpus. The shards of
-llm.c and modded-nanogpt (`.bin` with a header) and of build-nanogpt (plain `.npy`) are read too.
+A prepared folder holds `train_00000.npy`, ... and `val_00000.npy`, ... (uint16, or uint32 past 65,535 ids). Each has a
+`.crc32.npy` beside it, with one checksum per block of 64 KiB. `manifest.json` is written last. Every read checks the
+blocks it touches, so a corrupt shard is found before it is trained on, at a cost that does not grow with the corpus.
+The shards of llm.c and modded-nanogpt (`.bin` with a header) and of build-nanogpt (plain `.npy`) are read too.
 """
 
 import bisect
@@ -159,7 +159,7 @@ def open_stream(folder: str | Path, split: str) -> TokenStream:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder. Raises UserError if it is corrupt, or its tokenizer or format is another."""
+    """The manifest of a prepared folder. Raises UserError if it is corrupt, or has another tokenizer or format."""
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Documents from text, jsonl, parquet, the Hugging Face hub and Python's standard library.
 
-A source yields batches of documents in a fixed order. Each has a cursor, which is JSON and marks the place at which the
-next batch starts, so another process can resume reading there.
+A source yields batches of documents in a fixed order. Each batch comes with a cursor, which is JSON and marks the place
+at which the next batch starts, so another process can resume reading there.
 """
 
 import ast

@@ -1,6 +1,8 @@
-"""Activation checkpointing (Chen et al. 2016): a block's backward pass computes activations again. One
-policy for all engines. It replaces the block's `forward` on the instance, inside the wrappers of `torch.compile` and
-the sharding engines: parameter names stay, compiled graphs see the policy, and weights are gathered once for both."""
+"""Activation checkpointing (Chen et al. 2016): a block's backward pass computes activations again.
+
+All engines share one policy, which replaces the block's `forward` on the instance, inside the wrappers of
+`torch.compile` and the sharding engines. So parameter names stay, compiled graphs contain the policy, and one gather of
+the weights serves both the recomputation and the backward pass."""
 
 import functools
 from collections.abc import Callable

@@ -1,6 +1,7 @@
-"""The time that one rank itself spends on a step, measured in places where it waits for no other rank. Ranks
-end each step together, so the step's time is the slowest rank's. Inside a block's forward pass no engine communicates,
-so the time of that pass tells ranks apart."""
+"""The time that one rank itself spends on a step, measured in places where it waits for no other rank.
+
+Ranks end each step together, so the time of a step does not show which rank is slow. No engine communicates inside a
+block's forward pass, so the time of that pass does."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from megagpt.models.gpt import GPT
 
-# Enough for a steady number; each costs two events in each pass.
+# Number of timed blocks: enough for a steady number. Each costs two events in each pass.
 _BLOCKS = 4
 
 
@@ -31,7 +32,7 @@ class StepClock:
 
     def __init__(self, model: GPT, device: torch.device) -> None:
         self.on_pass: Callable[[], object] = lambda: None
-        """Called at each of the timed passes, as a sign of life."""
+        """Called at each timed pass, as a sign of life."""
         self._now: Callable[[], Any] = _event if device.type == "cuda" else time.perf_counter
         self._passes: list[tuple[Any, Any]] = []
         self._backward_end: Any = None
@@ -58,7 +59,7 @@ class StepClock:
         self._backward_end = self._now()
 
     def summed(self) -> None:
-        """The gradients and the loss of all ranks are summed."""
+        """To be called when the gradients and the loss have been summed over the ranks."""
         if self._backward_end is not None:
             self._waits.append((self._backward_end, self._now()))
 

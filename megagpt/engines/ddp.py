@@ -34,4 +34,4 @@ class DDPEngine(NativeEngine):
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         local = not last and isinstance(self.wrapped, DistributedDataParallel)
         with self.wrapped.no_sync() if local else contextlib.nullcontext():  # type: ignore[operator]
-            return self._backward(self.wrapped(tokens, targets), scale)
+            return self._backward(self.wrapped(tokens, targets), scale, last)

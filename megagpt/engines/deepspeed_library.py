@@ -7,8 +7,8 @@ from types import ModuleType
 
 
 def load_deepspeed(on_gpu: bool) -> ModuleType:
-    """The `deepspeed` module, without its banner, for GPUs or for CPUs; for CPUs it then needs no compiler.
-    The first call in a process decides for which of the two."""
+    """The `deepspeed` module, without its banner. The first call in a process decides whether the module works on GPUs
+    or on CPUs; on CPUs it then needs no compiler."""
     # DeepSpeed's collectives use deprecated names of PyTorch's, which warns at every call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     if not on_gpu:

@@ -4,6 +4,9 @@ An engine owns weights, gradients and optimizer state of one model across the ra
 
     loss = sum of token losses / global token count, micro-batch by micro-batch; backward;
     one gradient synchronisation; clip by the global norm; skip if not finite; update.
+
+A loss can be refused before the last backward pass: that one then makes the gradient NaN, so every engine skips the
+update in its usual way.
 """
 
 import abc
@@ -29,13 +32,13 @@ from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initial_values, is_decayed
 from megagpt.world import World
 
-# name -> where its class lives; imported on use, so that no engine costs another's import.
+# Name -> the engine's class, which is imported on use, so that no engine costs the imports of another.
 ENGINES = {
     "ddp": "megagpt.engines.ddp:DDPEngine",
     "fsdp": "megagpt.engines.fsdp:FSDPEngine",
     "zero": "megagpt.engines.zero:ZeroEngine",
 }
-MOMENTS = ("exp_avg", "exp_avg_sq")  # the names under which Adam keeps them
+MOMENTS = ("exp_avg", "exp_avg_sq")  # PyTorch's names of Adam's moments
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -49,7 +52,9 @@ class StepResult(NamedTuple):
     tokens: int
     """Targets of the global batch that counted."""
     updated: bool
-    """False if loss or gradient was not finite and the weights stayed as they were."""
+    """False if the weights stayed as they were, because loss or gradient was not finite or the loss was a spike."""
+    spiked: bool = False
+    """Whether the loss was refused; then the gradient norm is NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +69,9 @@ class Engine(abc.ABC):
     """One model across the ranks."""
 
     model: GPT
-    """The model itself, whatever is wrapped around it."""
+    """The model itself, without the library's wrapper."""
     optimizer: torch.optim.AdamW
-    """Over two groups, whose learning rate each step sets."""
+    """It has two groups of parameters; each step sets their learning rate."""
     clock: StepClock
     """Times this rank's own work in a step."""
 
@@ -77,14 +82,29 @@ class Engine(abc.ABC):
         self.loss_scale = loss_scale(config.train.precision)
         self.on_micro_batch: Callable[[], object] = lambda: None
         """Called after each micro-batch's backward pass: a measurement's chance to look."""
+        self._refuse: Callable[[Tensor], bool] | None = None
+        """Whether to refuse the step, by this rank's summed loss of the last micro-batch."""
 
-    def train_step(self, batch: Batch, lr: float) -> StepResult:
-        """One optimizer step over this rank's share of a global batch."""
+    def train_step(self, batch: Batch, lr: float, is_spike: Callable[[float], bool] | None = None) -> StepResult:
+        """One optimizer step over this rank's share of a global batch. `is_spike`: whether to refuse the step's loss,
+        the same on every rank; asking costs one more exchange of the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # Engines average gradients over the ranks; the loss is a sum over them.
         scale = self.world.size / batch.tokens
         total = torch.zeros((), device=self.world.device)
+        spiked = False
+
+        def refuse(loss: Tensor) -> bool:
+            nonlocal spiked
+            assert is_spike is not None
+            whole = total + loss.detach()
+            if self.world.size > 1:
+                dist.all_reduce(whole)
+            spiked = is_spike(float(whole) / batch.tokens)
+            return spiked
+
+        self._refuse = refuse if is_spike else None
         for i, (tokens, targets) in enumerate(batch.micro_batches):
             tokens, targets = (t.to(self.world.device, non_blocking=True) for t in (tokens, targets))
             total += self._accumulate(tokens, targets, scale, last=i == len(batch.micro_batches) - 1)
@@ -94,12 +114,20 @@ class Engine(abc.ABC):
         self.clock.summed()
         gradient_norm = self._update()
         finite = math.isfinite(gradient_norm)
-        self.loss_scale.update(finite)
-        return StepResult(float(total) / batch.tokens, gradient_norm, batch.tokens, finite)
+        if not spiked:
+            self.loss_scale.update(finite)
+        return StepResult(float(total) / batch.tokens, gradient_norm, batch.tokens, finite, spiked)
+
+    def _scaled(self, loss: Tensor, scale: float, last: bool) -> Tensor:
+        """`scale` times the loss, with a gradient of NaN if the loss is not finite or is refused: so a check of the
+        reduced gradient's norm finds any rank's bad loss, on all ranks."""
+        if last and self._refuse is not None and self._refuse(loss):
+            scale = math.nan
+        return loss * (scale + 0.0 * loss.detach())
 
     @abc.abstractmethod
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
-        """Add the gradient of `scale` times the summed loss to what the step has so far; returns the summed loss,
+        """Add the gradient of `scale` times the summed loss to the step's gradient so far; returns the summed loss,
         detached. `last`: no further micro-batch follows in this step."""
 
     @abc.abstractmethod
@@ -118,14 +146,14 @@ class Engine(abc.ABC):
         return {"updates": self.updates, "loss_scale": dataclasses.asdict(self.loss_scale)}
 
     def state_loaded(self, scalars: dict[str, Any]) -> None:
-        """`state()` was overwritten with a checkpoint's, whose `scalars` these are."""
+        """To be called after `state()` was overwritten with a checkpoint's; `scalars` are that checkpoint's."""
         self._state_loaded(scalars["updates"])
-        if self.loss_scale.dynamic and scalars["loss_scale"]["dynamic"]:  # else this run or that one had none
+        if self.loss_scale.dynamic and scalars["loss_scale"]["dynamic"]:  # both this run and that one use fp16
             self.loss_scale = LossScale(**scalars["loss_scale"])
 
     @abc.abstractmethod
     def _state_loaded(self, updates: int) -> None:
-        """Bring everything that was derived from the state up to date with it, and Adam's count of updates."""
+        """Derive again what the engine derives from the state, and set Adam's count of updates."""
 
     def _initialize(self, name: str, weight: FlatShard) -> None:
         """Set the range of a weight that this rank holds to its initial values."""
@@ -147,8 +175,8 @@ class Engine(abc.ABC):
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[nn.Module]:
-        """The model in evaluation mode, uncompiled, without gradients, in the run's precision. Every rank enters, and
-        calls it equally often: sharded weights are gathered in step."""
+        """The model in evaluation mode, uncompiled, without gradients, in the run's precision. Every rank must enter
+        and call the model equally often, because the ranks gather sharded weights together."""
         self.model.eval()
         try:
             # Shapes change with every call here: compiled blocks would be compiled again and again.
@@ -172,8 +200,8 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 def prepare_model(model: GPT, config: Config, device: torch.device) -> StepClock:
-    """Everything that is put around a model's forward passes before an engine shards it, from the inside out:
-    activation checkpointing, compilation and a clock on blocks; autocast on the model. Returns the clock."""
+    """Wrap a model's forward passes before an engine shards it: each block in activation checkpointing, then
+    compilation, then a clock, from the inside out; the model in autocast. Returns the clock."""
     checkpoint_activations(model, config.train.activation_checkpointing)
     if config.train.compile:
         for block in model.blocks:
@@ -204,13 +232,7 @@ def moments_of(optimizer: torch.optim.AdamW, weight: Tensor) -> dict[str, Tensor
     return state
 
 
-def scaled(loss: Tensor, scale: float) -> Tensor:
-    """`scale` times the loss, with a gradient of NaN if the loss is not finite: so a check of the reduced gradient's
-    norm finds any rank's bad loss, on all ranks."""
-    return loss * (scale + 0.0 * loss.detach())
-
-
 def seed_dropout(config: Config, position: int, rank: int) -> None:
-    """Make this step's dropout a function of (seed, position, rank), so that a resumed run draws what it would have."""
+    """Make this step's dropout a function of (seed, position, rank): a resumed run draws the same numbers."""
     digest = hashlib.sha256(f"dropout/{config.run.seed}/{position}/{rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -1,8 +1,8 @@
-"""A rank's contiguous range of a flattened parameter, in the form of PyTorch's distributed checkpoints. Under
-every engine, a rank holds such a range of a parameter: all of it, some rows, or DeepSpeed's cut through the flattened
-parameter. A range of a row-major matrix is at most three rectangles (the end of a row, whole rows, the start of a row),
-and a checkpoint takes several rectangles of one tensor from one rank. So nothing is gathered, and the file holds the
-tensor in its true shape."""
+"""A rank's contiguous range of a flattened parameter, in the form of PyTorch's distributed checkpoints.
+
+Under every engine, a rank holds such a range of a parameter: all of it, some rows, or a range that DeepSpeed chooses. A
+range of a row-major matrix is at most three rectangles: the end of a row, whole rows, the start of a row. A checkpoint
+takes several rectangles of one tensor from one rank, so nothing is gathered, and the file keeps the tensor's shape."""
 
 from collections.abc import Iterator
 from math import prod

@@ -1,6 +1,7 @@
-"""PyTorch's FSDP2: every parameter a DTensor, sharded by rows over the ranks and gathered block by block. Weights,
-gradients and optimizer state are fp32 shards. A block's weights are gathered in the compute precision before its
-forward and its backward pass; its gradients are summed in fp32 and scattered after each micro-batch. With hybrid
+"""PyTorch's FSDP2: every parameter is a DTensor, sharded by rows over the ranks and gathered block by block.
+
+Weights, gradients and optimizer state are fp32 shards. A block's weights are gathered in the compute precision before
+its forward and its backward pass; its gradients are summed in fp32 and scattered after each micro-batch. With hybrid
 sharding, each group of `shard_ranks` neighbouring ranks holds one copy of the model, and the shards' gradients are
 summed over the copies once per step."""
 
@@ -35,7 +36,7 @@ class FSDPEngine(NativeEngine):
         with torch.device("meta"):
             self.model = GPT(config.model)
         self.clock = prepare_model(self.model, config, device)
-        # The root gets the rest in one group: the tied embedding and head, the positions, the final LayerNorm.
+        # The root shards the rest as one group: the tied embedding and head, the positions, the final LayerNorm.
         over = mesh if shard < world.size else mesh["shard"]
         for module in (*self.model.blocks, self.model):
             again = engine.reshard_after_forward and module is not self.model
@@ -48,7 +49,7 @@ class FSDPEngine(NativeEngine):
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_all_reduce(last)
-        return self._backward(self.model(tokens, targets), scale)
+        return self._backward(self.model(tokens, targets), scale, last)
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[nn.Module]:

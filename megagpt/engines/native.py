@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from megagpt.engines.engine import MOMENTS, Engine, moments_of, scaled
+from megagpt.engines.engine import MOMENTS, Engine, moments_of
 from megagpt.engines.flat_shard import FlatShard
 
 
@@ -18,8 +18,8 @@ class NativeEngine(Engine):
     shard_group: dist.ProcessGroup | None = None
     """Ranks over which gradients are sharded; None if each rank has all of them."""
 
-    def _backward(self, loss: Tensor, scale: float) -> Tensor:
-        scaled(loss, scale * self.loss_scale.value).backward()
+    def _backward(self, loss: Tensor, scale: float, last: bool) -> Tensor:
+        self._scaled(loss, scale * self.loss_scale.value, last).backward()
         return loss.detach()
 
     def _update(self) -> float:

@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO (Rajbhandari et al. 2020): optimizer state, gradients and weights in flat ranges over the ranks. A
-rank holds weights in the compute precision, an fp32 copy of its own ranges, and both Adam moments. DeepSpeed reduces,
-clips and updates; megagpt decides precision, batch, clipping and loss scale."""
+"""DeepSpeed ZeRO (Rajbhandari et al. 2020): optimizer state, gradients and weights are cut into flat ranges over the
+ranks. A rank holds weights in the compute precision, an fp32 copy of its own ranges, and both Adam moments. DeepSpeed
+reduces, clips and updates; megagpt decides precision, batch, clipping norm and loss scale."""
 
 import os
 import weakref
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megagpt.config import Config
 from megagpt.engines.deepspeed_library import load_deepspeed
-from megagpt.engines.engine import DTYPES, MOMENTS, Engine, build_optimizer, moments_of, prepare_model, scaled
+from megagpt.engines.engine import DTYPES, MOMENTS, Engine, build_optimizer, moments_of, prepare_model
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.engines.zero_config import check_nvme, deepspeed_config
 from megagpt.errors import UserError
@@ -80,7 +80,7 @@ class ZeroEngine(Engine):
             self._engine.optimizer.override_loss_scale(self.loss_scale.value)
         self._engine.set_gradient_accumulation_boundary(last)
         loss = self._engine(tokens, targets)
-        self._engine.backward(scaled(loss, scale), scale_wrt_gas=False)
+        self._engine.backward(self._scaled(loss, scale, last), scale_wrt_gas=False)
         return loss.detach()
 
     def _update(self) -> float:
@@ -118,7 +118,7 @@ class _WholeWeights:
         self._flats = getattr(zero, "single_partition_of_fp32_groups", others)
 
     def make_moments(self) -> None:
-        """Make moments of zero for parameters never updated; rebuild DeepSpeed's map from parameters to moments."""
+        """Make zero moments for parameters never updated, and rebuild DeepSpeed's map from parameters to moments."""
         for flat in self._flats:
             moments_of(self._zero.optimizer, flat)
         self._zero._hp_optimizer_states_linked = False
@@ -153,7 +153,7 @@ class _PartitionedWeights:
         return FlatShard(self._padded(parameter, moment).narrow(0, 0, held), tuple(parameter.ds_shape), start)
 
     def _padded(self, parameter: Any, moment: str | None) -> Tensor:
-        """This rank's range, which has padding if it is the last one."""
+        """This rank's range, with padding if it is the parameter's last range."""
         options = {"release_swap_buffers": False, "optim_state_key": moment}
         return self._zero._get_fp32_opt_state_partition(parameter, **options)[0].detach()
 
@@ -177,8 +177,8 @@ class _PartitionedWeights:
 
 
 class _SwappedWeights(_PartitionedWeights):
-    """Stage 3 with optimizer state on a disk. `shard` gives a copy in memory; `publish` writes the copies still in
-    use back to the disk."""
+    """Stage 3 with optimizer state on a disk. `shard` returns a copy in memory; `publish` writes those copies back to
+    the disk that are still in use."""
 
     _read: list[tuple[Any, str | None, weakref.ref[FlatShard]]]
 

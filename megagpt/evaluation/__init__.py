@@ -1,1 +1,1 @@
-"""Quality of a model: its validation loss, and the baselines to read it against."""
+"""Quality of a model: its validation loss, and a baseline to compare it with."""

@@ -1,4 +1,4 @@
-"""Validation loss, and the unigram cross-entropy to read it against."""
+"""Validation loss, and the unigram cross-entropy to compare it with."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ import torch
 from megagpt.data.loader import Corpus, Share
 from megagpt.engines.engine import Engine
 
-# Training tokens that the unigram is counted on; its estimate settles long before.
+# Training tokens on which the unigram frequencies are counted; the estimate is stable long before that many.
 _UNIGRAM_TOKENS = 2**24
 
 

@@ -23,7 +23,7 @@ from megagpt.world import World
 
 
 class _Unread(FlatShard):
-    """A whole parameter, read from its file only when the checkpoint is written."""
+    """A whole parameter, which is read from its file only when the checkpoint is written."""
 
     source: Pretrained
     parameter: str
@@ -38,7 +38,7 @@ def import_run(folder: str | Path, config: Config) -> Path:
     source = Pretrained(folder)
     theirs, ours = source.config, config.model
     differing = [
-        f"model.{key} {getattr(theirs, key)} there, {getattr(ours, key)} in the config"
+        f"model.{key} is {getattr(theirs, key)} there, {getattr(ours, key)} in the config"
         for key in ("layers", "width", "heads", "context", "vocab_size", "attention")
         if getattr(theirs, key) != getattr(ours, key)
     ]

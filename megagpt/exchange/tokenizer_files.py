@@ -42,8 +42,8 @@ def tokenizer_files(context: int) -> dict[str, str]:
 
 @functools.cache
 def _merges() -> list[tuple[bytes, bytes]]:
-    """The pair that each token of more than one byte is merged from, in the order of the merges: byte-pair encoding
-    with all earlier merges leaves this pair of the token."""
+    """For each token of more than one byte, the pair of tokens that is merged into it, in the order of the merges. If
+    only the earlier merges are applied to the token's bytes, this pair is left."""
     ranks = gpt2()._mergeable_ranks
     return [_pair(token, rank, ranks) for token, rank in sorted(ranks.items(), key=lambda i: i[1]) if len(token) > 1]
 

@@ -1,1 +1,1 @@
-"""One loss curve, shown: every engine beside one plain process, and what each holds in memory."""
+"""Measurements: the engines' curves against one plain process, their memory, the speed of steps and checkpoints."""

@@ -30,7 +30,7 @@ class EngineCase(NamedTuple):
     engine: dict[str, Any]
 
 
-# Every parameter partitioned, the smallest bias, too.
+# Settings under which every parameter is partitioned, even the smallest bias.
 _ALL_PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 _ENGINES = (
     EngineCase("ddp", 2, {"name": "ddp"}),
@@ -47,7 +47,7 @@ WAYS = [(accumulation, mode) for accumulation in (1, 4) for mode in ("none", "fu
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One run of `STEPS` steps."""
+    """One run."""
 
     engine: dict[str, Any]
     ranks: int
@@ -58,14 +58,16 @@ class Case:
     compile: bool = False
     runs: tuple[str, ...] = ()
     """Folders of runs: where to save, or what to resume."""
+    steps: int = STEPS
+    """Steps that are compared; if it saves, those after the save."""
     timed: bool = False
-    """Whether the time of a step is measured beside the memory."""
+    """Whether the time of a step is measured as well as the memory."""
 
     def config(self) -> Config:
-        """Clipping is active in every step: the norm of the gradient stays above `CLIP`."""
+        """The case's config, in which every step is clipped: the gradient's norm stays above `CLIP`."""
         train = {key: getattr(self, key) for key in ("precision", "device", "activation_checkpointing", "compile")}
         batch_tokens = _BATCH * _MODEL["context"]
-        train |= {"tokens": STEPS * batch_tokens, "batch_tokens": batch_tokens}
+        train |= {"tokens": self.steps * batch_tokens, "batch_tokens": batch_tokens}
         train["micro_batch"] = _BATCH // self.ranks // self.accumulation
         optimizer = {"lr": LR, "clip_norm": CLIP}
         return build_config({"model": _MODEL, "engine": self.engine, "optimizer": optimizer, "train": train}, "parity")

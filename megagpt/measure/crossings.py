@@ -1,4 +1,4 @@
-"""Every engine's checkpoint under every other: what follows a resume, beside one plain process that never stopped."""
+"""Resumes every engine's checkpoint under every engine, and compares with a plain process that never stopped."""
 
 import itertools
 import tempfile
@@ -21,11 +21,11 @@ class Setting(NamedTuple):
     engine: str
     ranks: int
 
-    def case(self, *runs: Path) -> Case:
+    def case(self, steps: int, *runs: Path) -> Case:
         engine = dict(ENGINE_CASES[self.engine].engine)
         if "shard_ranks" in engine:  # two copies of the model, if there are ranks for two
             engine["shard_ranks"] = max(1, self.ranks // 2)
-        return Case(engine, self.ranks, runs=tuple(map(str, runs)))
+        return Case(engine, self.ranks, runs=tuple(map(str, runs)), steps=steps)
 
 
 SETTINGS = [Setting(name, ranks) for name in ENGINE_CASES for ranks in WORLDS]
@@ -38,19 +38,21 @@ class Result(NamedTuple):
     difference: float
     """Largest difference of the loss from the plain process."""
     same_bits: bool
-    """Whether losses and norms are those of the source itself, without a stop, to the last bit."""
+    """Whether losses and norms equal, bit for bit, those of the source if it continues without a stop."""
 
 
-def cross(crossings: Sequence[Crossing], progress: Callable[[], object] = lambda: None) -> dict[Crossing, Result]:
-    """Save at each source, resume at each target. Raises UserError if a rank fails."""
-    (plain,) = run_cases("plain", [Case({}, 1)])
+def cross(
+    crossings: Sequence[Crossing], progress: Callable[[], object] = lambda: None, steps: int = STEPS
+) -> dict[Crossing, Result]:
+    """Save at each source, resume at each target, and take `steps` there. Raises UserError if a rank fails."""
+    (plain,) = run_cases("plain", [Case({}, 1, steps=steps)])
     sources, targets = (sorted(set(side), key=lambda s: (s.ranks, s.engine)) for side in zip(*crossings, strict=True))
     into = {target: [source for source, t in crossings if t == target] for target in targets}
     with tempfile.TemporaryDirectory() as folder:
         runs = {s: Path(folder, f"{s.engine} {s.ranks}".replace(" ", "-")) for s in sources}
-        curves = run_cases("saved", [source.case(runs[source]) for source in sources], progress)
+        curves = run_cases("saved", [source.case(steps, runs[source]) for source in sources], progress)
         went_on: dict[Setting, Curve] = dict(zip(sources, curves, strict=True))
-        loads = [target.case(*(runs[source] for source in into[target])) for target in targets]
+        loads = [target.case(steps, *(runs[source] for source in into[target])) for target in targets]
         resumed = run_cases("resumed", loads, progress)
     results = {}
     for target, curves in zip(targets, resumed, strict=True):
@@ -66,8 +68,8 @@ def crossing_table() -> tuple[list[list[str]], bool]:
         results = cross(list(itertools.product(SETTINGS, SETTINGS)), bar.update)
     title = (
         f"checkpoints: largest difference of the loss from one plain process over the {STEPS} steps after a resume; "
-        "rows saved it, columns resumed it, each on 1, 2 and 4 ranks (the largest of 9 crossings); = says that the "
-        "same engine on the same number of ranks went on bit for bit"
+        "row: the engine that saved; column: the engine that resumed, each on 1, 2 and 4 ranks (the largest of 9 "
+        "crossings); = means that the same engine on the same number of ranks resumed bit for bit"
     )
     table = [[title], ["saved by", *ENGINE_CASES]]
     for source in ENGINE_CASES:

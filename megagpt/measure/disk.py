@@ -1,4 +1,4 @@
-"""How fast a config's checkpoints are saved and loaded, beside what the disk does with the same bytes."""
+"""Measures how fast a config's checkpoints are saved and loaded, compared with raw writes and reads of the bytes."""
 
 import os
 import shutil
@@ -20,9 +20,9 @@ _PIECE = 2**24
 
 
 def bench(config: Config, world: World, folder: Path, rounds: int) -> None:
-    """Measure and print, on the main rank; every rank calls it. Every rank writes and reads its share of the bytes, and
-    what was written is dropped from the page cache before it is read, and removed before the next is written: each
-    finds the same free memory. Raises UserError if the folder is not empty."""
+    """Measure; the main rank prints. Every rank calls it, and writes and reads its share of the bytes. The bytes are
+    dropped from the page cache before they are read, and removed before the next ones are written, so that each
+    measurement finds the same free memory. Raises UserError if the folder is not empty."""
     if world.from_main(lambda: folder.exists() and any(folder.iterdir())):
         raise UserError(f"{folder}: is not empty; name a folder that the measurement may fill and remove")
     engine = build_engine(config, world)
@@ -61,7 +61,7 @@ def bench(config: Config, world: World, folder: Path, rounds: int) -> None:
             background = begin_save("save in the background: stall", asynchronous=True)
             timed("save in the background: the rest", background.finish)
     finally:
-        if world.is_main:  # alone: a rank that failed joins in nothing more
+        if world.is_main:  # no collective here: a rank that failed would not join it
             shutil.rmtree(folder, ignore_errors=True)
     if not world.is_main:
         return

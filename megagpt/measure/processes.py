@@ -16,15 +16,15 @@ from megagpt.errors import Reported, UserError
 from megagpt.failures import failure, leave_record, read_record
 from megagpt.measure.cases import Case
 
-# Imported once, before the ranks are forked: most of a rank's start is imports. Not deepspeed, which chooses its
-# accelerator when it is imported.
+# Modules imported once, before the ranks are forked: imports take most of a rank's start. deepspeed is not among them,
+# because it chooses its accelerator when it is imported.
 PRELOADED = ["megagpt.measure.worker", "megagpt.engines.fsdp", "torch._dynamo"]
 Function = Callable[..., Iterator[Any]]
 
 
 def run_cases(kind: str, cases: Sequence[Case], progress: Callable[[], object] = lambda: None) -> list[Any]:
-    """The results of the cases, in order; one start of ranks serves all neighbours that want as many of them. Raises
-    UserError if a rank fails."""
+    """The results of the cases, in order. Consecutive cases with the same number of ranks share one start of ranks.
+    Raises UserError if a rank fails."""
     from megagpt.measure.worker import run
 
     results: list[Any] = []
@@ -86,8 +86,8 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def enter(environment: dict[str, str], stdout: Path, stderr: Path, cwd: Path | None = None) -> None:
-    """Give a process that was forked from a server the surroundings of one that was started by itself: environment,
-    working folder, and files, appended to, in place of stdout and stderr."""
+    """Give a process that was forked from a server its own environment, working folder, stdout and stderr, like a
+    process that was started separately. `stdout`, `stderr`: files to append to."""
     os.environ.clear()
     os.environ.update(environment)
     if cwd is not None:
@@ -111,7 +111,7 @@ def _rank(variables: dict[str, str], log: Path, sender: Connection | None, funct
 
 
 def _reason(folder: Path, codes: Sequence[int | None]) -> str:
-    """Why the ranks failed: the first one's record, else the last line that a rank printed."""
+    """Why the ranks failed: the record of the first rank that failed, else the last line that a rank printed."""
     records = [record for path in sorted(folder.glob("*.error.json")) if (record := read_record(path)) is not None]
     for record in sorted(records, key=lambda record: not record.first):
         return f"[rank {record.rank} of {len(codes)}] {record.reason}"

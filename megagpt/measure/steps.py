@@ -1,6 +1,6 @@
-"""Training steps measured: megagpt's engine beside `transformers` and a plain loop, on equal work. Each row of the
-result runs in a process of its own, so that its peak memory is its own, and the rows take turns, so that a machine that
-is slower for a while is slower for all. The best step counts; the median beside it tells how steady the machine is."""
+"""Measures training steps: megagpt's engine against `transformers` and a plain loop, on equal work. Each row of the
+result runs in a process of its own, so that its peak memory is its own. The rows alternate, so that a machine that is
+slower for a while is slower for all of them. The best step counts; the median shows how steady the machine is."""
 
 import argparse
 import statistics
@@ -35,18 +35,18 @@ class Row(NamedTuple):
 
     implementation: str
     config: Config
-    """The config of a run of one step."""
+    """The config of a run whose batch is that of the measured step."""
     steps: int | None
     """Measured ones; None: as many as the device needs."""
     tuned_allocator: bool
-    """Whether a CPU process keeps freed memory, as megagpt's own always do."""
+    """Whether a CPU process keeps freed memory, as megagpt's own processes always do."""
 
     def __str__(self) -> str:
         return f"{self.implementation} {self.config.train.precision}"
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Print a table of the rows; raises UserError for a model, batch or implementation that cannot be."""
+    """Print a table of the rows. Raises UserError for an impossible model, batch or implementation."""
     against = [name for name in arguments.against.split(",") if name]
     for name in against:
         if name not in IMPLEMENTATIONS[1:]:

@@ -66,10 +66,10 @@ def curve_table(engines: Sequence[EngineCase], precision: str, device: str) -> t
 
 
 def memory_table() -> list[list[str]]:
-    """Title and rows for people: bytes a parameter on the main rank, measured / by formula, and the time of a step."""
+    """Title and rows for people: bytes per parameter on the main rank, measured / by formula; time of a step."""
     kinds = ("weights", "gradients", "optimizer")
-    title = "memory: bytes a parameter on one rank at the fullest point between passes, measured / by formula"
-    table = [[title], ["engine", "precision", "ranks", *kinds, "together", "ms a step"]]
+    title = "memory: bytes per parameter on one rank at the fullest point between passes, measured / by formula"
+    table = [[title], ["engine", "precision", "ranks", *kinds, "together", "ms per step"]]
     names = [name for name in ENGINE_CASES if "hybrid" not in name]
     grid = [(name, ranks, "bf16") for name in names for ranks in (1, 2, 4)] + [(name, 2, "fp32") for name in names]
     for name, ranks, precision in tqdm(grid, unit="run", desc="memory", disable=None):

@@ -18,7 +18,7 @@ from megagpt.checkpoints.saving import Saver, meta_of
 from megagpt.config import CheckpointConfig, Config
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.engines.flat_shard import FlatShard
-from megagpt.measure.cases import LR, SAVED_AT, STEPS, Case, Curve, rows, share, share_of
+from megagpt.measure.cases import LR, SAVED_AT, Case, Curve, rows, share, share_of
 from megagpt.measure.plain import plain_optimizer, plain_step
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
@@ -27,21 +27,23 @@ from megagpt.position import position
 from megagpt.world import World, join
 
 
-def plain(case: Case, steps: int = STEPS) -> Curve:
+def plain(case: Case, steps: int | None = None) -> Curve:
     """Loss and gradient norm of each step in one plain loop: the whole batch at once, all logits, PyTorch's
-    cross-entropy, clipping and AdamW."""
+    cross-entropy, clipping and AdamW. `steps`: the case's if None."""
     config = case.config()
     model = GPT(config.model)
     initialize(model, config.model, config.run.seed)
     optimizer = plain_optimizer(model, LR, (0.9, 0.95), 1e-8, config.optimizer.weight_decay)
     clip_norm = config.optimizer.clip_norm
-    curve = [plain_step(model, optimizer, b[:, :-1], b[:, 1:], clip_norm) for b in map(rows, range(steps))]
+    curve = [
+        plain_step(model, optimizer, b[:, :-1], b[:, 1:], clip_norm) for b in map(rows, range(steps or case.steps))
+    ]
     return [(loss.item(), norm.item()) for loss, norm in curve]
 
 
 def curve(case: Case, world: World) -> Curve:
     """The same of an engine."""
-    return _train(build_engine(case.config(), world), case, range(STEPS))
+    return _train(build_engine(case.config(), world), case, range(case.steps))
 
 
 def _train(engine: Engine, case: Case, steps: Iterable[int]) -> Curve:
@@ -50,24 +52,24 @@ def _train(engine: Engine, case: Case, steps: Iterable[int]) -> Curve:
 
 
 def saved(case: Case, world: World) -> Curve:
-    """An engine's curve over `SAVED_AT` steps, a save in the background, and `STEPS` more."""
+    """An engine's curve over `SAVED_AT` steps, a save in the background, and the case's steps after it."""
     engine = build_engine(case.config(), world)
     (run,) = case.runs
     saver = Saver(Path(run), CheckpointConfig(), world)
     before = _train(engine, case, range(SAVED_AT))
     save(saver, engine, SAVED_AT)
-    after = _train(engine, case, range(SAVED_AT, SAVED_AT + STEPS))
+    after = _train(engine, case, range(SAVED_AT, SAVED_AT + case.steps))
     saver.finish()
     return before + after
 
 
 def resumed(case: Case, world: World) -> list[Curve]:
-    """Of each run the `STEPS` that follow its checkpoint, under this engine."""
+    """Of each run the case's steps that follow its checkpoint, under this engine."""
     engine = build_engine(case.config(), world)
     curves = []
     for run in case.runs:
         resume(Path(run), engine)
-        curves.append(_train(engine, case, range(SAVED_AT, SAVED_AT + STEPS)))
+        curves.append(_train(engine, case, range(SAVED_AT, SAVED_AT + case.steps)))
     return curves
 
 
@@ -89,7 +91,7 @@ def resume(run: Path, engine: Engine) -> None:
 
 _CONTEXT = 32
 _SEQUENCES = 8
-# gloo's threads let go of what they sent a moment after the collective has ended.
+# Pause (s) before memory is counted: gloo's threads free what they sent a moment after the collective has ended.
 _SETTLE_SECONDS = 0.3
 _MEMORY_MODEL: dict[str, Any] = {"layers": 4, "width": 128, "heads": 4, "context": _CONTEXT, "vocab_size": 1000}
 
@@ -103,8 +105,8 @@ def memory_config(case: Case) -> Config:
 
 
 def memory(case: Case, world: World) -> dict[str, Any]:
-    """Bytes that this rank's tensors hold at the fullest point of a step outside its passes, by kind; of a timed case
-    also `seconds`, the median time of a step. Counted on the live tensors of the process, by storage, not on what the
+    """Bytes by kind that this rank's tensors hold at the fullest point of a step outside its passes; for a timed case
+    also `seconds`, the median time of a step. Counts the storages of all live tensors of the process, not what the
     engine says it holds."""
     config = memory_config(case)
     before = _live_storages()
@@ -122,7 +124,7 @@ def memory(case: Case, world: World) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     data = torch.randint(config.model.vocab_size, (_SEQUENCES, _CONTEXT + 1), generator=generator)
     batch = share_of(data, world.rank, case)
-    for _ in range(2):  # the moments appear in the first
+    for _ in range(2):  # the first step creates Adam's moments
         engine.train_step(batch, LR)
     engine.on_micro_batch = lambda: None
     if not case.timed:
@@ -138,7 +140,7 @@ def memory(case: Case, world: World) -> dict[str, Any]:
 def _live_storages() -> dict[int, int]:
     gc.collect()
     found = [o for o in gc.get_objects() if isinstance(o, Tensor)]
-    # Gradients hang on C++ objects that the collector does not see.
+    # Gradients belong to C++ objects that the collector does not see.
     return _storages(found + [t.grad for t in found if t.is_leaf and t.grad is not None])
 
 
@@ -170,4 +172,4 @@ def run(kind: str, cases: Sequence[Case]) -> Iterator[Any]:
     function = {"curve": curve, "memory": memory, "saved": saved, "resumed": resumed}.get(kind)
     with join(cases[0].device) as world:
         for case in cases:
-            yield function(case, world) if function else plain(case, SAVED_AT + STEPS)
+            yield function(case, world) if function else plain(case, SAVED_AT + case.steps)

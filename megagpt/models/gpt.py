@@ -1,7 +1,6 @@
 """The decoder of GPT-2 and GPT-3, read top to bottom: embeddings, blocks, tied head, loss.
 
-Shapes: B batch, T tokens, C width, H heads, D head width, V vocabulary (padded).
-"""
+Shapes: B batch, T tokens, C width, H heads, D head width, V vocabulary (padded)."""
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +52,7 @@ class MLP(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """In fp32, even if an engine keeps gain and bias in bf16."""
+    """LayerNorm in fp32, even if an engine keeps gain and bias in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)

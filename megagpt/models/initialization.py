@@ -2,8 +2,7 @@
 
 Any rank can fill any rows of any parameter by itself, so the same model starts on one process, on a thousand shards,
 or from the meta device. The generator is Philox, keyed by a hash of seed, name and row block: no draw depends on the
-order in which parameters are built.
-"""
+order in which parameters are built."""
 
 import hashlib
 import math
@@ -19,9 +18,9 @@ _BLOCK_NUMEL = 2**20
 
 
 def initial_std(name: str, config: ModelConfig) -> float | None:
-    """Standard deviation of a parameter's initial values, None if they are constant. GPT-2's released code: N(0, 0.02)
-    for matrices, N(0, 0.01) for positions. Section 2.3 of the paper scales the projections that write into the residual
-    stream by 1/sqrt(N), where N counts 2 residual branches per layer."""
+    """Standard deviation of a parameter's initial values, None if they are constant. GPT-2's released code has
+    N(0, 0.02) for matrices, N(0, 0.01) for positions. Section 2.3 of the paper scales the projections that write into
+    the residual stream by 1/sqrt(N), where N counts 2 residual branches per layer."""
     if name == "position_embedding.weight":
         return 0.01
     if name.endswith(("attention.out.weight", "mlp.down.weight")):

@@ -1,8 +1,7 @@
 """Output head and cross-entropy in one, without the logits of all tokens in memory.
 
 Tokens x 50,304 logits are the largest tensor of a small GPT. Here a chunk of tokens goes through head, softmax and
-both backward products before the next chunk starts, so the peak is one chunk for any number of tokens.
-"""
+both backward products before the next chunk starts, so the peak is one chunk for any number of tokens."""
 
 from typing import Any
 

@@ -24,7 +24,7 @@ class ModelConfig:
     layers: Shape[int] = Field(gt=0)
     """Transformer blocks."""
     width: Shape[int] = Field(gt=0)
-    """Residual stream, d_model. The MLP is 4 times as wide."""
+    """Width of the residual stream, d_model. The MLP is 4 times as wide."""
     heads: Shape[int] = Field(gt=0)
     """Attention heads, each width / heads wide."""
     context: Shape[int] = Field(gt=0)
@@ -32,12 +32,12 @@ class ModelConfig:
     vocab_size: Shape[int] = Field(default=50257, gt=0)
     """Token ids in use: GPT-2's 50,000 merges, 256 bytes and the end-of-text token."""
     dropout: Recipe[float] = Field(default=0.0, ge=0.0, lt=1.0)
-    """Probability at the embedding, the attention weights and both residual branches. The GPT-3 paper gives none."""
+    """Dropout rate at the embedding, the attention weights and both residual branches. The GPT-3 paper gives none."""
     attention: Shape[Literal["dense", "banded"]] = "dense"
     """dense: every layer sees the whole past. banded: odd layers see the last `window` tokens only. The GPT-3 paper
-    alternates the two without naming layers or width, so the band is this project's own choice."""
+    alternates the two, but names neither the layers nor the band's width: both are this project's choice."""
     window: Shape[int] = Field(default=256, gt=0)
-    """Band width of banded layers in tokens, the token itself included."""
+    """Width of the band of banded layers in tokens, with the token itself."""
     preset: Free[str] = ""
     """Preset from which the fields above were taken; empty for a custom shape."""
 

@@ -1,7 +1,6 @@
 """Bytes of weights, gradients and optimizer state on each rank, by formula.
 
-Activations, gathered weights and buffers of a single operation are not included.
-"""
+Activations, gathered weights and buffers of a single operation are not included."""
 
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ class StateBytes:
     """Bytes on one rank at the end of a step's last backward pass, before the update."""
 
     weights: float
-    """In the precision that the engine keeps for the forward pass."""
+    """Weights in the precision that the engine keeps for the forward pass."""
     gradients: float
     """Sums of gradients, and the buckets that stay allocated for them."""
     optimizer: float
@@ -29,13 +28,12 @@ class StateBytes:
 
 
 def state_bytes(config: Config, ranks: int) -> StateBytes:
-    """Per rank, for every engine; also the bytes that `engine.offload` moves to the CPU's memory or to a disk.
+    """State per rank under any engine, with the bytes that `engine.offload` moves to the CPU's memory or to a disk.
 
     DDP: 4 + 4 + 8 bytes per parameter. FSDP: the same, divided by the ranks that share a copy. ZeRO keeps weights in
-    the compute precision (2 bytes in bf16 and fp16) beside an fp32 copy that is part of the optimizer state; all sums
+    the compute precision (2 bytes in bf16 and fp16) and an fp32 copy that is part of the optimizer state; all sums
     of gradients are fp32. Stage 1 sums the gradients of all weights on each rank until the step ends; in bf16 it also
-    keeps the bf16 gradient of the last micro-batch. A bucket that stays allocated counts as gradients.
-    """
+    keeps the bf16 gradient of the last micro-batch. A bucket that stays allocated counts as gradients."""
     engine, parameters = config.engine, config.model.stored_parameters
     if engine.name != "zero":
         held = parameters / (config.sharing_ranks(ranks) if engine.name == "fsdp" else 1)

@@ -1,1 +1,1 @@
-"""The loop, its schedules, checkpoints, metrics and safety."""
+"""A run: its set-up, the loop, occasions, schedules, logs, and how it stops."""

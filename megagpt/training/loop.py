@@ -1,12 +1,10 @@
-"""The loop: the only place where a run advances. It takes steps, and between them it holds the occasions that are
-due."""
+"""The loop: the only place where a run advances. It takes steps, and between them holds the occasions that are due."""
 
 import contextlib
 import time
 from collections.abc import Generator
 
 from megagpt.checkpoints.compatibility import Allowed
-from megagpt.checkpoints.folder import newest_complete
 from megagpt.config import Config
 from megagpt.console import duration, say
 from megagpt.data.loader import Batch
@@ -17,17 +15,23 @@ from megagpt.hardware import peak_flops
 from megagpt.position import Position
 from megagpt.process_memory import peak_memory
 from megagpt.run_log import Event
+from megagpt.training.bad_steps import judge
+from megagpt.training.markdown import verbatim
 from megagpt.training.occasions import crossed, occasions
 from megagpt.training.outcome import FINISHED, Outcome
 from megagpt.training.run import Run, open_run
 from megagpt.training.safety import TIME_LIMIT, StopRequest, seconds_since_start
 from megagpt.training.schedule import learning_rate
+from megagpt.training.speed import Speed
 from megagpt.world import World
 
 
-def train(config: Config, world: World, resume: bool, allowed: Allowed, stop: StopRequest) -> ExitCode:
-    """Run a config or resume its run; returns the exit code. Raises ExpectedError."""
-    with open_run(config, world, resume, allowed) as run:
+def train(
+    config: Config, world: World, resume: bool, allowed: Allowed, stop: StopRequest, resume_at: int | None = None
+) -> ExitCode:
+    """Run a config or resume its run, from its checkpoint at `resume_at` tokens if given; returns the exit code. Raises
+    ExpectedError."""
+    with open_run(config, world, resume, allowed, resume_at) as run:
         _say_what_is_special(run)
         if not run.start.last:
             say("first step" if not config.train.compile else "first step, which compiles the model and takes longer")
@@ -37,19 +41,20 @@ def train(config: Config, world: World, resume: bool, allowed: Allowed, stop: St
 
 
 def loop(run: Run, stop: StopRequest) -> Outcome:
-    """Every remaining step, until the end or a request to stop. Every rank calls it, and all decide alike."""
-    began, at, due = time.monotonic(), run.start, occasions(run)
+    """Take every remaining step, until the end or a request to stop. Every rank calls it, and all decide alike."""
+    began, at, due, speed = time.monotonic(), run.start, occasions(run), Speed()
     saves = due[0]
     with contextlib.closing(run.batches()) as batches:
         while True:
-            # Each incarnation takes a step before it asks, however short its time limit is.
+            # Each incarnation takes a step before it may stop, however short its time limit is.
             stopping = at != run.start and run.between_steps(at, stop)
             for occasion in due:
                 if not stopping and occasion.due(at):
-                    stopping = not occasion.hold(at, stop)
+                    with speed.pause():
+                        stopping = not occasion.hold(at, stop)
             if stopping or at.last:
                 break
-            at = _step(run, at, batches)
+            at = _step(run, at, batches, speed)
             run.ending.reached = at.tokens
     if saves.held < at.tokens:
         saves.hold(at, stop)
@@ -59,8 +64,8 @@ def loop(run: Run, stop: StopRequest) -> Outcome:
     return _finished(run, at, time.monotonic() - began)
 
 
-def _step(run: Run, before: Position, batches: Generator[Batch]) -> Position:
-    """One optimizer step, and its lines in the log; returns the position behind it."""
+def _step(run: Run, before: Position, batches: Generator[Batch], speed: Speed) -> Position:
+    """Take one optimizer step and log it; returns the position after it."""
     config = run.config
     began = time.monotonic()
     run.watchdog.phase(f"step {before.step + 1}, waiting for data")
@@ -74,12 +79,12 @@ def _step(run: Run, before: Position, batches: Generator[Batch]) -> Position:
     # Compiling may take long, once.
     patient = run.watchdog.patient(f"step {at.step}, compiling") if first and config.train.compile else None
     with patient or contextlib.nullcontext():
-        result = run.engine.train_step(batch, learning_rate(config, at.tokens))
+        is_spike = run.guard.is_spike if run.guard.watches_spikes else None
+        result = run.engine.train_step(batch, learning_rate(config, at.tokens), is_spike)
     took = time.monotonic() - began
+    speed.step(batch.tokens)
     times = run.engine.clock.read()
-    if not result.updated:
-        _report_skipped(run, at, result)
-    run.guard.check(result.updated, at.step, lambda: _last_good(run, at))
+    judge(run, before, at, result)
     if first and run.resumed:
         since = seconds_since_start()
         values = {"seconds_to_first_step": since, "incarnation": run.lease.incarnation.number}
@@ -89,40 +94,27 @@ def _step(run: Run, before: Position, batches: Generator[Batch]) -> Position:
     if at.step == run.start.step + 2:
         run.say_bound()
     if at.last or not config.log.every_tokens or crossed(config.log.every_tokens, before.tokens, at.tokens):
-        _report_step(run, at, batch, result, took, waited, times)
+        _report_step(run, at, batch, result, speed, waited, times)
     _compare_ranks(run, at, took, waited, times)
     return at
 
 
 def _report_step(
-    run: Run, at: Position, batch: Batch, result: StepResult, took: float, waited: float, times: StepTimes
+    run: Run, at: Position, batch: Batch, result: StepResult, speed: Speed, waited: float, times: StepTimes
 ) -> None:
-    speed, scale = batch.tokens / took, run.engine.loss_scale
+    scale = run.engine.loss_scale
+    step_seconds, tokens_per_second = speed.read()
     peak = peak_flops(run.world.device, run.config.train.precision)
     values = {
         "loss": result.loss, "lr": learning_rate(run.config, at.tokens), "gradient_norm": result.gradient_norm,
-        "tokens_seen": at.tokens, "sequences_seen": at.sequences, "batch_tokens": batch.tokens,
-        "tokens_per_second": speed, "step_seconds": took, "data_wait_seconds": waited,
+        "sequences_seen": at.sequences, "batch_tokens": batch.tokens,
+        "tokens_per_second": tokens_per_second, "step_seconds": step_seconds, "data_wait_seconds": waited,
         "communication_wait_seconds": times.wait,
         # Model FLOPs utilisation: the FLOPs of presets.flops_per_token over the devices' peak.
-        "mfu": run.config.model.flops_per_token * speed / (peak * run.world.size) if peak else None,
+        "mfu": run.config.model.flops_per_token * tokens_per_second / (peak * run.world.size) if peak else None,
         "peak_memory_bytes": peak_memory(run.world.device), "skipped_updates": run.guard.skipped,
     }  # fmt: skip
     run.reporter.step(at, values | ({"loss_scale": scale.value} if scale.dynamic else {}))
-
-
-def _report_skipped(run: Run, at: Position, result: StepResult) -> None:
-    scale = run.engine.loss_scale
-    then = f"; the loss scale is now {scale.value:g}" if scale.dynamic else ""
-    text = f"step {at.step}: loss {result.loss}, gradient norm {result.gradient_norm}: update skipped{then}"
-    run.reporter.event(Event.SKIPPED, at, {}, text)
-
-
-def _last_good(run: Run, at: Position) -> str:
-    """A clause about the checkpoint to resume from, after a streak of skipped updates."""
-    run.finish_saves(at)
-    newest = newest_complete(run.folder)
-    return f"the last good checkpoint is {newest.path}" if newest else "no checkpoint was saved yet"
 
 
 def _compare_ranks(run: Run, at: Position, took: float, waited: float, times: StepTimes) -> None:
@@ -134,7 +126,8 @@ def _compare_ranks(run: Run, at: Position, took: float, waited: float, times: St
     run.reporter.event(Event.RANKS, at, numbers)
     for sentence in found.stragglers:
         run.reporter.event(Event.STRAGGLER, at, {"text": sentence}, sentence)
-        run.reporter.text(at, "stragglers", sentence)
+    if found.stragglers:
+        run.reporter.text(at, "stragglers", verbatim("\n".join(found.stragglers)))
 
 
 def _say_what_is_special(run: Run) -> None:
@@ -143,7 +136,7 @@ def _say_what_is_special(run: Run) -> None:
         say("no validation: the corpus holds less than one sequence of held-out text")
     end, floor_at = config.train.tokens, config.schedule.decay_end_tokens
     if config.schedule.shape != "constant" and end < floor_at:
-        where = f"train.tokens {end:,} end before schedule.decay_end_tokens {floor_at:,}"
+        where = f"train.tokens {end:,} is less than schedule.decay_end_tokens {floor_at:,}"
         say(f"the learning rate does not reach its floor: {where}")
     say(f"{config.run.name}: {config.model.parameters:,} parameters, {run.engine.describe()}")
 

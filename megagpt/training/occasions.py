@@ -1,8 +1,10 @@
-"""The work that is due at token intervals besides training: saves, validations, samples. An occasion is due by what the
-run log says was last held, and is asked for at the loop's top. So whatever a stop or a kill interrupted is made up
-after the resume, at the same tokens at which the uninterrupted run holds it."""
+"""The work besides training that is due at token intervals: saves, validations, samples.
+
+The run log tells when each was last done, and the loop asks between steps which ones are due. So work that a stop or a
+kill interrupted is done after the resume, at the same tokens as in the uninterrupted run."""
 
 import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from megagpt.evaluation.validation import unigram_loss, validation_loss
 from megagpt.generation import generate
 from megagpt.position import Position
 from megagpt.run_log import Event
+from megagpt.training.markdown import samples_as_markdown
 from megagpt.training.run import Run
 from megagpt.training.safety import StopRequest
 
@@ -23,15 +26,18 @@ class Occasion:
     """One kind of work that the loop does between steps, on all ranks."""
 
     work: Work
-    """Does it; False if a request to stop interrupted it, the same on every rank."""
+    """Does the work; returns False, on every rank, if a request to stop interrupted it."""
     intervals: tuple[int, ...]
-    """Tokens between two of it; 0: at the end only."""
+    """Tokens from one time to the next; 0: at the end only."""
     held: int
     """Tokens at which it was last held."""
+    put_off: Callable[[], bool] = lambda: False
+    """Whether to hold it later, although an interval was crossed."""
 
     def due(self, at: Position) -> bool:
-        """At the end, and when an interval was crossed since it was last held."""
-        reached = at.last or any(crossed(every, self.held, at.tokens) for every in self.intervals)
+        """At the end, and when an interval was crossed since it was last held, unless it is put off."""
+        crossed_one = any(crossed(every, self.held, at.tokens) for every in self.intervals)
+        reached = at.last or (crossed_one and not self.put_off())
         return reached and self.held < at.tokens
 
     def hold(self, at: Position, stop: StopRequest) -> bool:
@@ -63,8 +69,12 @@ def _saves(run: Run) -> Occasion:
         run.save(at, milestone=crossed(config.milestone_every_tokens, saves.held, at.tokens))
         return True
 
+    # While updates are skipped, the weights may be bad: an interval's save waits until one was made.
+    def put_off() -> bool:
+        return run.guard.suspicious(run.engine.loss_scale)
+
     # The checkpoint that the run resumed from is its last save, whatever the log says.
-    saves = Occasion(work, (config.every_tokens, config.milestone_every_tokens), run.start.tokens)
+    saves = Occasion(work, (config.every_tokens, config.milestone_every_tokens), run.start.tokens, put_off)
     return saves
 
 
@@ -81,6 +91,8 @@ def _validate(run: Run) -> Work:
             return run.agree_to_stop(stop)
 
         loss = validation_loss(run.engine, run.validation_data, sequences, interrupted)
+        if at.last and loss is not None and math.isfinite(loss) and not run.guard.in_a_row:
+            run.saver.proved(at.tokens)  # no step will follow that could
         if loss is not None and run.world.is_main:
             values = {"validation_loss": loss, "unigram_loss": unigram()}
             known = f"a model that knows only how common each token is: {unigram():.4f}"
@@ -106,9 +118,10 @@ def _sample(run: Run) -> Work:
                 on_token=lambda row, token: run.watchdog.phase("sampling"),
             )  # fmt: skip
         run.reserve.took(samples=time.monotonic() - began)
-        texts = [s.prompt + gpt2().decode(row) for row in rows]
+        found = [gpt2().decode(row) for row in rows]
+        texts = [s.prompt + text for text in found]
         run.reporter.event(Event.SAMPLES, at, {"samples": texts}, "\n".join(f"> {text}" for text in texts))
-        run.reporter.text(at, "samples", "\n\n---\n\n".join(texts))
+        run.reporter.text(at, "samples", samples_as_markdown(s.prompt, found))
         return True
 
     return work

@@ -1,4 +1,4 @@
-"""How a run's incarnation ends, and the record that it leaves of that."""
+"""How an incarnation of a run ends, and the record of its end."""
 
 import contextlib
 from collections.abc import Iterator
@@ -25,8 +25,8 @@ FINISHED = Outcome("finished", "the last token", ExitCode.DONE)
 
 
 class Ending:
-    """Records how this incarnation ended. The loop, an exception and the watchdog may all come to it: the first counts.
-    Every rank has one."""
+    """Records how this incarnation ended. The loop, an exception and the watchdog may all report an end: the first one
+    is recorded. Every rank has one."""
 
     def __init__(self, incarnation: Incarnation, world: World, tokens: int) -> None:
         self._incarnation, self._world = incarnation, world
@@ -36,7 +36,7 @@ class Ending:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Records an error in the block, and raises it. If a newer incarnation has taken the run over, that is the
-        cause, whatever this rank saw: the newer one removes files and the ranks' peers end."""
+        cause, whatever error this rank saw: the newer one removes files, and peers of this rank end."""
         try:
             yield
         except Exception as error:
@@ -45,7 +45,7 @@ class Ending:
                 self._incarnation.check()
             except Superseded as newer:
                 cause = newer
-            except OSError:  # a disk that does not answer now tells nothing
+            except OSError:  # a disk that does not answer proves nothing
                 pass
             found = failure(cause, self._world.rank)
             self._failed(found.reason, found.retry)

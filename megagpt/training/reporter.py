@@ -1,47 +1,37 @@
-"""Every place where a run writes its numbers: the run log, TensorBoard, and the console."""
+"""Writes a run's numbers everywhere: to the run log, to TensorBoard and to the console."""
 
-import contextlib
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megagpt.console import duration, say
 from megagpt.position import Position
 from megagpt.run_log import Event, RunLog
+from megagpt.training.board import Board
 
 # Seconds between two progress lines, if there is no terminal for a bar.
 _LINE_SECONDS = 10.0
-# TensorBoard's panel -> the values that it shows; all other values are shown under "speed".
-_PANELS = {
-    "loss": ("loss", "validation_loss", "unigram_loss"),
-    "optimizer": ("lr", "gradient_norm", "batch_tokens", "skipped_updates", "loss_scale"),
-    "progress": ("tokens_seen", "sequences_seen", "incarnation"),
-    "ranks": (
-        "ranks_compute_median", "ranks_compute_slowest", "ranks_slowest_rank", "ranks_data_wait_longest",
-        "ranks_communication_wait_median",
-    ),
-}  # fmt: skip
-_PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}
 
 
 class Reporter:
-    """Writes on the main rank; on the others it does nothing. TensorBoard's events continue across incarnations as one
-    curve: those past `start` are purged if the run resumes, because they will be written again."""
+    """Writes on the main rank; on the others it does nothing."""
 
-    def __init__(self, run: Path, start: Position, total_tokens: int, resumed: bool, is_main: bool) -> None:
+    def __init__(
+        self, run: Path, start: Position, total_tokens: int, resumed: bool, is_main: bool, went_back: bool = False
+    ) -> None:
         self._start, self._total = start, total_tokens
         self._began, self._last_line = time.monotonic(), 0.0
         self._bar: tqdm[Any] | None = None
-        self._log = RunLog(run, start.tokens) if is_main else None
+        self._log = RunLog(run, start.tokens, went_back) if is_main else None
         if self._log is None:
             return
-        self._board = SummaryWriter(str(run), purge_step=start.step + 1 if resumed else None)
         self._usual_hook, threading.excepthook = threading.excepthook, self._hook
+        with self._log.disk_errors():
+            self._board = Board(run, start, resumed)
         if sys.stderr.isatty():
             look: Any = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True, "smoothing": 0.05}
             self._bar = tqdm(total=total_tokens, initial=start.tokens, **look)
@@ -50,12 +40,11 @@ class Reporter:
         """An event, with its line for people. Raises ExpectedError if the disk refuses it."""
         if self._log is None:
             return
-        tokens = values.pop("tokens_seen", at.tokens)
-        self._log.append(event, at.step, tokens, values)
+        self._log.append(event, at.step, at.tokens, values)
         with self._log.disk_errors():
-            for name, value in {"tokens_seen": tokens, **values}.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(f"{_PANEL_OF.get(name, 'speed')}/{name}", value, at.step)
+            self._board.numbers(event, at, values)
+            if event != Event.STEP:  # a step is taken again after a kill, all else is not
+                self._board.flush()
         if text:
             say(text)
 
@@ -79,26 +68,28 @@ class Reporter:
         return duration((time.monotonic() - self._began) / done * (self._total - at.tokens)) if done > 0 else "?"
 
     def text(self, at: Position, name: str, text: str) -> None:
-        """A text for TensorBoard, shown as Markdown."""
+        """A text for TensorBoard, which takes it as Markdown."""
         if self._log is not None:
-            self._board.add_text(name, text, at.step)
+            with self._log.disk_errors():
+                self._board.text(name, text, at.step)
+                self._board.flush()
 
     def flush(self) -> None:
-        """Put on the disk what a checkpoint's position claims to be there."""
+        """Write TensorBoard's events to the disk, so that none before a checkpoint's position is missing."""
         if self._log is not None:
-            self._board.flush()
+            with self._log.disk_errors():
+                self._board.flush()
 
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
         if self._log is not None:
             self._log.close()
-            with contextlib.suppress(OSError):  # its error was reported when it was written
-                self._board.close()
+            self._board.close()
             threading.excepthook = self._usual_hook
 
     def _hook(self, arguments: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread raises its disk error again in the next writer's thread: no traceback before that."""
+        """Print no traceback for a disk error in TensorBoard's thread: the next call of the writer raises it again."""
         is_writer = type(arguments.thread).__name__ == "_AsyncWriterThread"
         if not (is_writer and isinstance(arguments.exc_value, OSError)):
             self._usual_hook(arguments)

@@ -1,20 +1,20 @@
-"""The time that a run needs to stop: one formula, which is printed and which decides."""
+"""The time that a run needs to stop. The printed bound and the time limit use the same formula."""
 
 from megagpt.checkpoints.saving import Saver
 from megagpt.errors import ExitCode
 
 
 class Reserve:
-    """Seconds from a request to stop to the end of the process, at most, by the longest of each part so far. A request
-    is noticed between steps and between batches of a validation. At worst it comes as samples begin, which cannot be
-    interrupted, with a save in flight, and a step follows before it is noticed."""
+    """Upper bound on the seconds from a request to stop to the end of the process, from the longest of each part so
+    far. A request is noticed between steps and between batches of a validation. The worst case: it comes as samples
+    begin, which cannot be interrupted, a save is in flight, and a step follows before the request is noticed."""
 
     def __init__(self, saver: Saver) -> None:
         self._saver = saver
         self._step = self._samples = 0.0
 
     def took(self, step: float = 0, samples: float = 0) -> None:
-        """Note the seconds of a step, or of all samples at one position."""
+        """Record the seconds of a step, or of all samples at one position."""
         self._step, self._samples = max(self._step, step), max(self._samples, samples)
 
     @property

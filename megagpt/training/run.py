@@ -1,4 +1,4 @@
-"""Sets a run up on one rank: data, engine, checkpoint, and everything else that the loop needs."""
+"""Sets up a run on one rank: data, engine, checkpoint, and everything else that the loop needs."""
 
 import contextlib
 import functools
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from megagpt.checkpoints.checkpoint import OpenCheckpoint
 from megagpt.checkpoints.compatibility import Allowed
-from megagpt.checkpoints.loading import choose, load, quarantine
+from megagpt.checkpoints.folder import abandon
+from megagpt.checkpoints.loading import choose, load, quarantine, saved_config
 from megagpt.checkpoints.saving import Saved, Saver, meta_of
 from megagpt.checkpoints.storage import CorruptError
 from megagpt.config import Config
@@ -24,11 +25,13 @@ from megagpt.incarnations import Lease, Superseded
 from megagpt.launchers import torchrun_passes_sigterm_on, torchrun_waits_longer
 from megagpt.position import Position, position
 from megagpt.run_log import Event, newest
+from megagpt.training.guard import Guard
+from megagpt.training.markdown import verbatim
 from megagpt.training.outcome import Ending
 from megagpt.training.reporter import Reporter
 from megagpt.training.reserve import Reserve
-from megagpt.training.run_folder import check_free, claim_run, run_folder, start_as_markdown
-from megagpt.training.safety import FiniteGuard, StopRequest
+from megagpt.training.run_folder import check_free, claim_run, run_folder, start_as_markdown, went_back
+from megagpt.training.safety import StopRequest
 from megagpt.training.schedule import batch_sequences, step_count
 from megagpt.training.stragglers import Stragglers
 from megagpt.training.watchdog import Watchdog
@@ -49,15 +52,15 @@ class Run:
     validation_data: Corpus
     validation_sequences: int
     start: Position
-    """Where this incarnation begins."""
+    """The position at which this incarnation begins."""
     resumed: bool
     last_held: dict[str, int]
-    """Event -> tokens at which the run log has it last, up to `start`."""
+    """Event -> tokens of its last line in the run log, up to `start`."""
     lease: Lease
     saver: Saver
     watchdog: Watchdog
     reporter: Reporter
-    guard: FiniteGuard
+    guard: Guard
     stragglers: Stragglers
     reserve: Reserve
     ending: Ending
@@ -74,8 +77,8 @@ class Run:
         return self.world.any(stop.requested(self.reserve.seconds))
 
     def between_steps(self, at: Position, stop: StopRequest) -> bool:
-        """`agree_to_stop` in one exchange with all else that must be the same on every rank. Raises Superseded, and
-        the error of a save in the background."""
+        """`agree_to_stop`, and in the same exchange everything else that the ranks must agree on. Raises Superseded,
+        and the error of a save in the background."""
         lost = self.world.is_main and self.lease.lost()
         stopping, failed, superseded = self.world.any_of(stop.requested(self.reserve.seconds), self.saver.failed, lost)
         if superseded:
@@ -89,7 +92,11 @@ class Run:
         """Begin a save of this position."""
         self.reporter.flush()
         fingerprints = [stream.fingerprint for stream in self.train_data.streams]
-        meta = meta_of(self.engine, at, fingerprints, milestone, self.guard.skipped)
+        guard = self.guard
+        meta = meta_of(
+            self.engine, at, fingerprints, milestone, skipped_updates=guard.skipped, skipped_in_a_row=guard.in_a_row,
+            spikes=guard.spikes, recent_losses=guard.recent_losses,
+        )  # fmt: skip
         with self.watchdog.patient("a save"):
             self.report_saved(at, self.saver.save(self.engine.state(), self.engine.replica, meta))
 
@@ -99,12 +106,14 @@ class Run:
             self.report_saved(at, self.saver.finish())
 
     def report_saved(self, at: Position, saved: Saved | None) -> None:
-        if saved is None:
+        if saved is None or not self.world.is_main:
             return
+        meta = saved.meta
+        at = position(self.config, meta.sequences_seen, at.step if meta.step is None else meta.step)
         path, seconds, stall = str(saved.checkpoint.path), saved.save_seconds, saved.stall_seconds
         values = {"path": path, "save_seconds": seconds, "stall_seconds": stall}
         text = f"saved {path} in {seconds:.1f} s; training waited for {stall:.2f} s"
-        self.reporter.event(Event.CHECKPOINT, at, {"tokens_seen": saved.checkpoint.tokens, **values}, text)
+        self.reporter.event(Event.CHECKPOINT, at, values, text)
 
     def say_bound(self) -> None:
         """Print how long a stop takes at most."""
@@ -119,17 +128,24 @@ class Run:
         limit, needed = self.config.train.time_limit, self.reserve.seconds
         if 0 < limit < needed:
             short = f"shorter than the {needed:.0f} s that a step and its save may take"
-            say(f"train.time_limit {limit:g} s is {short}: each incarnation will make one step")
+            say(f"train.time_limit {limit:g} s is {short}: each incarnation will take one step")
 
 
 @contextlib.contextmanager
-def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> Iterator[Run]:
-    """Begin the config's run or resume it, and record how it ended if that is an error. Raises UserError before
-    anything is written, for all that can be known by then."""
+def open_run(
+    config: Config, world: World, resume: bool, allowed: Allowed, resume_at: int | None = None
+) -> Iterator[Run]:
+    """Begin the config's run or resume it, and record how it ended if that is an error. `resume_at`: tokens of the
+    checkpoint to resume from; None: the newest. Raises UserError before anything is written, for all that can be known
+    by then."""
     folder = run_folder(config)
     config.check_ranks(world.size)
     if not resume:
         check_free(folder)
+    asked = resume_at
+    if asked is not None and world.from_main(lambda: went_back(folder, asked)):
+        say(f"--at {asked} was done before this restart; resuming from the newest checkpoint")
+        resume_at = None
     _check_vocabulary(config)
     say("reading data")
     data = prepare_builtin(config.data, world)
@@ -138,18 +154,20 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
     say("building the model")
     engine = build_engine(config, world)
     fingerprints = [stream.fingerprint for stream in train_data.streams]
-    seek = functools.partial(choose, folder, config, fingerprints, allowed, world)
+    seek = functools.partial(choose, folder, config, fingerprints, allowed, world, resume_at)
     # The run is claimed when it is known that it can resume here, and before anything of it is read.
     found = seek() if resume else None
+    if found is not None:
+        _check_length(config, found)
     tokens = found.meta.tokens_seen if found else 0
-    lease = Lease(claim_run(folder, engine, tokens))
+    lease = Lease(claim_run(folder, engine, tokens, asked))
     ending = Ending(lease.incarnation, world, tokens)
     with ending.recording(), contextlib.ExitStack() as stack:
         found = _load(found, seek, engine)
         start = position(config, 0, 0)
         if found is not None:
             meta = found.meta
-            step = meta.step if meta.step is not None else step_count(config, meta.tokens_seen)
+            step = meta.step if meta.step is not None else step_count(saved_config(found), meta.tokens_seen)
             start = position(config, meta.sequences_seen, step)
         elif resume:
             say(f"{folder}: no checkpoint was completed; starting from the first token")
@@ -157,9 +175,11 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
         world.barrier()
         saver = Saver(folder, config.checkpoint, world, lease.incarnation)
         saver.probe(config.model.checkpoint_bytes)
-        reporter = Reporter(folder, start, start.total * start.context, resume, world.is_main)
+        reporter = Reporter(folder, start, start.total * start.context, resume, world.is_main, resume_at is not None)
         stack.callback(reporter.close)
-        reporter.text(start, "config", f"```yaml\n{to_yaml(config)}```")
+        if resume_at is not None:
+            _go_back(folder, start, world, reporter)
+        reporter.text(start, "config", verbatim(to_yaml(config), "pre"))
         reporter.text(start, "start", start_as_markdown(lease.incarnation))
         hangs = folder / "hangs" / f"{lease.incarnation.number:06d}"
         watchdog = stack.enter_context(Watchdog(world, hangs, config.train.hang_timeout, ending.hung))
@@ -170,13 +190,13 @@ def open_run(config: Config, world: World, resume: bool, allowed: Allowed) -> It
             validation_sequences(validation_data, config.validation.tokens), start, resume,
             world.from_main(lambda: {event: line["tokens_seen"] for event, line in newest(folder).items()}),
             lease, saver, watchdog, reporter,
-            FiniteGuard(config.train.nonfinite_limit, found.meta.skipped_updates if found else 0),
+            Guard(config.train, found.meta if found else None),
             Stragglers(world, world.hosts(), log.straggler_every_steps, log.straggler_factor), Reserve(saver), ending,
         )  # fmt: skip
 
 
 def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:
-    """Load the checkpoint, or the next older one for each that turns out to be corrupt; returns the loaded one."""
+    """Load the checkpoint; if it turns out to be corrupt, the next older one, and so on. Returns the loaded one."""
     while found is not None:
         try:
             load(found, engine)
@@ -187,6 +207,22 @@ def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:
             quarantine(found, error, engine.world)
             found = seek()
     return found
+
+
+def _go_back(folder: Path, start: Position, world: World, reporter: Reporter) -> None:
+    """Rename the checkpoints past `start`, and log it."""
+    newer = world.from_main(lambda: [path.name for path in abandon(folder, lambda c: c.tokens > start.tokens)])
+    renamed = f"; newer checkpoints were renamed: {', '.join(newer)}" if newer else ""
+    text = f"went back to {start.tokens:,} tokens{renamed}"
+    reporter.event(Event.WENT_BACK, start, {"abandoned": newer}, text)
+
+
+def _check_length(config: Config, found: OpenCheckpoint) -> None:
+    """Raises UserError if the run has seen more tokens than it is to see now."""
+    seen, wanted = found.meta.tokens_seen, config.train.tokens
+    if seen > wanted:
+        ways = "raise train.tokens, or resume from an older checkpoint with --at"
+        raise UserError(f"train.tokens {wanted:,} is less than the {seen:,} that {found.path} has seen; {ways}")
 
 
 def _check_vocabulary(config: Config) -> None:

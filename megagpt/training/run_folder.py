@@ -1,4 +1,4 @@
-"""The files of a run beside its log and checkpoints: its config, and for each incarnation who ran it, where and how."""
+"""A run's folder: its path, its config, and the facts that each incarnation leaves there."""
 
 import contextlib
 import json
@@ -19,9 +19,10 @@ from megagpt.engines.engine import Engine
 from megagpt.errors import UserError
 from megagpt.files import write_atomic
 from megagpt.hardware import device_name
-from megagpt.incarnations import Incarnation, claim
-from megagpt.launchers import slurm_job
+from megagpt.incarnations import Incarnation, claim, list_incarnations
+from megagpt.launchers import restarts, slurm_job
 from megagpt.run_log import log_path
+from megagpt.training.markdown import table, verbatim
 
 # Largest difference between two readings of the time at which one process began (s): the clock may have been set.
 _CLOCK_STEP_SECONDS = 60.0
@@ -41,20 +42,27 @@ def run_config(run: str | Path) -> str:
 
 
 def holds_run(run: Path) -> bool:
-    """Whether something of a run is there already."""
+    """Whether the folder holds files of a run."""
     return any(path.exists() for path in (run / "config.yaml", log_path(run), run / "checkpoints"))
 
 
 def check_free(run: Path) -> None:
-    """Raises UserError if a run is there already."""
+    """Raises UserError if the folder holds files of a run."""
     if holds_run(run):
         way = f"resume it with `megagpt train --resume {run}` or --auto-resume, or choose another run.name"
         raise UserError(f"{run}: already holds a run; {way}")
 
 
-def claim_run(run: Path, engine: Engine, from_tokens: int) -> Incarnation:
+def went_back(run: Path, resume_at: int) -> bool:
+    """Whether this is a restart, by Slurm or torchrun, of a command that has already taken the run back to the
+    checkpoint at `resume_at` tokens. Then the run continues from its newest one."""
+    found = list_incarnations(run)
+    return restarts(os.environ) > 0 and bool(found) and found[-1].start().get("resume_at") == resume_at
+
+
+def claim_run(run: Path, engine: Engine, from_tokens: int, resume_at: int | None = None) -> Incarnation:
     """Begin the run's next incarnation: the main rank leaves the resolved config and the facts of this process group.
-    Every rank calls it. Raises OSError."""
+    `resume_at`: the position that the command asked for. Every rank calls it. Raises OSError."""
 
     def leave() -> int:
         run.mkdir(parents=True, exist_ok=True)
@@ -65,7 +73,8 @@ def claim_run(run: Path, engine: Engine, from_tokens: int) -> Incarnation:
             "command": shlex.join(sys.argv), "host": platform.node(), "job": slurm_job(os.environ),
             "platform": platform.platform(), "python": platform.python_version(), "megagpt": megagpt.__version__,
             "torch": torch.__version__, "engine": engine.describe(), "device": device_name(engine.world.device),
-            "world_size": engine.world.size, "from_tokens": from_tokens, "process": this_process(),
+            "world_size": engine.world.size, "from_tokens": from_tokens, "resume_at": resume_at,
+            "process": this_process(),
         }  # fmt: skip
         return claim(run, facts).number
 
@@ -106,5 +115,5 @@ def has_ended(start: dict[str, Any]) -> bool | None:
 
 def start_as_markdown(incarnation: Incarnation) -> str:
     """The facts of an incarnation, for TensorBoard."""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in incarnation.start().items() if value is not None)
-    return f"Resume with `megagpt train --resume {incarnation.run}`\n\n| | |\n|---|---|\n{rows}"
+    facts = {key: value for key, value in incarnation.start().items() if value is not None}
+    return verbatim(f"Resume with: megagpt train --resume {incarnation.run}") + "\n\n" + table(facts)

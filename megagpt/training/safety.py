@@ -1,18 +1,16 @@
-"""Interruptions of a run: signals, a time limit, and steps whose loss or gradient is not finite."""
+"""Requests to stop a run: signals and a time limit."""
 
 import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 from typing import Self
 
 import psutil
 
 from megagpt import launchers
-from megagpt.errors import UserError
 from megagpt.training.acknowledging import acknowledging
 
 # Requests to save and end: Ctrl-C, and the signals that schedulers send before they take a machine away.
@@ -22,9 +20,9 @@ TIME_LIMIT = "train.time_limit"
 
 
 class StopRequest:
-    """Notes SIGNALS instead of dying of them, and the end of a time limit; the loop asks between steps. Signals may
-    come any number of times, because launchers and schedulers send them more than once. Only a second Ctrl-C interrupts
-    at once. `time_limit`: seconds since this process began; 0: none."""
+    """Remembers signals, instead of dying of them, and knows the time limit; the loop asks it between steps. Signals
+    may come any number of times, because launchers and schedulers send them more than once. Only a second Ctrl-C
+    interrupts at once. `time_limit`: seconds since this process began; 0: none."""
 
     def __init__(self, time_limit: float = 0) -> None:
         self.reason: str | None = None
@@ -64,25 +62,5 @@ class StopRequest:
 
 
 def seconds_since_start() -> float:
-    """Age of this process."""
+    """Age of this process (s)."""
     return time.time() - psutil.Process().create_time()
-
-
-class FiniteGuard:
-    """Counts updates that were skipped because loss or gradient was not finite, and ends the run after a streak."""
-
-    def __init__(self, limit: int, skipped: int = 0) -> None:
-        """`skipped`: the count so far, if the run resumes."""
-        self.limit, self.skipped, self._in_a_row = limit, skipped, 0
-
-    def check(self, updated: bool, step: int, last_good: Callable[[], str]) -> None:
-        """Raises UserError after `limit` skipped updates in a row; `last_good` gives its clause about checkpoints."""
-        if updated:
-            self._in_a_row = 0
-            return
-        self.skipped += 1
-        self._in_a_row += 1
-        if self._in_a_row >= self.limit:
-            when = f"in {self._in_a_row} steps in a row, the last of them step {step}"
-            way = "resume with a lower optimizer.lr and --allow-recipe-change"
-            raise UserError(f"loss or gradient was not finite {when}; {last_good()}: {way}")

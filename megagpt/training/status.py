@@ -21,9 +21,9 @@ from megagpt.launchers import job_number
 from megagpt.run_log import Event, Line, log_path, read
 from megagpt.training.run_folder import has_ended, run_config
 
-# Last steps whose median is the speed.
+# Number of last steps whose median speed is shown.
 _STEPS = 100
-# Steps, and seconds, without a new line after which a run counts as silent; both must have passed.
+# A run is silent if its log has no new line for this many steps and this many seconds.
 _SILENT_LINES, _SILENT_SECONDS = 10, 60.0
 # Bytes at the end of the log that are read: a few hundred steps.
 _TAIL_BYTES = 2**18

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from megagpt.engines.clock import StepTimes
 from megagpt.world import World
 
-# Comparisons in a row that a rank must lose: one or two are chance.
+# Comparisons in a row in which a straggler is slow: one or two may be chance.
 _IN_A_ROW = 3
 # Share of the step beyond which a rank's wait for data counts: a shorter one hides behind other ranks' work.
 _DATA_SHARE = 0.05

@@ -1,6 +1,7 @@
-"""Notices a rank that makes no progress; writes the stacks and the last collectives of all ranks, and ends them. A
-collective ends when the last rank joins it. If one never does, the others wait for as long as the process group lets
-them, and nothing says who is missing, or what it does instead."""
+"""Notices a rank that makes no progress; writes the stacks and the last collectives of all ranks, and ends them.
+
+A collective ends when the last rank joins it. If one rank never does, the others wait until the process group's
+timeout, and nothing tells which rank is missing, or what it does instead."""
 
 import contextlib
 import faulthandler
@@ -20,17 +21,17 @@ import torch.distributed as dist
 from megagpt.errors import ExitCode
 from megagpt.world import World
 
-# Keys in the store: the first rank to notice sets one, and each rank writes its phase under the other.
+# Keys in the store: each rank that notices a hang counts itself in the first, and writes its phase to the second.
 _HUNG, _SEEN = "megagpt/hung", "megagpt/hung/{rank}"
 _LOOK_SECONDS = 1.0
-# Seconds that ranks get to write their stacks, once one has noticed.
+# Time (s) that ranks get to write their stacks after one has noticed a hang.
 _DUMP_SECONDS = 10.0
 
 
 class Watchdog:
     """Watches one rank; every rank has one. `phase` names the rank's work and is a sign of life. If a rank gives no
     sign of life for `timeout` seconds, every rank writes its stacks (rank_3.txt) and PyTorch's flight recorder
-    (flight_recorder_3, a pickle) to `folder`; `ending(reason)` is called on the rank that noticed first, and the
+    (flight_recorder_3, a pickle) to `folder`. Then the rank that noticed first calls `ending(reason)`, and all
     processes end with ExitCode.HUNG."""
 
     def __init__(self, world: World, folder: Path, timeout: float, ending: Callable[[str], None]) -> None:
@@ -41,7 +42,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def phase(self, text: str) -> None:
-        """This rank begins something new."""
+        """This rank begins new work, which `text` names."""
         self._phase, self._since = text, time.monotonic()
 
     def progress(self) -> None:
@@ -50,7 +51,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def patient(self, text: str) -> Iterator[None]:
-        """No limit for work that may rightly take long, such as a save to a slow disk."""
+        """No limit during the block, for work that may take long, such as a save to a slow disk."""
         self._limit = math.inf
         self.phase(text)
         try:
@@ -91,7 +92,7 @@ class Watchdog:
                     return
 
     def _end(self, silent: float) -> None:
-        # Either may hang itself: the disk, or the store if the rank that holds it hangs.
+        # Each of the two may hang itself: on the disk, or on the store if the rank that holds it hangs.
         for work in (self._dump, self._tell):
             worker = threading.Thread(target=work, args=(silent,), daemon=True)
             worker.start()
@@ -112,12 +113,12 @@ class Watchdog:
                     file.write("\nno flight recorder: this PyTorch has recorded no collective\n")
 
     def _tell(self, silent: float) -> None:
-        """Tell the other ranks; the first to notice also prints it, and names the ranks that gave no answer."""
+        """Tell the other ranks. The first rank to notice also prints the error, and names the ranks without answer."""
         others = ""
         if self._store is not None:
             self._store.set(_SEEN.format(rank=self._world.rank), self._phase)
             if self._store.add(_HUNG, 1) != 1:
-                # The first one waits for the last one's phase, and this rank may hold the store.
+                # Stay: the rank that noticed first still collects the phases, and this rank may hold the store.
                 time.sleep(_DUMP_SECONDS)
                 return
             time.sleep(_DUMP_SECONDS)

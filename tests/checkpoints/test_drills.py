@@ -40,7 +40,7 @@ def test_a_disk_that_fails_leaves_the_last_checkpoint(kind: str, tmp_path: Path,
     assert drill.done.total() == 1
 
 
-def test_damage_is_found_named_and_survived(tmp_path: Path, corpus: Path, whole: Path) -> None:
+def test_a_corrupt_file_is_found_named_and_survived(tmp_path: Path, corpus: Path, whole: Path) -> None:
     drill = Drill(tmp_path, corpus, whole, steps=15, tolerance=5e-6)
     drill.damage()
     assert drill.done.total() == 17

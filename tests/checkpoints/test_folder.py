@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megagpt.checkpoints.checkpoint import Checkpoint
-from megagpt.checkpoints.folder import Rotation, find_checkpoint, list_checkpoints, newest_complete
+from megagpt.checkpoints.folder import Rotation, find_checkpoint, list_checkpoints, newest_complete, newest_good
 from megagpt.checkpoints.loading import tensor_shapes
 from megagpt.checkpoints.saving import Saver
 from megagpt.checkpoints.storage import CorruptError, Writer
@@ -22,8 +22,29 @@ def test_the_newest_and_the_milestones_stay(tmp_path: Path) -> None:
     saver = Saver(tmp_path, CheckpointConfig(keep_last=2), ALONE)
     for samples in range(1, 10):
         save(saver, samples, milestone=samples % 4 == 0)
+        saver.proved(4 * samples)
     saver.finish()
     assert [c.tokens // 4 for c in list_checkpoints(tmp_path)] == [4, 7, 8, 9]
+
+
+def test_only_proven_checkpoints_count_and_push_others_out(tmp_path: Path) -> None:
+    """A finite step from position 8 proves 4 and 8; those at 12 to 20 are kept and marked, whatever follows them."""
+    saver = Saver(tmp_path, CheckpointConfig(keep_last=1), ALONE)
+    for step in (1, 2):
+        save(saver, step)
+    saver.proved(8)
+    for step in (3, 4, 5):
+        save(saver, step)
+    saver.finish()
+    assert [(c.tokens // 4, c.is_proven) for c in list_checkpoints(tmp_path)] == [
+        (2, True), (3, False), (4, False), (5, False),
+    ]  # fmt: skip
+    assert newest_good(tmp_path, 100) == list_checkpoints(tmp_path)[0]
+    assert newest_good(tmp_path, 8) is None
+    again = Saver(tmp_path, CheckpointConfig(keep_last=1), ALONE)  # a resume from 20, whose first step is finite
+    again.proved(20)
+    again.finish()
+    assert [(c.tokens // 4, c.is_proven) for c in list_checkpoints(tmp_path)] == [(5, True)]
 
 
 def test_rotation_reads_nothing_of_old_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +66,7 @@ def test_rotation_reads_nothing_of_old_checkpoints(tmp_path: Path, monkeypatch: 
         patch.setattr(Checkpoint, "remove", lambda checkpoint: removed.append(checkpoint))
         for step in (6, 7):
             rotation.saved(Checkpoint(tmp_path / "checkpoints" / f"{4 * step:015d}"), milestone=False)
+            rotation.proved(4 * step)
     assert [c.tokens // 4 for c in removed] == [4, 5]
 
 
@@ -56,6 +78,7 @@ def test_milestones_of_an_older_version_stay(tmp_path: Path) -> None:
     saver.finish()
     again = Saver(tmp_path, CheckpointConfig(keep_last=1), ALONE)
     save(again, 3)
+    again.proved(12)
     again.finish()
     assert [c.tokens // 4 for c in list_checkpoints(tmp_path)] == [1, 3]
 
@@ -69,6 +92,7 @@ def test_rotation_keeps_the_only_complete_one(tmp_path: Path) -> None:
     (list_checkpoints(tmp_path)[1].path / "COMPLETE").unlink()
     again = Saver(tmp_path, CheckpointConfig(keep_last=1), ALONE)
     save(again, 3)
+    again.proved(12)
     again.finish()
     assert [c.tokens // 4 for c in list_checkpoints(tmp_path)] == [2, 3, 5]
     assert [c.tokens // 4 for c in list_checkpoints(tmp_path) if is_complete(c)] == [3, 5]
@@ -93,7 +117,7 @@ def test_the_same_position_may_be_saved_again(tmp_path: Path) -> None:
     assert saved_value(checkpoint) == 2.0
 
 
-def test_a_delayed_removal_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_delayed_removal_leaves_nothing_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On NFS a file that is open elsewhere stays in its folder, under another name."""
     saver = Saver(tmp_path, CheckpointConfig(keep_last=1), ALONE)
     save(saver, 1)
@@ -101,9 +125,11 @@ def test_a_delayed_removal_leaves_nothing_that_looks_whole(tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda path, ignore_errors=False: None)
         save(saver, 2)
+        saver.proved(8)
         assert saver.finish() is not None
     assert [c.tokens // 4 for c in list_checkpoints(tmp_path)] == [2]
     save(saver, 3)
+    saver.proved(12)
     saver.finish()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"{12:015d}"]
 
@@ -184,5 +210,5 @@ def test_a_marker_covers_every_file(tmp_path: Path) -> None:
     saver.finish()
     (checkpoint,) = list_checkpoints(tmp_path)
     on_disk = {path.name for path in checkpoint.path.iterdir()}
-    assert set(checkpoint.sums()) | {"COMPLETE"} == on_disk
+    assert set(checkpoint.sums()) | {"COMPLETE", "UNPROVEN"} == on_disk
     assert checkpoint.open().size == sum(p.stat().st_size for p in checkpoint.path.iterdir() if p.name != "COMPLETE")

@@ -114,7 +114,7 @@ def test_one_save_is_in_flight_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_disk_error_is_told_and_the_last_checkpoint_stays(
+def test_a_disk_error_is_reported_and_the_last_checkpoint_stays(
     asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = Saver(tmp_path, CheckpointConfig(asynchronous=asynchronous, keep_last=1), ALONE)
@@ -131,6 +131,7 @@ def test_a_disk_error_is_told_and_the_last_checkpoint_stays(
             saver.finish()
     assert [c.verify() for c in list_checkpoints(tmp_path)] == [[]]
     save(saver, 3)
+    saver.proved(12)
     saver.finish()
     assert [c.tokens for c in list_checkpoints(tmp_path)] == [12]
     assert not list((tmp_path / "checkpoints").glob("*.saving-*"))

@@ -101,7 +101,7 @@ def test_the_first_record_is_named_and_no_later_one(job: Job) -> None:
     assert job.said[:2] == ["first to fail: rank 3 on n2: data/x: no shards here", f"its log: {log}"]
 
 
-def test_the_words_of_a_log_decide_nothing(job: Job) -> None:
+def test_the_text_of_a_log_decides_nothing(job: Job) -> None:
     """Neither an error line nor a traceback in a log says whether a retry may succeed: the record does."""
     log = "Traceback (most recent call last):\nmegagpt: error: [rank 0 of 4] RuntimeError: broken\n"
     job.record("7.0", 1, Failure("data/x: no shards here", 3, "n2", retry=False), log)

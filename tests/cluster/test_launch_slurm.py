@@ -77,7 +77,7 @@ def test_micro_batches_and_memory_are_printed(capsys: Capture) -> None:
     command += ["train.batch_ramp_tokens=0", "engine.name=fsdp"]
     assert main(["launch", "slurm", "gpt3_13b.yaml", "--nodes", "4", *command]) == 0
     comment = capsys.readouterr().out.splitlines()[0]
-    assert comment.startswith("# 32 ranks, 4 micro-batch(es) of 4 a step and rank; ")
+    assert comment.startswith("# 32 ranks, 4 micro-batch(es) of 4 per step and rank; ")
     (gigabytes,) = re.findall(r"([\d.]+) GB of each GPU", comment)
     assert float(gigabytes) == pytest.approx(16 * 12.85 / 32, rel=0.02)
 

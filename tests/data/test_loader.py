@@ -1,6 +1,7 @@
 """Batches depend on the sequence number alone: not on ranks, resumes, micro-batches, or the size of the corpus."""
 
 import collections
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.config import Config
+from megagpt.config import Config, SkipConfig
 from megagpt.config_file import build_config
 from megagpt.data.loader import Batch, Corpus, Share, open_corpus, train_batches, validation_sequences
 from megagpt.data.order import locate
@@ -206,3 +207,20 @@ def test_a_source_without_held_out_text_means_no_validation(folders: list[Path],
     write_bin(tmp_path / "x_train_0.bin", np.arange(100))
     corpus = open_corpus(data_of([folders[0], tmp_path]), "val", CONTEXT, seed=0)
     assert validation_sequences(corpus, 10**9) == 0
+
+
+def test_stretches_that_a_run_leaves_out_shift_what_follows(folders: list[Path]) -> None:
+    """Two sequences at position 3, and one more at position 5: the numbers 3, 4 and 7."""
+    stretches = (SkipConfig(3 * CONTEXT - 1, 2 * CONTEXT), SkipConfig(5 * CONTEXT, 1))
+    plain = data_of(folders[:1])
+    data = dataclasses.replace(plain, skip=stretches)
+    corpus = open_corpus(data, "train", CONTEXT, 0)
+    assert corpus.numbers_at(np.arange(8)).tolist() == [0, 1, 2, 5, 6, 8, 9, 10]
+    whole, share = open_corpus(plain, "train", CONTEXT, 0), Share(0, 1, 2)
+    (left_out, _), (usual, _), (later, _) = (
+        c.batch(numbers, share).micro_batches[0]
+        for c, numbers in ((corpus, range(3, 5)), (whole, range(3, 5)), (whole, range(5, 7)))
+    )
+    assert torch.equal(left_out, later)
+    assert not torch.equal(left_out, usual)
+    assert open_corpus(data, "val", CONTEXT, 0).skips == ()

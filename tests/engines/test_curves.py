@@ -27,11 +27,17 @@ OTHERS: dict[str, dict[str, Any]] = {
     "zero-3, offload all": {"name": "zero", "stage": 3, "offload": "all"},
     "zero-3, vectors whole": {"name": "zero", "stage": 3},
 }
+# `megagpt parity` takes 20 steps.
+STEPS = 12
 # Accumulation and activation checkpointing; `megagpt parity` tries all six combinations.
 WAYS = ((1, "none"), (4, "full"), (4, "selective"))
-FP32 = [Case(s.engine, s.ranks, accumulation, mode) for s in ENGINE_CASES.values() for accumulation, mode in WAYS]
-BF16 = [Case(s.engine, s.ranks, 4, "selective", "bf16") for s in ENGINE_CASES.values()]
-OPTIONS = [Case(engine, 2, 2) for engine in OTHERS.values()]
+FP32 = [
+    Case(s.engine, s.ranks, accumulation, mode, steps=STEPS)
+    for s in ENGINE_CASES.values()
+    for accumulation, mode in WAYS
+]
+BF16 = [Case(s.engine, s.ranks, 4, "selective", "bf16", steps=STEPS) for s in ENGINE_CASES.values()]
+OPTIONS = [Case(engine, 2, 2, steps=STEPS) for engine in OTHERS.values()]
 
 Found = list[tuple[Case, Curve]]
 Curves = Callable[[dict[str, Any], int, str], Found]
@@ -64,7 +70,7 @@ def test_an_fp32_curve_is_that_of_the_plain_loop(name: str, plain: Curve, curves
 @pytest.mark.parametrize("name", ENGINE_CASES)
 def test_a_bf16_curve_stays_close(name: str, plain: Curve, curves: Curves) -> None:
     for case, curve in curves(ENGINE_CASES[name].engine, ENGINE_CASES[name].ranks, "bf16"):
-        assert difference(curve, plain)[0] > 1e-5, "bf16 computed in fp32"
+        assert difference(curve, plain[:STEPS])[0] > 1e-5, "bf16 computed in fp32"
         assert_same(curve, plain, "bf16", case)
 
 
@@ -77,7 +83,7 @@ def test_options_keep_the_curve(name: str, plain: Curve, curves: Curves) -> None
 def test_hpz_keeps_the_curve(plain: Curve) -> None:
     """ZeRO++'s second copy of the weights, in processes of its own: DeepSpeed makes its groups once."""
     engine = {"name": "zero", "stage": 3, "deepspeed": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
-    (curve,) = run_cases("curve", [Case(engine, 4, 2)])
+    (curve,) = run_cases("curve", [Case(engine, 4, 2, steps=STEPS)])
     assert_same(curve, plain, "fp32", engine)
 
 
@@ -91,6 +97,6 @@ def compiled_curve(case: Case) -> Curve:
 
 @pytest.mark.parametrize("name", ["fsdp", "zero-3"])
 def test_compiled_blocks_keep_the_curve(name: str, plain: Curve) -> None:
-    case = Case(ENGINE_CASES[name].engine, 2, 1, "selective", compile=True)
+    case = Case(ENGINE_CASES[name].engine, 2, 1, "selective", compile=True, steps=STEPS)
     for curve in run_ranks(2, compiled_curve, case):
         assert_same(curve, plain, "fp32", name)

@@ -170,7 +170,7 @@ def test_a_tensor_of_another_shape_is_refused(plain: Path) -> None:
 # --- as a tensor ---
 
 
-def test_it_looks_like_the_whole_and_refuses_to_compute() -> None:
+def test_a_flat_shard_has_the_whole_shape_and_refuses_to_compute() -> None:
     shard = FlatShard(torch.zeros(4, dtype=torch.bfloat16), (3, 4), 5)
     assert (shard.shape, shard.dtype, shard.device.type) == ((3, 4), torch.bfloat16, "cpu")
     with pytest.raises(TypeError, match="compute with its `flat`"):

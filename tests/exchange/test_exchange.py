@@ -202,7 +202,7 @@ def test_impossible_imports_are_refused_in_one_line(
         for part in parts:
             assert part in error
 
-    refused([folder, config, "model.layers=3", "model.width=64"], "model.layers 2 there, 3", "model.width 32 there, 64")
+    refused([folder, config, "model.layers=3", "model.width=64"], "model.layers is 2 there, 3", "model.width is 32")
     refused([str(tmp_path / "nowhere"), config], "nowhere")
     refused([folder, "nowhere.yaml"], "nowhere.yaml")
     with_file = next(Path(folder).glob("*.safetensors"))

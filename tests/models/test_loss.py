@@ -126,7 +126,7 @@ def test_huge_logits_stay_finite(scale: float) -> None:
         assert_near(a, b, 1e-5)
 
 
-def test_a_sure_and_right_model_has_no_loss() -> None:
+def test_a_confident_correct_model_has_no_loss() -> None:
     weight = torch.eye(128)[:, :100] * 1e4
     targets = torch.arange(50)
     loss, grad_hidden, grad_weight = fused(torch.eye(100)[:50], weight, targets, 100)

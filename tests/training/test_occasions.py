@@ -1,4 +1,4 @@
-"""Saves, validations and samples that a stop or a kill interrupted are made up at their own tokens."""
+"""Saves, validations and samples that a stop or a kill interrupted are done after the resume, at their own tokens."""
 
 import contextlib
 import os
@@ -86,7 +86,7 @@ def run_to_the_end(run: Simulated) -> list[list[int]]:
     """Resume the run after each stop and each kill, in the real loop; returns the tokens of each occasion."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "occasions", Simulated.occasions)
-        patch.setattr(loop, "_step", lambda run, at, batches: run.step(at))
+        patch.setattr(loop, "_step", lambda run, at, *_: run.step(at))
         patch.setattr(loop, "say", lambda text: None)
         while True:
             with contextlib.suppress(Killed):

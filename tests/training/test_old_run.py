@@ -18,6 +18,7 @@ from megagpt.config_file import load_config
 from megagpt.incarnations import list_incarnations
 from megagpt.run_log import newest
 from tests.conftest import metrics
+from tests.runs import charts
 
 OLD = Path(__file__).parent.parent / "data" / "old_run"
 # The rest of the same run as version 0.1 computed it without a stop: losses of steps 11 to 20, and its validations.
@@ -42,6 +43,12 @@ def test_it_resumes_with_the_losses_of_the_uninterrupted_run(
     validations = [(line["tokens_seen"], line["validation_loss"]) for line in metrics(run, "validation")]
     assert [tokens for tokens, _ in validations] == [640, 1280, 1920, 2560]
     assert [loss for _, loss in validations] == pytest.approx(EXPECTED["validation_losses"], abs=2e-6)
+    # Curves go on, and the chart with both losses, which that version did not have, is complete.
+    by_tokens = {line["tokens_seen"]: line["loss"] for line in steps}
+    assert dict(charts(run / "train")["loss/by_tokens"]) == pytest.approx(by_tokens)
+    assert dict(charts(run / "validation")["loss/by_tokens"]) == pytest.approx(dict(validations))
+    for tag in ("loss/loss", "optimizer/lr", "optimizer/gradient_norm"):
+        assert [step for step, _ in charts(run)[tag]] == list(range(1, 21))
 
 
 def test_its_checkpoint_reads_bit_for_bit(run: Path) -> None:

@@ -144,7 +144,7 @@ def stop_in_the_first_validation(config: str, monkeypatch: pytest.MonkeyPatch) -
         assert main(["train", config]) == ExitCode.STOPPED
 
 
-def test_an_interrupted_last_validation_is_made_up(
+def test_an_interrupted_last_validation_is_done_after_the_resume(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Everything is saved by then; the run is not finished, and the next incarnation finishes it."""

@@ -51,14 +51,12 @@ def test_a_checkpoint_of_other_model_or_data_is_refused(tiny: Tiny, tmp_path: Pa
     assert train(str(tiny())) == 0
     run = tmp_path / "runs" / "tiny"
     wider = ["train", "--resume", str(run), "model.width=64"]
-    refusal(wider, "model.width 32 there, 64 here", "another run.name")
+    refusal(wider, "model.width is 32 in the checkpoint, 64 now", "another run.name")
     recipe = ["--allow-recipe-change", "--allow-data-change"]
-    refusal([*wider, *recipe], "model.width 32 there, 64 here")
-    refusal(["train", "--resume", str(run), "run.seed=1"], "run.seed 0 there, 1 here", "--allow-recipe-change")
+    refusal([*wider, *recipe], "model.width is 32 in the checkpoint, 64 now")
+    refusal(["train", "--resume", str(run), "run.seed=1"], "run.seed is 0 in", "--allow-recipe-change")
     both = ["train.batch_tokens=256", "optimizer.lr=1e-4"]
-    refusal(
-        ["train", "--resume", str(run), *both], "train.batch_tokens 128 there, 256 here", "optimizer.lr 0.0006 there"
-    )
+    refusal(["train", "--resume", str(run), *both], "train.batch_tokens is 128 in", "optimizer.lr is 0.0006 in the")
     from megagpt.data.prepare import prepare
     from megagpt.data.sources import open_source
 
@@ -82,7 +80,7 @@ def test_an_allowed_change_is_trained_with(
     capsys.readouterr()
     assert train("--resume", str(run), "--allow-data-change", "--allow-recipe-change", *changes) == 0
     output = capsys.readouterr().out
-    for difference in ("optimizer.lr 0.0006 there, 1e-05 here", "model.dropout 0.0 there, 0.1 here", "data"):
+    for difference in ("optimizer.lr is 0.0006 in the checkpoint, 1e-05 now", "model.dropout is 0.0 in", "data"):
         assert f"resuming with a change: {difference}" in output
     steps = metrics(run)
     assert [line["step"] for line in steps] == list(range(1, 16))

@@ -42,7 +42,7 @@ def test_gpt2_matches_the_public_reproduction_step_by_step() -> None:
         assert learning_rate(config, it * 524288) == pytest.approx(published(it), rel=1e-9)
 
 
-def test_wsd_and_constant() -> None:
+def test_wsd_and_constant_are_the_closed_form() -> None:
     schedule = {"warmup_tokens": 100, "decay_start_tokens": 600, "decay_end_tokens": 1000, "floor_ratio": 0.0}
     train = {"tokens": 1200, "batch_tokens": 8}
     wsd = run(schedule={"shape": "wsd", **schedule}, train=train, optimizer={"lr": 1.0})
