@@ -31,7 +31,8 @@ class SourceConfig:
     """One corpus of token shards."""
 
     path: Free[str]
-    """Folder written by `megagpt data prepare`, or of llm.c / modded-nanogpt .bin or build-nanogpt .npy shards.
+    """Folder written by `megagpt data prepare`, or of llm.c / modded-nanogpt .bin, build-nanogpt .npy or nanoGPT's
+    train.bin and val.bin. A relative path starts at the current folder; on a resume, also where the run was started.
     `stdlib` is the text of Python's own standard library, prepared on first use."""
     weight: Data[float] = Field(default=1.0, gt=0, le=1e15)
     """Share of this source in the mixture, relative to the other sources. Up to 6 decimals count."""
@@ -287,9 +288,13 @@ class Config:
         return self.train.tokens // self.model.context
 
     def check_ranks(self, ranks: int) -> None:
-        """Raises UserError, with what to change, if the run cannot be divided over that many ranks."""
+        """Raises UserError, with what to change, if the run cannot start on that many ranks."""
         self.accumulation(ranks)
         self.sharing_ranks(ranks)
+        tokens, context = self.validation.tokens, self.model.context
+        if 0 < tokens < context:  # not a contradiction of keys: old runs with such a value can still be read
+            ways = f"raise it to {context} or more, or set it to 0 for no validation"
+            raise UserError(f"validation.tokens {tokens} is less than one sequence, model.context {context}; {ways}")
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches of a rank in a full step. Raises UserError with the nearest batches that divide."""

@@ -110,10 +110,13 @@ class Job:
 def test_a_time_limit_saves_requeues_and_resumes(
     cluster: MiniCluster, corpus: Path, tmp_path: Path, expected: list[float]
 ) -> None:
-    # The signal comes a minute after the job's start: late enough for a busy machine to start the ranks, and early
-    # enough for a fast one, because samples at each step make the run long.
-    job = Job(cluster, tmp_path, corpus, f"sampling.every_tokens={STEP_TOKENS}", "sampling.max_tokens=40")
-    job.submit("--nodes=2", "--time=2", "--signal=USR1@60")
+    # Samples at each step make the run long. Once it trains, the limit is cut so that Slurm's signal is due: at least
+    # one minute of the job's time is left then, and at most two.
+    job = Job(cluster, tmp_path, corpus, f"sampling.every_tokens={STEP_TOKENS}", "sampling.max_tokens=12")
+    job.submit("--nodes=2", "--time=60", "--signal=USR1@120")
+    job.wait_for_steps(2)
+    hours, minutes, _ = map(int, cluster.job(job.id)["RunTime"].split(":"))
+    cluster.control("scontrol", "update", f"JobId={job.id}", f"TimeLimit={60 * hours + minutes + 2}")
     job.wait("PENDING", "RUNNING", restarts=1)
     assert job.ends()[0] == ("stopped", "SIGUSR1")
     cluster.control("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")

@@ -199,6 +199,11 @@ def test_a_batch_divides_or_the_error_names_those_that_do(ranks: int, micro_batc
         assert accumulation * ranks * micro_batch == sequences
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_quickstart_divides_over_up_to_four_ranks(ranks: int) -> None:
+    load_config("quickstart.yaml").check_ranks(ranks)
+
+
 def test_config_command_shows_what_is_derived(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "gpt3_xl.yaml", "--ranks", "16"]) == 0
     output = capsys.readouterr().out

@@ -261,9 +261,8 @@ def test_commands_that_need_no_peers_wait_for_none(
     config, run = str(tiny(sampling={"samples": 0}, validation={"tokens": 0})), str(tmp_path / "runs" / "tiny")
     assert main(["train", config]) == 0
     lines = capsys.readouterr().out.splitlines()
-    first = ["starting: loading PyTorch", "reading data", "building the model"]
-    assert lines[:3] == first
-    assert lines[4] == "first step"
+    first = ["starting: loading PyTorch", "reading data", "building the model", "first step"]
+    assert [line for line in lines if line in first] == first
     for name, value in rank_environment(0, 8, free_port()).items():
         monkeypatch.setenv(name, value)
 

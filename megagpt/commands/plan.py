@@ -23,12 +23,13 @@ def _config(arguments: argparse.Namespace) -> int:
             print("\n".join(key.lines()))
         return 0
     from megagpt.config_file import to_yaml
+    from megagpt.data.mixture import describe_if_here
     from megagpt.planning.summary import summarize
 
     config = config_of(arguments)
-    summary = summarize(config, arguments.ranks)
+    lines = [*describe_if_here(config), *summarize(config, arguments.ranks)]
     print(to_yaml(config))
-    print("\n".join(f"# {line}" for line in summary))
+    print("\n".join(f"# {line}" for line in lines))
     return 0
 
 

@@ -1,9 +1,11 @@
 """Batches for a rank, a pure function of the sequence number, read ahead of the engine by one thread."""
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,11 +13,14 @@ from torch import Tensor
 
 from megagpt.config import DataConfig
 from megagpt.data.order import integer_weights, locate
-from megagpt.data.shards import TokenStream, open_stream
+from megagpt.data.shards import open_stream
+from megagpt.data.token_stream import TokenStream
 from megagpt.errors import UserError
 from megagpt.models.loss import IGNORE
 
 _AHEAD = 3  # optimizer steps
+# Places and tokens at each, by which two sources of equal length are compared.
+_WINDOWS, _WINDOW_TOKENS = 16, 256
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,11 @@ class Corpus:
         """Sequences of each source. Neighbours share a token: the last target of one is the next one's first input."""
         return [max(0, (s.tokens - 1) // self.context) for s in self.streams]
 
+    @property
+    def rounding(self) -> int:
+        """Sequences by which `interleave` may exceed a source's exact share."""
+        return (len(self.weights) - 1).bit_length()
+
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """The sequences with these numbers, int64 (len(numbers), context + 1)."""
         source, index = locate(numbers, self.sizes, self.weights, self.seed)
@@ -89,7 +99,9 @@ class Corpus:
 
 
 def open_corpus(data: DataConfig, split: str, context: int, seed: int) -> Corpus:
-    """Open "train" or "val" of every source. Raises UserError if a source is missing, empty or too short."""
+    """Open "train" or "val" of every source. Raises UserError if a source is missing, empty, too short, or given
+    twice."""
+    refuse_same_folder(data)
     streams = [open_stream(source.path, split) for source in data.sources]
     skips = [(-(-s.at // context), -(-s.tokens // context)) for s in data.skip] if split == "train" else []
     corpus = Corpus(streams, integer_weights(tuple(s.weight for s in data.sources)), context, seed, tuple(skips))
@@ -97,17 +109,46 @@ def open_corpus(data: DataConfig, split: str, context: int, seed: int) -> Corpus
         if split == "train" and size == 0:
             problem = f"{stream.tokens} tokens are less than one sequence of model.context {context} + 1"
             raise UserError(f"{stream.name}: {problem}; prepare more text, or reduce model.context")
+    for one, other in itertools.combinations(streams, 2):
+        if split == "train" and _same_tokens(one, other):
+            raise _given_twice(one.name, other.name, "hold the same tokens")
     return corpus
+
+
+def refuse_same_folder(data: DataConfig) -> None:
+    """Raises UserError if two sources are one folder, by whatever paths. The folders need not exist."""
+    for one, other in itertools.combinations([source.path for source in data.sources], 2):
+        if Path(one).expanduser().resolve() == Path(other).expanduser().resolve():
+            raise _given_twice(one, other, "are the same folder")
+
+
+def _given_twice(one: str, other: str, problem: str) -> UserError:
+    return UserError(f"data.sources: {one} and {other} {problem}; give it once, with the sum of the weights")
+
+
+def _same_tokens(one: TokenStream, other: TokenStream) -> bool:
+    """Whether two streams are of the same text, by samples of it: in whatever files, under whatever names."""
+    if one.tokens != other.tokens:
+        return False
+    count = min(one.tokens, _WINDOW_TOKENS)
+    starts = np.linspace(0, one.tokens - count, _WINDOWS).astype(int).tolist()
+    return all(np.array_equal(one.read(start, count), other.read(start, count)) for start in starts)
+
+
+def validation_corpus(held_out: Corpus) -> Corpus:
+    """Those sources of a held-out split that hold enough text to be validated on at all."""
+    kept = [i for i, size in enumerate(held_out.sizes) if size > held_out.rounding]
+    streams, weights = held_out.streams, held_out.weights
+    return replace(held_out, streams=[streams[i] for i in kept], weights=[weights[i] for i in kept])
 
 
 def validation_sequences(corpus: Corpus, tokens: int) -> int:
     """Sequences of the validation set: `tokens` worth of them, or fewer if a source would otherwise repeat. A function
     of config and corpus alone, so any number of ranks validates on the same tokens."""
     total = sum(corpus.weights)
-    # `interleave` may give a source this many sequences more than its exact share.
-    error = (len(corpus.weights) - 1).bit_length()
-    available = [(size - error) * total // weight for size, weight in zip(corpus.sizes, corpus.weights, strict=True)]
-    return max(0, min(tokens // corpus.context, *available))
+    sizes = zip(corpus.sizes, corpus.weights, strict=True)
+    available = [(size - corpus.rounding) * total // weight for size, weight in sizes]
+    return max(0, min(tokens // corpus.context, *available)) if available else 0
 
 
 def read_ahead(batches: Iterator[Batch]) -> Generator[Batch]:

@@ -10,8 +10,9 @@ from megagpt.training.schedule import learning_rate, step_count
 
 
 def summarize(config: Config, ranks: int) -> Iterator[str]:
-    """Lines for people about a run on `ranks` ranks. Raises UserError if the batch does not divide over them, or the
-    engine settings are impossible."""
+    """Lines for people about a run on `ranks` ranks. Raises UserError if it cannot start on them, or if its engine
+    settings are impossible."""
+    config.check_ranks(ranks)
     model, train, context = config.model, config.train, config.model.context
     padding = model.padded_vocab_size - model.vocab_size
     yield f"parameters: {model.parameters:,} ({padding} padding rows of the vocabulary not counted)"

@@ -132,8 +132,6 @@ def _compare_ranks(run: Run, at: Position, took: float, waited: float, times: St
 
 def _say_what_is_special(run: Run) -> None:
     config = run.config
-    if config.validation.tokens and not run.validation_sequences:
-        say("no validation: the corpus holds less than one sequence of held-out text")
     end, floor_at = config.train.tokens, config.schedule.decay_end_tokens
     if config.schedule.shape != "constant" and end < floor_at:
         where = f"train.tokens {end:,} is less than schedule.decay_end_tokens {floor_at:,}"

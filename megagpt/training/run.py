@@ -17,7 +17,18 @@ from megagpt.config import Config
 from megagpt.config_file import to_yaml
 from megagpt.console import say
 from megagpt.data.builtin import prepare_builtin
-from megagpt.data.loader import Batch, Corpus, Share, open_corpus, read_ahead, train_batches, validation_sequences
+from megagpt.data.loader import (
+    Batch,
+    Corpus,
+    Share,
+    open_corpus,
+    read_ahead,
+    train_batches,
+    validation_corpus,
+    validation_sequences,
+)
+from megagpt.data.located import locate
+from megagpt.data.mixture import describe
 from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.errors import UserError
@@ -30,7 +41,14 @@ from megagpt.training.markdown import verbatim
 from megagpt.training.outcome import Ending
 from megagpt.training.reporter import Reporter
 from megagpt.training.reserve import Reserve
-from megagpt.training.run_folder import check_free, claim_run, run_folder, start_as_markdown, went_back
+from megagpt.training.run_folder import (
+    check_free,
+    claim_run,
+    run_folder,
+    start_as_markdown,
+    start_folders,
+    went_back,
+)
 from megagpt.training.safety import StopRequest
 from megagpt.training.schedule import batch_sequences, step_count
 from megagpt.training.stragglers import Stragglers
@@ -148,9 +166,13 @@ def open_run(
         resume_at = None
     _check_vocabulary(config)
     say("reading data")
-    data = prepare_builtin(config.data, world)
+    starts = world.from_main(lambda: start_folders(folder)) if resume else []
+    data = prepare_builtin(locate(config.data, starts), world)
     context, seed = config.model.context, config.run.seed
-    train_data, validation_data = (open_corpus(data, split, context, seed) for split in ("train", "val"))
+    train_data, held_out = (open_corpus(data, split, context, seed) for split in ("train", "val"))
+    validation_data = validation_corpus(held_out)
+    if world.is_main:
+        say("\n".join(describe(config, train_data, held_out)))
     say("building the model")
     engine = build_engine(config, world)
     fingerprints = [stream.fingerprint for stream in train_data.streams]

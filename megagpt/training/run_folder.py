@@ -70,8 +70,9 @@ def claim_run(run: Path, engine: Engine, from_tokens: int, resume_at: int | None
         if settings := engine.settings():
             write_atomic(run / "deepspeed.json", json.dumps(settings, indent=2).encode())
         facts = {
-            "command": shlex.join(sys.argv), "host": platform.node(), "job": slurm_job(os.environ),
-            "platform": platform.platform(), "python": platform.python_version(), "megagpt": megagpt.__version__,
+            "command": shlex.join(sys.argv), "directory": str(Path.cwd()), "host": platform.node(),
+            "job": slurm_job(os.environ), "platform": platform.platform(),
+            "python": platform.python_version(), "megagpt": megagpt.__version__,
             "torch": torch.__version__, "engine": engine.describe(), "device": device_name(engine.world.device),
             "world_size": engine.world.size, "from_tokens": from_tokens, "resume_at": resume_at,
             "process": this_process(),
@@ -111,6 +112,14 @@ def has_ended(start: dict[str, Any]) -> bool | None:
         return True
     except psutil.Error:
         return None
+
+
+def start_folders(run: Path) -> list[Path]:
+    """Folders in which a run was started, newest first, without the current one. The last is the one that holds `runs`:
+    version 0.1 recorded none, and a run may have been moved together with its data."""
+    recorded = [incarnation.start().get("directory") for incarnation in reversed(list_incarnations(run))]
+    folders = [*map(Path, filter(None, recorded)), run.resolve().parent.parent]
+    return list(dict.fromkeys(folder for folder in folders if folder != Path.cwd()))
 
 
 def start_as_markdown(incarnation: Incarnation) -> str:

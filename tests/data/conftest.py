@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megagpt.data import documents as batching
 from megagpt.data import prepare as module
-from megagpt.data import sources
+from megagpt.data.documents import DocumentBatch
+from megagpt.data.encoding import Encoded, encode_documents
 from megagpt.data.loader import Corpus, open_corpus
-from megagpt.data.prepare import Encoded, encode_documents, prepare
-from megagpt.data.sources import DocumentBatch, open_source
+from megagpt.data.prepare import prepare
+from megagpt.data.sources import open_source
 from tests.data.folders import CONTEXT, data_of, write_bin
 from tests.data.preparation import Prepare, contents, finish, make_documents, start, write_corpus
 
@@ -24,7 +26,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     def encoded(batches: Iterable[DocumentBatch], workers: int | None) -> Iterator[tuple[DocumentBatch, Encoded]]:
         return ((batch, encode_documents(batch.documents)) for batch in batches)
 
-    monkeypatch.setattr(module, "_encoded", encoded)
+    monkeypatch.setattr(module, "encoded", encoded)
     # No test cuts the power, so nothing need wait for the disk.
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
@@ -32,7 +34,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def reference(tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch) -> tuple[Prepare, dict[str, bytes]]:
     """A preparation of several shards of both splits, journalled after every batch, and its undisturbed result."""
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 900)
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 900)
     monkeypatch.setattr(module, "_JOURNAL_SECONDS", -1.0)
     source = open_source(str(write_corpus(tmp_path / "a.jsonl", make_documents(60))))
 

@@ -19,6 +19,8 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files = files
+        self.past: dict[str, dict[str, bytes]] = {}
+        """Files of earlier commits."""
         self.held = ""
         """The file with this name is not sent until `released`."""
         self.lost = ""
@@ -35,6 +37,11 @@ class Hub(ThreadingHTTPServer):
     @property
     def commit(self) -> str:
         return hashlib.sha1(repr(sorted(self.files.items())).encode()).hexdigest()
+
+    def revise(self, files: dict[str, bytes]) -> None:
+        """Make a commit that changes these files."""
+        self.past[self.commit] = self.files
+        self.files = self.files | files
 
     @property
     def url(self) -> str:
@@ -87,23 +94,33 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         self.reply_json([self.entry(path) for path in wanted])
 
+    @property
+    def commit(self) -> str:
+        """The commit that the path names, or the newest."""
+        named = re.search(r"/(?:revision|tree|resolve|paths-info)/([^/?]+)", self.path)
+        return named[1] if named and named[1] in self.server.past else self.server.commit
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.server.past.get(self.commit, self.server.files)
+
     def entries(self) -> list[str]:
-        folders = {str(parent) for name in self.server.files for parent in Path(name).parents} - {"."}
-        return sorted(folders | set(self.server.files))
+        folders = {str(parent) for name in self.files for parent in Path(name).parents} - {"."}
+        return sorted(folders | set(self.files))
 
     def entry(self, path: str) -> dict[str, object]:
-        data = self.server.files.get(path)
+        data = self.files.get(path)
         if data is None:
             return {"type": "directory", "oid": "0" * 40, "size": 0, "path": path}
         return {"type": "file", "oid": hashlib.sha1(data).hexdigest(), "size": len(data), "path": path}
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0].replace("%2F", "/")
-        commit = self.server.commit
+        commit = self.commit
         if REPOSITORY not in path:
             self.absent("RepoNotFound")
         elif re.fullmatch(rf"/api/datasets/{REPOSITORY}(/revision/[^/]+)?", path):
-            siblings = [{"rfilename": name} for name in self.server.files]
+            siblings = [{"rfilename": name} for name in self.files]
             known = {"id": REPOSITORY, "sha": commit, "private": False, "gated": False, "disabled": False, "tags": []}
             self.reply_json(known | {"downloads": 0, "likes": 0, "siblings": siblings})
         elif found := re.fullmatch(rf"/api/datasets/{REPOSITORY}/tree/[^/]+/?(.*)", path):
@@ -120,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.absent("EntryNotFound")
 
     def send_file(self, name: str, commit: str) -> None:
-        data = self.server.files.get(name)
+        data = self.files.get(name)
         if data is None or name == self.server.lost:
             self.absent("EntryNotFound")
             return

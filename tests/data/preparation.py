@@ -1,6 +1,7 @@
 """Corpora to prepare, real `megagpt data prepare` processes, and checks of the folders that they leave."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megagpt.data.documents import DocumentBatch, Source
 from megagpt.data.prepare import prepare
 from megagpt.data.shards import open_stream
-from megagpt.data.sources import DocumentBatch, Source, open_source
+from megagpt.data.sources import open_source
 from megagpt.data.tokenizer import END_OF_TEXT, gpt2
 from megagpt.errors import ExpectedError
 
@@ -80,7 +82,7 @@ def stop_after(source: Source, batches: int, error: type[BaseException]) -> Sour
                 raise error
             yield batch
 
-    return Source(source.name, limited, source.identity)
+    return dataclasses.replace(source, batches=limited)
 
 
 # --- real processes --------------------------------------------------------------------------------------------------
@@ -89,10 +91,10 @@ def stop_after(source: Source, batches: int, error: type[BaseException]) -> Sour
 # test has time to interfere.
 _PROGRAM = """
 import sys, time
-from megagpt.data import prepare, progress, sources
+from megagpt.data import documents, prepare, progress
 pace = float(sys.argv.pop(1))
 prepare._JOURNAL_SECONDS = 0.01
-sources._BATCH_CHARACTERS = 10_000
+documents._BATCH_CHARACTERS = 10_000
 progress.PrepareProgress.report = lambda *_: time.sleep(pace)
 from megagpt.cli import main
 sys.exit(main())

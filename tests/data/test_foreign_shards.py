@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagpt.data.shards import TokenStream, open_stream, verify
+from megagpt.data.shards import open_stream, verify
+from megagpt.data.token_stream import TokenStream
 from tests.data.folders import error_of, read_all, write_bin
 
 

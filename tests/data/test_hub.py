@@ -96,9 +96,9 @@ def expected(tmp_path: Path, data_files: dict[str, bytes]) -> dict[str, bytes]:
 # The command line with batches and a journal for a small corpus.
 _PROGRAM = """
 import sys
-from megagpt.data import prepare, sources
+from megagpt.data import documents, prepare
 prepare._JOURNAL_SECONDS = -1
-sources._BATCH_CHARACTERS = 2000
+documents._BATCH_CHARACTERS = 2000
 from megagpt.cli import main
 sys.exit(main())
 """
@@ -107,8 +107,8 @@ sys.exit(main())
 # Resumes at every cursor, which has been through JSON as between processes.
 _CURSORS = """
 import json, sys
-from megagpt.data import sources
-sources._BATCH_CHARACTERS = int(sys.argv[2])
+from megagpt.data import documents, sources
+documents._BATCH_CHARACTERS = int(sys.argv[2])
 source = sources.open_source(sys.argv[1], subset="sample-10BT")
 batches = list(source.batches(None))
 rests = []
@@ -202,16 +202,30 @@ def test_a_killed_preparation_resumes(hub: Hub, tmp_path: Path, expected: dict[s
 
 
 def test_two_revisions_of_a_data_set_are_never_mixed(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
-    """The preparation resumes with the first revision, or refuses."""
     out = tmp_path / "out"
     assert kill_at(hub, FILES[2], tmp_path / "home", out) > 0
-    hub.files = hub.files | {FILES[2]: parquet([f"revised {i}" for i in range(200)])}
+    first = hub.commit
+    hub.revise({FILES[2]: parquet([f"revised {i}" for i in range(200)])})
     code, err = finish(start(hub, tmp_path / "home", out, "--subset", "sample-10BT"))
-    if code == 0:
-        assert shards(out) == expected
-    else:
-        assert (code, len(err.splitlines())) == (2, 1)
-        assert str(out) in err
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert f"{out}: " in err
+    assert f"--revision {first} goes on" in err
+    options = ["--subset", "sample-10BT", "--revision", first]
+    assert finish(start(hub, tmp_path / "home", out, *options)) == (0, "")
+    assert shards(out) == expected
+
+
+def test_bad_rows_are_named_and_skipped(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    texts = pa.array([*(text.encode() for text in DOCUMENTS[150:160]), b"na\xefve", None]).view(pa.string())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": texts, "id": texts, "score": [0.5] * 12}), sink)
+    hub.files = hub.files | {FILES[1]: sink.getvalue().to_pybytes()}
+    code, err = finish(start(hub, tmp_path / "home", tmp_path / "out", "--subset", "sample-10BT"))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert f"{REPOSITORY} row 161: byte 2 of 'text' is not UTF-8" in err
+    options = ["--subset", "sample-10BT", "--skip-bad", "2"]
+    assert finish(start(hub, tmp_path / "home", tmp_path / "out", *options)) == (0, "")
+    assert shards(tmp_path / "out") == expected
 
 
 @pytest.mark.parametrize(

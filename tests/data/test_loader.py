@@ -12,9 +12,17 @@ from hypothesis import strategies as st
 
 from megagpt.config import Config, SkipConfig
 from megagpt.config_file import build_config
-from megagpt.data.loader import Batch, Corpus, Share, open_corpus, train_batches, validation_sequences
+from megagpt.data.loader import (
+    Batch,
+    Corpus,
+    Share,
+    open_corpus,
+    train_batches,
+    validation_corpus,
+    validation_sequences,
+)
 from megagpt.data.order import locate
-from megagpt.data.shards import TokenStream
+from megagpt.data.token_stream import TokenStream
 from megagpt.training.schedule import batch_sequences
 from tests.data.folders import CONTEXT, data_of, write_bin
 
@@ -203,10 +211,26 @@ def test_validation_is_the_same_on_any_number_of_ranks(folders: list[Path]) -> N
         assert counted_rows(batches) == expected
 
 
-def test_a_source_without_held_out_text_means_no_validation(folders: list[Path], tmp_path: Path) -> None:
-    write_bin(tmp_path / "x_train_0.bin", np.arange(100))
-    corpus = open_corpus(data_of([folders[0], tmp_path]), "val", CONTEXT, seed=0)
-    assert validation_sequences(corpus, 10**9) == 0
+def test_sources_without_held_out_text_leave_validation_to_the_others(folders: list[Path], tmp_path: Path) -> None:
+    """None, less than a sequence, and no more than rounding may take."""
+    for name, held_out in (("none", 0), ("short", CONTEXT), ("one", CONTEXT + 1)):
+        (tmp_path / name).mkdir()
+        write_bin(tmp_path / name / "x_train_0.bin", np.arange(100) + len(name))
+        if held_out:
+            write_bin(tmp_path / name / "x_val_0.bin", np.arange(held_out))
+        corpus = open_corpus(data_of([tmp_path / name, folders[0]]), "val", CONTEXT, seed=0)
+        usable = validation_corpus(corpus)
+        count = validation_sequences(usable, 10**9)
+        assert count == 12  # 100 tokens of the other source
+        assert set(usable.rows(np.arange(count)).ravel().tolist()) <= set(range(5000, 5100))
+        nothing = validation_corpus(open_corpus(data_of([tmp_path / name]), "val", CONTEXT, seed=0))
+        assert validation_sequences(nothing, 10**9) == (1 if name == "one" else 0)
+
+
+def test_sources_with_held_out_text_are_all_validated_on(folders: list[Path]) -> None:
+    """So the validation set of such a run is what it was before some could be left out."""
+    corpus = open_corpus(data_of(folders), "val", CONTEXT, seed=0)
+    assert validation_corpus(corpus) == corpus
 
 
 def test_stretches_that_a_run_leaves_out_shift_what_follows(folders: list[Path]) -> None:

@@ -1,5 +1,6 @@
 """Every document comes once, in order, and the same bytes on any number of workers."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,12 +9,15 @@ import numpy as np
 import pytest
 
 from megagpt.cli import main
+from megagpt.data import documents as batching
 from megagpt.data import prepare as module
-from megagpt.data import sources
+from megagpt.data.documents import DocumentBatch
+from megagpt.data.encoding import encoded
 from megagpt.data.prepare import prepare
 from megagpt.data.shards import open_stream, verify
-from megagpt.data.sources import DocumentBatch, Source, open_source
+from megagpt.data.sources import open_source
 from megagpt.data.tokenizer import gpt2
+from megagpt.errors import UserError
 from tests.data.preparation import contents, documents_of, error_of, make_documents, stop_after, write_corpus
 
 # --- the result ------------------------------------------------------------------------------------------------------
@@ -25,7 +29,7 @@ from tests.data.preparation import contents, documents_of, error_of, make_docume
 def test_every_document_comes_once_and_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val_fraction: float, shard_tokens: int
 ) -> None:
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 2000)
     texts = make_documents(150)
     source = open_source(str(write_corpus(tmp_path / "a.jsonl", texts)))
     manifest = prepare(source, tmp_path / "out", val_fraction=val_fraction, shard_tokens=shard_tokens)
@@ -72,25 +76,39 @@ def test_documents_may_fill_a_shard_exactly(tmp_path: Path) -> None:
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 3000)
     source = open_source(str(write_corpus(tmp_path / "a.jsonl", make_documents(400))))
     for workers in (1, 3):
         prepare(source, tmp_path / str(workers), val_fraction=0.1, shard_tokens=5000, workers=workers)
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
+def test_what_was_read_before_an_error_is_encoded() -> None:
+    """The reader is some batches ahead of the writer."""
+
+    def batches() -> Iterator[DocumentBatch]:
+        for i in range(3):
+            yield DocumentBatch([f"document {i}"], {"row": i}, None)
+        raise UserError("corrupt")
+
+    results = encoded(batches(), workers=1)
+    assert [next(results)[0].cursor["row"] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="corrupt"):
+        next(results)
+
+
 @pytest.mark.usefixtures("inline")
 def test_batches_of_any_size_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(write_corpus(tmp_path / "a.jsonl", make_documents(200))))
     for characters in (1, 1000, 10**6):
-        monkeypatch.setattr(sources, "_BATCH_CHARACTERS", characters)
+        monkeypatch.setattr(batching, "_BATCH_CHARACTERS", characters)
         prepare(source, tmp_path / str(characters), val_fraction=0.1, shard_tokens=3000)
     assert contents(tmp_path / "1") == contents(tmp_path / "1000") == contents(tmp_path / "1000000")
 
 
 @pytest.mark.usefixtures("inline")
 def test_report_counts_up_to_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 1000)
     calls: list[tuple[int, int, float | None]] = []
     source = open_source(str(write_corpus(tmp_path / "a.jsonl", make_documents(100))))
     manifest = prepare(source, tmp_path / "out", val_fraction=0.1, report=lambda *call: calls.append(call))
@@ -122,7 +140,8 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
     def forbidden(cursor: object) -> Iterator[DocumentBatch]:
         raise AssertionError("the source must not be read again")
 
-    assert prepare(Source(source.name, forbidden, source.identity), tmp_path / "out", val_fraction=0.1) == manifest
+    unread = dataclasses.replace(source, batches=forbidden)
+    assert prepare(unread, tmp_path / "out", val_fraction=0.1) == manifest
     assert {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "out").iterdir()} == before
 
 
@@ -131,7 +150,7 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
 def test_another_corpus_in_the_same_folder_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
 ) -> None:
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 1000)
     monkeypatch.setattr(module, "_JOURNAL_SECONDS", -1.0)
     texts = make_documents(60)
     source = open_source(str(write_corpus(tmp_path / "a.jsonl", texts)))
@@ -212,7 +231,7 @@ def test_impossible_settings_are_refused(tmp_path: Path, val_fraction: float) ->
 
 @pytest.mark.usefixtures("inline")
 def test_a_bad_line_in_the_middle_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 100)
     path = write_corpus(tmp_path / "a.jsonl", make_documents(20))
     path.write_text(path.read_text() + "oops\n")
     source = open_source(str(path))

@@ -14,8 +14,9 @@ import megagpt.data.prepare
 from megagpt.cli import main
 from megagpt.data import tokenizer
 from megagpt.data.prepare import prepare
-from megagpt.data.shards import BLOCK_BYTES, open_stream, verify
+from megagpt.data.shards import open_stream, verify
 from megagpt.data.sources import open_source
+from megagpt.data.token_stream import BLOCK_BYTES
 from megagpt.errors import UserError
 from tests.data.folders import error_of, read_all
 

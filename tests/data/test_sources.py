@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megagpt.data import sources
+from megagpt.data import documents as batching
+from megagpt.data.file_source import file_source
+from megagpt.data.readers import Format
 from megagpt.data.sources import open_source
 from tests.data.writers import DOCUMENTS, jsonl, read, write_gz, write_jsonl, write_parquet, write_text, write_zst
 
@@ -21,7 +24,7 @@ def write_folder(path: Path, documents: list[str]) -> Path:
     (path / "a.txt").write_text(documents[0], encoding="utf-8", newline="")
     (path / "b" / "c.jsonl").write_bytes(jsonl(documents[1:20]))
     (path / "b" / "d.json.gz").write_bytes(gzip.compress(jsonl(documents[20:30])))
-    (path / "b" / "ignored.csv").write_text("text\nno\n")
+    (path / "b" / "ignored.html").write_text("no")
     write_parquet(path / "c", documents[30:50])
     write_zst(path / "d", documents[50:])
     return path
@@ -46,7 +49,7 @@ def test_documents_are_ordered_and_every_cursor_resumes(
     write: Callable[[Path, list[str]], Path],
     characters: int,
 ) -> None:
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", characters)
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", characters)
     name = str(write(tmp_path / "corpus", DOCUMENTS))
     batches = list(open_source(name).batches(None))
     assert [text for batch in batches for text in batch.documents] == DOCUMENTS
@@ -63,14 +66,14 @@ def test_documents_are_ordered_and_every_cursor_resumes(
 
 
 def test_a_batch_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 100)
     longest = max(map(len, DOCUMENTS))
     for batch in open_source(str(write_jsonl(tmp_path / "corpus", DOCUMENTS))).batches(None):
         assert sum(map(len, batch.documents)) < 100 + longest
 
 
 def test_blank_lines_and_a_missing_last_newline_are_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 1)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\n{"text": "one"}\r\n\n  \n{"text": ""}\n{"text": "two"}')
     batches = list(open_source(str(path)).batches(None))
@@ -105,16 +108,6 @@ def test_every_parquet_kind_of_string_is_read(tmp_path: Path) -> None:
         assert read(open_source(str(tmp_path / "a.parquet"))) == DOCUMENTS, kind
 
 
-@pytest.mark.parametrize("write", [write_jsonl, write_parquet, write_folder])
-def test_identity_tells_sources_apart(tmp_path: Path, write: Callable[[Path, list[str]], Path]) -> None:
-    first = open_source(str(write(tmp_path / "one", DOCUMENTS))).identity
-    (tmp_path / "two").mkdir()
-    assert open_source(str(write(tmp_path / "two" / "one", DOCUMENTS))).identity == first, "moved, not changed"
-    (tmp_path / "three").mkdir()
-    assert open_source(str(write(tmp_path / "three" / "one", DOCUMENTS[:-1]))).identity != first
-    json.dumps(first)
-
-
 def test_zst_with_a_long_window_is_read(tmp_path: Path) -> None:
     """As from `zstd --long=31`, the form of many public dumps."""
     path = tmp_path / "a.jsonl.zst"
@@ -124,3 +117,36 @@ def test_zst_with_a_long_window_is_read(tmp_path: Path) -> None:
     compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()
     path.write_bytes(compressor.compress(jsonl(DOCUMENTS)) + compressor.flush())
     assert read(open_source(str(path))) == DOCUMENTS
+
+
+@pytest.mark.parametrize("files", [20, 80])
+def test_work_grows_with_the_rows_not_with_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    """Additions of file sizes are counted: a sum over all earlier files at each row would be 10 or 40 of them."""
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 1)
+    additions = 0
+
+    class Size(int):
+        def __add__(self, other: int) -> "Size":
+            nonlocal additions
+            additions += 1
+            return Size(int(self) + int(other))
+
+        __radd__ = __add__
+
+    class Counted(type(tmp_path)):  # type: ignore[misc]
+        def stat(self, **options: bool) -> os.stat_result:
+            values = list(super().stat(**options))
+            values[6] = Size(values[6])
+            return os.stat_result(values)
+
+    paths = [Counted(tmp_path / f"{i:03d}.jsonl") for i in range(files)]
+    for path in paths:
+        path.write_bytes(jsonl(["one", "two", "three"]))
+    source = file_source("many", paths, Format())
+    batches = list(source.batches(None))
+    rows = 3 * files
+    assert len(batches) == rows + 1
+    assert [batch.fraction for batch in batches] == sorted(batch.fraction or 0 for batch in batches)
+    assert files <= additions <= 2 * (files + rows)

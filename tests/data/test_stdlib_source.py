@@ -12,7 +12,8 @@ import sys
 import numpy as np
 import pytest
 
-from megagpt.data import sources
+from megagpt.data import documents as batching
+from megagpt.data import stdlib_text
 from megagpt.data.sources import open_source
 from megagpt.data.tokenizer import gpt2
 from tests.data.writers import read
@@ -41,8 +42,8 @@ def digest(hash_seed: int, first_file: str) -> str:
     """SHA-256 of the texts of the library in that file's folder, read by another process."""
     program = """
 import hashlib, json, sys
-from megagpt.data import sources
-sources.inspect.getsourcefile = lambda module: sys.argv[1]
+from megagpt.data import sources, stdlib_text
+stdlib_text.inspect.getsourcefile = lambda module: sys.argv[1]
 texts = [text for batch in sources.open_source("stdlib").batches(None) for text in batch.documents]
 print(hashlib.sha256(json.dumps(texts).encode()).hexdigest())
 """
@@ -68,8 +69,8 @@ def test_stdlib_has_a_fixed_order(stdlib: list[str]) -> None:
 
 @pytest.mark.parametrize("characters", [5000, 10**6])
 def test_stdlib_resumes_at_every_cursor(monkeypatch: pytest.MonkeyPatch, stdlib: list[str], characters: int) -> None:
-    monkeypatch.setattr(sources, "_BATCH_CHARACTERS", characters)
-    monkeypatch.setattr(sources, "_stdlib_documents", lambda: iter(stdlib))
+    monkeypatch.setattr(batching, "_BATCH_CHARACTERS", characters)
+    monkeypatch.setattr(stdlib_text, "_stdlib_documents", lambda: iter(stdlib))
     source = open_source("stdlib")
     done = 0
     for batch in source.batches(None):

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from megagpt.data.prepare import encode_documents
+from megagpt.data.encoding import encode_documents
 from megagpt.data.tokenizer import END_OF_TEXT, RANKS_SHA256, VOCAB_SIZE, gpt2
 
 GOLDEN: dict[str, list[int]] = json.loads(

@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megagpt.data.sources import Source, open_source
+from megagpt.data.documents import Cursor, Source
+from megagpt.data.journal import Journal, Reading
+from megagpt.data.sources import open_source
 from megagpt.errors import UserError
 
 DOCUMENTS = [f"Document {i}: naïve 日本 😀\n" + "word " * (i % 7) for i in range(60)]
@@ -60,8 +62,13 @@ def write_parquet(path: Path, documents: list[str]) -> Path:
     return path
 
 
-def read(source: Source, cursor: dict[str, object] | None = None) -> list[str]:
-    return [text for batch in source.batches(cursor) for text in batch.documents]
+def read(source: Source, cursor: Cursor | None = None) -> list[str]:
+    """All documents, as `prepare` takes them: the first bad row is an error."""
+    texts: list[str] = []
+    for batch in source.batches(cursor):
+        Journal({}, [Reading()]).note(Reading(), batch, 0)
+        texts += batch.documents
+    return texts
 
 
 def error_of(name: Path | str, **options: str) -> str:

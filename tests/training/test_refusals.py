@@ -4,12 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
 from tests.conftest import Refusal, Tiny, metrics
+from tests.data.folders import write_bin
 from tests.runs import losses
 
 
@@ -27,6 +29,7 @@ def test_an_impossible_run_is_refused_in_one_line(tiny: Tiny, tmp_path: Path, re
     (tmp_path / "empty").mkdir()
     refusal(["train", config, f"data.sources=[{{path: {tmp_path / 'empty'}}}]"], "no token shards")
     long = ["model.context=65536", "train.batch_tokens=65536", "train.micro_batch=1", "train.tokens=65536"]
+    long += ["validation.tokens=0"]
     refusal(["train", config, *long], "less than one sequence", "65536")
     refusal(["train", config, "model.vocab_size=50304"], "model.vocab_size 50304", "50257")
     refusal(["train", config, "model.vocab_size=50000"], "model.vocab_size 50000", "50257")
@@ -74,8 +77,8 @@ def test_an_allowed_change_is_trained_with(
     config = str(tiny(train={"tokens": 1280}, schedule={"decay_end_tokens": 2560}))
     assert train(config) == 0
     run = tmp_path / "runs" / "tiny"
-    shutil.copytree(corpus, tmp_path / "moved")
-    sources = [{"path": str(tmp_path / "moved"), "weight": 1}, {"path": str(corpus), "weight": 3}]
+    write_bin(tmp_path / "other_train_0.bin", np.arange(5000))
+    sources = [{"path": str(tmp_path), "weight": 1}, {"path": str(corpus), "weight": 3}]
     changes = [f"data.sources={json.dumps(sources)}", "optimizer.lr=1e-5", "model.dropout=0.1", "train.tokens=1920"]
     capsys.readouterr()
     assert train("--resume", str(run), "--allow-data-change", "--allow-recipe-change", *changes) == 0

@@ -1,0 +1,46 @@
+"""Data sets of the Hugging Face hub, streamed."""
+
+from collections.abc import Iterator
+
+from megagpt.data.documents import Batch, Cursor, DocumentBatch, Source
+from megagpt.data.tables import as_row, texts_of
+from megagpt.errors import UserError, first_line
+
+
+def hub_source(name: str, text_key: str, subset: str | None, split: str, revision: str | None = None) -> Source:
+    """One split of a data set, at one commit: `revision`, or the newest. Raises UserError if it cannot be read."""
+    import datasets
+    import huggingface_hub
+
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        # One commit for the whole preparation, even if the data set changes during an interruption.
+        commit = huggingface_hub.HfApi().dataset_info(name, revision=revision or "main").sha
+        stream = datasets.load_dataset(name, subset, split=split, streaming=True, revision=commit)
+    except Exception as error:
+        place = f"the Hugging Face hub (subset {subset!r}, split {split!r})"
+        problem = f"neither a file or folder here, nor readable from {place}: {first_line(error)}"
+        raise UserError(f"{name}: {problem}") from None
+
+    def batches(cursor: Cursor | None) -> Iterator[DocumentBatch]:
+        batch = Batch()
+        row = cursor.get("row", 0) if cursor else 0
+        try:
+            # Arrow tables of one row: a string that is not UTF-8 is an error of its row alone.
+            dataset = stream.select_columns([text_key]).with_format("arrow")
+            if cursor:
+                dataset.load_state_dict(cursor.get("state", cursor))
+            for entry in dataset:
+                row += 1
+                (text,) = texts_of(entry.column(text_key))
+                if batch.add(as_row(text, f"{name} row {row}", text_key)):
+                    yield batch.take({"row": row, "state": dataset.state_dict()}, None)
+            yield batch.take({"row": row, "state": dataset.state_dict()}, 1.0)
+        except UserError:
+            raise
+        except Exception as error:  # from the hub, its client, or a corrupt file
+            problem = f"reading {text_key!r} (--text-key) failed after row {row}: {first_line(error)}"
+            raise UserError(f"{name}: {problem}") from None
+
+    identity = {"hub": name, "subset": subset, "split": split, "text_key": text_key, "revision": commit}
+    return Source(name, batches, identity)

@@ -1,0 +1,34 @@
+"""Sources at relative paths, of a run that is resumed elsewhere than it was started."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from megagpt.config import DataConfig
+from megagpt.console import say
+from megagpt.data.builtin import BUILTIN, builtin_folder
+from megagpt.errors import UserError
+
+
+def locate(data: DataConfig, starts: Sequence[Path]) -> DataConfig:
+    """The same config with the place of each relative path that leads nowhere from the current folder, but does from
+    one of `starts`, the folders where the run was started. Raises UserError, with the folders, if a path leads nowhere
+    from all of them."""
+    sources = tuple(dataclasses.replace(s, path=_place(s.path, starts)) for s in data.sources)
+    cache = data.cache
+    if any(source.path == BUILTIN for source in data.sources):
+        here = builtin_folder(data)
+        cache = next((str(s / data.cache) for s in starts if not here.exists() and (s / here).exists()), cache)
+    return dataclasses.replace(data, sources=sources, cache=cache)
+
+
+def _place(name: str, starts: Sequence[Path]) -> str:
+    path = Path(name).expanduser()
+    if name == BUILTIN or path.is_absolute() or path.exists() or not starts:
+        return name
+    for start in starts:
+        if (start / path).exists():
+            say(f"{name}: not in {Path.cwd()}; taken from {start}, where the run was started")
+            return str(start / path)
+    places = " or ".join(map(str, [Path.cwd(), *starts]))
+    raise UserError(f"{name}: no such folder in {places}; name its place with data.sources='[{{path: FOLDER}}]'")
