@@ -52,6 +52,7 @@ export logs=$run/logs/$job python job
 srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
   bash -c '
     trap "" USR1 TERM INT
+    ulimit -Sn "$(ulimit -Hn)" # torchrun holds the store, to which each rank has two connections
     mkdir -p "$logs/$SLURMD_NODENAME"
     exec "$python" -m torch.distributed.run \
       --nnodes="$SLURM_NNODES" --node-rank="$SLURM_NODEID" --nproc-per-node="$RANKS_PER_NODE" \

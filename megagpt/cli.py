@@ -1,34 +1,44 @@
 """The command line: its parser, and how errors end it."""
 
-import os
 import sys
 from collections.abc import Sequence
 
-from megagpt import __version__
+from megagpt import __version__, console
 from megagpt.commands import checkpoint, data, exchange, launch, measure, plan, sample, train
 from megagpt.commands.options import Command, Parser, adder, parse
 from megagpt.errors import ExitCode, ExpectedError, Reported, expected
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code. An expected error ends it with one line and that error's code."""
+    """Run one command; returns the exit code. An expected error ends it with one line and that error's code. A reader
+    of the output that has left (`| head`) is no error."""
+    console.prepare_streams()
+    try:
+        return _run(argv)
+    except BrokenPipeError:
+        return ExitCode.DONE
+    finally:
+        console.drop_unread()
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = parse(make_parser(), argv)
     command: Command = arguments.command
     try:
-        return command(arguments)
+        code = command(arguments)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
-        # The reader of the output has exited (`| head`): not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.DONE
+        raise
     except (ExpectedError, OSError) as error:
         known = expected(error)
         if known is None:
             raise
         if not isinstance(known, Reported):
-            print(f"megagpt: error: {known}", file=sys.stderr)
+            console.warn(f"megagpt: error: {known}")
         return known.code
     except KeyboardInterrupt:
-        print("megagpt: interrupted", file=sys.stderr)
+        console.warn("megagpt: interrupted")
         return ExitCode.INTERRUPTED
 
 

@@ -1,6 +1,7 @@
 """Lines for people. Every rank calls `say`; only the main rank's process prints."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,35 @@ from tqdm import tqdm
 
 # Where `say` prints in this process: the stream's name, which is empty on a silent rank, and a prefix.
 _voice = ("stdout", "")
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr safe for any text: a character that they cannot encode is shown as an escape, and a stream
+    that the caller has closed leads nowhere. Without the latter, the next file that is opened would get its number, and
+    libraries write their warnings to number 2."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number is this one
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            _silence(name)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def drop_unread() -> None:
+    """Drop what stdout does not take: Python would fail with it at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _silence("stdout")
+
+
+def _silence(name: str) -> None:
+    setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
 def say(text: str) -> None:
@@ -26,12 +56,12 @@ def warn(text: str) -> None:
 
 def _print(text: str, name: str) -> None:
     stream = getattr(sys, name)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        encoding = getattr(stream, "encoding", None) or "utf-8"
         tqdm.write(text.encode(encoding, errors="backslashreplace").decode(encoding), file=stream)
         stream.flush()
-    except BrokenPipeError:
-        setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115
+    except OSError:  # a pipe without a reader, a terminal that is gone, a full disk
+        _silence(name)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ class ExitCode(enum.IntEnum):
 class ExpectedError(Exception):
     """Ends the command with its message alone: what was wrong, where (file, key, value), and what to do."""
 
-    code: ClassVar[ExitCode] = ExitCode.FAILED
+    code: ExitCode = ExitCode.FAILED
     retry: ClassVar[bool] = False
     """Whether the same command may succeed later although nobody changed anything."""
 
@@ -49,11 +49,22 @@ class TransientError(ExpectedError):
 class Reported(ExpectedError):
     """An error that some rank has printed already."""
 
+    def __init__(self, code: ExitCode = ExitCode.FAILED) -> None:
+        super().__init__()
+        self.code = code
+
 
 class Interrupted(ExpectedError):
     """Stopped by Ctrl-C; the message says how to continue."""
 
     code = ExitCode.INTERRUPTED
+
+
+class Stopped(ExpectedError):
+    """Stopped by a scheduler's signal before there was anything to save: the same command may succeed later."""
+
+    code = ExitCode.STOPPED
+    retry = True
 
 
 # Causes that a person must remove: a retry on the same disk fails again.

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import platform
-import sys
 import threading
 import time
 import traceback
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megagpt.console import warn
 from megagpt.errors import ExitCode, Reported, expected, first_line
 from megagpt.files import read_json, write_atomic
 from megagpt.launchers import error_file
@@ -86,8 +86,13 @@ def report(error: Exception, rank: int, ranks: int, store: dist.Store) -> None:
     if not first:
         return
     if expected(error) is None:
-        traceback.print_exception(error)
-    print(f"megagpt: error: [rank {rank} of {ranks}] {found.reason}", file=sys.stderr, flush=True)
+        warn("".join(traceback.format_exception(error)).rstrip("\n"))
+    warn(f"megagpt: error: [rank {rank} of {ranks}] {found.reason}")
+
+
+def has_failed(store: dist.Store) -> bool:
+    """Whether some rank has reported an error. Raises RuntimeError if the process that holds the store has ended."""
+    return bool(store.check([_FAILURES]))
 
 
 def follow_failed_peers(store: dist.Store, left: threading.Event) -> None:
@@ -95,7 +100,7 @@ def follow_failed_peers(store: dist.Store, left: threading.Event) -> None:
     Returns when `left` is set."""
     while not left.wait(_WATCH_SECONDS):
         try:
-            failed = store.check([_FAILURES])
+            failed = has_failed(store)
         except RuntimeError:
             failed = True
         if failed and not left.wait(_GRACE_SECONDS):

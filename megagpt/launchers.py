@@ -16,6 +16,8 @@ class RankInfo:
     local_rank: int
     address: str
     port: int
+    variables: str = "RANK and WORLD_SIZE"
+    """Names of the variables that hold `rank` and `size`."""
 
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -25,7 +27,7 @@ _SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NODELIST"
 def find_rank(environment: Mapping[str, str]) -> RankInfo:
     """This process's rank. torchrun and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT; the tasks of an `srun` have SLURM_*; with neither, this process is alone. Raises UserError naming the
-    variable that is missing or not a number."""
+    variable that is missing, not a number, or out of range."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
         names, hint = _LAUNCHER, "start with torchrun or deepspeed, or set them all"
     elif "SLURM_STEP_ID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
@@ -38,20 +40,43 @@ def find_rank(environment: Mapping[str, str]) -> RankInfo:
         raise UserError(f"looked for {', '.join(names)}; found {found}, not {', '.join(missing)}: {hint}")
 
     def number(name: str) -> int:
-        try:
-            return int(environment[name])
-        except ValueError:
-            raise UserError(f"{name}={environment[name]!r} is not a whole number: {hint}") from None
+        # int() would read 1_0 and the digits of other scripts, too.
+        if not re.fullmatch(r"\s*-?[0-9]+\s*", environment[name]):
+            raise UserError(f"{name}={environment[name]!r} is not a whole number: {hint}")
+        return int(environment[name])
+
+    def port_number() -> int:
+        if not 0 < (port := number("MASTER_PORT")) < 2**16:
+            way = "set it to a free port of rank 0's machine, 1024 to 65535"
+            raise UserError(f"MASTER_PORT={port} is not a port: {way}")
+        return port
 
     rank, size, local_rank = (number(name) for name in names[:3])
-    if not 0 <= rank < size:
-        raise UserError(f"{names[0]}={rank} is not below {names[1]}={size}: {hint}")
+    for name, value in ((names[0], rank), (names[2], local_rank)):
+        if not 0 <= value < size:
+            raise UserError(f"{name}={value} is not below {names[1]}={size}: {hint}")
     if names is _LAUNCHER:
-        return RankInfo(rank, size, local_rank, environment["MASTER_ADDR"], number("MASTER_PORT"))
+        return RankInfo(rank, size, local_rank, environment["MASTER_ADDR"].strip(), port_number())
     # One port per step, so that steps of one job, and jobs that share a node, rarely choose the same.
     port = 20_000 + (number("SLURM_JOB_ID") * 31 + number("SLURM_STEP_ID")) % 20_000
     address = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
-    return RankInfo(rank, size, local_rank, address, number("MASTER_PORT") if environment.get("MASTER_PORT") else port)
+    port = port_number() if environment.get("MASTER_PORT") else port
+    return RankInfo(rank, size, local_rank, address, port, "SLURM_PROCID and SLURM_NTASKS")
+
+
+def speaks(environment: Mapping[str, str]) -> bool:
+    """Whether this process speaks for its job before it has joined: it is alone, or rank 0."""
+    try:
+        return find_rank(environment).rank == 0
+    except UserError:
+        return True
+
+
+def sees_one_gpu(environment: Mapping[str, str]) -> bool:
+    """Whether the launcher shows this process a single GPU, as `srun --gpus-per-task=1` does: each task of a node has
+    another one, and calls it device 0."""
+    names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+    return any(environment.get(name) and "," not in environment[name] for name in names)
 
 
 def slurm_job(environment: Mapping[str, str]) -> str | None:
@@ -115,8 +140,20 @@ def torchrun_passes_sigterm_on(environment: Mapping[str, str]) -> bool:
     return started_by_torchrun(environment) and "SIGTERM" in handled
 
 
+def torchrun_waits_longer() -> bool:
+    """Whether this PyTorch's torchrun has --shutdown-timeout, which 2.11 lacks."""
+    from torch.distributed.run import get_args_parser
+
+    return "--shutdown-timeout" in get_args_parser().format_help()
+
+
 def started_by_torchrun(environment: Mapping[str, str]) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment
+
+
+def agent_holds_store(environment: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent, not rank 0, holds the store in which the ranks meet."""
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def error_file(environment: Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ import os
 import platform
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
@@ -14,13 +15,12 @@ import torch
 import torch.distributed as dist
 
 from megagpt import console, launchers
-from megagpt.errors import Reported, UserError
+from megagpt.errors import ExitCode, ExpectedError, Reported, UserError, expected
 from megagpt.failures import failure, follow_failed_peers, leave_record, report
 from megagpt.launchers import RankInfo
 from megagpt.process_memory import keep_freed_memory
+from megagpt.rendezvous import FIND_SECONDS, TIMEOUT, Asked, arrive, connect, count_in, keep, never, raise_file_limit
 
-# Longest time that a rank waits for peers.
-_TIMEOUT = datetime.timedelta(minutes=30)
 _REMEMBERED_COLLECTIVES = 2000
 T = TypeVar("T")
 
@@ -34,7 +34,8 @@ class World:
     local_rank: int
     device: torch.device
     store: dist.Store | None = None
-    """Keys and values that all ranks share; None in a world of one that was not joined."""
+    """Keys and values that all ranks share, on a connection for threads that watch the others: the main thread waits on
+    its own. None in a world of one that was not joined."""
 
     @property
     def host(self) -> str:
@@ -113,33 +114,31 @@ class World:
 
 
 @contextlib.contextmanager
-def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float = 0) -> Iterator[World]:
+def join(
+    device: str = "auto", tune_allocator: bool = True, hang_timeout: float = 0, asked: Asked = never
+) -> Iterator[World]:
     """Join the process group that the launcher describes, and leave it at the end. `say` prints on the main rank only.
     `tune_allocator` lets a process on a CPU keep the memory that it frees. An error on any rank ends all of them within
     seconds, printed once, with the rank. `hang_timeout`: seconds after which a Watchdog ends ranks that hang; the
-    process group waits longer than that. Raises UserError for an incomplete or impossible environment."""
+    process group waits longer than that. `asked` ends the wait for peers. Raises UserError for an incomplete or
+    impossible environment; Interrupted or Stopped if a signal came before the peers."""
     info = launchers.find_rank(os.environ)
+    raise_file_limit()
     try:
-        world = World(info.rank, info.size, info.local_rank, _device(device, info.local_rank))
+        world = World(info.rank, info.size, info.local_rank, choose_device(device, info.local_rank))
     except UserError as error:
-        fail_together(error)
+        fail_together(error, asked)
     if world.device.type == "cpu" and tune_allocator:
         keep_freed_memory()
-    store, watched = (_connect(info), None) if world.size == 1 else _meet(info)
-    world = replace(world, store=store)
-    timeout = max(_TIMEOUT, datetime.timedelta(seconds=hang_timeout + 60))
+    store, watched = _connect(info, asked)
+    world = replace(world, store=watched)
     left = threading.Event()
-    if watched is not None:
-        threading.Thread(target=follow_failed_peers, args=(watched, left), daemon=True).start()
     try:
         with console.voice(silent=not world.is_main):
-            # The flight recorder shows which collective hangs.
-            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_REMEMBERED_COLLECTIVES))
-            on_gpu = world.device.type == "cuda"
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, store=store, rank=world.rank,
-                world_size=world.size, device_id=world.device if on_gpu else None,
-            )  # fmt: skip
+            if world.size > 1:
+                arrive(info, store, asked, gpu=_gpu_id(world.device))
+                threading.Thread(target=follow_failed_peers, args=(watched, left), daemon=True).start()
+            _start_process_group(world, store, max(TIMEOUT, datetime.timedelta(seconds=hang_timeout + 60)))
             yield world
             # The rank that holds the store must not leave first: its peers would take its exit for a failure.
             world.barrier()
@@ -147,8 +146,7 @@ def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float 
         if world.size == 1:
             leave_record(failure(error, 0))
             raise
-        report(error, info.rank, info.size, store)
-        raise Reported from None
+        _report(error, info, store, asked)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -157,35 +155,61 @@ def join(device: str = "auto", tune_allocator: bool = True, hang_timeout: float 
         left.set()
 
 
-def fail_together(error: UserError) -> NoReturn:
+@contextlib.contextmanager
+def alone(device: str = "auto") -> Iterator[World]:
+    """A world of this process, for commands that need no peers, whatever a launcher has set. Raises UserError if there
+    is no such device."""
+    world = World(0, 1, 0, choose_device(device, 0))
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    yield world
+
+
+def fail_together(error: UserError, asked: Asked = never) -> NoReturn:
     """Raise an error that came before `join`, perhaps on every rank, so that it is printed once and ends them all."""
     info = launchers.find_rank(os.environ)
+    try:
+        if info.size == 1:
+            raise error
+        store, _ = connect(info, asked, seconds=FIND_SECONDS)
+    except ExpectedError:  # the ranks cannot meet: each prints it
+        leave_record(failure(error, info.rank))
+        raise error from None
+    count_in(info, store)
+    _report(error, info, store, asked)
+
+
+def _report(error: Exception, info: RankInfo, store: dist.Store, asked: Asked) -> NoReturn:
+    report(error, info.rank, info.size, store)
+    keep(info, store, asked)
+    known = expected(error)
+    raise Reported(known.code if known is not None else ExitCode.FAILED) from None
+
+
+def _connect(info: RankInfo, asked: Asked) -> tuple[dist.Store, dist.Store]:
     if info.size == 1:
-        leave_record(failure(error, 0))
-        raise error
-    report(error, info.rank, info.size, _connect(info))
-    raise Reported from None
+        return dist.HashStore(), dist.HashStore()
+    try:
+        return connect(info, asked)
+    except ExpectedError as error:
+        leave_record(failure(error, info.rank))
+        raise
 
 
-def _connect(info: RankInfo) -> dist.Store:
-    if info.size == 1:
-        return dist.HashStore()
-    # torchrun's agents hold the store for their workers, and say so in the environment.
-    url = "env://" if launchers.started_by_torchrun(os.environ) else f"tcp://{info.address}:{info.port}"
-    store: dist.Store
-    store, _, _ = next(iter(dist.rendezvous(url, info.rank, info.size, timeout=_TIMEOUT)))
-    return store
-
-
-def _meet(info: RankInfo) -> tuple[dist.Store, dist.Store]:
-    """The ranks' store, and a second connection to it for the thread that watches for failed peers. A rank that waits
-    for a peer blocks every user of its connection. The second connection is made before the ranks meet: the rank that
-    holds the store may fail and leave right after that, and a later connection would wait until the timeout."""
-    if info.rank == 0 or launchers.started_by_torchrun(os.environ):  # the holder outlives the connection
-        store = _connect(info)
-        return store, store.clone()  # type: ignore[attr-defined]
-    watched = dist.TCPStore(info.address, info.port, is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
-    return _connect(info), watched
+def _start_process_group(world: World, store: dist.Store, timeout: datetime.timedelta) -> None:
+    # Otherwise gloo connects each rank to every other one, with each group that is made: a thousand ranks with three
+    # groups would need more sockets than the usual limit of open files.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    # The flight recorder: if a collective hangs, it tells which one. PyTorch warns if its old name is set, too.
+    size = os.environ.pop("TORCH_NCCL_TRACE_BUFFER_SIZE", str(_REMEMBERED_COLLECTIVES))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", size)
+    # PyTorch 2.13 renames collectives, and warns at each call of an old name; 2.11 has the old ones only.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    on_gpu = world.device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout, store=store, rank=world.rank,
+        world_size=world.size, device_id=world.device if on_gpu else None,
+    )  # fmt: skip
 
 
 def check_device(name: str, option: str) -> None:
@@ -194,12 +218,20 @@ def check_device(name: str, option: str) -> None:
         raise UserError(f"{option} is cuda, but PyTorch sees no GPU here; use {option}=cpu")
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device that `train.device` means for a rank. Raises UserError if there is none for it."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     check_device(name, "train.device")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"local rank {local_rank}, but only {torch.cuda.device_count()} GPUs here: start fewer ranks")
-    device = torch.device("cuda", local_rank)
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 and launchers.sees_one_gpu(os.environ) else local_rank
+    if index >= count:
+        raise UserError(f"local rank {local_rank}, but only {count} GPU(s) here: start fewer ranks")
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def _gpu_id(device: torch.device) -> str:
+    """The GPU by its number in the world, empty for a CPU: by it, two ranks find that they share one."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""

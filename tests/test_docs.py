@@ -27,7 +27,7 @@ KEY = re.compile(rf"({'|'.join(SECTIONS)})\.([a-z]\w+)")
 PATH = re.compile(r"(?:megagpt|tests|launch|configs|docs|\.ci)/[\w./]+")
 MODULE = re.compile(r"[\w/]+\.py")
 # PyTorch's and Slurm's own words in the table of troubles.
-NOT_OURS = ("Gloo connectFullMesh failed ... remote=[127.0.1.1]", "Dependency")
+NOT_OURS = ("Too many open files", "Gloo connectFullMesh failed ... remote=[127.0.1.1]", "Dependency")
 
 
 def read(document: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 from pydantic import ValidationError
+from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import parse_args
 
 from megagpt.cli import make_parser
@@ -107,7 +108,12 @@ def test_the_command_is_a_run_that_divides_over_its_ranks(job: Tree, monkeypatch
     assert trainer["command"] == ["torchrun"]
     torchrun = parse_args(trainer["args"])
     assert {name: str(getattr(torchrun, name.lower())) for name in runtime} == {n: str(v) for n, v in runtime.items()}
-    assert torchrun.shutdown_timeout < at(job, POD)["terminationGracePeriodSeconds"]
+    # By a variable: torchrun of PyTorch 2.11 refuses an option that it does not know.
+    variables = {variable["name"]: variable["value"] for variable in trainer["env"]}
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", variables["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    seconds = LaunchConfig(nodes, nodes, ranks).shutdown_timeout
+    assert 30 < seconds < at(job, POD)["terminationGracePeriodSeconds"]
+    assert trainer["args"][0] == torchrun.training_script
     assert (REPOSITORY / torchrun.training_script).is_file()
 
     arguments = parse(make_parser(), ["train", *torchrun.training_script_args])

@@ -59,15 +59,15 @@ def fail_or_wait(ranks: World, failing: int, failure: str, peer: str) -> None:
 
 def late_job(failing: int, failure: str, peer: str) -> int:
     """The same, but a rank that has met the others needs 3 s for what it does next."""
-    connect = world._connect
+    connect = world.connect
 
-    def late(info: RankInfo) -> object:
-        store = connect(info)
+    def late(info: RankInfo, *more: object, **settings: object) -> object:
+        stores = connect(info, *more, **settings)  # type: ignore[arg-type]
         if info.rank != failing:
             time.sleep(3)
-        return store
+        return stores
 
-    with mock.patch.object(world, "_connect", late):
+    with mock.patch.object(world, "connect", late):
         return job(failing, failure, peer)
 
 

@@ -59,7 +59,8 @@ class Saver:
     ) -> None:
         """`incarnation`: once a newer one has begun, saves raise Superseded and change nothing on the disk."""
         self._run, self._config, self._world, self._incarnation = run, config, world, incarnation
-        # A group of its own: collectives of a step and of a save in the background must not mix.
+        # A group of its own: collectives of a step and of a save in the background must not mix. gloo connects
+        # lazily, so this group needs sockets only between the ranks that a save connects.
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world.size > 1 else None
         self._ranks_here = world.hosts().count(world.host)
         self._thread: threading.Thread | None = None

@@ -57,7 +57,8 @@ def preflight(nodes: Sequence[str], gpus: int, folder: Path, port: int, answer_s
         ways = "fix them, or leave them out with sbatch --exclude"
         raise UnfitError(f"{len(problems)} of {len(nodes)} node(s) are not fit for this run:{lines}{hint}\n{ways}")
     speeds = [c["bytes"] / c["seconds"] / 1e9 for c in collectives.values()]
-    speed = f"; an all-reduce over all of them moves {min(speeds):.2f} GB/s" if speeds else ""
+    one = "one GPU of each (the others are not tried)" if gpus > 1 else "all of them"
+    speed = f"; an all-reduce over {one} moves {min(speeds):.2f} GB/s" if speeds else ""
     say(f"{len(nodes)} node(s) are fit: {', '.join(nodes[:8])}{', ...' if len(nodes) > 8 else ''}{speed}")
 
 

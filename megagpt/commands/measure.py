@@ -9,7 +9,8 @@ from megagpt.errors import UserError
 def register(add: Add) -> None:
     sub = add("bench", _bench, "Measure training steps: tokens/s, MFU, peak memory; compare other implementations.")
     add_words(sub, "PRESET", "a preset, such as gpt2-124m, and overrides, such as engine.stage=3")
-    sub.add_argument("--batch", type=count, default=4, help="sequences in a step (4)")
+    sub.add_argument("--batch", type=count, default=4, help="sequences in a micro-batch (4)")
+    sub.add_argument("--accumulation", type=count, default=1, help="micro-batches in a step (1)")
     sub.add_argument("--context", type=count, help="tokens in a sequence (the preset's)")
     sub.add_argument("--precision", action="append", choices=("fp32", "bf16"), help="may be given twice (both)")
     sub.add_argument("--compile", action="store_true", help="torch.compile")
@@ -18,7 +19,7 @@ def register(add: Add) -> None:
     sub.add_argument("--against", default="", help="comma-separated: plain, transformers")
     text = "give the others megagpt's CPU allocator setting too"
     sub.add_argument("--same-allocator", action="store_true", help=text)
-    sub.add_argument("--steps", type=count, default=5, help="measured steps in each round (5)")
+    sub.add_argument("--steps", type=count, help="measured steps in each round (5; on a GPU 50, after 10 to warm up)")
     text = "number of rounds, alternating between implementations (2)"
     sub.add_argument("--rounds", type=count, default=2, help=text)
     add_device(sub)

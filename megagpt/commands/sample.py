@@ -2,8 +2,6 @@
 
 import argparse
 import codecs
-import io
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +32,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     from megagpt.console import warn
     from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
     from megagpt.generation import generate
-    from megagpt.world import check_device, join
+    from megagpt.world import alone, check_device
 
     checks = {
         "--temperature must not be negative": arguments.temperature >= 0,
@@ -47,9 +45,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     if refused := [message for message, holds in checks.items() if not holds]:
         raise UserError(refused[0])
     check_device(arguments.device, "--device")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # any character may come, whatever the terminal can show
-    with join(arguments.device) as world:
+    with alone(arguments.device) as world:
         model = load_model(Path(arguments.model)).to(world.device).eval()
         context = model.config.context
         if model.config.vocab_size < VOCAB_SIZE:

@@ -1,10 +1,14 @@
 """train, status: start or resume a run, and show its progress."""
 
 import argparse
+import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagpt import launchers
 from megagpt.commands.options import Add, add_config, config_of, count, split_words
+from megagpt.console import say
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,23 +29,27 @@ def register(add: Add) -> None:
     # The deepspeed launcher and old PyTorch launchers pass it beside LOCAL_RANK, which is used instead.
     sub.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
-    sub = add("status", _status, "Show a run's progress, speed, time to go, last checkpoint and restarts.")
-    sub.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+    sub = add("status", _status, "Show a run's progress, checkpoint, incarnations and next step, or list all runs.")
+    text = "a run's folder, or one that holds runs (runs)"
+    sub.add_argument("run", metavar="RUN_OR_FOLDER", type=Path, nargs="?", default=Path("runs"), help=text)
+    sub.add_argument("--json", action="store_true", help="print it as JSON: an object of a run, a list of all runs")
 
 
 def _train(arguments: argparse.Namespace) -> int:
     from megagpt.training.safety import StopRequest
 
     with StopRequest() as stop:  # first of all: a scheduler may send its signal during the imports
+        if launchers.speaks(os.environ):
+            say("starting: loading PyTorch")
         from megagpt.world import fail_together, join
 
         try:
             run, resume_at = _run_and_position(arguments)
             config = _resumed_config(run, arguments) if run else config_of(arguments)
         except UserError as error:
-            fail_together(error)
+            fail_together(error, stop.signal)
         stop.time_limit = config.train.time_limit
-        with join(config.train.device, hang_timeout=config.train.hang_timeout) as world:
+        with join(config.train.device, hang_timeout=config.train.hang_timeout, asked=stop.signal) as world:
             from megagpt.checkpoints.compatibility import Allowed
             from megagpt.training.loop import train
             from megagpt.training.run_folder import holds_run, run_folder
@@ -86,7 +94,15 @@ def _resumed_config(run: Path, arguments: argparse.Namespace) -> "Config":
 
 def _status(arguments: argparse.Namespace) -> int:
     from megagpt.config_file import load_run
-    from megagpt.training.status import status_lines
+    from megagpt.training.status import list_runs, read_status, status_lines, table
 
-    print("\n".join(status_lines(arguments.run, load_run(arguments.run))))
+    run: Path = arguments.run
+    values: object
+    if (run / "config.yaml").is_file():
+        config = load_run(run)
+        lines, values = status_lines(run, config), read_status(run, config).as_json()
+    else:
+        found = list_runs(run)
+        lines, values = table(found), [status.as_json() for status in found]
+    print(json.dumps(values, indent=1) if arguments.json else "\n".join(lines))
     return 0

@@ -38,7 +38,9 @@ class ZeroEngine(Engine):
             problem = f"DeepSpeed does not support it on this {world.device.type}"
             advice = "use another precision, or another engine.name"
             raise UserError(f"train.precision {config.train.precision}: {problem}; {advice}")
-        os.environ["LOCAL_RANK"] = str(world.local_rank)  # DeepSpeed reads it under any launcher
+        # DeepSpeed takes the GPU of this number, under any launcher.
+        index = world.device.index
+        os.environ["LOCAL_RANK"] = str(world.local_rank if index is None else index)
         deepspeed.init_distributed(auto_mpi_discovery=False)
         with refusals(config):
             self.model = self._build(deepspeed)

@@ -10,6 +10,7 @@ import numpy as np
 
 from megagpt.checkpoints.saving import Saver
 from megagpt.config import CheckpointConfig, Config
+from megagpt.console import warn
 from megagpt.engines.engine import build_engine
 from megagpt.errors import UserError
 from megagpt.measure.worker import resume, save
@@ -36,6 +37,8 @@ def bench(config: Config, world: World, folder: Path, rounds: int) -> None:
         function()
         world.barrier()
         results.setdefault(name, []).append(time.perf_counter() - start)
+        if world.is_main:
+            warn(f"round {len(results[name])} of {rounds}: {name} {results[name][-1]:.2f} s")
 
     def begin_save(name: str, asynchronous: bool) -> Saver:
         saver = Saver(folder, CheckpointConfig(asynchronous=asynchronous), world)

@@ -27,18 +27,23 @@ def plain_step(
     clip_norm: float,
     bf16: bool = False,
     clip: Callable[[Iterable[Tensor], float], Tensor] = nn.utils.clip_grad_norm_,
+    micro_batches: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Loss, and norm of the gradient before clipping, of one step over the whole batch: forward pass, mean
-    cross-entropy over all logits, backward pass, clipping, update. `tokens`, `targets`: int64 (batch, context)."""
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
-        output = model(tokens)
-        logits = output if isinstance(output, Tensor) else output.logits
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    loss.backward()
+    cross-entropy over all logits, and backward pass of each of the equal micro-batches, clipping, update. `tokens`,
+    `targets`: int64 (batch, context)."""
+    total = torch.zeros((), device=tokens.device)
+    for inputs, wanted in zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
+            output = model(inputs)
+            logits = output if isinstance(output, Tensor) else output.logits
+            loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten()) / micro_batches
+        loss.backward()
+        total += loss.detach()
     norm = clip(model.parameters(), clip_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return loss.detach(), norm
+    return total, norm
 
 
 class PlainGPT(nn.Module):

@@ -1,8 +1,9 @@
 """Measures training steps: megagpt's engine against `transformers` and a plain loop, on equal work. Each row of the
 result runs in a process of its own, so that its peak memory is its own. The rows alternate, so that a machine that is
-slower for a while is slower for all of them. The best step counts."""
+slower for a while is slower for all of them. The best step counts; the median shows how steady the machine is."""
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,7 +26,8 @@ from megagpt.process_memory import peak_memory
 from megagpt.world import join
 
 IMPLEMENTATIONS = ("megagpt", "plain", "transformers")
-_WARMUP_STEPS = 2
+# Steps before the measured ones, and measured steps, by device: a GPU's clock falls in the first seconds of full load.
+_WARMUP_STEPS, _STEPS = {"cpu": 2, "cuda": 10}, {"cpu": 5, "cuda": 50}
 
 
 class Row(NamedTuple):
@@ -34,7 +36,8 @@ class Row(NamedTuple):
     implementation: str
     config: Config
     """The config of a run whose batch is that of the measured step."""
-    steps: int
+    steps: int | None
+    """Measured ones; None: as many as the device needs."""
     tuned_allocator: bool
     """Whether a CPU process keeps freed memory, as megagpt's own processes always do."""
 
@@ -57,28 +60,36 @@ def bench(arguments: argparse.Namespace) -> int:
     results: list[list[dict[str, Any]]] = [[] for _ in rows]
     for turn in range(arguments.rounds):
         for row, found in zip(rows, results, strict=True):
-            warn(f"round {turn + 1}: {row}")
+            warn(f"round {turn + 1} of {arguments.rounds}: {row} ...")
             try:
                 found += run_ranks(1, _measure, row, method="spawn")
             except UserError as error:
                 raise UserError(f"{row}: {error}") from None
+            best, middle = min(found[-1]["seconds"]), statistics.median(found[-1]["seconds"])
+            speed = row.config.train.tokens / best
+            warn(f"  {best:.3f} s/step, median {middle:.3f}, {speed:,.0f} tok/s, {found[-1]['memory'] / 2**30:.2f} GiB")
     model, first = configs[0].model, results[0][0]
+    tokens = configs[0].train.tokens
+    accumulated = f"{arguments.accumulation} x " if arguments.accumulation > 1 else ""
     print(
-        f"{arguments.model}: {model.parameters:,} parameters, {arguments.batch} x {model.context} tokens a step, "
-        f"{first['device']}, {first['threads']} threads, torch {first['torch']}, compile {arguments.compile}"
+        f"{arguments.model}: {model.parameters:,} parameters, {accumulated}{arguments.batch} x {model.context} tokens "
+        f"a step, {first['device']}, {first['threads']} threads, torch {first['torch']}, compile {arguments.compile}"
     )
-    print("implementation  precision   s/step     tok/s  TFLOP/s    MFU  peak GiB  vs best other")
-    best = [min(r["seconds"] for r in found) for found in results]
-    for row, seconds, found in zip(rows, best, results, strict=True):
+    print("implementation  precision   s/step    median     tok/s  TFLOP/s    MFU  peak GiB  vs best other")
+    best_of = [min(s for r in found for s in r["seconds"]) for found in results]
+    for row, seconds, found in zip(rows, best_of, results, strict=True):
         precision = row.config.train.precision
-        others = [s for s, r in zip(best, rows, strict=True) if r.implementation in against and r.config == row.config]
+        others = [
+            s for s, r in zip(best_of, rows, strict=True) if r.implementation in against and r.config == row.config
+        ]
         ratio = f"{min(others) / seconds:.2f}x" if others and row.implementation == "megagpt" else ""
-        speed = arguments.batch * model.context / seconds
+        middle = statistics.median(s for r in found for s in r["seconds"])
+        speed = tokens / seconds
         peak = found[0]["peak_flops"]
         mfu = f"{speed * model.flops_per_token / peak:.1%}" if peak else "n/a"
         memory = max(r["memory"] for r in found) / 2**30
         print(
-            f"{row.implementation:15}{precision:>10}{seconds:9.3f}{speed:10,.0f}"
+            f"{row.implementation:15}{precision:>10}{seconds:9.3f}{middle:10.3f}{speed:10,.0f}"
             f"{speed * model.flops_per_token / 1e12:9.3f}{mfu:>7}{memory:10.2f}{ratio:>15}"
         )
     return 0
@@ -89,7 +100,7 @@ def _config(arguments: argparse.Namespace, precision: str) -> Config:
     tree: dict[str, Any] = {"model": {"preset": arguments.model}, "engine": {"name": arguments.engine}}
     for text in [*context, *(t for t in arguments.overrides if t.startswith("model."))]:
         tree = override(tree, text)
-    tokens = arguments.batch * build_config(tree, "bench").model.context
+    tokens = arguments.accumulation * arguments.batch * build_config(tree, "bench").model.context
     train = {"tokens": tokens, "batch_tokens": tokens, "micro_batch": arguments.batch, "precision": precision}
     tree["train"] = {**train, "compile": arguments.compile, "device": arguments.device}
     for text in arguments.overrides:
@@ -102,12 +113,14 @@ def _measure(row: Row) -> Iterator[dict[str, Any]]:
     with join(config.train.device, tune_allocator=row.tuned_allocator) as world:
         device = world.device
         generator = torch.Generator().manual_seed(0)
-        shape = (config.train.micro_batch, config.model.context + 1)
+        shape = (config.batch_sequences, config.model.context + 1)
         rows = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
         tokens, targets = rows[:, :-1], rows[:, 1:].contiguous()
+        accumulation = config.accumulation(1)
         step: Callable[[], object]
         if row.implementation == "megagpt":
-            batch = Batch([(tokens, targets)], len(rows), targets.numel())
+            pieces = zip(tokens.chunk(accumulation), targets.chunk(accumulation), strict=True)
+            batch = Batch(list(pieces), len(rows), targets.numel())
             step = partial(build_engine(config, world).train_step, batch, 1e-4)
         else:
             build = {"plain": PlainGPT, "transformers": _transformers}[row.implementation]
@@ -116,22 +129,31 @@ def _measure(row: Row) -> Iterator[dict[str, Any]]:
             if config.train.compile:
                 model.compile()
             bf16 = config.train.precision == "bf16"
-            step = partial(plain_step, model, optimizer, tokens, targets, config.optimizer.clip_norm, bf16)
-        seconds = []
-        for _ in range(_WARMUP_STEPS + row.steps):
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
+            step = partial(
+                plain_step, model, optimizer, tokens, targets, config.optimizer.clip_norm, bf16,
+                micro_batches=accumulation,
+            )  # fmt: skip
+        seconds = _time(step, device, row.steps)
         yield {
-            "seconds": min(seconds[_WARMUP_STEPS:]),
+            "seconds": seconds,
             "memory": peak_memory(device),
             "device": device_name(device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "peak_flops": config.log.peak_tflops * 1e12 or peak_flops(device, config.train.precision),
         }
+
+
+def _time(step: Callable[[], object], device: torch.device, steps: int | None) -> list[float]:
+    """Seconds of each measured step."""
+    seconds = []
+    for _ in range(_WARMUP_STEPS[device.type] + (steps or _STEPS[device.type])):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds[_WARMUP_STEPS[device.type] :]
 
 
 def _transformers(config: ModelConfig) -> nn.Module:

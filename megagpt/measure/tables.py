@@ -61,6 +61,7 @@ def curve_table(engines: Sequence[EngineCase], precision: str, device: str) -> t
             within = all(a <= LOSS_TOLERANCE[precision] and b <= NORM_TOLERANCE[precision] for a, b in found)
             shown = [f"{loss:.1e} ({norm:.1e})" for loss, norm in found]
             table.append([engine.name, str(engine.ranks), *shown, "yes" if within else "NO"])
+            _show(table)
     return table, all(row[-1] == "yes" for row in table[2:])
 
 
@@ -81,6 +82,7 @@ def memory_table() -> list[list[str]]:
         held["together"] = (sum(measured[kind] for kind in kinds), formula.total)
         cells = [f"{counted / count:.2f} / {computed / count:.2f}" for counted, computed in held.values()]
         table.append([name, precision, str(ranks), *cells, f"{measured['seconds'] * 1e3:.0f}"])
+        _show(table)
     return table
 
 
@@ -88,6 +90,11 @@ def _say(text: str) -> None:
     """A line of progress in a log; a terminal has the bar."""
     if not sys.stderr.isatty():
         warn(f"parity: {text}")
+
+
+def _show(table: list[list[str]]) -> None:
+    """The last row, as it comes: an interruption leaves what was measured."""
+    warn("  " + ", ".join(f"{head} {cell}" for head, cell in zip(table[1], table[-1], strict=True)))
 
 
 def _print(table: list[list[str]]) -> None:

@@ -35,6 +35,8 @@ def train(
     ExpectedError."""
     with open_run(config, world, resume, allowed, resume_at) as run:
         _say_what_is_special(run)
+        if not run.start.last:
+            say("first step" if not config.train.compile else "first step, which compiles the model and takes longer")
         outcome = loop(run, stop)
         run.ending.outcome(outcome)
         return outcome.code

@@ -33,7 +33,7 @@ from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.errors import UserError
 from megagpt.incarnations import Lease, Superseded
-from megagpt.launchers import torchrun_passes_sigterm_on
+from megagpt.launchers import torchrun_passes_sigterm_on, torchrun_waits_longer
 from megagpt.position import Position, position
 from megagpt.run_log import Event, newest
 from megagpt.training.guard import Guard
@@ -138,7 +138,12 @@ class Run:
         """Print how long a stop takes at most."""
         say(self.reserve.sentence(self.config.model.checkpoint_bytes))
         if torchrun_passes_sigterm_on(os.environ):
-            say("torchrun ends its ranks 30 s after it passes a signal on; give it --shutdown-timeout to wait longer")
+            longer = "give it --shutdown-timeout to wait longer"
+            if not torchrun_waits_longer():
+                longer = (
+                    "only PyTorch 2.12 and newer can wait longer: set train.time_limit, or send SIGUSR1 to the ranks"
+                )
+            say(f"torchrun ends its ranks 30 s after it passes a signal on; {longer}")
         limit, needed = self.config.train.time_limit, self.reserve.seconds
         if 0 < limit < needed:
             short = f"shorter than the {needed:.0f} s that a step and its save may take"
@@ -161,6 +166,7 @@ def open_run(
         say(f"--at {asked} was done before this restart; resuming from the newest checkpoint")
         resume_at = None
     _check_vocabulary(config, holds_run(folder))
+    say("reading data")
     starts = world.from_main(lambda: start_folders(folder)) if resume else []
     data = prepare_builtin(locate(config.data, starts), world)
     context, seed = config.model.context, config.run.seed
@@ -168,6 +174,7 @@ def open_run(
     validation_data = validation_corpus(held_out)
     if world.is_main:
         say("\n".join(describe(config, train_data, held_out)))
+    say("building the model")
     engine = build_engine(config, world)
     fingerprints = [stream.fingerprint for stream in train_data.streams]
     seek = functools.partial(choose, folder, config, fingerprints, allowed, world, resume_at)
@@ -191,7 +198,7 @@ def open_run(
         world.barrier()
         saver = Saver(folder, config.checkpoint, world, lease.incarnation)
         saver.probe(config.model.checkpoint_bytes)
-        reporter = Reporter(folder, start, config.train.tokens, resume, world.is_main, resume_at is not None)
+        reporter = Reporter(folder, start, start.total * start.context, resume, world.is_main, resume_at is not None)
         stack.callback(reporter.close)
         if resume_at is not None:
             _go_back(folder, start, world, reporter)

@@ -1,12 +1,15 @@
 """A run's folder: its path, its config, and the facts that each incarnation leaves there."""
 
+import contextlib
 import json
 import os
 import platform
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 import megagpt
@@ -20,6 +23,9 @@ from megagpt.incarnations import Incarnation, claim, list_incarnations
 from megagpt.launchers import restarts, slurm_job
 from megagpt.run_log import log_path
 from megagpt.training.markdown import table, verbatim
+
+# Largest difference between two readings of the time at which one process began (s): the clock may have been set.
+_CLOCK_STEP_SECONDS = 60.0
 
 
 def run_folder(config: Config) -> Path:
@@ -66,10 +72,43 @@ def claim_run(run: Path, engine: Engine, from_tokens: int, resume_at: int | None
             "python": platform.python_version(), "megagpt": megagpt.__version__,
             "torch": torch.__version__, "engine": engine.describe(), "device": device_name(engine.world.device),
             "world_size": engine.world.size, "from_tokens": from_tokens, "resume_at": resume_at,
+            "process": this_process(),
         }  # fmt: skip
         return claim(run, facts).number
 
     return Incarnation(run, engine.world.from_main(leave))
+
+
+def this_process() -> dict[str, Any]:
+    """This process among all that a machine ever runs, as far as another process there can see it: a number counts
+    within a PID namespace, such as a container's, until the machine starts again."""
+    process = psutil.Process()
+    return {"pid": process.pid, "created": process.create_time(), **_where_numbers_count()}
+
+
+def _where_numbers_count() -> dict[str, str]:
+    found = {"boot": "", "namespace": ""}
+    with contextlib.suppress(OSError):  # Linux only
+        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        found["namespace"] = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+    return found
+
+
+def has_ended(start: dict[str, Any]) -> bool | None:
+    """Whether the main rank of an incarnation with these facts has ended; None if that cannot be seen from here."""
+    process = start.get("process")
+    if not isinstance(process, dict) or start.get("host") != platform.node():
+        return None
+    if any(process.get(key) != value for key, value in _where_numbers_count().items()):
+        return None
+    try:
+        found = psutil.Process(process["pid"])
+        other = abs(found.create_time() - process["created"]) > _CLOCK_STEP_SECONDS
+        return other or found.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return None
 
 
 def start_folders(run: Path) -> list[Path]:

@@ -1,5 +1,7 @@
 """Requests to stop a run: signals and a time limit."""
 
+import contextlib
+import os
 import signal
 import threading
 import time
@@ -7,6 +9,9 @@ from types import FrameType
 from typing import Self
 
 import psutil
+
+from megagpt import launchers
+from megagpt.training.acknowledging import acknowledging
 
 # Requests to save and end: Ctrl-C, and the signals that schedulers send before they take a machine away.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -25,6 +30,7 @@ class StopRequest:
         self.time_limit = time_limit
         self._interrupted = False
         self._previous: dict[int, object] = {}
+        self._acknowledging = contextlib.ExitStack()
 
     def requested(self, reserve: float = 0) -> bool:
         """Whether a signal came, or less than `reserve` seconds of the time limit are left."""
@@ -32,13 +38,19 @@ class StopRequest:
             self.reason = TIME_LIMIT
         return self.reason is not None
 
+    def signal(self) -> str | None:
+        """The signal that came first, if one did before a time limit ended."""
+        return None if self.reason == TIME_LIMIT else self.reason
+
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
+            self._acknowledging.enter_context(acknowledging(SIGNALS, launchers.speaks(os.environ)))
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._acknowledging.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

@@ -1,18 +1,25 @@
-"""The state of a run, read from its folder."""
+"""The state of a run, read from its folder, and the next step for its user."""
 
 import datetime
 import itertools
+import math
+import shlex
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megagpt.checkpoints.folder import newest_complete
 from megagpt.config import Config
+from megagpt.config_file import load_run
 from megagpt.console import duration
-from megagpt.incarnations import list_incarnations
-from megagpt.run_log import Event, log_path, read
-from megagpt.training.run_folder import resume_command
+from megagpt.errors import ExpectedError, UserError
+from megagpt.incarnations import Incarnation, list_incarnations
+from megagpt.launchers import job_number
+from megagpt.run_log import Event, Line, log_path, read
+from megagpt.training.run_folder import has_ended, resume_command
 
 # Number of last steps whose median speed is shown.
 _STEPS = 100
@@ -22,25 +29,74 @@ _SILENT_LINES, _SILENT_SECONDS = 10, 60.0
 _TAIL_BYTES = 2**18
 
 
-def status_lines(run: Path, config: Config) -> Iterator[str]:
-    """Lines for people."""
+@dataclass(frozen=True)
+class Status:
+    """What a run's folder says about it. Numbers that are unknown are None; a loss may be "nan" or "inf"."""
+
+    run: str
+    state: str
+    """not begun, starting, running, silent, dead, stopped, failed or finished; or unreadable."""
+    text: str
+    """The state with its reason, for people."""
+    next: dict[str, str] = field(default_factory=dict)
+    """What can be done -> the command for it."""
+    tokens_seen: int = 0
+    total_tokens: int = 0
+    """Tokens of all whole sequences: the run ends there."""
+    step: int | None = None
+    loss: float | str | None = None
+    validation_loss: float | str | None = None
+    tokens_per_second: float | None = None
+    seconds_left: float | None = None
+    last_sign_of_life: str | None = None
+    """The time of the last change in the folder, ISO 8601, UTC."""
+    checkpoint: dict[str, Any] | None = None
+    """`tokens`, `saved` and `path` of the newest complete one."""
+    incarnations: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def progress(self) -> float:
+        return self.tokens_seen / self.total_tokens if self.total_tokens else 0.0
+
+
+def read_status(run: Path, config: Config) -> Status:
+    """The status of a run with this config."""
     lines = list(read(run, _TAIL_BYTES))
     steps = [line for line in lines if line["event"] == Event.STEP]
-    pairs = itertools.pairwise(steps[-_STEPS:])
-    spans = [(now["tokens_seen"] - before["tokens_seen"]) / now["tokens_per_second"] for before, now in pairs]
-    yield f"{run}: {_state(run, seconds_between=statistics.median(spans or [0.0]))}"
-    if steps:
-        last, total = steps[-1], config.train.tokens
-        validations = [line["validation_loss"] for line in lines if line["event"] == Event.VALIDATION]
-        losses = f"loss {float(last['loss']):.4f}"
-        losses += f", validation loss {float(validations[-1]):.4f}" if validations else ""
-        yield f"progress     {last['tokens_seen'] / total:.1%} of {total:,} tokens, step {last['step']:,}, {losses}"
-        speed = statistics.median(step["tokens_per_second"] for step in steps[-_STEPS:])
-        left = max(0, total - last["tokens_seen"])
-        yield f"speed        {speed:,.0f} tok/s; {duration(left / speed)} to go at that speed"
+    found = list_incarnations(run)
+    sign = _last_sign_of_life(run, found)
+    state, text = _state(run, found, steps, sign)
+    validations = [line["validation_loss"] for line in lines if line["event"] == Event.VALIDATION]
+    last, total = steps[-1] if steps else {}, config.total_sequences * config.model.context
+    speed = statistics.median(step["tokens_per_second"] for step in steps[-_STEPS:]) if steps else None
+    newest = newest_complete(run)
+    tokens = last.get("tokens_seen", 0)
+    return Status(
+        str(run), state, text, _next(run, config, state, found), tokens, total, last.get("step"),
+        last.get("loss"), validations[-1] if validations else None, speed,
+        max(0, total - tokens) / speed if speed else None, _iso(sign) if sign else None,
+        {"tokens": newest.meta.tokens_seen, "saved": newest.meta.saved, "path": str(newest.path)} if newest else None,
+        len(found),
+    )  # fmt: skip
+
+
+def status_lines(run: Path, config: Config) -> Iterator[str]:
+    """The status for people."""
+    status = read_status(run, config)
+    yield f"{run}: {status.text}"
+    if status.step is not None and status.tokens_per_second is not None and status.seconds_left is not None:
+        losses = f"loss {float(status.loss or 0):.4f}"
+        if status.validation_loss is not None:
+            losses += f", validation loss {float(status.validation_loss):.4f}"
+        yield f"progress     {status.progress:.1%} of {status.total_tokens:,} tokens, step {status.step:,}, {losses}"
+        speed, left = status.tokens_per_second, duration(status.seconds_left)
+        yield f"speed        {speed:,.0f} tok/s; {left} to go at that speed"
     else:
         yield "progress     no step yet"
-    yield f"checkpoint   {_checkpoint(run)}"
+    yield f"checkpoint   {_checkpoint(status)}"
     found = list_incarnations(run)
     yield f"incarnations {len(found)}"
     for incarnation in found[-5:]:
@@ -51,26 +107,100 @@ def status_lines(run: Path, config: Config) -> Iterator[str]:
         engine = start.get("engine", start.get("note", "?"))
         begun = f"{start.get('started', '?')} on {start.get('host', '?')}, {engine}"
         yield f"  {incarnation.number}: {begun}, from {start.get('from_tokens', 0):,} tokens; {ended}"
-    yield f"resume with  {resume_command(run)}"
+    for what, command in status.next.items():
+        yield f"{what:13}{command}"
 
 
-def _state(run: Path, seconds_between: float) -> str:
-    found = list_incarnations(run)
-    if found and (end := found[-1].ended()):
-        return f"{end['outcome']} ({end['reason']})"
-    log = log_path(run)
-    if not log.exists():
-        return "not begun"
-    silent = time.time() - log.stat().st_mtime
-    if silent > max(_SILENT_SECONDS, _SILENT_LINES * seconds_between):
-        return f"silent for {duration(silent)}: killed, or busy with something long"
-    return "running"
+def list_runs(folder: Path) -> list[Status]:
+    """The status of each run in a folder, by name. Raises UserError if there is none."""
+    runs = sorted(path.parent for path in folder.glob("*/config.yaml")) if folder.is_dir() else []
+    if not runs:
+        missing = "holds no run" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {missing}; name a run's folder, or the folder that holds your runs")
+    found = []
+    for run in runs:
+        try:
+            found.append(read_status(run, load_run(run)))
+        except (ExpectedError, OSError) as error:  # such as a config of a newer version
+            found.append(Status(str(run), "unreadable", f"unreadable: {error}"))
+    return found
 
 
-def _checkpoint(run: Path) -> str:
-    newest = newest_complete(run)
-    if newest is None:
+def table(found: list[Status]) -> Iterator[str]:
+    """A line for each run."""
+    width = max(len(status.run) for status in found)
+    yield f"{'run':{width}}  {'state':10}  {'done':>6}  {'tokens':>17}  {'loss':>7}  to go"
+    for s in found:
+        loss = "" if s.loss is None else f"{float(s.loss):.4f}"
+        left = duration(s.seconds_left) if s.seconds_left is not None and s.state == "running" else ""
+        yield f"{s.run:{width}}  {s.state:10}  {s.progress:6.1%}  {s.tokens_seen:17,}  {loss:>7}  {left}".rstrip()
+
+
+def _last_sign_of_life(run: Path, found: list[Incarnation]) -> float | None:
+    """The time at which the newest incarnation last wrote; None if nothing was ever written."""
+    paths = [log_path(run), *(run / "incarnations").glob("*"), *(run / "incarnations").glob(".fence-*")]
+    return max((path.stat().st_mtime for path in paths if path.exists()), default=None)
+
+
+def _state(run: Path, found: list[Incarnation], steps: list[Line], sign: float | None) -> tuple[str, str]:
+    """The state and its text."""
+    if not found:
+        return ("running", "running") if log_path(run).exists() else ("not begun", "not begun")
+    start, end = found[-1].start(), found[-1].ended()
+    if end:
+        return end["outcome"], f"{end['outcome']} ({end['reason']})"
+    ended, host = has_ended(start), start.get("host", "?")
+    if ended:
+        return "dead", f"dead: its process on {host} has ended and left no record, so it was killed"
+    spans = [
+        (now["tokens_seen"] - before["tokens_seen"]) / now["tokens_per_second"]
+        for before, now in itertools.pairwise(steps[-_STEPS:])
+    ]
+    silent = time.time() - (sign or 0.0)
+    quiet = silent > max(_SILENT_SECONDS, _SILENT_LINES * statistics.median(spans or [0.0]))
+    if ended is None and quiet:
+        return "silent", f"silent for {duration(silent)}: killed, or busy with something long, on {host}"
+    here = f" on {host}" if ended is None and "host" in start else ""
+    if not any(step["tokens_seen"] > start.get("from_tokens", 0) for step in steps[-1:]):
+        return "starting", f"starting{here}"
+    return "running", f"running{here}" + (f", without a line for {duration(silent)}" if quiet else "")
+
+
+def _next(run: Path, config: Config, state: str, found: list[Incarnation]) -> dict[str, str]:
+    """What a user would do next -> the command."""
+    name = shlex.quote(str(run))
+    watch = {"watch with": f"tensorboard --logdir {shlex.quote(str(run.parent))}"}
+    resume = {"resume with": resume_command(run)}
+    if state == "finished":
+        sample = f'megagpt sample {name} --prompt "The meaning of life is"'
+        return {"sample with": sample, "export with": f"megagpt export {name} --to {name}/export", **watch}
+    start = found[-1].start() if found else {}
+    if state in ("starting", "running", "silent") and start:
+        stop = _stop(start)
+        if state == "silent":
+            return {**stop, "if it is dead": resume["resume with"]}
+        return {**watch, **stop}
+    return resume
+
+
+def _stop(start: dict[str, Any]) -> dict[str, str]:
+    if job := start.get("job"):
+        return {"stop with": f"scancel --signal=INT {job_number(job)}"}
+    process = start.get("process")
+    if not isinstance(process, dict):
+        return {"stop with": f"Ctrl-C in its terminal on {start.get('host', 'its host')}"}
+    kill = f"kill -INT {process['pid']}"
+    return {"stop with": kill if has_ended(start) is False else f"{kill}  (on {start.get('host', 'its host')})"}
+
+
+def _checkpoint(status: Status) -> str:
+    if status.checkpoint is None:
         return "none yet"
-    saved = datetime.datetime.fromisoformat(newest.meta.saved)
+    saved = datetime.datetime.fromisoformat(status.checkpoint["saved"])
     ago = (datetime.datetime.now(datetime.UTC) - saved).total_seconds()
-    return f"{newest.meta.tokens_seen:,} tokens, saved {duration(max(0.0, ago))} ago: {newest.path}"
+    tokens, path = status.checkpoint["tokens"], status.checkpoint["path"]
+    return f"{tokens:,} tokens, saved {duration(max(0.0, ago))} ago: {path}"
+
+
+def _iso(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(math.floor(seconds), datetime.UTC).isoformat()

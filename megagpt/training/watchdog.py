@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import math
 import os
+import pickle
 import sys
 import threading
 import time
@@ -37,7 +38,7 @@ class Watchdog:
         self._world, self._folder, self._timeout, self._ending = world, folder, timeout, ending
         self._phase, self._since, self._limit = "starting", time.monotonic(), timeout
         self._left, self._others_noticed = threading.Event(), threading.Event()
-        self._store = world.store.clone() if world.store is not None and world.size > 1 else None  # type: ignore[attr-defined]
+        self._store = world.store if world.size > 1 else None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def phase(self, text: str) -> None:
@@ -63,7 +64,7 @@ class Watchdog:
         self.phase(self._phase)
         self._thread.start()
         if self._store is not None:
-            threading.Thread(target=self._listen, args=(self._store.clone(),), daemon=True).start()
+            threading.Thread(target=self._listen, args=(self._store,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -102,13 +103,14 @@ class Watchdog:
         rank = self._world.rank
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / f"rank_{rank}.txt").open("w") as file:
+            with (self._folder / f"rank_{rank}.txt").open("w", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"rank {rank} on {self._world.host}, in {self._phase} for {silent:.0f} s\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            name = "_dump_nccl_trace" if self._world.device.type == "cuda" else "_dump_fr_trace"
-            if dist.is_initialized() and hasattr(c10d, name) and (trace := bytes(getattr(c10d, name)())):
-                (self._folder / f"flight_recorder_{rank}").write_bytes(trace)
+                if trace := _flight_recorder(self._world.device.type):
+                    (self._folder / f"flight_recorder_{rank}").write_bytes(trace)
+                else:
+                    file.write("\nno flight recorder: this PyTorch has recorded no collective\n")
 
     def _tell(self, silent: float) -> None:
         """Tell the other ranks. The first rank to notice also prints the error, and names the ranks without answer."""
@@ -140,3 +142,15 @@ class Watchdog:
             names = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
             text += f"; no answer from rank(s) {names}: stopped, or their host is gone"
         return text
+
+
+def _flight_recorder(device: str) -> bytes:
+    """PyTorch's record of this rank's last collectives, a pickle; empty if it has none. The functions' names and what
+    they record differ between versions and builds."""
+    names = ("_dump_nccl_trace", "_dump_fr_trace")
+    for name in names if device == "cuda" else reversed(names):
+        if dist.is_initialized() and hasattr(c10d, name):
+            trace = bytes(getattr(c10d, name)())
+            if trace and pickle.loads(trace).get("entries"):
+                return trace
+    return b""

@@ -1,7 +1,9 @@
 """Requests to stop: signals and time limits, noticed between steps and inside validations."""
 
+import hashlib
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from megagpt.training import occasions, safety
 from megagpt.training.reserve import Reserve
 from megagpt.training.safety import StopRequest
 from tests.conftest import Tiny, metrics
-from tests.processes import megagpt
+from tests.processes import Process, megagpt, rank_environment
+from tests.runs import PATIENCE
 
 
 @pytest.mark.parametrize("number", safety.SIGNALS)
@@ -39,6 +42,49 @@ def test_a_second_ctrl_c_interrupts() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_first_signal_and_the_first_ctrl_c_are_answered(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopRequest():
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+    then = "stopping after this step and a save; Ctrl-C again ends at once without saving"
+    assert capfd.readouterr().err.splitlines() == [f"megagpt: {name}: {then}" for name in ("SIGTERM", "SIGINT")]
+
+
+def test_one_rank_answers_for_all(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in rank_environment(1, 2, 29500).items():
+        monkeypatch.setenv(name, value)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.reason == "SIGTERM"
+    assert capfd.readouterr().err == ""
+
+
+def busy_in_c(ready: str) -> None:
+    """A main thread in which Python handles no signal for minutes."""
+    with StopRequest():
+        Path(ready).touch()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_answered_and_obeyed_in_a_call_that_never_ends(tmp_path: Path) -> None:
+    ready, log = tmp_path / "ready", tmp_path / "log"
+    process = Process(busy_in_c, str(ready), cwd=tmp_path, stdout=log, stderr=log)
+
+    def wait_until(done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not done():
+            assert time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+
+    wait_until(ready.exists)
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: "SIGINT: stopping after this step" in log.read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == ExitCode.INTERRUPTED
 
 
 def test_a_time_limit_leaves_time_for_a_step_and_a_save(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,19 +2,28 @@
 
 import json
 import os
+import platform
 import re
+import shlex
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megagpt.cli import main
-from megagpt.config_file import load_config
+from megagpt.config_file import load_config, to_yaml
+from megagpt.errors import ExitCode
 from megagpt.incarnations import claim
+from megagpt.training.run_folder import this_process
 from megagpt.training.status import status_lines
-from tests.conftest import write_tiny
+from tests.conftest import Refusal, Tiny, write_tiny
+from tests.processes import megagpt, start_train
+from tests.runs import PATIENCE, wait_for_steps
+
+Capture = pytest.CaptureFixture[str]
 
 STEP_TOKENS = 128
 
@@ -39,9 +48,10 @@ class Run:
             self.write("step", step, loss=4.0 + 1 / step, step_seconds=seconds, tokens_per_second=speed)
 
     def age(self, seconds: float) -> None:
-        """Make the log look as if it had not been written for that long."""
+        """Make the run look as if it had not written for that long."""
         then = time.time() - seconds
-        os.utime(self.metrics, (then, then))
+        for path in (self.metrics, *(self.folder / "incarnations").glob("*")):
+            os.utime(path, (then, then))
 
     def lines(self) -> list[str]:
         return list(status_lines(self.folder, self.config))
@@ -70,11 +80,12 @@ def test_an_empty_folder_is_a_run_that_did_not_begin(run: Run) -> None:
 def test_a_run_that_writes_is_running(run: Run) -> None:
     claim(run.folder, {"host": "n1", "engine": "ddp on 8 rank(s)", "from_tokens": 0})
     run.steps(1, 5)
-    assert run.state == "running"
+    assert run.state == "running on n1"
     assert run.line("progress") == "25.0% of 2,560 tokens, step 5, loss 4.2000"
     assert run.line("speed") == "256 tok/s; 00:07 to go at that speed", "15 steps of half a second"
     assert re.fullmatch(r"\S+ on n1, ddp on 8 rank\(s\), from 0 tokens; the last one", run.line("  1:"))
-    assert run.line("resume with") == f"megagpt train --resume {run.folder}"
+    assert run.line("stop with") == "Ctrl-C in its terminal on n1"
+    assert run.line("watch with") == f"tensorboard --logdir {run.folder.parent}"
 
 
 def test_the_speed_is_the_median_of_the_last_steps(run: Run) -> None:
@@ -181,14 +192,110 @@ def test_a_long_log_is_read_from_its_end(run: Run) -> None:
     assert run.line("progress").startswith("60.0% of 2,560 tokens, step 12")
 
 
-def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"megagpt: error: {tmp_path}: not a run's folder (no config.yaml in it)\n"
+# --- where the process is, and what to do next ---
 
 
-def test_the_status_of_a_real_run_is_shown(
-    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def begun(run: Run, **facts: Any) -> None:
+    """An incarnation of this very process, except for what `facts` say."""
+    claim(run.folder, {"host": platform.node(), "process": this_process(), "from_tokens": 0, **facts})
+
+
+def ended_process() -> dict[str, Any]:
+    """The facts of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    return {**this_process(), "pid": process.pid}
+
+
+def test_a_process_here_that_lives_is_running(run: Run) -> None:
+    begun(run)
+    assert run.state == "starting"
+    run.steps(1, 5)
+    assert run.state == "running"
+    assert run.line("stop with") == f"kill -INT {os.getpid()}"
+    run.age(10_000)
+    assert run.state.startswith("running"), "a process is asked, not a clock"
+
+
+def test_a_process_here_that_has_ended_is_dead_at_once(run: Run) -> None:
+    begun(run, process=ended_process())
+    run.steps(1, 5)
+    assert run.state.startswith(f"dead: its process on {platform.node()} has ended and left no record")
+    assert run.line("resume with") == f"megagpt train --resume {run.folder}"
+
+
+def test_another_process_with_the_same_number_is_not_the_run(run: Run) -> None:
+    begun(run, process={**this_process(), "created": this_process()["created"] - 3600})
+    assert run.state.startswith("dead")
+
+
+@pytest.mark.parametrize("fact", ["host", "boot", "namespace"])
+def test_elsewhere_the_age_of_the_last_line_decides(fact: str, run: Run) -> None:
+    process = {**ended_process(), **({fact: "another"} if fact != "host" else {})}
+    begun(run, process=process, host="n1" if fact == "host" else platform.node())
+    run.steps(1, 5)
+    assert run.state.startswith("running on")
+    assert re.fullmatch(r"kill -INT \d+  \(on \S+\)", run.line("stop with"))
+    run.age(10_000)
+    assert run.state.startswith("silent for 02:46:")
+    assert run.line("if it is dead") == f"megagpt train --resume {run.folder}"
+
+
+def test_a_slurm_job_is_stopped_by_its_number(run: Run) -> None:
+    begun(run, host="n1", job="4711.2")
+    assert run.line("stop with") == "scancel --signal=INT 4711"
+
+
+def test_tokens_that_are_no_whole_sequence_do_not_count(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
+    """2,575 tokens are 80 sequences of 32, and 15 tokens."""
+    folder = tmp_path / "runs" / "tiny"
+    config = str(tiny(train={"tokens": 2575}, sampling={"samples": 0}, validation={"tokens": 0}))
+    assert main(["train", config]) == 0
+    assert "step 20 | 100.0% | " in capsys.readouterr().out
+    assert main(["status", str(folder)]) == 0
+    assert "progress     100.0% of 2,560 tokens, step 20" in capsys.readouterr().out
+
+
+def test_runs_are_listed(run: Run, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(run.folder, {}).end("finished", "the last token", 2560)
+    run.steps(1, 20)
+    (run.folder / "config.yaml").write_text(to_yaml(run.config))
+    other = tmp_path / "runs" / "another"
+    other.mkdir()
+    (other / "config.yaml").write_text("trian: {}\n")
+    monkeypatch.chdir(tmp_path)
+    for words in ([], ["runs"]):
+        assert main(["status", *words]) == 0
+        header, *rows = capsys.readouterr().out.splitlines()
+        assert header.split() == ["run", "state", "done", "tokens", "loss", "to", "go"]
+        assert [row.split()[:4] for row in rows] == [
+            ["runs/another", "unreadable", "0.0%", "0"],
+            ["runs/tiny", "finished", "100.0%", "2,560"],
+        ]
+    assert main(["status", "--json"]) == 0
+    another, tiny = json.loads(capsys.readouterr().out)
+    assert "trian" in another["text"]
+    assert (tiny["run"], tiny["state"], tiny["tokens_seen"]) == ("runs/tiny", "finished", 2560)
+
+
+def test_json_holds_what_the_lines_say(run: Run, capsys: Capture) -> None:
+    begun(run, process=ended_process())
+    run.steps(1, 4)
+    run.write("step", 5, loss="nan", step_seconds=0.5, tokens_per_second=256.0)
+    (run.folder / "config.yaml").write_text(to_yaml(run.config))
+    assert main(["status", "--json", str(run.folder)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["step"], found["loss"], found["tokens_per_second"]) == ("dead", 5, "nan", 256.0)
+    assert (found["seconds_left"], found["checkpoint"], found["incarnations"]) == (7.5, None, 1)
+    assert found["next"] == {"resume with": f"megagpt train --resume {run.folder}"}
+
+
+@pytest.mark.parametrize("name", ["", "absent"])
+def test_a_folder_without_runs_is_refused_in_one_line(name: str, tmp_path: Path, refusal: Refusal) -> None:
+    refusal(["status", str(tmp_path / name)], "no such folder" if name else "holds no run", "name a run's folder")
+
+
+def test_a_finished_run_and_its_next_steps(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "runs" / "tiny"
     assert main(["train", str(tiny(sampling={"samples": 0}))]) == 0
     capsys.readouterr()
@@ -201,4 +308,30 @@ def test_the_status_of_a_real_run_is_shown(
     checkpoint = folder / "checkpoints" / "000000000002560"
     assert re.fullmatch(rf"checkpoint   2,560 tokens, saved \d\d:\d\d ago: {re.escape(str(checkpoint))}", lines[3])
     assert lines[4] == "incarnations 1"
-    assert lines[-1] == f"resume with  megagpt train --resume {folder}"
+    advice = {line[:13].strip(): shlex.split(line[13:]) for line in lines[-3:]}
+    assert list(advice) == ["sample with", "export with", "watch with"]
+    assert advice["watch with"] == ["tensorboard", "--logdir", str(folder.parent)]
+    for command in ("sample with", "export with"):
+        assert main(advice[command][1:]) == 0
+
+
+@pytest.mark.slow
+def test_a_killed_and_a_running_run_take_the_printed_steps(tiny: Tiny, tmp_path: Path) -> None:
+    folder, config = tmp_path / "runs" / "tiny", str(tiny(train={"tokens": 128 * 100_000}, sampling={"samples": 0}))
+    rank = start_train([config, "checkpoint.every_tokens=640"], tmp_path, tmp_path / "1.log")
+    wait_for_steps(folder, 12, [rank])
+    rank.kill()
+    rank.wait(PATIENCE)
+    dead = json.loads(megagpt("status", "--json", str(folder), cwd=tmp_path).stdout)
+    assert dead["state"] == "dead"
+    words = shlex.split(dead["next"]["resume with"])
+    assert words[:2] == ["megagpt", "train"]
+    rank = start_train(words[2:], tmp_path, tmp_path / "2.log")
+    wait_for_steps(folder, 2, [rank], incarnation=2)
+    running = json.loads(megagpt("status", "--json", str(folder), cwd=tmp_path).stdout)
+    assert running["state"] == "running"
+    subprocess.run(shlex.split(running["next"]["stop with"]), check=True)
+    assert rank.wait(PATIENCE) == ExitCode.STOPPED
+    log = (tmp_path / "2.log").read_text()
+    assert "SIGINT: stopping after this step and a save; Ctrl-C again ends at once without saving" in log
+    assert "stopped by SIGINT; resume with: megagpt train --resume runs/tiny" in log

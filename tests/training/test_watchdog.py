@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._C._distributed_c10d as c10d
+import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from megagpt.errors import ExitCode
@@ -82,6 +84,25 @@ def test_missing_ranks_and_their_phases_are_named(tmp_path: Path) -> None:
     assert store.get("megagpt/hung/3") == b"step 7"  # so the other connection sees them, too
     expected = "; rank 1 in step 6, waiting for data; no answer from rank(s) 2: stopped, or their host is gone"
     assert watchdog._others() == expected
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("has", [("_dump_nccl_trace",), ("_dump_fr_trace",), ()], ids=str)
+def test_the_flight_recorder_is_written_or_its_absence_is(
+    device: str, has: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Builds differ in the functions that they have, and in which of them records."""
+    for name in ("_dump_nccl_trace", "_dump_fr_trace"):
+        entries = [{"profiling_name": "all_reduce"}] if name in has else []
+        trace = pickle.dumps({"entries": entries}) if has else b""
+        monkeypatch.setattr(c10d, name, lambda trace=trace: trace, raising=False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    Watchdog(World(3, 1, 3, torch.device(device)), tmp_path, 60, print)._dump(61)
+    text = (tmp_path / "rank_3.txt").read_text()
+    assert text.startswith("rank 3 on ")
+    assert "_dump" in text, "no stack"
+    assert ("no flight recorder" in text) == (not has)
+    assert (tmp_path / "flight_recorder_3").exists() == bool(has)
 
 
 @pytest.mark.slow
