@@ -269,6 +269,7 @@ def test_numbers_of_any_length_are_read_at_once() -> None:
         assert plain_value(text) == text
 
 
+@pytest.mark.slow
 def test_deep_nesting_is_refused() -> None:
     assert parse_value('"a": ' + "[" * 2_000, str, "here") == '"a": ' + "[" * 2_000
     for text in ("[" * 2_000, "[" * 2_000 + "]" * 2_000):

@@ -226,6 +226,7 @@ def test_ranks_that_share_a_gpu_are_refused() -> None:
 # --- a process ---
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_process_that_waits_for_peers(tiny: Tiny, tmp_path: Path) -> None:
     log, config = tmp_path / "rank.log", str(tiny())
     rank = start_train([config], tmp_path, log, rank_environment(0, 2, free_port()))

@@ -13,6 +13,9 @@ from megagpt.incarnations import list_incarnations
 from tests.cluster.job import DONE, END, RETRY, TOKENS, Job
 from tests.processes import REPOSITORY, environment, free_port
 
+# One group: all logs come from one start of torchrun for each kind of failure.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("first_failure")]
+
 # Rank 0 loses its peer, records that, and waits for torchrun to end it; rank 1 is killed as the kernel would kill it.
 KILLED = f"""
 import os, signal, sys, time

@@ -71,6 +71,7 @@ def test_a_text_file_is_held_out_on_the_command_line(tmp_path: Path, capsys: pyt
     assert f"the last {round(len(tokens) * 0.005):,} tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_kill_while_the_end_is_moved_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool

@@ -81,6 +81,7 @@ def results(run: Path) -> list[float]:
     return [*(line["loss"] for line in metrics(run)), metrics(run, "validation")[-1]["unigram_loss"]]
 
 
+@pytest.mark.slow
 def test_four_hundred_shards_train_with_256_open_files(tmp_path: Path, corpus: Path, inline: None) -> None:
     """The same losses as from the same text in one shard."""
     cut = tmp_path / "cut"

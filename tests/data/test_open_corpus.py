@@ -85,6 +85,7 @@ def sparse_corpus(folder: Path, shards: int, tokens: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_300_billion_tokens_cost_no_more_than_a_million(tmp_path: Path) -> None:
     warm_up = sparse_corpus(tmp_path / "warm_up", 1, 200_000)

@@ -66,6 +66,7 @@ def test_a_full_disk_is_one_line_and_can_be_resumed(
     assert contents(folder) == expected
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_real_processes_with_one_line(
     disk: Callable[[int], Path], tmp_path: Path, big: tuple[Path, dict[str, bytes]]
 ) -> None:

@@ -14,6 +14,7 @@ from tests.data.crashes import CrashPoints, Killed
 from tests.data.preparation import Prepare, check_unfinished, contents, error_of, stop_after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_kill_before_or_after_any_step_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: tuple[Prepare, dict[str, bytes]], after: bool

@@ -47,6 +47,7 @@ def test_a_preparation_survives_sigkill_at_any_moment(tmp_path: Path, big: tuple
     assert contents(out) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inline")
 @pytest.mark.parametrize("moment", ["starting", "first batch", "working"])
 def test_ctrl_c_ends_all_processes_with_one_line(

@@ -18,6 +18,8 @@ from megagpt.data.sources import open_source
 from megagpt.data.tokenizer import gpt2
 from tests.data.writers import read
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stdlib")]
+
 
 @pytest.fixture(scope="module")
 def stdlib() -> list[str]:

@@ -37,6 +37,7 @@ def board_folders(run: Path) -> list[str]:
     return sorted({str(path.parent.relative_to(run)).removeprefix(".") for path in run.rglob("*tfevents*")})
 
 
+@pytest.mark.slow
 def test_a_kill_and_a_stop_leave_each_point_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = {"every_tokens": 640}
     config = str(tiny(validation=every, sampling=every, checkpoint={"every_tokens": 640, "keep_last": 9}))

@@ -144,6 +144,7 @@ def stop_in_the_first_validation(config: str, monkeypatch: pytest.MonkeyPatch) -
         assert main(["train", config]) == ExitCode.STOPPED
 
 
+@pytest.mark.slow
 def test_an_interrupted_last_validation_is_done_after_the_resume(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +204,7 @@ def test_the_printed_bound_is_the_time_that_is_kept(
     assert f"ends this run within about {seconds:.1f} s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_time_limit_too_short_for_a_validation_is_refused(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ def train(*arguments: str) -> int:
     return main(["train", *arguments])
 
 
+@pytest.mark.slow
 def test_an_impossible_run_is_refused_in_one_line(tiny: Tiny, tmp_path: Path, refusal: Refusal) -> None:
     config = str(tiny())
     run = tmp_path / "runs" / "tiny"
@@ -50,6 +51,7 @@ def test_an_impossible_run_is_refused_in_one_line(tiny: Tiny, tmp_path: Path, re
     assert sorted((p, p.stat().st_mtime_ns) for p in run.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_model_or_data_is_refused(tiny: Tiny, tmp_path: Path, refusal: Refusal) -> None:
     assert train(str(tiny())) == 0
     run = tmp_path / "runs" / "tiny"
@@ -70,6 +72,7 @@ def test_a_checkpoint_of_other_model_or_data_is_refused(tiny: Tiny, tmp_path: Pa
     refusal([*other, "--allow-recipe-change"], "--allow-data-change")
 
 
+@pytest.mark.slow
 def test_an_allowed_change_is_trained_with(
     tiny: Tiny, tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +113,7 @@ def test_a_change_of_what_dropout_drops_is_said(
     assert "dropout draws" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_incomplete_checkpoints_are_passed_over(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny(checkpoint={"every_tokens": 640, "keep_last": 9})
     assert train(str(config)) == 0

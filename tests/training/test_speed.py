@@ -55,6 +55,7 @@ class Clock:
         self.patch.setattr(Occasion, "hold", watched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps_a_line", [1, 4])
 def test_the_step_seconds_add_up_to_the_time_of_the_loop(
     steps_a_line: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

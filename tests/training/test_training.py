@@ -154,6 +154,7 @@ def test_sigterm_under_torchrun_saves_on_all_ranks(tiny: Tiny, tmp_path: Path) -
     assert list_checkpoints(run)[-1].tokens == metrics(run)[-1]["tokens_seen"]
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_without_a_checkpoint_starts_over(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +208,7 @@ def test_a_run_leaves_config_environment_metrics_and_events(
     assert [c.tokens for c in list_checkpoints(run)] == [1280, 1920, 2560]
 
 
+@pytest.mark.slow
 def test_unigram_baseline_is_the_closed_form(tiny: Tiny, tmp_path: Path, corpus: Path) -> None:
     import numpy as np
 
