@@ -254,6 +254,7 @@ def test_merge_keys_take_what_another_section_holds(own: str) -> None:
         ("run: {folder: \"\\0\"}\n", ["run.folder"]),
         ("sampling: {prompt: \"\\ud83e\"}\n", ["line 2", "UTF-8"]),
         ("sampling: {prompt: \x07}\n", ["line 2", "\\x07"]),
+        ('sampling: {prompt: "\\UFFFFFFFF"}\n', ["own.yaml"]),
     ],
 )  # fmt: skip
 def test_what_a_file_cannot_hold_is_refused_with_its_place(

@@ -80,7 +80,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     words = [text for text in rest if not text.startswith("-")] if hasattr(arguments, "words") else []
     if len(words) < len(rest):
         command: Parser = arguments.parser
-        command.refuse(rest)
+        command.refuse([text for text in rest if text not in words])
     if words:
         arguments.words = [*arguments.words, *words]
     return arguments
@@ -99,9 +99,11 @@ def _is_override(word: str) -> bool:
     from megagpt.config_marks import fields_of
 
     key, equals, _ = word.partition("=")
+    if _is_file(word):
+        return False
     if key.partition(".")[0] in fields_of(Config) and "/" not in key:
         return bool(equals)
-    return bool(equals) and not ("/" in key or word.endswith((".yaml", ".yml")) or _is_file(word))
+    return bool(equals) and not ("/" in key or word.endswith((".yaml", ".yml")))
 
 
 def _is_file(name: str) -> bool:

@@ -130,16 +130,21 @@ def spiky(tiny: Tiny, action: str, **train: object) -> str:
 
 
 def jump_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Make the loss of the `step`-th step of each start a spike, by asking for tokens that never come."""
+    """Make the loss of the `step`-th step of each start a spike, by asking for tokens that never come. Asserts that
+    weights and moments stay as they were."""
     usual, count = Engine.train_step, 0
 
     def train_step(self: Engine, batch: object, lr: float, is_spike: object = None) -> StepResult:
         nonlocal count
         count += 1
-        if count == step:
-            for _, targets in batch.micro_batches:  # type: ignore[attr-defined]
-                targets.copy_(torch.arange(targets.numel()).view_as(targets) + 40_000)
-        return usual(self, batch, lr, is_spike)  # type: ignore[arg-type]
+        if count != step:
+            return usual(self, batch, lr, is_spike)  # type: ignore[arg-type]
+        for _, targets in batch.micro_batches:  # type: ignore[attr-defined]
+            targets.copy_(torch.arange(targets.numel()).view_as(targets) + 40_000)
+        before = {key: shard.flat.clone() for key, shard in self.state().items()}
+        result = usual(self, batch, lr, is_spike)  # type: ignore[arg-type]
+        assert all(torch.equal(before[key], shard.flat) for key, shard in self.state().items())
+        return result
 
     monkeypatch.setattr(Engine, "train_step", train_step)
 
@@ -161,7 +166,6 @@ def test_a_spike_is_skipped_and_counted(
     assert [line["skipped_updates"] for line in steps] == [0] * 11 + [1] * 9
     earlier = [line["loss"] for line in steps[7:11]]
     assert steps[11]["loss"] > statistics.fmean(earlier) + 2.5 * statistics.pstdev(earlier)
-    assert steps[12]["loss"] < steps[11]["loss"], "the update was not made"
 
 
 @pytest.mark.slow
@@ -184,10 +188,6 @@ def test_a_spike_stops_the_run_and_its_advice_leaves_the_data_out(
     late = ["--resume", str(run), "--allow-data-change", "train.tokens=5120", "data.skip=[{at: 1408, tokens: 128}]"]
     assert main(["train", *late]) == 2
     assert "only stretches at or past that position may change" in capsys.readouterr().err
-    # Steps 11 to 20 saw the data of steps 13 to 22.
-    longer = str(tiny(run={"folder": str(tmp_path / "other"), "name": "tiny"}, train={"tokens": 2816}))
-    assert main(["train", longer]) == 0
-    assert metrics(run)[10]["loss"] == pytest.approx(metrics(tmp_path / "other" / "tiny")[12]["loss"], abs=0.05)
 
 
 def test_a_loss_is_a_spike_by_the_deviations_of_those_before() -> None:
