@@ -68,9 +68,9 @@ def _too_many(row: BadRow, skip_bad: int) -> UserError:
     return UserError(f"{row.place}: {row.problem}; {remedy}")
 
 
-def load_journal(folder: Path, identity: Json, sources: list[Source]) -> Journal:
+def load_journal(folder: Path, identity: Json, sources: list[Source], skip_bad: int) -> Journal:
     """The journal of an unfinished preparation, or a new one if it has no document yet. Raises UserError if the journal
-    is corrupt, or of another preparation."""
+    is corrupt, of another preparation, or has left out more than `skip_bad` rows."""
     path = folder / JOURNAL
     fresh = Journal(identity, [Reading() for _ in sources])
     if not path.exists():
@@ -91,6 +91,9 @@ def load_journal(folder: Path, identity: Json, sources: list[Source]) -> Journal
     for source, reading in zip(sources, journal.readings, strict=True):
         if reading.cursor is not None:
             _refuse(folder, source.difference(reading.cursor, reading.files, False))
+    if journal.skipped > skip_bad:
+        problem = f"{journal.skipped} bad rows are left out already, more than --skip-bad {skip_bad}"
+        raise UserError(f"{folder}: {problem}; give --skip-bad {journal.skipped} or more, or choose another --out")
     journal.identity = identity
     return journal
 

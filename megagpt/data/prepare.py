@@ -93,7 +93,7 @@ class _Preparation:
         self.sources, self.folder, self.workers = sources, folder, workers
         self.skip_bad, self.report = skip_bad, report
         self.val_fraction, self.shard_tokens = identity["val_fraction"], identity["shard_tokens"]
-        self.journal: Journal = load_journal(folder, identity, sources)
+        self.journal: Journal = load_journal(folder, identity, sources, skip_bad)
         if not self.journal.documents:
             self.journal.save(folder)
         self.splits = {name: self._writer(name, self.journal.splits.get(name)) for name in ("train", "val")}

@@ -259,7 +259,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypat
 
 def bad_corpus(path: Path) -> Path:
     """Five bad rows among the documents."""
-    bad = ['{"text": null}', "oops", '{"text": "cut of', "[1]", '{"url": "x"}']
+    bad = ['{"text": null}', "oops", '{"text": "cut of', "[1]", r'{"\ud800": "half a surrogate pair"}']
     lines = [json.dumps({"text": text}) for text in DOCUMENTS]
     for i, line in enumerate(bad):
         lines.insert(3 + 11 * i, line)
@@ -272,6 +272,10 @@ def test_skipped_rows_are_counted_across_an_interruption(tmp_path: Path, folder:
     path = bad_corpus(tmp_path / "bad.jsonl")
     source = stop_after(open_source(str(path)), batches, KeyboardInterrupt)
     error_of(lambda: prepare(source, tmp_path / "out", skip_bad=5, **SETTINGS))
+    left_out = json.loads((tmp_path / "out" / "journal.json").read_text())["skipped"]["rows"]
+    for limit in range(left_out):
+        message = error_of(lambda n=limit: prepare(source, tmp_path / "out", skip_bad=n, **SETTINGS))  # type: ignore[misc]
+        assert f"give --skip-bad {left_out} or more" in message
     manifest = prepare(open_source(str(path)), tmp_path / "out", skip_bad=5, **SETTINGS)
     assert manifest["skipped"]["rows"] == 5
     places = [row.partition(":")[0] for row in manifest["skipped"]["first"]]
