@@ -13,6 +13,11 @@ from megagpt.files import write_atomic
 Json = dict[str, Any]
 # Bad rows that are named in the manifest.
 _NAMED_ROWS = 10
+# Settings whose options have other names.
+_OPTIONS = {
+    "hub": "the data set", "stdlib": "Python", "tokenizer": "the tokenizer", "val_hub": "--val", "val_stdlib": "--val",
+    "val_subset": "--subset", "val_text_key": "--text-key", "val_separator": "--separator",
+}  # fmt: skip
 
 
 @dataclass
@@ -113,13 +118,19 @@ def _same_settings(folder: Path, before: Json, now: Json) -> None:
     before, now = _flat(before), _flat(now)
     if before == now:
         return
-    commits = {key: now[key] for key in ("revision", "val_revision") if now.get(key) and before.get(key)}
-    if "revision" in commits and before | commits == now:
-        remedy = f"--revision {before['revision']} goes on with the data set as it was"
-        raise UserError(f"{folder}: was prepared from something else: the data set has changed since; {remedy}")
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    names = {key: f"--{key.replace('_', '-')}" for key in keys} | {"hub": "the data set", "stdlib": "Python"}
-    _refuse(folder, ", ".join(f"{names[key]} was {before.get(key)}, is {now.get(key)}" for key in keys))
+    if all(key.endswith("revision") and before.get(key) and now.get(key) for key in keys):
+        commits = " ".join(f"{_option(key)} {before[key]}" for key in keys)
+        problem = "was prepared from something else: the data set has changed since"
+        raise UserError(f"{folder}: {problem}; {commits} goes on with the data set as it was")
+    # --val shares options with SOURCE.
+    changes = dict.fromkeys(f"{_option(key)} was {before.get(key)}, is {now.get(key)}" for key in keys)
+    _refuse(folder, ", ".join(changes))
+
+
+def _option(key: str) -> str:
+    """The option that decides a setting."""
+    return _OPTIONS.get(key, f"--{key.replace('_', '-')}")
 
 
 def _flat(identity: Json) -> Json:

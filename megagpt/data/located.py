@@ -6,8 +6,10 @@ from pathlib import Path
 
 from megagpt.config import DataConfig
 from megagpt.console import say
-from megagpt.data.builtin import BUILTIN, builtin_folder
+from megagpt.data.builtin import builtin_folder
+from megagpt.data.stdlib_text import BUILTIN
 from megagpt.errors import UserError
+from megagpt.files import named_path
 
 
 def locate(data: DataConfig, starts: Sequence[Path]) -> DataConfig:
@@ -23,7 +25,7 @@ def locate(data: DataConfig, starts: Sequence[Path]) -> DataConfig:
 
 
 def _place(name: str, starts: Sequence[Path]) -> str:
-    path = Path(name).expanduser()
+    path = named_path(name)
     if name == BUILTIN or path.is_absolute() or path.exists() or not starts:
         return name
     for start in starts:

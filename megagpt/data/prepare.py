@@ -26,7 +26,7 @@ from megagpt.data.shard_writer import DTYPE, SplitWriter
 from megagpt.data.shards import FORMAT, JOURNAL, MANIFEST, manifest_checksum, read_manifest
 from megagpt.data.tail import copy_tail
 from megagpt.errors import ExpectedError, Interrupted, UserError
-from megagpt.files import write_atomic
+from megagpt.files import named_path, write_atomic
 
 SHARD_TOKENS = 100_000_000
 VAL_FRACTION = 0.005
@@ -59,7 +59,7 @@ def prepare(
         raise UserError(f"--val-fraction {val_fraction}: must be at least 0 and below 1")
     if shard_tokens < 1:
         raise UserError(f"--shard-tokens {shard_tokens}: must be at least 1")
-    folder = Path(folder).expanduser()
+    folder = named_path(folder)
     sources = [source, val] if val else [source]
     ranks = {"name": tokenizer.NAME, "sha256": tokenizer.RANKS_SHA256}
     identity: Json = {"source": source.identity, "val": val.identity if val else None, "tokenizer": ranks}

@@ -1,5 +1,6 @@
 """Validation text: the end of one long text, or a source of its own."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megagpt.data.prepare import prepare
 from megagpt.data.shards import verify
 from megagpt.data.sources import open_source, open_validation
 from megagpt.data.tokenizer import END_OF_TEXT, gpt2
+from tests.conftest import Refusal
 from tests.data.crashes import CrashPoints
 from tests.data.folders import read_all
 from tests.data.preparation import check_unfinished, contents, documents_of, error_of, make_documents, write_corpus
@@ -159,13 +161,14 @@ def test_files_of_the_validation_set_are_not_trained_on(tmp_path: Path, capsys: 
 
 @pytest.mark.parametrize("val", ["someone/stories", "other/stories"])
 def test_the_hub_is_asked_for_a_split_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], val: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal, val: str
 ) -> None:
     asked: dict[str, tuple[object, ...]] = {}
 
     def hub_source(name: str, text_key: str, subset: str | None, split: str, revision: str | None) -> Source:
         asked[split] = name, text_key, subset, revision
-        return open_source(str(write_corpus(tmp_path / f"{split}.jsonl", [split])))
+        source = open_source(str(write_corpus(tmp_path / f"{split}.jsonl", [split])))
+        return dataclasses.replace(source, identity={"hub": name, "split": split})
 
     monkeypatch.setattr("megagpt.data.sources.hub_source", hub_source)
     options = ["--subset", "big", "--revision", "abc", "--out", str(tmp_path / "out")]
@@ -173,6 +176,10 @@ def test_the_hub_is_asked_for_a_split_of_its_own(
     same = ("big", "abc") if val == "someone/stories" else (None, None)
     assert asked == {"train": ("someone/stories", "text", "big", "abc"), "validation": (val, "text", *same)}
     assert documents_of(tmp_path / "out", "val") == ["validation"]
+    assert main(["prepare", "someone/stories", "--val", val, *options, "--val-revision", "def"]) == 0
+    assert asked["validation"] == (val, "text", same[0], "def")
+    part = "is the text to train on" if val == "someone/stories" else "--val-split was validation, is train"
+    refusal(["prepare", "someone/stories", "--val", val, "--val-split", "train", *options], part)
 
 
 def test_an_empty_validation_set_is_refused(tmp_path: Path) -> None:
