@@ -30,13 +30,8 @@ def _add_prepare(add: Add, text: str = "") -> None:
     sub.add_argument("--out", required=True, help="folder of the shards")
     sub.add_argument("--text-key", help="key or column that holds the text (text)")
     sub.add_argument("--separator", metavar="TEXT", help="text between two documents of a text file")
-    sub.add_argument(
-        "--skip-bad",
-        type=functools.partial(count, least=0),
-        default=0,
-        metavar="N",
-        help="leave out up to N rows without text (0)",
-    )
+    number = functools.partial(count, least=0)
+    sub.add_argument("--skip-bad", type=number, default=0, metavar="N", help="leave out up to N rows without text (0)")
     sub.add_argument("--subset", help="configuration of a hub data set, such as sample-10BT")
     sub.add_argument("--split", help="split of a hub data set (train)")
     sub.add_argument("--revision", metavar="COMMIT", help="commit of a hub data set (the newest)")
@@ -108,9 +103,7 @@ def _sources(arguments: argparse.Namespace) -> tuple["Source", "Source | None"]:
         val, held_out = open_validation(arguments.val, **({"split": "validation"} | both | same | own))
     source = open_source(arguments.source, held_out=held_out, **both, **given("subset", "split", "revision"))
     if val and not held_out and val.identity == source.identity:
-        raise UserError(
-            f"--val {arguments.val}: is the text to train on; choose another source, or another --val-split"
-        )
+        raise UserError(f"--val {arguments.val}: is the text to train on; choose another --val or --val-split")
     for name in given(*_HUB_OPTIONS):
         of_val = _HUB_OPTIONS[name]
         if "hub" not in ((val.identity if val else {}) if of_val else source.identity):
