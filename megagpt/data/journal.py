@@ -46,7 +46,7 @@ class Journal:
     def note(self, reading: Reading, batch: DocumentBatch, skip_bad: int) -> None:
         """Take over a batch's cursor, files and bad rows. Raises UserError if there are more than `skip_bad`."""
         if self.skipped + len(batch.bad) > skip_bad:
-            raise _too_many(batch.bad[max(0, skip_bad - self.skipped)], skip_bad)
+            raise _too_many(batch.bad[skip_bad - self.skipped], skip_bad, self.documents == 0)
         self.skipped += len(batch.bad)
         named = [f"{row.place}: {row.problem}" for row in batch.bad]
         self.first_skipped = (self.first_skipped + named)[:_NAMED_ROWS]
@@ -65,12 +65,15 @@ class Journal:
         write_atomic(folder / JOURNAL, json.dumps(state).encode())
 
 
-def _too_many(row: BadRow, skip_bad: int) -> UserError:
+def _too_many(row: BadRow, skip_bad: int, fresh: bool) -> UserError:
+    """fresh: no document is prepared yet, so that every setting may change."""
+    ways = ["choose another --text-key"] if row.other_key and fresh else []
+    ways += [f"{row.remedy}, then run the same command again"] if row.remedy else []
     if skip_bad:
         more = f"more than --skip-bad {skip_bad} rows are bad; the next one is"
-        return UserError(f"{more} {row.place}: {row.problem}; {row.remedy}, or allow more")
-    remedy = f"{row.remedy}, then run the same command again; or leave out up to N such rows with --skip-bad N"
-    return UserError(f"{row.place}: {row.problem}; {remedy}")
+        return UserError(f"{more} {row.place}: {row.problem}; {'; or '.join([*ways, 'allow more'])}")
+    ways.append("leave out up to N such rows with --skip-bad N")
+    return UserError(f"{row.place}: {row.problem}; {'; or '.join(ways)}")
 
 
 def load_journal(folder: Path, identity: Json, sources: list[Source], skip_bad: int) -> Journal:

@@ -123,11 +123,8 @@ def _json_line(line: bytes, place: str, text_key: str) -> str | BadRow:
 def _text_of(value: Any, place: str, text_key: str, remedy: str) -> str | BadRow:
     if not isinstance(value, dict) or text_key not in value:
         found = did_you_mean(text_key, value) if isinstance(value, dict) and value else f"it is {value!s:.40}"
-        return BadRow(
-            place,
-            f"no key {text_key!r}; {found}",
-            f"choose another --text-key, {remedy}, or name the files to read by a glob",
-        )
+        remedy = f"{remedy}, or name the files to read by a glob"
+        return BadRow(place, f"no key {text_key!r}; {found}", remedy, other_key=True)
     text = value[text_key]
     return text if isinstance(text, str) else BadRow(place, f"{text_key!r} is {text!r:.40}, not text", remedy)
 
