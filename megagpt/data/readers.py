@@ -57,10 +57,15 @@ def read_rows(path: Path, form: Format, skip: int = 0) -> Iterator[Row]:
 
 def kind_of(path: Path) -> str | None:
     """The ending that says how a file is read, without that of its compression; None if no reader knows it."""
+    ending, compression = endings_of(path)
+    return ending if ending in _ROWS or (ending in _COLUMNS and not compression) else None
+
+
+def endings_of(path: Path) -> tuple[str, str]:
+    """The ending of the file without its compression, and that of the compression: ".jsonl" and ".gz"."""
     name = path.name.lower()
-    plain = next((name.removesuffix(ending) for ending in COMPRESSIONS if name.endswith(ending)), name)
-    ending = Path(plain).suffix
-    return ending if ending in _ROWS or (ending in _COLUMNS and plain == name) else None
+    compression = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
+    return Path(name.removesuffix(compression)).suffix, compression
 
 
 def known_kinds() -> str:
