@@ -128,12 +128,12 @@ def config_of(arguments: argparse.Namespace) -> "Config":
     return load_config(one_name(names, "config, such as quickstart.yaml"), overrides)
 
 
-def count(text: str) -> int:
-    """A whole number above 0, which may be written 1e8 or 100_000_000."""
+def count(text: str, least: int = 1) -> int:
+    """A whole number from `least` (0 or 1) on, which may be written 1e8 or 100_000_000."""
     try:
         value = float(text.replace("_", ""))
     except ValueError:
         value = -1.0
-    if value < 1 or not value.is_integer():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if value < least or not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {'above 0' if least else 'of 0 or more'}")
     return int(value)
