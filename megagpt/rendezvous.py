@@ -66,7 +66,7 @@ def connect(info: RankInfo, asked: Asked, seconds: float = TIMEOUT.total_seconds
             store = dist.TCPStore(
                 info.address, info.port, is_master=holds, timeout=TIMEOUT, wait_for_workers=False, multi_tenant=holds
             )
-            found.append((store, store.clone()))  # type: ignore[attr-defined]
+            found.append((_of_attempt(store), _of_attempt(store.clone())))  # type: ignore[attr-defined]
         except Exception as error:
             found.append(error)
 
@@ -94,7 +94,7 @@ def arrive(info: RankInfo, store: dist.Store, asked: Asked, gpu: str = "") -> No
     host = socket.gethostname()
     store.set(_GPU + gpu, str(info.rank))
     first = count_in(info, store)
-    if not launchers.started_by_torchrun(os.environ):  # it numbers its ranks, and may start them again with one store
+    if not launchers.started_by_torchrun(os.environ):  # it numbers its ranks
         if (size := int(store.get(_SIZE))) != info.size:
             here = f"{size_variable}={info.size} on rank {info.rank}"
             raise UserError(f"{here}, and {size} on rank 0: set it alike on all")
@@ -175,6 +175,13 @@ def _missing(info: RankInfo, store: dist.Store) -> tuple[str, str]:
     names = ", ".join(map(str, itertools.islice(ranks, _NAMED))) + (", ..." if count > _NAMED else "")
     others = "1 other" if count == 1 else f"{count} others"
     return f"{others} at {info.address}:{info.port}", f": {'rank' if count == 1 else 'ranks'} {names}"
+
+
+def _of_attempt(store: dist.Store) -> dist.Store:
+    """The store without the keys of earlier attempts: torchrun starts failed ranks again with the same store, in which
+    they would find that a rank has failed, and the process group's old addresses."""
+    attempt = launchers.torchrun_attempt(os.environ)
+    return store if attempt is None else dist.PrefixStore(f"megagpt/attempt_{attempt}", store)
 
 
 def _holds_store(info: RankInfo) -> bool:
