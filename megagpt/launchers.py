@@ -153,6 +153,11 @@ def started_by_torchrun(environment: Mapping[str, str]) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment
 
 
+def torchrun_attempt(environment: Mapping[str, str]) -> str | None:
+    """The number of torchrun's start of the ranks, which --max-restarts repeats, from 0; None without torchrun."""
+    return environment.get("TORCHELASTIC_RESTART_COUNT") if started_by_torchrun(environment) else None
+
+
 def agent_holds_store(environment: Mapping[str, str]) -> bool:
     """Whether torchrun's agent, not rank 0, holds the store in which the ranks meet."""
     return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

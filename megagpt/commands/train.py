@@ -101,8 +101,8 @@ def _status(arguments: argparse.Namespace) -> int:
     run: Path = arguments.run
     values: object
     if (run / "config.yaml").is_file():
-        config = load_run(run)
-        lines, values = status_lines(run, config), read_status(run, config).as_json()
+        status = read_status(run, load_run(run))
+        lines, values = status_lines(status), status.as_json()
     else:
         found = list_runs(run)
         lines, values = table(found), [status.as_json() for status in found]
