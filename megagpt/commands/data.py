@@ -103,7 +103,8 @@ def _sources(arguments: argparse.Namespace) -> tuple["Source", "Source | None"]:
         val, held_out = open_validation(arguments.val, **({"split": "validation"} | both | same | own))
     source = open_source(arguments.source, held_out=held_out, **both, **given("subset", "split", "revision"))
     if val and not held_out and val.identity == source.identity:
-        raise UserError(f"--val {arguments.val}: is the text to train on; choose another --val or --val-split")
+        way = "choose another --val" + (" or --val-split" if "hub" in val.identity else "")
+        raise UserError(f"--val {arguments.val}: is the text to train on; {way}")
     for name in given(*_HUB_OPTIONS):
         of_val = _HUB_OPTIONS[name]
         if "hub" not in ((val.identity if val else {}) if of_val else source.identity):

@@ -22,6 +22,7 @@ _FIX_LINE = "fix or remove the line"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _DECODER = json.JSONDecoder()
 _BLANKS = " \t\r\n"  # of JSON
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Characters that the error handler "surrogateescape" makes of bytes that are not UTF-8.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
@@ -119,7 +120,8 @@ def _json_line(line: bytes, place: str, text_key: str) -> str | BadRow:
     try:
         value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
-        return BadRow(place, f"not JSON: byte {error.start} is not UTF-8", _FIX_LINE)
+        remedy = "convert the file from UTF-16 to UTF-8" if line.startswith(_UTF16) else _FIX_LINE
+        return BadRow(place, f"not JSON: byte {error.start} is not UTF-8", remedy)
     except (ValueError, RecursionError) as error:
         return BadRow(place, f"not JSON ({error})", _FIX_LINE)
     return _text_of(value, place, text_key, _FIX_LINE)
@@ -275,11 +277,14 @@ def _csv_records(path: Path, data: BinaryIO, form: Format) -> Iterator[str | Bad
     """Rows under a line of column names; a text in quotes may go over several lines."""
     csv.field_size_limit(sys.maxsize)
     lines = (line.decode("utf-8", "surrogateescape") for line in data)
-    reader = csv.reader(itertools.chain([next(lines, "").removeprefix("\ufeff")], lines), strict=True)
+    header = next(lines, "")
+    if header.encode("utf-8", "surrogateescape").startswith(_UTF16):
+        raise UserError(f"{path} line 1: not UTF-8; convert the file from UTF-16 to UTF-8")
+    reader = csv.reader(itertools.chain([header.removeprefix("\ufeff")], lines), strict=True)
     try:
         columns = next(reader, [])
     except csv.Error as error:
-        raise UserError(f"{path} line 1: {_header_problem(str(error))}; {_FIX_LINE}, or fetch the file again") from None
+        raise UserError(f"{path} line 1: {_header_problem(str(error))}; fix it, or fetch the file again") from None
     if form.text_key not in columns:
         if not any(columns):
             return
@@ -307,7 +312,7 @@ def _header_problem(error: str) -> str:
     if "end of data" in error:
         return "a quote is never closed"
     if "new-line" in error:
-        return "it ends with CR alone; lines end with LF or CR LF"
+        return "it ends with CR alone, and lines end with LF or CR LF"
     return f"not CSV ({error})"
 
 
