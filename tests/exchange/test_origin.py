@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
+from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
 from megagpt.data.prepare import prepare
 from megagpt.data.sources import open_source
@@ -106,7 +107,9 @@ def test_an_import_reads_pytorchs_own_format(padded: Path, tiny: Tiny, tmp_path:
     (padded / "model.safetensors").unlink()
     torch.save(weights, padded / "pytorch_model.bin")
     assert main(["import", str(padded), str(tiny()), *SHAPE, "model.vocab_size=50304"]) == 0
-    assert main(["export", str(tmp_path / "runs" / "tiny"), "--to", str(tmp_path / "out")]) == 0
+    run = tmp_path / "runs" / "tiny"
+    assert [(checkpoint.tokens, checkpoint.is_proven) for checkpoint in list_checkpoints(run)] == [(0, True)]
+    assert main(["export", str(run), "--to", str(tmp_path / "out")]) == 0
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert exported.keys() == weights.keys()
     for name, tensor in weights.items():

@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 
-from megagpt.checkpoints.checkpoint import Checkpoint
 from megagpt.checkpoints.folder import list_checkpoints, renamed
 from megagpt.cli import main
 from megagpt.config import TrainConfig
@@ -223,7 +222,3 @@ def test_the_search_for_a_loss_scale_is_no_reason_to_wait() -> None:
 def test_a_spike_setting_that_says_too_little_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match="deviations above 0 and steps above 1"):
         TrainConfig(spike=value)  # type: ignore[arg-type]
-
-
-def test_an_import_counts_as_good(tmp_path: Path) -> None:
-    assert Checkpoint(tmp_path).is_proven
