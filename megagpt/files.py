@@ -7,10 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# First line of Git LFS's pointer to a file, from its specification.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def now() -> str:
     """The time as files store it: ISO 8601, UTC, whole seconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether the file is the small one that Git LFS leaves for a large one. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def write_atomic(path: Path, data: bytes) -> None:
