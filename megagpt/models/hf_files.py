@@ -43,19 +43,16 @@ class TensorFiles:
             tensor = file[key] if isinstance(file, dict) else file.get_tensor(key)
         if tensor.dtype not in _DTYPES:
             name = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(
-                f"{self.files[key]}: tensor {key!r} has dtype {name}; only fp64, fp32, bf16 and fp16 are read"
-            )
+            problem = f"tensor {key!r} has dtype {name}; only fp64, fp32, bf16 and fp16 are read"
+            raise UserError(f"{self.files[key]}: {problem}")
         return tensor
 
     @contextlib.contextmanager
     def _file_of(self, key: str) -> Iterator[Any]:
         """The file that holds a tensor: open, or its tensors by name."""
         with readable(self.files[key]) as path:
-            opened = (
-                safe_open(path, framework="pt") if _is_safetensors(path) else contextlib.nullcontext(self._load(path))
-            )
-            with opened as file:
+            one = safe_open(path, framework="pt") if _is_safetensors(path) else contextlib.nullcontext(self._load(path))
+            with one as file:
                 if key not in file.keys():  # noqa: SIM118
                     way = "fetch the whole folder again"
                     raise UserError(f"{path}: has no tensor {key!r}, but the folder's index says that it does; {way}")
