@@ -57,9 +57,12 @@ def went_back(run: Path, resume_at: int) -> bool:
     return restarts(os.environ) > 0 and bool(found) and found[-1].start().get("resume_at") == resume_at
 
 
-def claim_run(run: Path, engine: Engine, from_tokens: int, resume_at: int | None = None) -> Incarnation:
+def claim_run(
+    run: Path, engine: Engine, fingerprints: list[str], from_tokens: int, resume_at: int | None = None
+) -> Incarnation:
     """Begin the run's next incarnation: the main rank leaves the resolved config and the facts of this process group.
-    `resume_at`: the position that the command asked for. Every rank calls it. Raises OSError."""
+    `fingerprints`: those of the sources, in the config's order. `resume_at`: the position that the command asked for.
+    Every rank calls it. Raises OSError."""
 
     def leave() -> int:
         run.mkdir(parents=True, exist_ok=True)
@@ -72,6 +75,7 @@ def claim_run(run: Path, engine: Engine, from_tokens: int, resume_at: int | None
             "python": platform.python_version(), "megagpt": megagpt.__version__,
             "torch": torch.__version__, "engine": engine.describe(), "device": device_name(engine.world.device),
             "world_size": engine.world.size, "from_tokens": from_tokens, "resume_at": resume_at,
+            "data": dict(zip(fingerprints, (s.weight for s in engine.config.data.sources), strict=True)),
             "process": this_process(),
         }  # fmt: skip
         return claim(run, facts).number
