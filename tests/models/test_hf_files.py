@@ -214,7 +214,9 @@ def test_the_tanh_gelu_is_known_by_all_its_names(folder: Path) -> None:
 )
 def test_a_config_key_that_changes_the_model_is_refused(folder: Path, key: str, value: object) -> None:
     edit_config(folder, **{key: value})
-    assert f"{key} is {value!r}" in refusal(lambda: load_pretrained(folder))
+    message = refusal(lambda: load_pretrained(folder))
+    assert f"{key} is {value!r}" in message
+    assert ("this decoder computes 4 x n_embd = 128 only" in message) == (key == "n_inner")
 
 
 def test_a_shape_is_read_under_its_other_names(folder: Path) -> None:
