@@ -1,4 +1,4 @@
-"""`megagpt bench`: how many steps are timed, what they compute, and what is shown when."""
+"""`megagpt bench`: how many steps are timed, what they compute, and what is shown when; what `parity` refuses."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -76,6 +76,16 @@ def test_rows_are_shown_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys: py
 )  # fmt: skip
 def test_keys_that_an_argument_decides_are_refused(override: str, argument: str, refusal: Refusal) -> None:
     refusal([*BENCH, override], f"from {argument}", f"leave out the override {override}")
+
+
+def test_parity_refuses_tables_that_it_cannot_measure(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tables in (",", ""):
+        refusal(["parity", "--tables", tables], f"--tables {tables!r} names no table; valid: fp32, bf16, memory")
+    refusal(["parity", "--tables", "fp32,speed"], "--tables 'speed': valid: fp32, bf16, memory, crossings")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("memory", "crossings"):
+        command = ["parity", "--device", "cuda", "--tables", f"fp32,{name}"]
+        refusal(command, f"--tables {name}: is measured on the CPU only", "--device cpu")
 
 
 def test_a_step_is_all_its_micro_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
