@@ -158,7 +158,7 @@ def _measure(row: Row) -> Iterator[dict[str, Any]]:
             "device": device_name(device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "peak_flops": config.log.peak_tflops * 1e12 or peak_flops(device, config.train.precision),
+            "peak_flops": peak_flops(device, config.train.precision, config.log.peak_tflops),
         }
 
 
