@@ -10,6 +10,9 @@ from typing import Any
 
 from megagpt.errors import UserError
 
+# First line of Git LFS's pointer to a file, from its specification.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def now() -> str:
     """The time as files store it: ISO 8601, UTC, whole seconds."""
@@ -31,6 +34,12 @@ def named_path(name: str | Path) -> Path:
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{name!s:.60}...: the name is too long for a file; choose a shorter one") from None
     return path
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether the file is the small one that Git LFS leaves for a large one. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -42,7 +42,7 @@ def generate(
     """
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= config.context:
-            has = f"prompt {row + 1} has {len(prompt)} tokens"
+            has = f"prompt {first_row + row + 1} has {len(prompt)} tokens"
             raise UserError(f"{has}; the model takes 1 to {config.context}: change the prompt")
     device = next(model.parameters()).device
     rows = range(first_row, first_row + len(prompts))
@@ -60,7 +60,7 @@ def generate(
             logits = model(tokens, cache=cache)[:, -1, :VOCAB_SIZE].float()  # (B, V)
 
         def next_tokens(logits: Tensor = logits, i: int = i) -> Tensor:
-            _check_finite(logits, alive, i)
+            _check_finite(logits, alive, i, first_row)
             return draw(logits, torch.from_numpy(uniform[:, i]), temperature, top_k, top_p)
 
         drawn = decide(next_tokens)
@@ -83,12 +83,12 @@ def _attention_kernels(device: torch.device) -> contextlib.AbstractContextManage
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def _check_finite(logits: Tensor, alive: list[bool], i: int) -> None:
+def _check_finite(logits: Tensor, alive: list[bool], i: int, first_row: int) -> None:
     """Raises NonFiniteError if a row that has not ended has a logit that is NaN or infinite."""
     finite = torch.isfinite(logits).all(1).tolist()
     for row, (is_alive, is_finite) in enumerate(zip(alive, finite, strict=True)):
         if is_alive and not is_finite:
-            where = f"sample {row + 1}, new token {i + 1}"
+            where = f"sample {first_row + row + 1}, new token {i + 1}"
             way = "the weights are too large or corrupt, so take an older checkpoint"
             raise NonFiniteError(f"{where}: the model's logits are NaN or infinite; {way}")
 

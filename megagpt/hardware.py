@@ -23,7 +23,7 @@ _PEAKS = {
     "GB300": Peak(2500, 80),
     "GB200": Peak(2500, 80),
     "B300": Peak(2250, 75),
-    "B200": Peak(2250, 80),
+    "B200": Peak(2250, 75),
     "GH200": Peak(989.4, 66.9),
     "H200 NVL": Peak(835, 60),
     "H200": Peak(989.4, 66.9),
@@ -50,7 +50,7 @@ _PEAKS = {
     "MI300X": Peak(1307.4, 163.4),
     "MI325X": Peak(1307.4, 163.4),
 }
-# Words of slower variants, which have the name of a card above in their own: a slice of a card, a laptop's chip.
+# Words of other variants, which have the name of a card above in their own: a slice of a card, a laptop's chip.
 _VARIANTS = {"mig", "laptop", "max", "d", "ti"}
 # Memory of the largest of them, a B300 (GB).
 LARGEST_GPU_GB = 288.0
@@ -62,8 +62,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of the device in a precision ("fp32", "bf16", "fp16"); None if it is unknown."""
+def peak_flops(device: torch.device, precision: str, given_tflops: float = 0) -> float | None:
+    """Peak FLOP/s of the device in a precision ("fp32", "bf16", "fp16"); None if it is unknown. `given_tflops`: what
+    the user knows of it (TFLOP/s); 0: nothing."""
+    if given_tflops:
+        return given_tflops * 1e12
     # By words: an "NVIDIA RTX A1000" is no A100.
     words = set(re.findall(r"\w+", device_name(device).lower()))
     found = [peak for key, peak in _PEAKS.items() if words.issuperset(key.lower().split())]

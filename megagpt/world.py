@@ -219,7 +219,8 @@ def check_device(name: str, option: str) -> None:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device that `train.device` means for a rank. Raises UserError if there is none for it."""
+    """The device that `train.device` means for a rank, set up for this process. Raises UserError if there is none for
+    it."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     check_device(name, "train.device")
@@ -229,6 +230,9 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         raise UserError(f"local rank {local_rank}, but only {count} GPU(s) here: start fewer ranks")
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
+    # Matrix kernels that cut a long sum into parts would otherwise round the parts to 16 bits.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     return device
 
 

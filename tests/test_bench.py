@@ -1,4 +1,4 @@
-"""`megagpt bench`: how many steps are timed, what they compute, and what is shown when."""
+"""`megagpt bench`: how many steps are timed, what they compute, and what is shown when; what `parity` refuses."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +11,7 @@ from megagpt.errors import UserError
 from megagpt.measure import steps
 from megagpt.measure.plain import PlainGPT, plain_optimizer, plain_step
 from megagpt.models.presets import ModelConfig
+from tests.conftest import Refusal
 
 MODEL = ["model.layers=1", "model.width=32", "model.heads=2", "model.vocab_size=500"]
 BENCH = ["bench", "gpt2-124m", *MODEL, "--batch", "2", "--context", "16", "--precision", "fp32", "--device", "cpu"]
@@ -64,6 +65,27 @@ def test_rows_are_shown_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert " s/step, median " in lines[1]
     assert lines[2] == "round 1 of 1: plain fp32 ..."
     assert lines[3] == "megagpt: error: plain fp32: broken on purpose"
+
+
+@pytest.mark.parametrize(
+    ("override", "argument"),
+    [("train.tokens=9e9", "--batch and --accumulation"), ("train.batch_tokens=64", "--batch and --accumulation"),
+     ("train.micro_batch=1", "--batch"), ("train.precision=bf16", "--precision"), ("train.device=cpu", "--device"),
+     ("train={compile: true}", "--compile"), ("model.context=8", "--context"), ("engine.name=zero", "--engine"),
+     ("model.preset=gpt3-xl", "PRESET")],
+)  # fmt: skip
+def test_keys_that_an_argument_decides_are_refused(override: str, argument: str, refusal: Refusal) -> None:
+    refusal([*BENCH, override], f"from {argument}", f"leave out the override {override}")
+
+
+def test_parity_refuses_tables_that_it_cannot_measure(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tables in (",", ""):
+        refusal(["parity", "--tables", tables], f"--tables {tables!r} names no table; valid: fp32, bf16, memory")
+    refusal(["parity", "--tables", "fp32,speed"], "--tables 'speed': valid: fp32, bf16, memory, crossings")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("memory", "crossings"):
+        command = ["parity", "--device", "cuda", "--tables", f"fp32,{name}"]
+        refusal(command, f"--tables {name}: is measured on the CPU only", "--device cpu")
 
 
 def test_a_step_is_all_its_micro_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,24 @@ def test_without_gpus_auto_is_the_cpu(gpus: Any) -> None:
         choose_device("cuda", 0)
 
 
+@pytest.mark.parametrize("name", ["cuda", "cpu"])
+def test_a_gpus_partial_sums_stay_fp32(name: str, gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switches are those that cuBLAS calls read; no GPU is needed to set them."""
+    gpus(1)
+    matmul = torch.backends.cuda.matmul
+    switches = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(matmul, switch) for switch in switches]
+    try:
+        for switch in switches:
+            setattr(matmul, switch, True)
+        with world.alone(name):
+            reduced = name == "cpu"
+            assert [getattr(matmul, switch) for switch in switches] == [reduced, reduced]
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            setattr(matmul, switch, value)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:3"])
 def test_the_process_group_of_a_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TORCH_GLOO_LAZY_INIT", "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):

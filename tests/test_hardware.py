@@ -72,6 +72,7 @@ def test_the_peak_in_fp16_is_that_in_bf16(card: pytest.MonkeyPatch) -> None:
         assert half == peak(card, name, "bf16")
         assert half > full
     assert peak(card, "NVIDIA H100 80GB HBM3", "fp32") == 66.9e12
+    assert peak(card, "NVIDIA B200", "fp32") == 75e12
     assert peak(card, "Tesla V100-SXM2-32GB", "fp16") == 125e12
     assert peak(card, "Tesla V100-PCIE-16GB", "fp16") == 112e12
 

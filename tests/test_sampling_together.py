@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megagpt import generation
 from megagpt.cli import main
 from megagpt.config_file import load_config
 from megagpt.data.tokenizer import END_OF_TEXT
 from megagpt.engines.engine import build_engine
-from megagpt.errors import NonFiniteError
+from megagpt.errors import NonFiniteError, UserError
 from megagpt.generation import _attention_kernels, generate
 from megagpt.models.attention import KeyValueCache
 from megagpt.models.gpt import GPT
@@ -112,6 +113,11 @@ def test_logits_that_are_not_finite_end_the_sampling(value: float, temperature: 
 
     with pytest.raises(NonFiniteError, match="sample 2, new token 3"):
         generate(Scripted(script), CONFIG, [[1], [2]], 5, temperature=temperature)
+    # As `sample --stream` asks: other samples came before these.
+    with pytest.raises(NonFiniteError, match="sample 9, new token 3"):
+        generate(Scripted(script), CONFIG, [[1], [2]], 5, temperature=temperature, first_row=7)
+    with pytest.raises(UserError, match="prompt 8 has 0 tokens"):
+        generate(Scripted(script), CONFIG, [[]], 5, first_row=7)
 
 
 def test_a_sample_that_has_ended_may_have_any_logits() -> None:
@@ -144,7 +150,7 @@ def test_finite_weights_whose_logits_overflow_end_in_one_line(tiny: Tiny, refusa
 
 
 def test_a_run_goes_on_without_samples(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(logits: Tensor, alive: list[bool], i: int) -> None:
+    def refuse(logits: Tensor, alive: list[bool], i: int, first_row: int) -> None:
         raise NonFiniteError("the logits")
 
     monkeypatch.setattr("megagpt.generation._check_finite", refuse)
@@ -168,3 +174,21 @@ def test_generation_on_a_gpu_plans_nothing_with_cudnn() -> None:
         assert backends.math_sdp_enabled()
     with _attention_kernels(torch.device("cpu")):
         assert (backends.cudnn_sdp_enabled(), backends.flash_sdp_enabled()) == before
+
+
+def test_every_call_of_the_model_has_the_kernels_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(row: int, call: int) -> Tensor:
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        return torch.zeros(50257)
+
+    asked = []
+
+    def of_a_gpu(device: torch.device) -> Any:
+        asked.append(device)
+        return _attention_kernels(torch.device("cuda"))
+
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(generation, "_attention_kernels", of_a_gpu)
+    model = Scripted(script)
+    generate(model, CONFIG, [[1]], 3)
+    assert asked == [torch.device("cpu")] * model.calls == [torch.device("cpu")] * 3

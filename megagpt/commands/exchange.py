@@ -24,9 +24,10 @@ def _export(arguments: argparse.Namespace) -> int:
     from megagpt.exchange.exporting import export_checkpoint
 
     checkpoint = find_checkpoint(Path(arguments.run))
-    export_checkpoint(checkpoint, arguments.to, arguments.shard_bytes, arguments.dtype)
-    call = f"transformers.AutoModelForCausalLM.from_pretrained({arguments.to!r})"
-    print(f"wrote {arguments.to} from {checkpoint.path}; load it with {call}")
+    folder = str(Path(arguments.to).expanduser())
+    export_checkpoint(checkpoint, folder, arguments.shard_bytes, arguments.dtype)
+    call = f"transformers.AutoModelForCausalLM.from_pretrained({folder!r})"
+    print(f"wrote {folder} from {checkpoint.path}; load it with {call}")
     return 0
 
 

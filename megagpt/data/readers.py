@@ -15,11 +15,10 @@ from megagpt.data.compression import COMPRESSIONS, opened
 from megagpt.data.documents import BadRow
 from megagpt.data.tables import read_arrow, read_parquet
 from megagpt.errors import UserError, did_you_mean
+from megagpt.files import is_lfs_pointer
 
 _CHUNK = 2**20
 _FIX_LINE = "fix or remove the line"
-# First line of the small file that Git LFS leaves for a large one, from its specification.
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _DECODER = json.JSONDecoder()
 _BLANKS = " \t\r\n"  # of JSON
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -45,9 +44,8 @@ def read_rows(path: Path, form: Format, skip: int = 0) -> Iterator[Row]:
     kind = kind_of(path)
     if kind is None:
         raise UserError(f"{path}: unknown kind of file; convert it to one of: {known_kinds()}")
-    with path.open("rb") as raw:
-        if raw.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(f"{path}: Git LFS's pointer to the file, not the file; fetch it with `git lfs pull`")
+    if is_lfs_pointer(path):
+        raise UserError(f"{path}: Git LFS's pointer to the file, not the file; fetch it with `git lfs pull`")
     if kind in _COLUMNS:
         yield from _COLUMNS[kind](path, form.text_key, skip)
         return

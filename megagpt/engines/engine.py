@@ -190,10 +190,6 @@ class Engine(abc.ABC):
 
 def build_engine(config: Config, world: World) -> Engine:
     """The engine that the config names, with initial weights. Raises UserError for what cannot run here."""
-    if world.device.type == "cuda":
-        # Matrix kernels that cut a long sum into parts would otherwise round the parts to 16 bits.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     return pkgutil.resolve_name(ENGINES[config.engine.name])(config, world)
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 from megagpt.checkpoints.checkpoint import CheckpointMeta, OpenCheckpoint
 from megagpt.checkpoints.loading import read_weights, saved_config
-from megagpt.data.tokenizer import END_OF_TEXT, VOCAB_SIZE
+from megagpt.data.tokenizer import VOCAB_SIZE
 from megagpt.exchange.importing import origin
 from megagpt.exchange.tokenizer_files import tokenizer_files
+from megagpt.incarnations import Incarnation, list_incarnations
+from megagpt.models.hf_layout import end_of_text
 from megagpt.models.huggingface import export
 from megagpt.models.presets import ModelConfig
-from megagpt.run_log import Event, newest
+from megagpt.run_log import Event, newest, read
 
 
 def export_checkpoint(checkpoint: OpenCheckpoint, folder: str | Path, shard_bytes: int, dtype: str) -> None:
@@ -31,7 +33,7 @@ def export_checkpoint(checkpoint: OpenCheckpoint, folder: str | Path, shard_byte
 
 def _generation(model: ModelConfig) -> dict[str, Any]:
     """Settings of `generate`. Ids behind GPT-2's vocabulary are padding, which no tokenizer can decode."""
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text(model))
     padding = list(range(VOCAB_SIZE, model.vocab_size))
     return {**ids, "do_sample": True, "top_k": 50, **({"suppress_tokens": padding} if padding else {})}
 
@@ -47,8 +49,8 @@ def _card(checkpoint: OpenCheckpoint, m: ModelConfig, dtype: str) -> str:
     rows = [
         ("run", f"`{run['name']}`, seed {run['seed']}"),
         ("initial weights", start),
-        ("trained on", f"{meta.tokens_seen:,} tokens in {meta.scalars['updates']:,} updates"),
-        *(("data", text) for text in _sources(meta)),
+        ("trained on", f"{meta.tokens_seen:,} of {train['tokens']:,} tokens in {meta.scalars['updates']:,} updates"),
+        *_sources(meta, folder),
         ("validation loss", "not measured" if loss is None else f"{float(loss):.4f} nats per token"),
         ("parameters", f"{m.parameters:,}, stored in {dtype}"),
         ("shape", f"{m.layers} layers, width {m.width}, {m.heads} heads, context {m.context}, dropout {m.dropout:g}"),
@@ -85,23 +87,49 @@ model = AutoModelForCausalLM.from_pretrained(FOLDER)
 def _origin(meta: CheckpointMeta, run: Path) -> tuple[str, str]:
     """A sentence about the model, and its initial weights."""
     whence = origin(run)
-    if not whence and meta.engine != "import":
+    if whence or meta.engine == "import":
+        start = f"`{whence['folder']}`, imported {whence['imported']}" if whence else "imported, of unknown origin"
+        since = "trained further with it" if meta.tokens_seen else "not trained since"
+        return f"A GPT-2 that was imported by megagpt and {since}.", start
+    if _began_here(run):
         return "A GPT-2 trained from scratch with megagpt.", "random"
-    start = f"`{whence['folder']}`, imported {whence['imported']}" if whence else "imported, of unknown origin"
-    if not meta.tokens_seen:
-        return "A GPT-2 that was imported by megagpt and not trained since.", start
-    return "A GPT-2 that was imported by megagpt and trained further with it.", start
+    return "A GPT-2 trained with megagpt.", "not recorded"
 
 
-def _sources(meta: CheckpointMeta) -> list[str]:
-    """A text for each source that was trained on. The mixture follows the weights to within a few sequences."""
+def _began_here(run: Path) -> bool:
+    """Whether the run's first incarnation is known to have begun it. An import of version 0.1 left no note, but its
+    first incarnation resumed."""
+    resumed = (line.get("incarnation") for line in read(run) if line["event"] == Event.RESUMED)
+    return Incarnation(run, 1).start().get("from_tokens") == 0 and 1 not in resumed
+
+
+def _sources(meta: CheckpointMeta, run: Path) -> list[tuple[str, str]]:
+    """A row for each source that was trained on. The mixture follows the weights to within a few sequences."""
     if not meta.tokens_seen:
         return []
-    sources, fingerprints = meta.config["data"]["sources"], meta.data or []
-    total = sum(source["weight"] for source in sources)
+    sources = meta.config["data"]["sources"]
+    weights, fingerprints = [source["weight"] for source in sources], meta.data or []
+    if len(fingerprints) != len(sources):
+        fingerprints = ["not recorded"] * len(sources)
+    same = _was_all_data(dict(zip(fingerprints, weights, strict=True)), meta.tokens_seen, run)
     about = "about " if len(sources) > 1 else ""
-    return [
-        f"`{source['path']}`: {about}{meta.tokens_seen * source['weight'] / total:,.0f} tokens, "
-        f"weight {source['weight']:g}, fingerprint `{fingerprint}`"
-        for source, fingerprint in zip(sources, fingerprints, strict=False)
-    ]
+    rows = []
+    for source, weight, fingerprint in zip(sources, weights, fingerprints, strict=True):
+        tokens = f"{about}{meta.tokens_seen * weight / sum(weights):,.0f} tokens, " if same else ""
+        text = f"`{source['path']}`: {tokens}weight {weight:g}, fingerprint `{fingerprint}`"
+        rows.append(("data" if same else "last data", text))
+    return rows
+
+
+def _was_all_data(weights: dict[str, float], tokens: int, run: Path) -> bool:
+    """Whether sources of these fingerprints and weights gave all of the first tokens, by the incarnations that trained
+    on them. Those of version 0.1 tell only whether another choice was allowed."""
+    for incarnation in reversed(list_incarnations(run)):
+        start = incarnation.start()
+        if start.get("from_tokens", tokens) >= tokens:
+            continue
+        changed = start["data"] != weights if "data" in start else "--allow-data-change" in start.get("command", "")
+        if changed:
+            return False
+        tokens = start["from_tokens"]
+    return tokens == 0

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megagpt.checkpoints.checkpoint import CheckpointMeta
+from megagpt.checkpoints.folder import at_tokens
 from megagpt.checkpoints.saving import Saver
 from megagpt.config import CheckpointConfig, Config
 from megagpt.config_file import to_yaml
@@ -39,9 +40,10 @@ class _Unread(FlatShard):
 
 
 def import_run(folder: str | Path, config: Config) -> Path:
-    """Make the config's run folder with a checkpoint at token 0: the weights from `folder`, moments of zero. Holds one
-    tensor in memory at a time; returns the run folder, which keeps in imported.json where the weights came from. Raises
-    UserError if the shapes differ, a weight is not finite, or the run exists."""
+    """Make the config's run folder with a checkpoint at token 0: the weights from `folder`, moments of zero. Returns
+    the run folder, which keeps in imported.json where the weights came from. Holds one tensor in memory at a time, but
+    a whole file if that is in PyTorch's format of before 1.6. Raises UserError if the shapes differ, a weight is not
+    finite, or the run exists."""
     source = Pretrained(folder)
     theirs, ours = source.config, config.model
     if theirs.vocab_size < VOCAB_SIZE:
@@ -69,6 +71,7 @@ def import_run(folder: str | Path, config: Config) -> Path:
     try:
         saver.save(state, Replica(0, 1), meta)
         saver.finish()
+        at_tokens(run, 0).prove()  # no step made these weights
         whence = {"folder": str(source.folder.resolve()), "imported": now(), "config": source.description}
         write_atomic(run / _ORIGIN, json.dumps(whence, indent=1).encode())
         # Written last: a folder without it does not count as a run.

@@ -26,6 +26,18 @@ from megagpt.process_memory import peak_memory
 from megagpt.world import join
 
 IMPLEMENTATIONS = ("megagpt", "plain", "transformers")
+# Config keys that bench's own arguments decide -> these arguments.
+_ARGUMENTS = {
+    "model.preset": "PRESET",
+    "model.context": "--context",
+    "train.tokens": "--batch and --accumulation",
+    "train.batch_tokens": "--batch and --accumulation",
+    "train.micro_batch": "--batch",
+    "train.precision": "--precision",
+    "train.compile": "--compile",
+    "train.device": "--device",
+    "engine.name": "--engine",
+}
 # Steps before the measured ones, and measured steps, by device: a GPU's clock falls in the first seconds of full load.
 _WARMUP_STEPS, _STEPS = {"cpu": 2, "cuda": 10}, {"cpu": 5, "cuda": 50}
 
@@ -46,7 +58,8 @@ class Row(NamedTuple):
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Print a table of the rows. Raises UserError for an impossible model, batch or implementation."""
+    """Print a table of the rows. Raises UserError for an impossible model, batch or implementation, and for an override
+    of a key that an argument decides."""
     against = [name for name in arguments.against.split(",") if name]
     for name in against:
         if name not in IMPLEMENTATIONS[1:]:
@@ -66,10 +79,10 @@ def bench(arguments: argparse.Namespace) -> int:
             except UserError as error:
                 raise UserError(f"{row}: {error}") from None
             best, middle = min(found[-1]["seconds"]), statistics.median(found[-1]["seconds"])
-            speed = row.config.train.tokens / best
+            speed = row.config.train.batch_tokens / best
             warn(f"  {best:.3f} s/step, median {middle:.3f}, {speed:,.0f} tok/s, {found[-1]['memory'] / 2**30:.2f} GiB")
     model, first = configs[0].model, results[0][0]
-    tokens = configs[0].train.tokens
+    tokens = configs[0].train.batch_tokens
     accumulated = f"{arguments.accumulation} x " if arguments.accumulation > 1 else ""
     print(
         f"{arguments.model}: {model.parameters:,} parameters, {accumulated}{arguments.batch} x {model.context} tokens "
@@ -96,6 +109,11 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 def _config(arguments: argparse.Namespace, precision: str) -> Config:
+    for text in arguments.overrides:
+        for section, values in override({}, text).items():
+            for key in (f"{section}.{name}" for name in (values if isinstance(values, dict) else ())):
+                if key in _ARGUMENTS:
+                    raise UserError(f"bench takes {key} from {_ARGUMENTS[key]}: leave out the override {text}")
     context = [f"model.context={arguments.context}"] if arguments.context else []
     tree: dict[str, Any] = {"model": {"preset": arguments.model}, "engine": {"name": arguments.engine}}
     for text in [*context, *(t for t in arguments.overrides if t.startswith("model."))]:
@@ -140,7 +158,7 @@ def _measure(row: Row) -> Iterator[dict[str, Any]]:
             "device": device_name(device),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "peak_flops": config.log.peak_tflops * 1e12 or peak_flops(device, config.train.precision),
+            "peak_flops": peak_flops(device, config.train.precision, config.log.peak_tflops),
         }
 
 

@@ -16,18 +16,27 @@ from megagpt.measure.worker import memory_config
 from megagpt.planning.memory import state_bytes
 
 TABLES = ("fp32", "bf16", "memory", "crossings")
+# Those that are measured on the CPU only: they take 4 ranks, and count a process's memory.
+_ON_CPU = ("memory", "crossings")
 # Largest differences over the compared steps, see docs/engines.md.
 LOSS_TOLERANCE = {"fp32": 5e-6, "bf16": 5e-3}
 NORM_TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}
 
 
 def parity(arguments: argparse.Namespace) -> int:
-    """Print the tables; exit code 1 if an engine leaves the tolerance."""
-    wanted = [name for name in arguments.tables.split(",") if name]
+    """Print the tables; exit code 1 if an engine leaves the tolerance. Raises UserError for a table that does not exist
+    or is not measured on the device."""
+    device, tables = arguments.device, arguments.tables
+    if tables is None:
+        tables = "fp32,bf16" if device == "cuda" else "fp32,bf16,memory"
+    wanted = [name for name in tables.split(",") if name]
+    if not wanted:
+        raise UserError(f"--tables {tables!r} names no table; valid: {', '.join(TABLES)}")
     for name in wanted:
         if name not in TABLES:
             raise UserError(f"--tables {name!r}: valid: {', '.join(TABLES)}")
-    device = arguments.device
+        if name in _ON_CPU and device == "cuda":
+            raise UserError(f"--tables {name}: is measured on the CPU only; leave it out, or use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     engines = list(ENGINE_CASES.values())
@@ -37,6 +46,8 @@ def parity(arguments: argparse.Namespace) -> int:
         engines = [s._replace(ranks=min(s.ranks, gpus)) for s in engines if "hybrid" not in s.name or gpus > 3]
     within = True
     for name in wanted:
+        if name in _ON_CPU and device == "cuda":
+            warn(f"parity: {name} is measured on the CPU")
         if name == "memory":
             table, same = memory_table(), True
         else:

@@ -1,5 +1,5 @@
-"""The weight files of a folder of `transformers`, read one tensor at a time: safetensors or PyTorch's own format, one
-file or several with an index."""
+"""The weight files of a folder of `transformers`: safetensors or PyTorch's own format, one file or several with an
+index. Tensors are read one at a time, except from PyTorch's format of before 1.6, of which a whole file is loaded."""
 
 import contextlib
 import json
@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megagpt.errors import UserError, first_line
+from megagpt.files import is_lfs_pointer
 
 # In the order in which `transformers` looks for them.
 _SINGLE_AND_INDEX = (
@@ -20,7 +21,6 @@ _SINGLE_AND_INDEX = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class TensorFiles:
@@ -33,25 +33,30 @@ class TensorFiles:
         self.files = self._find()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor. Raises UserError if its file cannot be read."""
-        with readable(self.files[key]) as path:
-            if not _is_safetensors(path):
-                return tuple(self._load(path)[key].shape)
-            with safe_open(path, framework="pt") as file:
-                return tuple(file.get_slice(key).get_shape())
+        """Shape of a tensor. Raises UserError if its file cannot be read or lacks it."""
+        with self._file_of(key) as file:
+            return tuple(file[key].shape if isinstance(file, dict) else file.get_slice(key).get_shape())
 
     def read(self, key: str) -> Tensor:
         """A tensor as it is stored, on the CPU. Raises UserError if it cannot be read or holds no plain numbers."""
-        with readable(self.files[key]) as path:
-            if _is_safetensors(path):
-                with safe_open(path, framework="pt") as file:
-                    tensor = file.get_tensor(key)
-            else:
-                tensor = self._load(path)[key]
+        with self._file_of(key) as file:
+            tensor = file[key] if isinstance(file, dict) else file.get_tensor(key)
         if tensor.dtype not in _DTYPES:
             name = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{path}: tensor {key!r} has dtype {name}; only fp64, fp32, bf16 and fp16 are read")
+            problem = f"tensor {key!r} has dtype {name}; only fp64, fp32, bf16 and fp16 are read"
+            raise UserError(f"{self.files[key]}: {problem}")
         return tensor
+
+    @contextlib.contextmanager
+    def _file_of(self, key: str) -> Iterator[Any]:
+        """The file that holds a tensor: open, or its tensors by name."""
+        with readable(self.files[key]) as path:
+            one = safe_open(path, framework="pt") if _is_safetensors(path) else contextlib.nullcontext(self._load(path))
+            with one as file:
+                if key not in file.keys():  # noqa: SIM118
+                    way = "fetch the whole folder again"
+                    raise UserError(f"{path}: has no tensor {key!r}, but the folder's index says that it does; {way}")
+                yield file
 
     def _find(self) -> dict[str, Path]:
         """Key -> file."""
@@ -73,7 +78,8 @@ class TensorFiles:
                 return list(file.keys())
 
     def _load(self, path: Path) -> dict[str, Tensor]:
-        """The tensors of a file in PyTorch's format. They stay on the disk until they are used."""
+        """The tensors of a file in PyTorch's format. They stay on the disk until they are used, but those in the format
+        of before 1.6, which is no zip file, are all in memory."""
         if self._loaded is None or self._loaded[0] != path:
             self._loaded = None
             # Only tensors are unpickled: a pickle can run any code.
@@ -89,9 +95,7 @@ def readable(path: Path) -> Iterator[Path]:
     """Turns whatever the reading of a file raises into a UserError that names it; the pointer that Git LFS leaves in
     place of a large file, too."""
     try:
-        with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
-        if start == _LFS_POINTER:
+        if is_lfs_pointer(path):
             ways = f"run `git lfs pull` in {path.parent}, or fetch the model with `hf download`"
             raise UserError(f"{path}: a Git LFS pointer, not the file itself: {ways}")
         yield path
@@ -99,12 +103,14 @@ def readable(path: Path) -> Iterator[Path]:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; fetch the whole folder, for instance with `hf download`") from None
+    except PermissionError:
+        raise UserError(f"{path}: this user may not read it; change its permissions, or copy the folder") from None
     except Exception as error:  # the libraries raise many kinds for a corrupt file
         way = "fetch it again" if _is_safetensors(path) or path.suffix == ".json" else "convert it to safetensors"
         raise UserError(f"{path}: cannot be read: {first_line(error)}; {way}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
     """A JSON file that holds a mapping. Raises UserError."""
     with readable(path):
         tree = json.loads(path.read_text(encoding="utf-8"))

@@ -103,7 +103,8 @@ def config_of(theirs: dict[str, Any]) -> ModelConfig:
     for key, value in _FIXED.items():
         given = theirs.get(key, value)
         if given not in accepted.get(key, (value,)):
-            raise UserError(f"{key} is {given!r}; this decoder computes {value!r} only")
+            only = f"4 x n_embd = {4 * width}" if key == "n_inner" else repr(value)
+            raise UserError(f"{key} is {given!r}; this decoder computes {only} only")
     for key in _ABSENT:
         if theirs.get(key):
             raise UserError(f"{key} is {theirs[key]!r}; only GPT-2's own code with all of its plain weights is read")

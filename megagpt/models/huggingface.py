@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megagpt.errors import UserError
+from megagpt.errors import NonFiniteError, UserError
 from megagpt.models.finite import check_finite
 from megagpt.models.gpt import GPT
-from megagpt.models.hf_files import TensorFiles, read_json
+from megagpt.models.hf_files import TensorFiles, read_mapping
 from megagpt.models.hf_layout import config_of, from_hf, hf_config, hf_name, hf_shape, to_hf
 from megagpt.models.presets import ModelConfig
 
@@ -23,6 +23,8 @@ ReadWeights = Callable[[dict[str, tuple[int, ...]]], dict[str, Tensor]]
 """Our parameter name -> shape, to our parameter name -> values, fp32 on the CPU."""
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HEAD = "lm_head.weight"
+# Rows that are compared at a time, so that no copies of whole tables are made.
+_ROWS = 4096
 # Causal masks, which old versions of `transformers` stored with the weights.
 _MASK = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
 
@@ -80,9 +82,13 @@ def _rounded(name: str, tensor: Tensor, dtype: str) -> Tensor:
     if dtype == "fp32":
         return tensor
     rounded = tensor.to(EXPORT_DTYPES[dtype])
-    largest = torch.finfo(rounded.dtype).max
-    way = f"{dtype} ends at {largest:g}, and the largest here is {float(tensor.abs().max()):g}: export fp32 or bf16"
-    return check_finite(rounded, name, f"--dtype {dtype}", way)
+    if bad := tensor.numel() - int(torch.isfinite(rounded).sum()):
+        limit, largest = torch.finfo(rounded.dtype).max, tensor.abs().max()
+        values = f"{bad:,} of its {tensor.numel():,} values are larger than {dtype}'s largest, {limit:g}"
+        fits_bf16 = dtype == "fp16" and torch.isfinite(largest.bfloat16())
+        way = f"export with --dtype fp32{' or bf16' if fits_bf16 else ''}"
+        raise NonFiniteError(f"--dtype {dtype}: tensor {name!r}: {values}; the largest is {float(largest):g}: {way}")
+    return rounded
 
 
 def _cut(shapes: dict[str, tuple[int, ...]], most: int, itemsize: int) -> list[list[str]]:
@@ -112,7 +118,7 @@ def is_pretrained(folder: Path) -> bool:
 def read_config(folder: str | Path) -> ModelConfig:
     """The shape of a GPT-2 folder. Raises UserError if it is not the paper's model."""
     path = _config_json(Path(folder).expanduser())
-    theirs = read_json(path)
+    theirs = read_mapping(path)
     try:
         return config_of(theirs)
     except UserError as error:
@@ -141,7 +147,7 @@ class Pretrained:
         is none of this model's, which would compute something else without it."""
         self.folder = Path(folder).expanduser()
         self.config = read_config(self.folder)
-        self.description = read_json(_config_json(self.folder))
+        self.description = read_mapping(_config_json(self.folder))
         self.shapes = parameter_shapes(self.config)
         self._tensors = TensorFiles(self.folder)
         self._keys = {name: self._find(name) for name in self.shapes}
@@ -162,9 +168,7 @@ class Pretrained:
         rest = [key for key in self._tensors.files.keys() - self._keys.values() if not _MASK.fullmatch(key)]
         if _HEAD in rest:
             embedding = self._keys["token_embedding.weight"]
-            # A NaN equals no NaN; `read` names those.
-            head, table = (self._tensors.read(key).nan_to_num() for key in (_HEAD, embedding))
-            if not torch.equal(head, table):
+            if not _same_values(self._tensors.read(_HEAD), self._tensors.read(embedding)):
                 reason = "this decoder's head is its embedding (tied), so the model would compute something else"
                 raise UserError(f"{self.folder}: {_HEAD} differs from {embedding}: {reason}")
             rest.remove(_HEAD)
@@ -179,3 +183,11 @@ class Pretrained:
         key = self._keys[name]
         values = from_hf(name, self._tensors.read(key), self.shapes[name])
         return check_finite(values, key, self._tensors.files[key], "its model is broken, or the file is corrupt")
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal but for their dtypes. NaNs count as equal: `Pretrained.read` names those."""
+    if a.shape != b.shape:
+        return False
+    pieces = zip(a.split(_ROWS), b.split(_ROWS), strict=True)
+    return all(torch.equal(x.float().nan_to_num(), y.float().nan_to_num()) for x, y in pieces)

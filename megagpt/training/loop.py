@@ -106,7 +106,7 @@ def _report_step(
 ) -> None:
     scale = run.engine.loss_scale
     step_seconds, tokens_per_second = speed.read()
-    peak = run.config.log.peak_tflops * 1e12 or peak_flops(run.world.device, run.config.train.precision)
+    peak = peak_flops(run.world.device, run.config.train.precision, run.config.log.peak_tflops)
     values = {
         "loss": result.loss, "lr": learning_rate(run.config, at.tokens), "gradient_norm": result.gradient_norm,
         "sequences_seen": at.sequences, "batch_tokens": batch.tokens,

@@ -66,8 +66,9 @@ def went_back(run: Path, tokens: int) -> bool:
     return command is not None and any(line.get("command") == command for line in back)
 
 
-def claim_run(run: Path, engine: Engine, from_tokens: int) -> Incarnation:
+def claim_run(run: Path, engine: Engine, fingerprints: list[str], from_tokens: int) -> Incarnation:
     """Begin the run's next incarnation: the main rank leaves the resolved config and the facts of this process group.
+    `fingerprints`: those of the sources, in the config's order.
     Every rank calls it. Raises OSError."""
 
     def leave() -> int:
@@ -81,6 +82,7 @@ def claim_run(run: Path, engine: Engine, from_tokens: int) -> Incarnation:
             "python": platform.python_version(), "megagpt": megagpt.__version__,
             "torch": torch.__version__, "engine": engine.describe(), "device": device_name(engine.world.device),
             "world_size": engine.world.size, "from_tokens": from_tokens,
+            "data": dict(zip(fingerprints, (s.weight for s in engine.config.data.sources), strict=True)),
             "process": this_process(),
         }  # fmt: skip
         return claim(run, facts).number

@@ -1,6 +1,7 @@
 """What an exported folder says of its origin, and folders with a padded vocabulary or broken weights."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
+from megagpt.checkpoints.folder import find_checkpoint, list_checkpoints
+from megagpt.checkpoints.loading import saved_config
 from megagpt.cli import main
 from megagpt.data.prepare import prepare
 from megagpt.data.sources import open_source
 from megagpt.data.tokenizer import END_OF_TEXT
+from megagpt.exchange import exporting
 from tests.conftest import Refusal, Tiny
 
 
@@ -29,6 +33,12 @@ SHAPE = ["model.layers=1", "model.width=8", "model.heads=1"]
 
 def card(folder: Path) -> str:
     return (folder / "README.md").read_text()
+
+
+def card_of(run: Path) -> str:
+    """The card that an export of a run or a checkpoint would have."""
+    found = find_checkpoint(run)
+    return exporting._card(found, saved_config(found).model, "fp32")
 
 
 @pytest.mark.slow
@@ -81,9 +91,27 @@ def test_a_card_has_the_tokens_of_each_source(tiny: Tiny, corpus: Path, tmp_path
     assert "| initial weights | random |" in text
     assert f"`{corpus}`: about 960 tokens, weight 3" in text
     assert f"`{tmp_path / 'second'}`: about 320 tokens, weight 1" in text
+    assert "| trained on | 1,280 of 1,280 tokens in 10 updates |" in text
     assert "stored in bf16" in text
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+    # Other weights from here on: nobody knows how much of each source was seen.
+    run, others = tmp_path / "runs" / "tiny", json.dumps([{**source, "weight": 1} for source in sources])
+    longer = ["--allow-data-change", "train.tokens=2560", f"data.sources={others}"]
+    assert main(["train", "--resume", str(run), *longer]) == 0
+    text = card_of(run)
+    assert f"| last data | `{corpus}`: weight 1, fingerprint" in text
+    assert "about" not in text
+    assert f"| data | `{corpus}`: about 960 tokens, weight 3" in card_of(run / "checkpoints" / f"{1280:015d}")
+
+    # A checkpoint that left its run.
+    copy = tmp_path / "copy" / "checkpoints" / f"{1280:015d}"
+    shutil.copytree(run / "checkpoints" / copy.name, copy)
+    text = card_of(copy)
+    assert "A GPT-2 trained with megagpt." in text
+    assert "| initial weights | not recorded |" in text
+    assert f"| last data | `{corpus}`: weight 3, fingerprint" in text
 
 
 def test_an_import_names_a_weight_that_is_not_finite(
@@ -101,12 +129,18 @@ def test_an_import_names_a_weight_that_is_not_finite(
     refusal(["sample", str(padded)], "lm_head.weight", "differs")
 
 
-def test_an_import_reads_pytorchs_own_format(padded: Path, tiny: Tiny, tmp_path: Path) -> None:
+def test_an_import_reads_pytorchs_own_format(
+    padded: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights = load_file(padded / "model.safetensors")
     (padded / "model.safetensors").unlink()
     torch.save(weights, padded / "pytorch_model.bin")
     assert main(["import", str(padded), str(tiny()), *SHAPE, "model.vocab_size=50304"]) == 0
-    assert main(["export", str(tmp_path / "runs" / "tiny"), "--to", str(tmp_path / "out")]) == 0
+    run = tmp_path / "runs" / "tiny"
+    assert [(checkpoint.tokens, checkpoint.is_proven) for checkpoint in list_checkpoints(run)] == [(0, True)]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["export", str(run), "--to", "~/out"]) == 0
+    assert f"from_pretrained({str(tmp_path / 'out')!r})" in capsys.readouterr().out
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert exported.keys() == weights.keys()
     for name, tensor in weights.items():

@@ -65,8 +65,9 @@ def test_banded_attention_is_masked_attention(length: int, window: int, seed: in
 
 @pytest.mark.filterwarnings("ignore")
 def test_fused_kernels_take_banded_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They ask for four dimensions and a mask that broadcasts over the batch. The CPU's fused kernel, which asks for
-    the same as the GPU's, takes what the call hands over."""
+    """They ask for four dimensions and a mask that broadcasts over the batch. The CPU's fused kernel stands in for
+    those of a GPU: it takes what the call hands over. It does not show what else a GPU's kernels ask for, such as the
+    alignment of strides and of the head's width, nor their speed and memory."""
     usual, calls = F.scaled_dot_product_attention, []
 
     def recorded(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropout_p: float) -> Tensor:
@@ -87,6 +88,20 @@ def test_fused_kernels_take_banded_attention(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(RuntimeError, match="No available kernel"):  # blocks as a dimension of their own
             usual(*(x.unflatten(0, (2, 3)) for x in (q, k, v)), attn_mask=mask)
     torch.testing.assert_close(fused.reshape(2, 3, 16, 4)[:, :, :13], ours, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_banded_block_compiles() -> None:
+    """In one graph, with the same values and gradients."""
+    block = random_model(SHAPES["banded"]).blocks[1]
+    assert block.attention.window == 5
+    results = []
+    for call in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+        x = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = call(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), x)])
+    for compiled, eager in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 def unfolded(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
 from megagpt.errors import NonFiniteError
+from megagpt.models import hf_files, huggingface
 from megagpt.models.hf_layout import _GELU_NAMES
 from megagpt.models.huggingface import load_pretrained, read_config
 from tests.models.folders import (
@@ -110,6 +111,27 @@ def test_a_pointer_among_shards_is_named(tmp_path: Path) -> None:
     assert "git lfs pull" in message
 
 
+@pytest.mark.parametrize(("single", "part"), [("model.safetensors", "a.safetensors"), ("pytorch_model.bin", "a.bin")])
+def test_a_tensor_that_its_file_lacks_is_named(folder: Path, single: str, part: str) -> None:
+    keys = list(load_file(folder / "model.safetensors"))
+    edit_tensors(folder, lambda tensors: tensors.pop(BIAS))
+    if single == "pytorch_model.bin":
+        as_bin(folder)
+    (folder / single).rename(folder / part)
+    (folder / f"{single}.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(keys, part)}))
+    message = refusal(lambda: load_pretrained(folder))
+    assert message.startswith(f"{folder / part}: has no tensor {BIAS!r}, but the folder's index says that it does")
+
+
+def test_a_file_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(hf_files, "is_lfs_pointer", refuse)
+    message = refusal(lambda: load_pretrained(folder))
+    assert message == f"{folder / 'config.json'}: this user may not read it; change its permissions, or copy the folder"
+
+
 def test_a_folder_without_weights_names_the_formats(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "tf_model.h5")
     message = refusal(lambda: load_pretrained(folder))
@@ -128,9 +150,16 @@ def test_a_head_of_its_own_is_refused(folder: Path) -> None:
     assert HEAD in refusal(lambda: load_pretrained(folder))
 
 
-def test_a_head_that_repeats_the_embedding_is_accepted(folder: Path) -> None:
+def test_a_head_that_repeats_the_embedding_is_accepted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_tensors(folder, lambda tensors: tensors.update({HEAD: tensors[WTE].clone()}))
     assert_same_logits(load_pretrained(folder), their_model())
+    # Of another precision, and in several pieces, of which the last differs.
+    monkeypatch.setattr(huggingface, "_ROWS", 50)
+    table = their_model().lm_head.weight.detach().half()
+    edit_tensors(folder, lambda tensors: tensors.update({WTE: table, HEAD: table.float()}))
+    assert torch.equal(load_pretrained(folder).token_embedding.weight[:131], table.float())
+    edit_tensors(folder, lambda tensors: tensors[HEAD][-1, -1].add_(1))
+    assert "differs" in refusal(lambda: load_pretrained(folder))
 
 
 @pytest.mark.parametrize("name", ["lm_head.bias", "transformer.h.2.ln_1.weight", "score.weight", "h.0.attn.rotary"])
@@ -185,7 +214,9 @@ def test_the_tanh_gelu_is_known_by_all_its_names(folder: Path) -> None:
 )
 def test_a_config_key_that_changes_the_model_is_refused(folder: Path, key: str, value: object) -> None:
     edit_config(folder, **{key: value})
-    assert f"{key} is {value!r}" in refusal(lambda: load_pretrained(folder))
+    message = refusal(lambda: load_pretrained(folder))
+    assert f"{key} is {value!r}" in message
+    assert ("this decoder computes 4 x n_embd = 128 only" in message) == (key == "n_inner")
 
 
 def test_a_shape_is_read_under_its_other_names(folder: Path) -> None:
@@ -225,11 +256,12 @@ def test_a_weight_too_large_for_fp16_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         ours.blocks[1].mlp.up.bias[7] = -7e4
     message = refusal(lambda: export_model(ours, tmp_path / "out", dtype="fp16"))
-    for part in ("blocks.1.mlp.up.bias", "fp16", "65504", "70000", "bf16"):
-        assert part in message
+    large = "1 of its 128 values are larger than fp16's largest, 65504; the largest is 70000"
+    assert message == f"--dtype fp16: tensor 'blocks.1.mlp.up.bias': {large}: export with --dtype fp32 or bf16"
     assert not list(tmp_path.iterdir())
     export_model(ours, tmp_path / "out", dtype="bf16")
     with torch.no_grad():
         ours.blocks[1].mlp.up.bias[7] = 3.4e38  # above bf16's largest
-    with pytest.raises(NonFiniteError):
-        export_model(ours, tmp_path / "bf16", dtype="bf16")
+    for dtype in ("fp16", "bf16"):
+        with pytest.raises(NonFiniteError, match=r"the largest is 3\.4e\+38: export with --dtype fp32$"):
+            export_model(ours, tmp_path / dtype, dtype=dtype)

@@ -3,7 +3,9 @@
 import pickle
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,16 +107,32 @@ def test_the_flight_recorder_is_written_or_its_absence_is(
     assert (tmp_path / "flight_recorder_3").exists() == bool(has)
 
 
-@pytest.mark.slow
 def test_patient_work_may_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[float] = []
+    """On a clock that only the looks move on: at each of them, the rank's work goes on to its next `yield`."""
+    now, ended = 0.0, []
+    monkeypatch.setattr("megagpt.training.watchdog.time", SimpleNamespace(monotonic=lambda: now))
     monkeypatch.setattr(Watchdog, "_end", lambda self, silent: ended.append(silent))
-    with Watchdog(World.alone(), tmp_path, 1.5, print) as watchdog:
+    watchdog = Watchdog(World.alone(), tmp_path, 3.0, print)
+
+    def work() -> Iterator[None]:
         with watchdog.patient("a save"):
-            time.sleep(3)
+            for _ in range(9):
+                yield
         for _ in range(4):
             watchdog.phase("step")
-            time.sleep(0.8)
+            yield
+            yield
+            yield
         assert ended == []
-        time.sleep(3)
-    assert ended
+        yield  # 3 s after the last phase began, which is the limit
+        yield
+
+    def wait(seconds: float) -> bool:
+        nonlocal now
+        now += seconds
+        return next(looks, "over") == "over"
+
+    looks = work()
+    monkeypatch.setattr(watchdog, "_left", SimpleNamespace(wait=wait))
+    watchdog._watch()
+    assert ended == [4.0]
