@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from megagpt.config_marks import fields_of
-from megagpt.errors import UserError
+from megagpt.errors import UserError, first_line
 
 _PLAIN = "plain"  # tag of a scalar that has neither quotes nor a tag of its own
 _YAML = "tag:yaml.org,2002:"
@@ -99,6 +99,8 @@ def parse(text: str, kind: Any, where: str) -> Any:
         raise UserError(f"{where}{_place(error, text)}: {_problem(error)}") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # such as "\UFFFFFFFF", which is no character
+        raise UserError(f"{where}: {first_line(error)}") from None
 
 
 def parse_value(text: str, kind: Any, where: str) -> Any:
@@ -129,7 +131,7 @@ def _unquoted(text: str) -> str | None:
         return None
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError):
         return None
     return node.value if isinstance(node, yaml.ScalarNode) and node.end_mark.index == len(text) else None
 

@@ -1,11 +1,14 @@
 """Writes files that are either complete or absent, and reads files that a crash may have cut off."""
 
 import datetime
+import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from megagpt.errors import UserError
 
 # First line of Git LFS's pointer to a file, from its specification.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -20,6 +23,23 @@ def is_lfs_pointer(path: Path) -> bool:
     """Whether the file is the small one that Git LFS leaves for a large one. Raises OSError."""
     with path.open("rb") as file:
         return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+
+
+def named_path(name: str | Path) -> Path:
+    """The path that a person has named, with `~` expanded. Raises UserError for a name that no file can have."""
+    if not str(name):
+        raise UserError("a name is empty; give that of a file or a folder")
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        path.lstat()
+    except RuntimeError:
+        problem = f"{path.parts[0]} is no user's home folder"
+        raise UserError(f"{name}: {problem}; give the path in full, or ./{path.parts[0]} for a name here") from None
+    except OSError as error:  # most are for whoever opens the file
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{name!s:.60}...: the name is too long for a file; choose a shorter one") from None
+    return path
 
 
 def write_atomic(path: Path, data: bytes) -> None:

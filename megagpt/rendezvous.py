@@ -12,12 +12,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from megagpt import launchers
 from megagpt.console import duration, warn
-from megagpt.errors import Interrupted, Reported, Stopped, TransientError, UserError, first_line
+from megagpt.errors import ExpectedError, Interrupted, Reported, Stopped, TransientError, UserError, first_line
 from megagpt.failures import has_failed
 from megagpt.launchers import RankInfo
 
@@ -26,8 +27,10 @@ TIMEOUT = datetime.timedelta(minutes=30)
 # Seconds until a rank says that it waits, and between two such lines at most; each pause is twice as long as the last.
 _FIRST_NOTICE, _LONGEST_SILENCE = 3.0, 300.0
 _LOOK_SECONDS = 0.2
-# Seconds for which a name server may have no answer yet.
-_NAME_SECONDS = 5.0
+# Seconds for which a name may have no address yet: in Kubernetes, rank 0's pod has none before it runs.
+_NAME_SECONDS = 60.0
+# The answers of name servers that may change by themselves: no answer, no such name, no address for it.
+_UNKNOWN_YET = (socket.EAI_AGAIN, socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 # Seconds for which a rank that fails before the ranks have met looks for the store, and for which the one that holds
 # the store keeps it for peers that are still starting.
 FIND_SECONDS, _KEEP_SECONDS = 15.0, 60.0
@@ -55,18 +58,24 @@ def raise_file_limit() -> None:
 def connect(info: RankInfo, asked: Asked, seconds: float = TIMEOUT.total_seconds()) -> tuple[dist.Store, dist.Store]:
     """The job's store on two connections, because a rank that waits for a key blocks all who share its connection. The
     rank that holds the store may fail and leave right after the ranks have met: a second connection that was made later
-    would wait for it until the timeout. Raises UserError for a port that is taken or a name that nobody knows, and
-    TransientError after `seconds`."""
+    would wait for it until the timeout. Raises UserError for a port that is taken, and TransientError for a name that
+    nobody comes to know, and after `seconds`."""
     holds = _holds_store(info)
     found: list[tuple[dist.Store, dist.Store] | Exception] = []
+    resolved = threading.Event()
+
+    def missing() -> Missing:
+        peer = f"{_holder(info)} ({_answer(info)})" if resolved.is_set() else f"an address of {_named(info)}"
+        return Missing(peer)
 
     def work() -> None:
         try:
             _resolve(info)
+            resolved.set()
             store = dist.TCPStore(
                 info.address, info.port, is_master=holds, timeout=TIMEOUT, wait_for_workers=False, multi_tenant=holds
             )
-            found.append((store, store.clone()))  # type: ignore[attr-defined]
+            found.append((_of_attempt(store), _of_attempt(store.clone())))  # type: ignore[attr-defined]
         except Exception as error:
             found.append(error)
 
@@ -77,9 +86,9 @@ def connect(info: RankInfo, asked: Asked, seconds: float = TIMEOUT.total_seconds
     while worker.is_alive():
         worker.join(_LOOK_SECONDS)
         if worker.is_alive():
-            wait.look(lambda: (f"{_holder(info)} ({_answer(info)})", ""))
+            wait.look(missing)
     (result,) = found
-    if isinstance(result, UserError):
+    if isinstance(result, ExpectedError):
         raise result
     if isinstance(result, Exception):
         raise _refused(info, result) from None
@@ -94,7 +103,7 @@ def arrive(info: RankInfo, store: dist.Store, asked: Asked, gpu: str = "") -> No
     host = socket.gethostname()
     store.set(_GPU + gpu, str(info.rank))
     first = count_in(info, store)
-    if not launchers.started_by_torchrun(os.environ):  # it numbers its ranks, and may start them again with one store
+    if not launchers.started_by_torchrun(os.environ):  # it numbers its ranks
         if (size := int(store.get(_SIZE))) != info.size:
             here = f"{size_variable}={info.size} on rank {info.rank}"
             raise UserError(f"{here}, and {size} on rank 0: set it alike on all")
@@ -139,6 +148,16 @@ def keep(info: RankInfo, store: dist.Store, asked: Asked) -> None:
             time.sleep(_LOOK_SECONDS)
 
 
+class Missing(NamedTuple):
+    """What a rank waits for."""
+
+    peers: str
+    ranks: str = ""
+    """Their ranks, as the end of a line."""
+    silent: bool = False
+    """Whether another rank of this machine says it."""
+
+
 class _Wait:
     """One wait: says what for from time to time, and ends if a signal asks for it or time is up."""
 
@@ -146,35 +165,41 @@ class _Wait:
         self._info, self._asked, self._seconds = info, asked, seconds
         self._began, self._next, self._pause = time.monotonic(), _FIRST_NOTICE, _FIRST_NOTICE
 
-    def look(self, what: Callable[[], tuple[str, str]]) -> None:
-        """Called again and again. `what`: the peers that have not come, and their ranks; empty if another rank says it.
-        Raises Interrupted, Stopped and TransientError."""
+    def look(self, what: Callable[[], Missing]) -> None:
+        """Called again and again. Raises Interrupted, Stopped and TransientError."""
         info, waited = self._info, time.monotonic() - self._began
         who, why = f"rank {info.rank} of {info.size}", f"by {info.variables} in the environment"
         if (signal := self._asked()) is not None:
-            text = f"stopped by {signal} while this rank waited for {what()[0]}, {why}; nothing was begun"
+            text = f"stopped by {signal} while this rank waited for {what().peers}, {why}; nothing was begun"
             raise Interrupted(text) if signal == "SIGINT" else Stopped(text)
         if waited > self._seconds:
-            raise TransientError(f"this rank waited {duration(waited)} in vain for {what()[0]}, {why}")
+            raise TransientError(f"this rank waited {duration(waited)} in vain for {what().peers}, {why}")
         if waited > self._next:
             self._pause = min(2 * self._pause, _LONGEST_SILENCE)
             self._next = waited + self._pause
-            peers, ranks = what()
-            if peers:
+            peers, ranks, silent = what()
+            if not silent:
                 first = self._pause == 2 * _FIRST_NOTICE
                 warn(f"{who} {'waits' if first else f'has waited {duration(waited)}'} for {peers}, {why}{ranks}")
 
 
-def _missing(info: RankInfo, store: dist.Store) -> tuple[str, str]:
+def _missing(info: RankInfo, store: dist.Store) -> Missing:
     """The ranks that have not come. One rank on each machine says it, and rank 0."""
     speaker = store.compare_set(_SPEAKS + socket.gethostname(), "", str(info.rank)).decode()
-    if info.rank and speaker != str(info.rank):
-        return "", ""
     count = info.size - store.add(_ARRIVED, 0)
+    peers = f"{'1 other' if count == 1 else f'{count} others'} at {info.address}:{info.port}"
+    if info.rank and speaker != str(info.rank):
+        return Missing(peers, silent=True)
     ranks = (rank for rank in range(info.size) if not store.check([f"{_ARRIVED}/{rank}"]))
     names = ", ".join(map(str, itertools.islice(ranks, _NAMED))) + (", ..." if count > _NAMED else "")
-    others = "1 other" if count == 1 else f"{count} others"
-    return f"{others} at {info.address}:{info.port}", f": {'rank' if count == 1 else 'ranks'} {names}"
+    return Missing(peers, f": {'rank' if count == 1 else 'ranks'} {names}")
+
+
+def _of_attempt(store: dist.Store) -> dist.Store:
+    """The store without the keys of earlier attempts: torchrun starts failed ranks again with the same store, in which
+    they would find that a rank has failed, and the process group's old addresses."""
+    attempt = launchers.torchrun_attempt(os.environ)
+    return store if attempt is None else dist.PrefixStore(f"megagpt/attempt_{attempt}", store)
 
 
 def _holds_store(info: RankInfo) -> bool:
@@ -198,18 +223,24 @@ def _answer(info: RankInfo) -> str:
     return "something else answers there"
 
 
+def _named(info: RankInfo) -> str:
+    return f"rank 0's host {info.address!r} (MASTER_ADDR)"
+
+
 def _resolve(info: RankInfo) -> None:
-    """Raises UserError if this machine does not know the address."""
+    """Return once the name has an address. Raises UserError if it cannot have one, TransientError if time is up."""
     deadline = time.monotonic() + _NAME_SECONDS
     while True:
         try:
             socket.getaddrinfo(info.address, info.port)
             return
         except (OSError, UnicodeError) as error:
-            if getattr(error, "errno", None) != socket.EAI_AGAIN or time.monotonic() > deadline:
+            may_change = getattr(error, "errno", None) in _UNKNOWN_YET
+            if not may_change or time.monotonic() > deadline:
                 reason = getattr(error, "strerror", None) or str(error)
-                text = f"rank 0's host {info.address!r} (MASTER_ADDR) cannot be resolved on this machine ({reason})"
-                raise UserError(f"{text}: set MASTER_ADDR to the name or the IP address of rank 0's machine") from None
+                text = f"{_named(info)} cannot be resolved on this machine ({reason})"
+                text += ": set MASTER_ADDR to the name or the IP address of rank 0's machine"
+                raise (TransientError if may_change else UserError)(text) from None
         time.sleep(1)
 
 

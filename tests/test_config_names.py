@@ -31,9 +31,10 @@ def test_a_file_whose_name_is_no_runs_name_needs_one(file: str, refusal: Refusal
 def test_a_file_may_have_an_equals_sign_in_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     Path("lr=1e-3.yaml").write_text(TINY)
     Path("train.lr=2").write_text(TINY)
+    Path("optimizer.lr=1e-3.yaml").write_text(TINY)
     Path("sweep").mkdir()
     Path("sweep/lr=5.yaml").write_text(TINY)
-    for name in ("lr=1e-3.yaml", "./lr=1e-3.yaml", "sweep/lr=5.yaml", "./train.lr=2"):
+    for name in ("lr=1e-3.yaml", "optimizer.lr=1e-3.yaml", "./lr=1e-3.yaml", "sweep/lr=5.yaml", "./train.lr=2"):
         assert main(["config", name, "optimizer.lr=0.25"]) == 0
         assert f"name: {Path(name).stem if name.endswith('.yaml') else 'train'}" in capsys.readouterr().out
 

@@ -1,5 +1,6 @@
 """A failing rank ends all ranks within seconds, whatever they wait for, and one line says why."""
 
+import contextlib
 import os
 import signal
 import time
@@ -9,9 +10,13 @@ from unittest import mock
 import pytest
 
 from megagpt import world
+from megagpt.cli import main
 from megagpt.errors import ExitCode, Reported, UserError
+from megagpt.incarnations import list_incarnations
 from megagpt.launchers import RankInfo
+from megagpt.run_log import Event, Line, RunLog
 from megagpt.world import World, fail_together, join
+from tests.conftest import Tiny, metrics
 from tests.processes import REPOSITORY, Process, free_port, rank_environment, run_launcher, torchrun_command
 from tests.runs import PATIENCE, assert_one_error, error_lines
 
@@ -71,15 +76,18 @@ def late_job(failing: int, failure: str, peer: str) -> int:
         return job(failing, failure, peer)
 
 
-def under_torchrun(folder: Path, failing: int, failure: str, peer: str) -> Ended:
-    script = folder / "job.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from tests.test_world import job\n"
-        f"sys.exit(job({failing}, {failure!r}, {peer!r}))\n"
-    )
-    done = run_launcher([*torchrun_command(2), str(script)], folder)
-    return [done.returncode], done.stderr
+def train_with_a_fault(config: str) -> int:
+    """`megagpt train` on one of torchrun's ranks; in its first attempt, rank 0 fails as it logs step 8."""
+    append = RunLog.append
+
+    def broken(log: RunLog, event: Event, step: int, tokens: int, values: Line) -> None:
+        if step == 8:
+            raise ValueError("broken on purpose")
+        append(log, event, step, tokens, values)
+
+    patch = mock.patch.object(RunLog, "append", broken)
+    with patch if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else contextlib.nullcontext():
+        return main(["train", config, "checkpoint.every_tokens=640", "--auto-resume"])
 
 
 def without_launcher(folder: Path, failing: int, failure: str, peer: str, function: object = job) -> Ended:
@@ -97,10 +105,21 @@ def without_launcher(folder: Path, failing: int, failure: str, peer: str, functi
 
 
 @pytest.mark.slow
-def test_an_exception_ends_a_job_of_torchrun(tmp_path: Path) -> None:
-    codes, stderr = under_torchrun(tmp_path, 1, "raise", "loop")
-    assert codes[0] not in (0, None)
-    assert error_lines(stderr) == ["megagpt: error: [rank 1 of 2] ValueError: broken on purpose"], stderr
+def test_ranks_that_torchrun_starts_again_finish_the_run(tiny: Tiny, tmp_path: Path) -> None:
+    """In the store of the attempt that failed, which torchrun keeps."""
+    script, config = tmp_path / "job.py", str(tiny(train={"micro_batch": 2}))
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from tests.test_world import train_with_a_fault\n"
+        f"sys.exit(train_with_a_fault({config!r}))\n"
+    )
+    done = run_launcher([*torchrun_command(2), "--max-restarts=1", str(script)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert error_lines(done.stderr) == ["megagpt: error: [rank 0 of 2] ValueError: broken on purpose"], done.stderr
+    run = tmp_path / "runs" / "tiny"
+    assert [line["step"] for line in metrics(run)] == list(range(1, 21))
+    assert [found.ended()["outcome"] for found in list_incarnations(run)] == ["failed", "finished"]
+    assert list_incarnations(run)[1].start()["from_tokens"] == 640
 
 
 @pytest.mark.slow

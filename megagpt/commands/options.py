@@ -80,7 +80,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     words = [text for text in rest if not text.startswith("-")] if hasattr(arguments, "words") else []
     if len(words) < len(rest):
         command: Parser = arguments.parser
-        command.refuse(rest)
+        command.refuse([text for text in rest if text not in words])
     if words:
         arguments.words = [*arguments.words, *words]
     return arguments
@@ -99,9 +99,11 @@ def _is_override(word: str) -> bool:
     from megagpt.config_marks import fields_of
 
     key, equals, _ = word.partition("=")
+    if _is_file(word):
+        return False
     if key.partition(".")[0] in fields_of(Config) and "/" not in key:
         return bool(equals)
-    return bool(equals) and not ("/" in key or word.endswith((".yaml", ".yml")) or _is_file(word))
+    return bool(equals) and not ("/" in key or word.endswith((".yaml", ".yml")))
 
 
 def _is_file(name: str) -> bool:
@@ -126,12 +128,12 @@ def config_of(arguments: argparse.Namespace) -> "Config":
     return load_config(one_name(names, "config, such as quickstart.yaml"), overrides)
 
 
-def count(text: str) -> int:
-    """A whole number above 0, which may be written 1e8 or 100_000_000."""
+def count(text: str, least: int = 1) -> int:
+    """A whole number from `least` (0 or 1) on, which may be written 1e8 or 100_000_000."""
     try:
         value = float(text.replace("_", ""))
     except ValueError:
         value = -1.0
-    if value < 1 or not value.is_integer():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if value < least or not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {'above 0' if least else 'of 0 or more'}")
     return int(value)

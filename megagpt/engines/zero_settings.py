@@ -158,7 +158,7 @@ def check_zero_section(zero: dict[str, Any], on_gpu: bool) -> None:
         if key not in known:
             raise UserError(f"unknown key engine.deepspeed.zero_optimization.{key}: {did_you_mean(key, known)}")
     try:
-        DeepSpeedZeroConfig(**zero)
+        parsed = DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -166,6 +166,11 @@ def check_zero_section(zero: dict[str, Any], on_gpu: bool) -> None:
         raise UserError(f"engine.deepspeed.zero_optimization{at} {first['msg']}") from None
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(f"engine.deepspeed.zero_optimization: {first_line(error)}") from None
+    names = {field.alias or name: name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    for key, value in zero.items():
+        # DeepSpeed itself reads "false" as false, but nothing that looks at the section before it does.
+        if isinstance(value, str) and isinstance(getattr(parsed, names[key]), int | float):
+            raise UserError(f"engine.deepspeed.zero_optimization.{key}: {value!r} is a text; leave the quotes out")
 
 
 def check_on_cpu(made: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megagpt.checkpoints.checkpoint import OpenCheckpoint
 from megagpt.checkpoints.folder import newest_complete
 from megagpt.config import Config
 from megagpt.config_file import load_run
@@ -51,7 +52,7 @@ class Status:
     last_sign_of_life: str | None = None
     """The time of the last change in the folder, ISO 8601, UTC."""
     checkpoint: dict[str, Any] | None = None
-    """`tokens`, `saved` and `path` of the newest complete one."""
+    """`tokens`, `saved` and `path` of the newest complete one; `proven`: whether a later step was finite."""
     incarnations: int = 0
 
     def as_json(self) -> dict[str, Any]:
@@ -78,15 +79,13 @@ def read_status(run: Path, config: Config) -> Status:
         str(run), state, text, _next(run, config, state, found), tokens, total, last.get("step"),
         last.get("loss"), validations[-1] if validations else None, speed,
         max(0, total - tokens) / speed if speed else None, _iso(sign) if sign else None,
-        {"tokens": newest.meta.tokens_seen, "saved": newest.meta.saved, "path": str(newest.path)} if newest else None,
-        len(found),
+        _facts(newest) if newest else None, len(found),
     )  # fmt: skip
 
 
-def status_lines(run: Path, config: Config) -> Iterator[str]:
-    """The status for people."""
-    status = read_status(run, config)
-    yield f"{run}: {status.text}"
+def status_lines(status: Status) -> Iterator[str]:
+    """The status for people, with the last incarnations."""
+    yield f"{status.run}: {status.text}"
     if status.step is not None and status.tokens_per_second is not None and status.seconds_left is not None:
         losses = f"loss {float(status.loss or 0):.4f}"
         if status.validation_loss is not None:
@@ -97,7 +96,7 @@ def status_lines(run: Path, config: Config) -> Iterator[str]:
     else:
         yield "progress     no step yet"
     yield f"checkpoint   {_checkpoint(status)}"
-    found = list_incarnations(run)
+    found = list_incarnations(Path(status.run))
     yield f"incarnations {len(found)}"
     for incarnation in found[-5:]:
         start, end = incarnation.start(), incarnation.ended()
@@ -108,7 +107,7 @@ def status_lines(run: Path, config: Config) -> Iterator[str]:
         begun = f"{start.get('started', '?')} on {start.get('host', '?')}, {engine}"
         yield f"  {incarnation.number}: {begun}, from {start.get('from_tokens', 0):,} tokens; {ended}"
     for what, command in status.next.items():
-        yield f"{what:13}{command}"
+        yield f"{what:12} {command}"
 
 
 def list_runs(folder: Path) -> list[Status]:
@@ -178,7 +177,7 @@ def _next(run: Path, config: Config, state: str, found: list[Incarnation]) -> di
     if state in ("starting", "running", "silent") and start:
         stop = _stop(start)
         if state == "silent":
-            return {**stop, "if it is dead": resume["resume with"]}
+            return {**stop, "if it died": resume["resume with"]}
         return {**watch, **stop}
     return resume
 
@@ -193,13 +192,20 @@ def _stop(start: dict[str, Any]) -> dict[str, str]:
     return {"stop with": kill if has_ended(start) is False else f"{kill}  (on {start.get('host', 'its host')})"}
 
 
+def _facts(newest: OpenCheckpoint) -> dict[str, Any]:
+    meta, checkpoint = newest.meta, newest.checkpoint
+    path, proven = str(checkpoint.path), checkpoint.is_proven
+    return {"tokens": meta.tokens_seen, "saved": meta.saved, "path": path, "proven": proven}
+
+
 def _checkpoint(status: Status) -> str:
     if status.checkpoint is None:
         return "none yet"
     saved = datetime.datetime.fromisoformat(status.checkpoint["saved"])
     ago = (datetime.datetime.now(datetime.UTC) - saved).total_seconds()
     tokens, path = status.checkpoint["tokens"], status.checkpoint["path"]
-    return f"{tokens:,} tokens, saved {duration(max(0.0, ago))} ago: {path}"
+    unproven = "" if status.checkpoint["proven"] else ", unproven (no later step was finite yet)"
+    return f"{tokens:,} tokens, saved {duration(max(0.0, ago))} ago{unproven}: {path}"
 
 
 def _iso(seconds: float) -> str:

@@ -28,9 +28,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "zero-3, vectors whole": {"name": "zero", "stage": 3},
 }
 # `megagpt parity` takes 20 steps.
-STEPS = 12
-# Accumulation and activation checkpointing; `megagpt parity` tries all six combinations.
-WAYS = ((1, "none"), (4, "full"), (4, "selective"))
+STEPS = 10
+# Accumulation and activation checkpointing; `megagpt parity` tries all six combinations. Every engine checkpoints
+# selectively in bf16.
+WAYS = ((1, "none"), (4, "full"))
 FP32 = [
     Case(s.engine, s.ranks, accumulation, mode, steps=STEPS)
     for s in ENGINE_CASES.values()

@@ -51,6 +51,11 @@ WRONG: list[tuple[Tree, str]] = [
     ({"aio": {"block_size": "1M"}}, "aio.block_size: '1M'"),
     ({"aio": {"blocksize": 1}}, "unknown key engine.deepspeed.aio.blocksize: did you mean block_size?"),
     ({"aio": 3}, "aio: 3 is not a section"),
+    (
+        {"zero_optimization": {"allgather_bucket_size": "5000"}},
+        "allgather_bucket_size: '5000' is a text; leave the quotes",
+    ),
+    ({"zero_optimization": {"legacy_stage1": "false"}}, "legacy_stage1: 'false' is a text; leave the quotes out"),
     ({"flops_profiler": {"profile_step": 0}}, "flops_profiler.profile_step: 0"),
     ({"flops_profiler": {"enable": True}}, "unknown key engine.deepspeed.flops_profiler.enable: did you mean enabled?"),
     ({"comms_logger": {"prof_ops": "all_reduce"}}, "comms_logger.prof_ops: 'all_reduce'"),

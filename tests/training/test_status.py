@@ -18,7 +18,7 @@ from megagpt.config_file import load_config, to_yaml
 from megagpt.errors import ExitCode
 from megagpt.incarnations import claim
 from megagpt.training.run_folder import this_process
-from megagpt.training.status import status_lines
+from megagpt.training.status import read_status, status_lines
 from tests.conftest import Refusal, Tiny, write_tiny
 from tests.processes import megagpt, start_train
 from tests.runs import PATIENCE, wait_for_steps
@@ -54,7 +54,7 @@ class Run:
             os.utime(path, (then, then))
 
     def lines(self) -> list[str]:
-        return list(status_lines(self.folder, self.config))
+        return list(status_lines(read_status(self.folder, self.config)))
 
     def line(self, name: str) -> str:
         (found,) = [line for line in self.lines() if line.startswith(name)]
@@ -238,7 +238,7 @@ def test_elsewhere_the_age_of_the_last_line_decides(fact: str, run: Run) -> None
     assert re.fullmatch(r"kill -INT \d+  \(on \S+\)", run.line("stop with"))
     run.age(10_000)
     assert run.state.startswith("silent for 02:46:")
-    assert run.line("if it is dead") == f"megagpt train --resume {run.folder}"
+    assert f"if it died   megagpt train --resume {run.folder}" in run.lines()
 
 
 def test_a_slurm_job_is_stopped_by_its_number(run: Run) -> None:
@@ -313,6 +313,17 @@ def test_a_finished_run_and_its_next_steps(tiny: Tiny, tmp_path: Path, capsys: C
     assert advice["watch with"] == ["tensorboard", "--logdir", str(folder.parent)]
     for command in ("sample with", "export with"):
         assert main(advice[command][1:]) == 0
+
+    # A newest checkpoint that no later step proved, and one that a kill left incomplete.
+    (checkpoint / "UNPROVEN").touch()
+    (checkpoint.parent / "000000000002688").mkdir()
+    capsys.readouterr()
+    assert main(["status", str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert f" ago, unproven (no later step was finite yet): {checkpoint}\n" in printed.out
+    assert printed.err.count("skipping 000000000002688") == 1
+    assert main(["status", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checkpoint"]["proven"] is False
 
 
 @pytest.mark.slow
