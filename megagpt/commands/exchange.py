@@ -22,9 +22,10 @@ def register(add: Add) -> None:
 def _export(arguments: argparse.Namespace) -> int:
     from megagpt.checkpoints.folder import find_checkpoint
     from megagpt.exchange.exporting import export_checkpoint
+    from megagpt.files import named_path
 
     checkpoint = find_checkpoint(Path(arguments.run))
-    folder = str(Path(arguments.to).expanduser())
+    folder = str(named_path(arguments.to))
     export_checkpoint(checkpoint, folder, arguments.shard_bytes, arguments.dtype)
     call = f"transformers.AutoModelForCausalLM.from_pretrained({folder!r})"
     print(f"wrote {folder} from {checkpoint.path}; load it with {call}")
