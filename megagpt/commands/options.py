@@ -128,6 +128,11 @@ def config_of(arguments: argparse.Namespace) -> "Config":
     return load_config(one_name(names, "config, such as quickstart.yaml"), overrides)
 
 
+def position(text: str) -> int:
+    """A number of tokens; 0 is the position of imported weights."""
+    return 0 if text == "0" else count(text)
+
+
 def count(text: str) -> int:
     """A whole number above 0, which may be written 1e8 or 100_000_000."""
     try:
