@@ -121,8 +121,11 @@ def slurm_nodes(environment: Mapping[str, str]) -> str:
 
 
 def slurm_gpus(environment: Mapping[str, str]) -> int:
-    """GPUs that the job has on this node."""
-    return int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+    """GPUs that the job has on this node. Raises UserError if Slurm has set no number."""
+    found = environment.get("SLURM_GPUS_ON_NODE") or "0"
+    if not found.isdecimal():
+        raise UserError(f"SLURM_GPUS_ON_NODE is {found!r}, not a number: Slurm sets it in a job; unset it elsewhere")
+    return int(found)
 
 
 def job_setting(environment: Mapping[str, str], name: str) -> int:
