@@ -23,7 +23,7 @@ def test_a_gpus_partial_sums_stay_fp32(device: str, reduced: bool, monkeypatch: 
     try:
         for name in names:
             setattr(matmul, name, True)
-        build_engine(load_config("gpt2_124m"), World.alone(device))
+        build_engine(load_config("gpt2_124m"), World(0, 1, 0, torch.device(device)))
         assert [getattr(matmul, name) for name in names] == [reduced, reduced]
         assert len(seen) == 1
     finally:
