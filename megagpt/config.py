@@ -305,6 +305,8 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"schedule.decay_end_tokens {schedule.decay_end_tokens} must exceed the start of the decay, {start}"
     yield from _check_engine(config.engine)
     for source in config.data.sources:
+        if not source.path:
+            yield "data.sources: a path is empty; name a folder of shards, or stdlib"
         if round(source.weight * 1e6) < 1:
             yield f"data.sources weight {source.weight} of {source.path} is less than 1e-6 of a part"
 

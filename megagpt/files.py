@@ -1,16 +1,36 @@
 """Writes files that are either complete or absent, and reads files that a crash may have cut off."""
 
 import datetime
+import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megagpt.errors import UserError
+
 
 def now() -> str:
     """The time as files store it: ISO 8601, UTC, whole seconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def named_path(name: str | Path) -> Path:
+    """The path that a person has named, with `~` expanded. Raises UserError for a name that no file can have."""
+    if not str(name):
+        raise UserError("a name is empty; give that of a file or a folder")
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        path.lstat()
+    except RuntimeError:
+        problem = f"{path.parts[0]} is no user's home folder"
+        raise UserError(f"{name}: {problem}; give the path in full, or ./{path.parts[0]} for a name here") from None
+    except OSError as error:  # most are for whoever opens the file
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{name!s:.60}...: the name is too long for a file; choose a shorter one") from None
+    return path
 
 
 def write_atomic(path: Path, data: bytes) -> None:

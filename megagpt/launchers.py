@@ -85,9 +85,11 @@ def slurm_job(environment: Mapping[str, str]) -> str | None:
     return f"{job}.{environment.get('SLURM_RESTART_COUNT', '0')}" if job else None
 
 
-def restarts(environment: Mapping[str, str]) -> int:
-    """How often Slurm has requeued this job, or torchrun has restarted this rank, with the same command."""
-    return max(int(environment.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+def torchrun_name(environment: Mapping[str, str], host: str, agent: int) -> str:
+    """A name of the torchrun that started this rank, the same after each of its restarts; empty if none did. `agent`:
+    the number of its process on `host`, which tells apart those that were given no --rdzv-id."""
+    name = environment.get("TORCHELASTIC_RUN_ID", "")
+    return f"{host} {agent}" if name == "none" else name
 
 
 def job_number(job: object) -> str:
@@ -154,14 +156,15 @@ def started_by_torchrun(environment: Mapping[str, str]) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment
 
 
-def torchrun_attempt(environment: Mapping[str, str]) -> str | None:
-    """The number of torchrun's start of the ranks, which --max-restarts repeats, from 0; None without torchrun."""
-    return environment.get("TORCHELASTIC_RESTART_COUNT") if started_by_torchrun(environment) else None
-
-
 def agent_holds_store(environment: Mapping[str, str]) -> bool:
     """Whether torchrun's agent, not rank 0, holds the store in which the ranks meet."""
     return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def torchrun_attempt(environment: Mapping[str, str]) -> str | None:
+    """The number of torchrun's start of the ranks, from 0, if its agent holds one store for all of them. None if each
+    start has a store of its own, as under an elastic torchrun, whose agents count their starts differently."""
+    return environment.get("TORCHELASTIC_RESTART_COUNT") if agent_holds_store(environment) else None
 
 
 def error_file(environment: Mapping[str, str]) -> str:

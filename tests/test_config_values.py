@@ -25,7 +25,8 @@ TINY = {"model": MODEL, "train": {"tokens": 10**6, "batch_tokens": 512}, "schedu
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 paths = texts.filter(lambda text: "\0" not in text)
 names = st.text(st.characters(categories=["L", "N", "P"], exclude_characters="/\\"), min_size=3, max_size=40)
-sources = st.lists(st.fixed_dictionaries({"path": paths, "weight": st.floats(1e-6, 1e15)}), min_size=1, max_size=3)
+places = paths.filter(bool)
+sources = st.lists(st.fixed_dictionaries({"path": places, "weight": st.floats(1e-6, 1e15)}), min_size=1, max_size=3)
 numbers = st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False)
 plain = st.recursive(
     st.none() | st.booleans() | numbers | texts,

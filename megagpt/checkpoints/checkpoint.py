@@ -66,6 +66,9 @@ class CheckpointMeta:
     milestone: bool = False
     skipped_updates: int = 0
     skipped_in_a_row: int = 0
+    spikes_in_a_row: int = 0
+    bad_since: int = 0
+    """Tokens before the first of the updates skipped in a row: the weights may be bad since then."""
     spikes: int = 0
     recent_losses: list[float] = field(default_factory=list)
     """Those that train.spike compares the next one with."""

@@ -24,14 +24,9 @@ class Allowed:
 
 def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowed: Allowed) -> list[str]:
     """The differences that are allowed, for the log. Raises UserError naming the others, and the options for them."""
-    meta = found.meta
-    saved, wanted = meta.config, asdict(config)
+    saved, wanted, seen = found.meta.config, asdict(config), found.meta.tokens_seen
     model = _differences(_marked(saved, Change.SHAPE), _marked(wanted, Change.SHAPE))
-    recipe, data = [], []
-    if meta.sequences_seen:  # before the first sequence there is nothing that a change could contradict
-        recipe = _differences(_marked(saved, Change.RECIPE), _marked(wanted, Change.RECIPE))
-        data = _differences(_order(saved, meta.data), _order(wanted, fingerprints))
-    seen = meta.tokens_seen
+    recipe, data = changes(found, config, fingerprints)
     if past := _differences(_skips_before(saved, seen), _skips_before(wanted, seen)):
         way = "only stretches at or past that position may change"
         raise UserError(f"{found.path} has seen {seen} tokens, and before them {past[0]}: {way}")
@@ -48,6 +43,15 @@ def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowe
         problem = "belongs to another run than this config"
         raise UserError(f"{found.path}: {problem}: {'; '.join(refused)}. {'; '.join(ways)}")
     return recipe + data
+
+
+def changes(found: OpenCheckpoint, config: Config, fingerprints: list[str]) -> tuple[list[str], list[str]]:
+    """The differences of the recipe, and those of the data."""
+    if not found.meta.sequences_seen:  # before the first sequence there is nothing that a change could contradict
+        return [], []
+    saved, wanted = found.meta.config, asdict(config)
+    recipe = _differences(_marked(saved, Change.RECIPE), _marked(wanted, Change.RECIPE))
+    return recipe, _differences(_order(saved, found.meta.data), _order(wanted, fingerprints))
 
 
 def _order(tree: dict[str, Any], fingerprints: list[str] | None) -> dict[str, Any]:

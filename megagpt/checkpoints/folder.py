@@ -52,6 +52,10 @@ def find_checkpoint(path: Path) -> OpenCheckpoint:
         return Checkpoint(path.resolve()).open()
     if (newest := newest_complete(path)) is None:
         raise UserError(f"{path}: has no complete checkpoint")
+    doubtful = newest.meta.skipped_in_a_row and not newest.checkpoint.is_proven
+    if doubtful and (good := newest_good(path, newest.meta.bad_since)):
+        warn(f"{newest.path.name} was saved while updates were skipped; using {good.path.name}, the last good one")
+        return good
     return newest
 
 
@@ -99,12 +103,12 @@ class Rotation:
                 self._proven.remove(checkpoint)
 
 
-def newest_good(run: Path, before_tokens: int) -> Checkpoint | None:
+def newest_good(run: Path, before_tokens: int) -> OpenCheckpoint | None:
     """The newest complete checkpoint before a position that is proven; None if there is none."""
     for checkpoint in reversed(list_checkpoints(run)):
         with contextlib.suppress(ExpectedError, OSError):
             if checkpoint.tokens < before_tokens and checkpoint.is_proven:
-                return checkpoint.open().checkpoint
+                return checkpoint.open()
     return None
 
 

@@ -130,15 +130,15 @@ def config_of(arguments: argparse.Namespace) -> "Config":
 
 def position(text: str) -> int:
     """A number of tokens; 0 is the position of imported weights."""
-    return 0 if text == "0" else count(text)
+    return count(text, least=0)
 
 
-def count(text: str) -> int:
-    """A whole number above 0, which may be written 1e8 or 100_000_000."""
+def count(text: str, least: int = 1) -> int:
+    """A whole number from `least` (0 or 1) on, which may be written 1e8 or 100_000_000."""
     try:
         value = float(text.replace("_", ""))
     except ValueError:
         value = -1.0
-    if value < 1 or not value.is_integer():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if value < least or not value.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {'above 0' if least else 'of 0 or more'}")
     return int(value)

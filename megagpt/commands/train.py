@@ -19,7 +19,7 @@ def register(add: Add) -> None:
     sub = add("train", _train, "Train a config, or resume a run. Works under torchrun, deepspeed and srun too.")
     add_config(sub)
     sub.add_argument("--resume", metavar="RUN", help="folder of the run to resume, or of one of its checkpoints")
-    text = "with --resume: the checkpoint of that position; newer ones are renamed, not deleted"
+    text = "with --resume or --auto-resume: the checkpoint of that position; newer ones are renamed, not deleted"
     sub.add_argument("--at", metavar="TOKENS", type=position, help=text)
     sub.add_argument("--auto-resume", action="store_true", help="resume the config's run if it exists; else begin it")
     text = "resume on other data than the run was trained on"
@@ -58,6 +58,8 @@ def _train(arguments: argparse.Namespace) -> int:
             resume = run is not None
             if arguments.auto_resume:
                 resume = world.from_main(lambda: holds_run(run_folder(config)))
+                if resume_at is not None and not resume:
+                    raise UserError(f"--at {resume_at}: {run_folder(config)} holds no run yet; leave --at out")
             return train(config, world, resume, allowed, stop, resume_at)
 
 
@@ -66,9 +68,9 @@ def _run_and_position(arguments: argparse.Namespace) -> tuple[Path | None, int |
     from megagpt.checkpoints.folder import is_checkpoint
 
     if not arguments.resume:
-        if arguments.at is not None:
-            raise UserError("--at names a checkpoint of the run that --resume names: give --resume RUN, too")
-        return None, None
+        if arguments.at is not None and not arguments.auto_resume:
+            raise UserError("--at names a checkpoint of a run: give --resume RUN or --auto-resume, too")
+        return None, arguments.at
     path = Path(arguments.resume)
     if not is_checkpoint(path):
         return path, arguments.at

@@ -9,9 +9,10 @@ from megagpt.console import say
 from megagpt.data.prepare import prepare
 from megagpt.data.shards import MANIFEST
 from megagpt.data.sources import open_source
+from megagpt.data.stdlib_text import BUILTIN
+from megagpt.files import named_path
 from megagpt.world import World
 
-BUILTIN = "stdlib"
 _PYTHON = ".".join(map(str, sys.version_info[:3]))
 # Share of documents held out. The corpus is small: the usual half per cent would leave too little to validate on.
 _BUILTIN_VAL_FRACTION = 0.1
@@ -19,7 +20,7 @@ _BUILTIN_VAL_FRACTION = 0.1
 
 def builtin_folder(data: DataConfig) -> Path:
     """The folder of the built-in corpus, which need not be prepared yet."""
-    return Path(data.cache).expanduser() / f"{BUILTIN}-python{_PYTHON}"
+    return named_path(data.cache) / f"{BUILTIN}-python{_PYTHON}"
 
 
 def with_builtin_folder(data: DataConfig) -> DataConfig:

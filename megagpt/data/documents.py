@@ -19,6 +19,9 @@ class BadRow(NamedTuple):
     """Such as "a.jsonl line 7"."""
     problem: str
     remedy: str
+    """What to do with the file; empty if it cannot be changed, as on the hub."""
+    other_key: bool = False
+    """Whether the text may be under another key."""
 
 
 class FileRecord(NamedTuple):

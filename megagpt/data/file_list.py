@@ -8,13 +8,10 @@ from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
-from megagpt.data.compression import COMPRESSIONS
-from megagpt.data.readers import TEXT_KINDS, kind_of, known_kinds
-from megagpt.data.shards import JOURNAL, MANIFEST
+from megagpt.data.readers import TEXT_KINDS, endings_of, kind_of, known_kinds
+from megagpt.data.shards import JOURNAL, MANIFEST, first_names
 from megagpt.errors import UserError
 
-# Names shown for each reason to leave files out.
-_SHOWN = 5
 # Files that come with a corpus and are not part of it: the papers of a repository, pip's list, the descriptions that
 # `datasets` writes, and those of prepared shards, whose folder may be below the corpus.
 _ABOUT_TEXT = re.compile(
@@ -42,7 +39,7 @@ def files_of(folder: Path, held_out: Set[Path] = frozenset()) -> Files:
     ones are left out, and so are those that are `held_out` (real paths). Raises UserError for links that lead nowhere
     or back, and for what may not be read."""
     found = Files([], {})
-    for path in _below(folder, ("**", "*"), found, {}):
+    for path in _below(folder, ("**", "*"), found, frozenset()):
         if path.is_dir():
             continue
         reason = _reason_against(path, held_out)
@@ -60,7 +57,7 @@ def matches_of(pattern: str, held_out: Set[Path] = frozenset()) -> Files:
     found = Files([], {})
     path = Path(pattern)
     parts = path.parts[1:] if path.anchor else path.parts
-    for match in _below(Path(path.anchor), (*parts, "*") if parts[-1] == "**" else parts, found, {}):
+    for match in _below(Path(path.anchor), (*parts, "*") if parts[-1] == "**" else parts, found, frozenset()):
         if match.is_dir():
             if "**" not in parts:
                 _leave_out(found, "folders", match)
@@ -90,9 +87,9 @@ def notes_of(found: Files) -> tuple[str, ...]:
 # --- the walk --------------------------------------------------------------------------------------------------------
 
 
-def _below(folder: Path, parts: Sequence[str], found: Files, above: dict[Path, Path]) -> Iterator[Path]:
+def _below(folder: Path, parts: Sequence[str], found: Files, above: Set[Path]) -> Iterator[Path]:
     """The paths that match the parts of a pattern. Python's own globs stop at links and pass over what may not be read.
-    `above`: the real paths of the folders that `**` has entered on the way, and the names by which it did."""
+    `above`: the real paths of the folders that `**` has entered on the way."""
     if not parts:
         yield folder
         return
@@ -105,9 +102,10 @@ def _below(folder: Path, parts: Sequence[str], found: Files, above: dict[Path, P
         return
     if part == "**":
         real = folder.resolve()
-        if real in above:
-            raise UserError(f"{folder}: a link back to {above[real]}, which it is in; remove the link")
-        above = above | {real: folder}
+        # From a folder above one on the way, the walk would come back to that one.
+        if any(entered.is_relative_to(real) for entered in above):
+            raise UserError(f"{folder}: a link back to {real}, which it is in; remove the link")
+        above = above | {real}
         yield from _below(folder, rest, found, above)
     for entry in _entries(folder):
         path = folder / entry.name
@@ -173,15 +171,15 @@ def _sorted(found: Files, otherwise: str) -> Files:
 
 
 def _read(files: list[Path]) -> Iterator[str]:
-    kinds = collections.Counter(_ending(path) for path in files)
+    kinds = collections.Counter("".join(endings_of(path)) for path in files)
     listed = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
     yield f"reading {len(files):,} file{'s' * (len(files) > 1)}: {listed}"
     if about := [str(path) for path in files if _is_about(path)]:
-        yield f"among them, files about the corpus ({len(about):,}): {_shortened(about)}"
+        yield f"among them, files about the corpus ({len(about):,}): {first_names(about)}"
     seen: dict[tuple[int, int], Path] = {}
     places = ((path, path.stat()) for path in files)
     if again := [str(path) for path, at in places if seen.setdefault((at.st_dev, at.st_ino), path) != path]:
-        yield f"read more than once, through links ({len(again):,}): {_shortened(again)}"
+        yield f"read more than once, through links ({len(again):,}): {first_names(again)}"
 
 
 def _leave_out(found: Files, reason: str, path: Path) -> None:
@@ -190,16 +188,4 @@ def _leave_out(found: Files, reason: str, path: Path) -> None:
 
 def _left_out(found: Files) -> Iterator[str]:
     for reason, names in sorted(found.left_out.items()):
-        yield f"left out, {reason} ({len(names):,}): {_shortened(sorted(names))}"
-
-
-def _shortened(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-def _ending(path: Path) -> str:
-    """With that of the compression, such as .jsonl.gz."""
-    name = path.name.lower()
-    plain = next((name.removesuffix(ending) for ending in COMPRESSIONS if name.endswith(ending)), name)
-    return Path(plain).suffix + name[len(plain) :]
+        yield f"left out, {reason} ({len(names):,}): {first_names(sorted(names))}"

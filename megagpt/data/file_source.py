@@ -101,5 +101,5 @@ def _chained(content: str | None, row: str | BadRow) -> str | None:
     an interruption. Unknown, None, stays unknown."""
     if content is None:
         return None
-    data = row.encode("utf-8", "surrogatepass") if isinstance(row, str) else b"\xff" + row.problem.encode()
-    return xxhash.xxh3_128_hexdigest(content.encode() + data)
+    mark, text = (b"", row) if isinstance(row, str) else (b"\xff", row.problem)
+    return xxhash.xxh3_128_hexdigest(content.encode() + mark + text.encode("utf-8", "surrogatepass"))

@@ -1,7 +1,6 @@
 """Token shards that other programs wrote: llm.c and modded-nanogpt (`.bin` with a header), build-nanogpt (plain `.npy`)
 and nanoGPT (`train.bin` and `val.bin`, uint16 without a header). They have no checksums."""
 
-import os
 import re
 import tokenize
 from pathlib import Path
@@ -49,7 +48,14 @@ def shard_files(folder: Path) -> list[Path]:
 
 def shard_folders(folder: Path) -> list[Path]:
     """The folders right below this one that have such files."""
-    return sorted(p for p in folder.iterdir() if p.is_dir() and os.access(p, os.R_OK) and shard_files(p))
+    return sorted(p for p in folder.iterdir() if p.is_dir() and _has_shard_files(p))
+
+
+def _has_shard_files(folder: Path) -> bool:
+    try:
+        return bool(shard_files(folder))
+    except OSError:  # removed meanwhile, or not to be read
+        return False
 
 
 def split_of(path: Path) -> str | None:

@@ -33,7 +33,7 @@ def hub_source(name: str, text_key: str, subset: str | None, split: str, revisio
             for entry in dataset:
                 row += 1
                 (text,) = texts_of(entry.column(text_key))
-                if batch.add(as_row(text, f"{name} row {row}", text_key)):
+                if batch.add(as_row(text, f"{name} row {row}", text_key, remedy="")):
                     yield batch.take({"row": row, "state": dataset.state_dict()}, None)
             yield batch.take({"row": row, "state": dataset.state_dict()}, 1.0)
         except UserError:

@@ -13,6 +13,11 @@ from megagpt.files import write_atomic
 Json = dict[str, Any]
 # Bad rows that are named in the manifest.
 _NAMED_ROWS = 10
+# Settings whose options have other names.
+_OPTIONS = {
+    "hub": "the data set", "stdlib": "Python", "tokenizer": "the tokenizer", "val_hub": "--val", "val_stdlib": "--val",
+    "val_subset": "--subset", "val_text_key": "--text-key", "val_separator": "--separator",
+}  # fmt: skip
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Journal:
     def note(self, reading: Reading, batch: DocumentBatch, skip_bad: int) -> None:
         """Take over a batch's cursor, files and bad rows. Raises UserError if there are more than `skip_bad`."""
         if self.skipped + len(batch.bad) > skip_bad:
-            raise _too_many(batch.bad[max(0, skip_bad - self.skipped)], skip_bad)
+            raise _too_many(batch.bad[skip_bad - self.skipped], skip_bad, self.documents == 0)
         self.skipped += len(batch.bad)
         named = [f"{row.place}: {row.problem}" for row in batch.bad]
         self.first_skipped = (self.first_skipped + named)[:_NAMED_ROWS]
@@ -60,17 +65,20 @@ class Journal:
         write_atomic(folder / JOURNAL, json.dumps(state).encode())
 
 
-def _too_many(row: BadRow, skip_bad: int) -> UserError:
+def _too_many(row: BadRow, skip_bad: int, fresh: bool) -> UserError:
+    """fresh: no document is prepared yet, so that every setting may change."""
+    ways = ["choose another --text-key"] if row.other_key and fresh else []
+    ways += [f"{row.remedy}, then run the same command again"] if row.remedy else []
     if skip_bad:
         more = f"more than --skip-bad {skip_bad} rows are bad; the next one is"
-        return UserError(f"{more} {row.place}: {row.problem}; {row.remedy}, or allow more")
-    remedy = f"{row.remedy}, then run the same command again; or leave out up to N such rows with --skip-bad N"
-    return UserError(f"{row.place}: {row.problem}; {remedy}")
+        return UserError(f"{more} {row.place}: {row.problem}; {'; or '.join([*ways, 'allow more'])}")
+    ways.append("leave out up to N such rows with --skip-bad N")
+    return UserError(f"{row.place}: {row.problem}; {'; or '.join(ways)}")
 
 
-def load_journal(folder: Path, identity: Json, sources: list[Source]) -> Journal:
+def load_journal(folder: Path, identity: Json, sources: list[Source], skip_bad: int) -> Journal:
     """The journal of an unfinished preparation, or a new one if it has no document yet. Raises UserError if the journal
-    is corrupt, or of another preparation."""
+    is corrupt, of another preparation, or has left out more than `skip_bad` rows."""
     path = folder / JOURNAL
     fresh = Journal(identity, [Reading() for _ in sources])
     if not path.exists():
@@ -91,6 +99,9 @@ def load_journal(folder: Path, identity: Json, sources: list[Source]) -> Journal
     for source, reading in zip(sources, journal.readings, strict=True):
         if reading.cursor is not None:
             _refuse(folder, source.difference(reading.cursor, reading.files, False))
+    if journal.skipped > skip_bad:
+        problem = f"{journal.skipped} bad rows are left out already, more than --skip-bad {skip_bad}"
+        raise UserError(f"{folder}: {problem}; give --skip-bad {journal.skipped} or more, or choose another --out")
     journal.identity = identity
     return journal
 
@@ -110,13 +121,19 @@ def _same_settings(folder: Path, before: Json, now: Json) -> None:
     before, now = _flat(before), _flat(now)
     if before == now:
         return
-    commits = {key: now[key] for key in ("revision", "val_revision") if now.get(key) and before.get(key)}
-    if "revision" in commits and before | commits == now:
-        remedy = f"--revision {before['revision']} goes on with the data set as it was"
-        raise UserError(f"{folder}: was prepared from something else: the data set has changed since; {remedy}")
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    names = {key: f"--{key.replace('_', '-')}" for key in keys} | {"hub": "the data set", "stdlib": "Python"}
-    _refuse(folder, ", ".join(f"{names[key]} was {before.get(key)}, is {now.get(key)}" for key in keys))
+    if all(key.endswith("revision") and before.get(key) and now.get(key) for key in keys):
+        commits = " ".join(f"{_option(key)} {before[key]}" for key in keys)
+        problem = "was prepared from something else: the data set has changed since"
+        raise UserError(f"{folder}: {problem}; {commits} goes on with the data set as it was")
+    # --val shares options with SOURCE.
+    changes = dict.fromkeys(f"{_option(key)} was {before.get(key)}, is {now.get(key)}" for key in keys)
+    _refuse(folder, ", ".join(changes))
+
+
+def _option(key: str) -> str:
+    """The option that decides a setting."""
+    return _OPTIONS.get(key, f"--{key.replace('_', '-')}")
 
 
 def _flat(identity: Json) -> Json:

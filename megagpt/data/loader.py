@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from megagpt.data.order import integer_weights, locate
 from megagpt.data.shards import open_stream
 from megagpt.data.token_stream import TokenStream
 from megagpt.errors import UserError
+from megagpt.files import named_path
 from megagpt.models.loss import IGNORE
 
 _AHEAD = 3  # optimizer steps
@@ -118,7 +118,7 @@ def open_corpus(data: DataConfig, split: str, context: int, seed: int) -> Corpus
 def refuse_same_folder(data: DataConfig) -> None:
     """Raises UserError if two sources are one folder, by whatever paths. The folders need not exist."""
     for one, other in itertools.combinations([source.path for source in data.sources], 2):
-        if Path(one).expanduser().resolve() == Path(other).expanduser().resolve():
+        if named_path(one).resolve() == named_path(other).resolve():
             raise _given_twice(one, other, "are the same folder")
 
 

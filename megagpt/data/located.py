@@ -1,20 +1,24 @@
 """Sources at relative paths, of a run that is resumed elsewhere than it was started."""
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from megagpt.config import DataConfig
+from megagpt.config_yaml import value_text
 from megagpt.console import say
-from megagpt.data.builtin import BUILTIN, builtin_folder
+from megagpt.data.builtin import builtin_folder
+from megagpt.data.stdlib_text import BUILTIN
 from megagpt.errors import UserError
+from megagpt.files import named_path
 
 
 def locate(data: DataConfig, starts: Sequence[Path]) -> DataConfig:
     """The same config with the place of each relative path that leads nowhere from the current folder, but does from
     one of `starts`, the folders where the run was started. Raises UserError, with the folders, if a path leads nowhere
     from all of them."""
-    sources = tuple(dataclasses.replace(s, path=_place(s.path, starts)) for s in data.sources)
+    sources = tuple(dataclasses.replace(s, path=_place(s.path, data, starts)) for s in data.sources)
     cache = data.cache
     if any(source.path == BUILTIN for source in data.sources):
         here = builtin_folder(data)
@@ -22,8 +26,8 @@ def locate(data: DataConfig, starts: Sequence[Path]) -> DataConfig:
     return dataclasses.replace(data, sources=sources, cache=cache)
 
 
-def _place(name: str, starts: Sequence[Path]) -> str:
-    path = Path(name).expanduser()
+def _place(name: str, data: DataConfig, starts: Sequence[Path]) -> str:
+    path = named_path(name)
     if name == BUILTIN or path.is_absolute() or path.exists() or not starts:
         return name
     for start in starts:
@@ -31,4 +35,6 @@ def _place(name: str, starts: Sequence[Path]) -> str:
             say(f"{name}: not in {Path.cwd()}; taken from {start}, where the run was started")
             return str(start / path)
     places = " or ".join(map(str, [Path.cwd(), *starts]))
-    raise UserError(f"{name}: no such folder in {places}; name its place with data.sources='[{{path: FOLDER}}]'")
+    listed = [{"path": "FOLDER" if s.path == name else s.path, "weight": s.weight} for s in data.sources]
+    way = shlex.quote(f"data.sources={value_text(listed)}")
+    raise UserError(f"{name}: no such folder in {places}; name its place: {way}")

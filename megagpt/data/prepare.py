@@ -26,7 +26,7 @@ from megagpt.data.shard_writer import DTYPE, SplitWriter
 from megagpt.data.shards import FORMAT, JOURNAL, MANIFEST, manifest_checksum, read_manifest
 from megagpt.data.tail import copy_tail
 from megagpt.errors import ExpectedError, Interrupted, UserError
-from megagpt.files import write_atomic
+from megagpt.files import named_path, write_atomic
 
 SHARD_TOKENS = 100_000_000
 VAL_FRACTION = 0.005
@@ -50,8 +50,8 @@ def prepare(
     """Encode every document of `source` once into `folder`, end-of-text after each; returns the manifest.
 
     Validation text is `val`, or else a share of the documents: document i if i * val_fraction passes a half-integer, an
-    even spread, the same for any number of workers. If that gives no document, it is the last `val_fraction` of the
-    tokens, as with one long text. Up to `skip_bad` rows without text are left out and counted.
+    even spread, the same for any number of workers. If that is no document, or all, it is the last `val_fraction` of
+    the tokens, as with one long text. Up to `skip_bad` rows without text are left out and counted.
 
     A second call resumes an interrupted preparation, and does nothing if the folder is finished. Raises UserError if
     the folder holds something else, or the text is empty or unreadable, and Interrupted after Ctrl-C."""
@@ -59,29 +59,38 @@ def prepare(
         raise UserError(f"--val-fraction {val_fraction}: must be at least 0 and below 1")
     if shard_tokens < 1:
         raise UserError(f"--shard-tokens {shard_tokens}: must be at least 1")
-    folder = Path(folder).expanduser()
+    folder = named_path(folder)
     sources = [source, val] if val else [source]
     ranks = {"name": tokenizer.NAME, "sha256": tokenizer.RANKS_SHA256}
     identity: Json = {"source": source.identity, "val": val.identity if val else None, "tokenizer": ranks}
     identity |= {"val_fraction": 0.0 if val else val_fraction, "shard_tokens": shard_tokens}
-    if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        check_finished(folder, manifest, identity, sources)
-        (folder / JOURNAL).unlink(missing_ok=True)  # left by a kill after the manifest was written
+    if manifest := _finished(folder, identity, sources):
         return manifest
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; choose a folder for --out")
-    names = {p.name for p in folder.iterdir()} if folder.exists() else set()
-    if names - {JOURNAL + ".tmp"} and not (folder / JOURNAL).exists():
-        raise UserError(f"{folder}: is not empty and holds no unfinished preparation; choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
+            # Another process may have finished it meanwhile.
+            if manifest := _finished(folder, identity, sources):
+                return manifest
+            if not (folder / JOURNAL).exists() and {p.name for p in folder.iterdir()} - {JOURNAL + ".tmp"}:
+                raise UserError(f"{folder}: is not empty and holds no unfinished preparation; choose another --out")
             return _Preparation(sources, folder, identity, workers, skip_bad, report).run()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{folder}: disk full; free some space, run the same command again to resume") from None
         raise UserError(f"{folder}: {error}") from None
+
+
+def _finished(folder: Path, identity: Json, sources: list[Source]) -> Json | None:
+    """The manifest of a finished preparation of the same text; None if the folder is not finished."""
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = read_manifest(folder)
+    check_finished(folder, manifest, identity, sources)
+    (folder / JOURNAL).unlink(missing_ok=True)  # left by a kill after the manifest was written
+    return manifest
 
 
 class _Preparation:
@@ -93,7 +102,7 @@ class _Preparation:
         self.sources, self.folder, self.workers = sources, folder, workers
         self.skip_bad, self.report = skip_bad, report
         self.val_fraction, self.shard_tokens = identity["val_fraction"], identity["shard_tokens"]
-        self.journal: Journal = load_journal(folder, identity, sources)
+        self.journal: Journal = load_journal(folder, identity, sources, skip_bad)
         if not self.journal.documents:
             self.journal.save(folder)
         self.splits = {name: self._writer(name, self.journal.splits.get(name)) for name in ("train", "val")}
@@ -141,31 +150,36 @@ class _Preparation:
         return int((document + 1) * self.val_fraction + 0.5) > int(document * self.val_fraction + 0.5)
 
     def _check(self) -> None:
-        """Hold out the end of the text if no document was. Raises UserError if a split stays empty."""
+        """Hold out the end of the text if whole documents leave a split empty. Raises UserError if one stays empty."""
         train, val = self.splits["train"], self.splits["val"]
         name = self.sources[0].name
         if not train.total and (not val.total or len(self.sources) > 1):
             raise UserError(f"{name}: the corpus is empty: none of its documents holds text; choose another source")
         if not train.total:
-            problem = f"all its {val.documents_total} document(s) went to validation at --val-fraction"
-            raise UserError(f"{name}: {problem} {self.val_fraction}; remove {self.folder} and choose one below 0.5")
+            self._move("val", "train", val.total)
+            train, val = self.splits["train"], self.splits["val"]
         if not val.total and len(self.sources) > 1:
             raise UserError(f"{self.sources[1].name}: none of its documents holds text; choose another --val")
         if val.total or not self.val_fraction:
             return
-        count = int(train.total * self.val_fraction + 0.5)
+        count = min(int(train.total * self.val_fraction + 0.5), train.total - 2)
         if count < 2:
             least = math.ceil(150 / train.total) / 100
             larger = f" or at least {least}" if least < 0.5 else ""
             problem = f"--val-fraction {self.val_fraction} of its {train.total} tokens is too little to validate on"
             remedy = f"remove {self.folder} and choose --val-fraction 0 (no validation){larger}"
             raise UserError(f"{name}: {problem}; {remedy}")
-        shorter = copy_tail(train, val, count)
         self.journal.tail_tokens = count
-        self.journal.splits = {"train": shorter, "val": val.flush()}
+        self._move("train", "val", count)
+
+    def _move(self, source: str, target: str, count: int) -> None:
+        """Move the last tokens of one split to the other."""
+        longer = self.splits[source]
+        shorter = copy_tail(longer, self.splits[target], count)
+        self.journal.splits = {source: shorter, target: self.splits[target].flush()}
         self.journal.save(self.folder)
-        train.file.close()
-        self.splits["train"] = self._writer("train", shorter)
+        longer.file.close()
+        self.splits[source] = self._writer(source, shorter)
 
     def _finish(self) -> Json:
         finished = {name: writer.finish() for name, writer in self.splits.items()}

@@ -1,12 +1,13 @@
 """Rows of text files, JSON and CSV, each a document. Nothing in a text is changed: line ends stay as they are."""
 
 import codecs
+import contextlib
 import csv
 import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,6 +21,7 @@ _FIX_LINE = "fix or remove the line"
 # First line of the small file that Git LFS leaves for a large one, from its specification.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _DECODER = json.JSONDecoder()
+_BLANKS = " \t\r\n"  # of JSON
 # Characters that the error handler "surrogateescape" makes of bytes that are not UTF-8.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
@@ -55,10 +57,15 @@ def read_rows(path: Path, form: Format, skip: int = 0) -> Iterator[Row]:
 
 def kind_of(path: Path) -> str | None:
     """The ending that says how a file is read, without that of its compression; None if no reader knows it."""
+    ending, compression = endings_of(path)
+    return ending if ending in _ROWS or (ending in _COLUMNS and not compression) else None
+
+
+def endings_of(path: Path) -> tuple[str, str]:
+    """The ending of the file without its compression, and that of the compression: ".jsonl" and ".gz"."""
     name = path.name.lower()
-    plain = next((name.removesuffix(ending) for ending in COMPRESSIONS if name.endswith(ending)), name)
-    ending = Path(plain).suffix
-    return ending if ending in _ROWS or (ending in _COLUMNS and plain == name) else None
+    compression = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
+    return Path(name.removesuffix(compression)).suffix, compression
 
 
 def known_kinds() -> str:
@@ -102,7 +109,7 @@ def _decoded(data: bytes, place: str, remedy: str) -> str | BadRow:
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def _jsonl_rows(path: Path, data: BinaryIO, form: Format, skip: int) -> Iterator[str | BadRow]:
+def _jsonl_rows(path: Path, data: Iterable[bytes], form: Format, skip: int) -> Iterator[str | BadRow]:
     for number, line in itertools.islice(enumerate(data, start=1), skip, None):
         # A blank line counts as an empty document; `prepare` drops empty documents.
         yield _json_line(line, f"{path} line {number}", form.text_key) if line.strip() else ""
@@ -121,35 +128,77 @@ def _json_line(line: bytes, place: str, text_key: str) -> str | BadRow:
 def _text_of(value: Any, place: str, text_key: str, remedy: str) -> str | BadRow:
     if not isinstance(value, dict) or text_key not in value:
         found = did_you_mean(text_key, value) if isinstance(value, dict) and value else f"it is {value!s:.40}"
-        return BadRow(
-            place,
-            f"no key {text_key!r}; {found}",
-            f"choose another --text-key, {remedy}, or name the files to read by a glob",
-        )
+        remedy = f"{remedy}, or name the files to read by a glob"
+        return BadRow(place, f"no key {text_key!r}; {found}", remedy, other_key=True)
     text = value[text_key]
     return text if isinstance(text, str) else BadRow(place, f"{text_key!r} is {text!r:.40}, not text", remedy)
 
 
 def _json_rows(path: Path, data: BinaryIO, form: Format, skip: int) -> Iterator[str | BadRow]:
-    """A `.json` file holds JSON lines, an array of objects, or objects that go over several lines."""
+    """A `.json` file holds JSON lines, an array of objects, or objects one after the other."""
     head = data.peek(1).removeprefix(codecs.BOM_UTF8).lstrip()  # type: ignore[attr-defined]
-    line, newline, _ = head.partition(b"\n")
-    line = line.rstrip()
+    # An array may be one line of any length, and is not read as a line.
+    first = [] if head.startswith(b"[") else _up_to_a_value(data)
+    if not first or _goes_on(first[-1]):
+        rows = _json_values(_JsonText(path, data, b"".join(first)), form)
+    else:
+        rows = _json_lines(path, itertools.chain(first, data), form)
+    return itertools.islice(rows, skip, None)
+
+
+def _up_to_a_value(data: BinaryIO) -> list[bytes]:
+    """The lines up to the first one that is not blank."""
+    lines = []
+    for line in data:
+        lines.append(line)
+        if line.removeprefix(codecs.BOM_UTF8).strip():
+            break
+    return lines
+
+
+def _goes_on(line: bytes) -> bool:
+    """Whether an array starts in the line, or an object that ends in a later one."""
+    start = line.removeprefix(codecs.BOM_UTF8).strip()
+    if not start.startswith(b"{") or not line.endswith(b"\n"):
+        return start.startswith(b"[")
     try:
-        json.loads(line)
-        goes_on = False
-    except UnicodeDecodeError:
-        goes_on = False
+        text = start.decode()
+        _values_of(text)
     except json.JSONDecodeError as error:
-        goes_on = bool(newline) and error.pos >= len(line.decode()) - 1
-    if line.startswith(b"[") or (line.startswith(b"{") and goes_on):
-        return itertools.islice(_json_values(path, data, form), skip, None)
-    return _jsonl_rows(path, data, form, skip)
+        return error.pos >= len(text) - 1
+    except (ValueError, RecursionError):
+        return False
+    return False
 
 
-def _json_values(path: Path, data: BinaryIO, form: Format) -> Iterator[str | BadRow]:
+def _values_of(text: str) -> list[Any]:
+    """The JSON values of a text, one after the other. Raises ValueError and RecursionError."""
+    values, at = [], 0
+    while at < len(text):
+        value, at = _DECODER.raw_decode(text, at)
+        values.append(value)
+        while at < len(text) and text[at] in _BLANKS:
+            at += 1
+    return values
+
+
+def _json_lines(path: Path, lines: Iterable[bytes], form: Format) -> Iterator[str | BadRow]:
+    """As of a `.jsonl` file, but a line may hold several objects."""
+    for number, line in enumerate(lines, start=1):
+        place = f"{path} line {number}"
+        row = _json_line(line, place, form.text_key) if line.strip() else ""
+        values: list[Any] = []
+        if isinstance(row, BadRow):
+            with contextlib.suppress(ValueError, RecursionError):
+                values = _values_of(line.removeprefix(codecs.BOM_UTF8).decode().strip(_BLANKS))
+        if len(values) > 1 and all(isinstance(value, dict) for value in values):
+            yield from (_text_of(value, place, form.text_key, _FIX_LINE) for value in values)
+        else:
+            yield row
+
+
+def _json_values(text: "_JsonText", form: Format) -> Iterator[str | BadRow]:
     """The values of one array, or one after the other, of a file that need not fit into memory."""
-    text = _JsonText(path, data)
     array = text.next_sign() == "["
     text.at += array
     number = 0
@@ -157,22 +206,23 @@ def _json_values(path: Path, data: BinaryIO, form: Format) -> Iterator[str | Bad
         if array and number:
             text.take(",")
         number += 1
-        place = f"{path} row {number}"
+        place = f"{text.path} row {number}"
         row = _text_of(text.value(place), place, form.text_key, "fix or remove the row")
         yield _utf8(row, place, "fix or remove the row")
     if array:
         text.take("]")
         if text.next_sign():
-            raise UserError(f"{path}: not JSON: text follows the array; make it JSON lines, or one array")
+            raise UserError(f"{text.path}: not JSON: text follows the array; make it JSON lines, or one array")
 
 
 class _JsonText:
     """JSON that is read piece by piece."""
 
-    def __init__(self, path: Path, data: BinaryIO) -> None:
+    def __init__(self, path: Path, data: BinaryIO, first: bytes) -> None:
+        """first: bytes before those of `data`."""
         self.path, self.data = path, data
-        self.text, self.at = "", 0
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        self.text, self.at = self.decoder.decode(first), 0
 
     def more(self) -> bool:
         chunk = self.data.read(max(_CHUNK, len(self.text) - self.at))
@@ -183,7 +233,7 @@ class _JsonText:
     def next_sign(self) -> str:
         """The next character that is no space; empty at the end."""
         while True:
-            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+            while self.at < len(self.text) and self.text[self.at] in _BLANKS:
                 self.at += 1
             if self.at < len(self.text):
                 return self.text[self.at]
@@ -226,7 +276,10 @@ def _csv_records(path: Path, data: BinaryIO, form: Format) -> Iterator[str | Bad
     csv.field_size_limit(sys.maxsize)
     lines = (line.decode("utf-8", "surrogateescape") for line in data)
     reader = csv.reader(itertools.chain([next(lines, "").removeprefix("\ufeff")], lines), strict=True)
-    columns = next(reader, [])
+    try:
+        columns = next(reader, [])
+    except csv.Error as error:
+        raise UserError(f"{path} line 1: {_header_problem(str(error))}; {_FIX_LINE}, or fetch the file again") from None
     if form.text_key not in columns:
         if not any(columns):
             return
@@ -248,6 +301,14 @@ def _csv_records(path: Path, data: BinaryIO, form: Format) -> Iterator[str | Bad
             yield BadRow(place, problem, _FIX_LINE)
         else:
             yield _utf8(row[at], place, _FIX_LINE) if row else ""
+
+
+def _header_problem(error: str) -> str:
+    if "end of data" in error:
+        return "a quote is never closed"
+    if "new-line" in error:
+        return "it ends with CR alone; lines end with LF or CR LF"
+    return f"not CSV ({error})"
 
 
 def _utf8(row: str | BadRow, place: str, remedy: str) -> str | BadRow:

@@ -19,6 +19,7 @@ from megagpt.data import tokenizer
 from megagpt.data.foreign_shards import foreign_shards, shard_files, shard_folders, split_of
 from megagpt.data.token_stream import HEADER_BYTES, Shard, TokenStream, check_size, checksum_path, corrupt
 from megagpt.errors import UserError
+from megagpt.files import named_path
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal.json"
@@ -39,7 +40,7 @@ def open_stream(folder: str | Path, split: str) -> TokenStream:
     """Open one split ("train" or "val") of a folder of shards, checking names, headers and sizes but reading no tokens.
     An absent "val" gives a stream of no tokens. Raises UserError if the folder is incomplete, corrupt or not of token
     shards."""
-    folder = Path(folder).expanduser()
+    folder = named_path(folder)
     if folder.is_file():
         raise UserError(f"{folder}: is a file; name the folder of the shards: {folder.parent}")
     if not folder.is_dir():
@@ -65,7 +66,7 @@ def open_stream(folder: str | Path, split: str) -> TokenStream:
 
 def is_prepared(folder: str | Path) -> bool:
     """Whether the folder is there and no preparation of it is under way. What is in it may still be refused."""
-    folder = Path(folder).expanduser()
+    folder = named_path(folder)
     return folder.exists() and ((folder / MANIFEST).exists() or not (folder / JOURNAL).exists())
 
 
@@ -108,7 +109,7 @@ def _own_shard(folder: Path, manifest: dict[str, Any], entry: dict[str, Any]) ->
 def verify(folder: str | Path) -> int:
     """Check every token of a prepared folder against checksums and counts; returns the tokens. Raises UserError for
     the first file that is corrupt or missing."""
-    folder = Path(folder).expanduser()
+    folder = named_path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if not (folder / MANIFEST).exists():
@@ -130,7 +131,7 @@ def verify(folder: str | Path) -> int:
 def unread_note(folder: str | Path) -> str:
     """A sentence that names what may be meant as shards but is not read: files that the manifest does not list, or
     whose names do not say that they are, and subfolders with such files (NAME/). Empty if there are none."""
-    folder = Path(folder).expanduser()
+    folder = named_path(folder)
     files = shard_files(folder)
     if (folder / MANIFEST).exists():
         splits = read_manifest(folder)["splits"]

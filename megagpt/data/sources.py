@@ -15,8 +15,9 @@ from megagpt.data.file_list import Files, check_readable, files_of, is_pattern, 
 from megagpt.data.file_source import file_source
 from megagpt.data.hub import hub_source
 from megagpt.data.readers import TEXT_KINDS, Format, kind_of, known_kinds
-from megagpt.data.stdlib_text import stdlib_source
+from megagpt.data.stdlib_text import BUILTIN, stdlib_source
 from megagpt.errors import UserError
+from megagpt.files import named_path
 
 # How text files of stories and web pages often separate documents; encoded as text, it is 7 ordinary tokens.
 _END_OF_TEXT = "<|endoftext|>"
@@ -37,20 +38,20 @@ def open_source(
     real paths of files to leave out. Raises UserError if there is none."""
     if separator == "":
         raise UserError("--separator: is empty; give the text that is between two documents")
-    found = None if name == "stdlib" else local_files(name, held_out)
+    found = None if name == BUILTIN else local_files(name, held_out)
     texts = [path for path in found.files if kind_of(path) in TEXT_KINDS] if found else []
     if separator and not texts:
         raise UserError(f"--separator: only {' '.join(TEXT_KINDS)} files are split, and {name} has none; leave it out")
     if found:
         notes = (*notes_of(found), *_separator_note(texts, separator))
         return file_source(name, found.files, Format(text_key, separator), notes)
-    return stdlib_source() if name == "stdlib" else hub_source(name, text_key, subset, split, revision)
+    return stdlib_source() if name == BUILTIN else hub_source(name, text_key, subset, split, revision)
 
 
 def open_validation(name: str, separator: str | None = None, **options: Any) -> tuple[Source, frozenset[Path]]:
     """A source for validation only, and the real paths of its files, which training must leave out. Takes the options
     of `open_source`; files that have no separator may lack it here."""
-    found = None if name == "stdlib" else local_files(name)
+    found = None if name == BUILTIN else local_files(name)
     files = found.files if found else []
     has_texts = any(kind_of(path) in TEXT_KINDS for path in files)
     source = open_source(name, separator=separator if has_texts else None, **options)
@@ -72,7 +73,7 @@ def _separator_note(texts: list[Path], separator: str | None) -> Iterator[str]:
 
 def local_files(name: str, held_out: Set[Path] = frozenset()) -> Files | None:
     """The files that a name stands for; None if only the hub can have it."""
-    path = Path(name).expanduser()
+    path = named_path(name)
     if path.is_symlink() and not path.exists():
         raise UserError(f"{name}: a link to {path.readlink()}, which does not exist; restore that")
     if path.is_dir():

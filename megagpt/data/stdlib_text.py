@@ -9,6 +9,9 @@ from pathlib import Path
 
 from megagpt.data.documents import Cursor, DocumentBatch, Source
 
+BUILTIN = "stdlib"
+"""The name of this source."""
+
 
 def stdlib_source() -> Source:
     """English text on every machine: the standard library's docstrings, and the language reference of `help()`. Code is
@@ -21,7 +24,7 @@ def stdlib_source() -> Source:
         documents = [indent.sub(lambda spaces: "\t" * (len(spaces[0]) // 4), text) for text in texts]
         yield DocumentBatch(documents[cursor["row"] if cursor else 0 :], {"row": len(documents)}, 1.0)
 
-    return Source("stdlib", batches, {"stdlib": sys.version})
+    return Source(BUILTIN, batches, {"stdlib": sys.version})
 
 
 def _stdlib_documents() -> Iterator[str]:

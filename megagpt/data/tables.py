@@ -9,7 +9,6 @@ from megagpt.data.documents import BadRow
 from megagpt.errors import UserError, did_you_mean, first_line
 
 _BATCH_ROWS = 256
-_REMEDY = "remove the row"
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's IPC streaming format since 0.15
 
 Row = tuple[str | BadRow, float]
@@ -61,10 +60,11 @@ def read_arrow(path: Path, text_key: str, skip: int) -> Iterator[Row]:
 
 
 def texts_of(column: Any) -> list[Any]:
-    """The values of an Arrow array; in the place of a string that is not UTF-8, its UnicodeDecodeError."""
+    """The values of an Arrow array; in the place of one that Python cannot have, such as a string that is not UTF-8 or
+    a time in nanoseconds, the error."""
     try:
         return column.to_pylist()
-    except UnicodeDecodeError:
+    except Exception:  # of many types: each Arrow type has its own
         return [_value(scalar) for scalar in column]
 
 
@@ -73,21 +73,26 @@ def _value(scalar: Any) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return error
+    except Exception:
+        return TypeError(str(scalar.type))
 
 
-def as_row(value: Any, place: str, text_key: str) -> str | BadRow:
+def as_row(value: Any, place: str, text_key: str, remedy: str = "remove the row") -> str | BadRow:
     """A value of the text's column as a document, or as a bad row."""
     if isinstance(value, str):
         return value
     if isinstance(value, UnicodeDecodeError):
-        return BadRow(place, f"byte {value.start} of {text_key!r} is not UTF-8", _REMEDY)
-    remedy = _REMEDY if value is None else f"choose another --text-key, or {_REMEDY}"
-    return BadRow(place, f"{text_key!r} is {value!r:.40}, not text", remedy)
+        return BadRow(place, f"byte {value.start} of {text_key!r} is not UTF-8", remedy)
+    if isinstance(value, TypeError):
+        return BadRow(place, f"{text_key!r} is {value}, not text", remedy, other_key=True)
+    return BadRow(place, f"{text_key!r} is {value!r:.40}, not text", remedy, other_key=value is not None)
 
 
 def _check_column(path: Path, text_key: str, names: list[str]) -> None:
     if text_key not in names:
         raise UserError(f"{path}: no column {text_key!r}; {did_you_mean(text_key, names)} (--text-key)")
+    if names.count(text_key) > 1:
+        raise UserError(f"{path}: {names.count(text_key)} columns are called {text_key!r}; write it with one")
 
 
 @contextlib.contextmanager
@@ -96,7 +101,7 @@ def _errors(path: Path, kind: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's
         raise UserError(f"{path}: corrupt, or not a {kind} file: {first_line(error)}; fetch it again") from None

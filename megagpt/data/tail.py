@@ -1,4 +1,4 @@
-"""Holding out the end of a text that has too few documents to hold out a whole one."""
+"""Holding out the end of a text whose documents are too few for both splits."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,26 +11,26 @@ from megagpt.data.tokenizer import END_OF_TEXT
 _PIECE = 2**24  # tokens in memory at a time
 
 
-def copy_tail(train: SplitWriter, val: SplitWriter, count: int) -> dict[str, Any]:
-    """Append the last `count` tokens of `train` to `val`; returns the state of `train` without them. A journal with
-    both states must be written before a writer opens with the shorter one, which removes the tokens."""
-    cut = train.total - count
+def copy_tail(source: SplitWriter, target: SplitWriter, count: int) -> dict[str, Any]:
+    """Append the last `count` tokens of `source` to `target`; returns the state of `source` without them. A journal
+    with both states must be written before a writer opens with the shorter one, which removes the tokens."""
+    cut = source.total - count
     kept: list[dict[str, Any]] = []
     shorter: dict[str, Any] = {}
     start, last = 0, END_OF_TEXT  # so that the first token starts a document
-    for entry, tokens in train.read():
+    for entry, tokens in source.read():
         here = min(max(0, cut - start), len(tokens))
         if here:
             last = int(tokens[here - 1])
         if here < len(tokens):
-            started = val.documents_total
+            started = target.documents_total
             for piece in _documents(tokens[here:]):
                 if last == END_OF_TEXT:
-                    val.append(piece)
+                    target.append(piece)
                 else:
-                    val.write(piece)
+                    target.write(piece)
                 last = int(piece[-1])
-            moved = val.documents_total - started
+            moved = target.documents_total - started
             shorter = shorter or {"shards": kept, "tokens": here, "documents": entry["documents"] - moved}
         elif not shorter:
             kept.append(entry)

@@ -2,7 +2,10 @@
 
 import bisect
 import itertools
+import threading
+import weakref
 import zlib
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,8 @@ from megagpt.errors import UserError
 BLOCK_BYTES = 2**16
 # Bytes to which numpy pads the header of a one-dimensional array, with room for 20 digits of length.
 HEADER_BYTES = 128
-# Shards that a stream keeps mapped. Each has two maps if it has checksums, and Linux allows a process 65,530.
-_MOST_MAPPED = 4096
+# Shards that a process keeps mapped. Each has two maps if it has checksums, and Linux allows a process 65,530.
+_MOST_MAPPED = 8192
 
 
 def block_checksums(data: memoryview) -> np.ndarray:
@@ -88,14 +91,22 @@ class TokenStream:
         problem = f"token {token} is outside GPT-2's vocabulary of {self.vocab_size}"
         return UserError(f"{self.shards[i].path}: {problem}: another tokenizer made it; prepare the text again")
 
+    def _mapped(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """A shard's tokens and checksums; the shard used least recently, of any stream, makes room for it."""
+        with _lock:
+            _recent[id(self), index] = weakref.ref(self)
+            _recent.move_to_end((id(self), index))
+            if len(_recent) > _MOST_MAPPED:
+                (_, oldest), stream = _recent.popitem(last=False)
+                if owner := stream():
+                    owner._maps.pop(oldest, None)
+            if index not in self._maps:
+                self._maps[index] = _map_shard(self.shards[index])
+            return self._maps[index]
+
     def _read_shard(self, index: int, first: int, count: int) -> np.ndarray:
         shard = self.shards[index]
-        maps = self._maps.get(index)
-        if maps is None:
-            if len(self._maps) >= _MOST_MAPPED:
-                self._maps.clear()
-            maps = self._maps[index] = _map_shard(shard)
-        tokens, crcs = maps
+        tokens, crcs = self._mapped(index)
         if crcs is None:
             return tokens[first : first + count]
         per_block = BLOCK_BYTES // shard.dtype.itemsize
@@ -105,6 +116,12 @@ class TokenStream:
         if not np.array_equal(block_checksums(data.view(np.uint8).data), crcs[lo:hi]):
             raise corrupt(shard.path)
         return data[first - lo * per_block :][:count]
+
+
+# The mapped shards of all streams, by stream and index, the one used least recently first. The lock is for the thread
+# that reads ahead. A stream that has ended has no maps; its entries leave in their turn.
+_recent: OrderedDict[tuple[int, int], weakref.ref[TokenStream]] = OrderedDict()
+_lock = threading.Lock()
 
 
 def _map_shard(shard: Shard) -> tuple[np.ndarray, np.ndarray | None]:

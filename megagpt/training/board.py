@@ -26,7 +26,7 @@ _PANELS = {
         "ranks_compute_median", "ranks_compute_slowest", "ranks_slowest_rank", "ranks_data_wait_longest",
         "ranks_communication_wait_median",
     ),
-    "totals": ("tokens_seen", "sequences_seen", "skipped_updates", "incarnation"),
+    "totals": ("tokens_seen", "sequences_seen", "skipped_updates", "spikes", "incarnation"),
 }  # fmt: skip
 _PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}
 # The folders of the chart with both losses: the event and its value.

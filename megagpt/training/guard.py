@@ -1,10 +1,11 @@
-"""Bad steps: updates that are skipped because loss or gradient was not finite, or because the loss is a spike."""
+"""The judgement on each step: whether its loss is a spike, and what a skipped update means for the run."""
 
 import enum
 import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 from megagpt.checkpoints.checkpoint import CheckpointMeta
 from megagpt.config import TrainConfig
@@ -38,43 +39,58 @@ class Spike:
         return f"loss {self.loss:.4f} is {far} above the mean {self.mean:.4f}"
 
 
+@dataclass(frozen=True)
+class SpikeLimit:
+    """The value of `train.spike`."""
+
+    deviations: float
+    steps: int
+    action: str
+
+
 class Guard:
     """Judges every step's loss and outcome. Its counts are part of the run: a checkpoint stores them, so a resumed run
     counts and judges as the uninterrupted one. Every rank has one, and all judge alike."""
 
     def __init__(self, config: TrainConfig, meta: CheckpointMeta | None = None) -> None:
         """`meta`: the checkpoint that the run resumes from."""
-        self._limit, self._spike = config.nonfinite_limit, config.spike
+        self._limit = config.nonfinite_limit
+        self._spike_limit = SpikeLimit(**config.spike) if isinstance(config.spike, dict) else None
         self.skipped = meta.skipped_updates if meta else 0
         """Updates skipped so far, for whatever reason."""
         self.in_a_row = meta.skipped_in_a_row if meta else 0
         self.spikes = meta.spikes if meta else 0
         """Spikes so far."""
-        kept = self._spike["steps"] if isinstance(self._spike, dict) else 0
-        self._losses: deque[float] = deque(meta.recent_losses if meta else (), maxlen=kept)
+        self.spikes_in_a_row = meta.spikes_in_a_row if meta else 0
+        """Spikes among the updates skipped in a row."""
+        self.bad_since = meta.bad_since if meta else 0
+        """Tokens before the first of the updates skipped in a row: the weights may be bad since then."""
+        self._losses: deque[float] = deque(meta.recent_losses if meta else (), self._compared)
         self.spike: Spike | None = None
         """The last spike of this incarnation."""
-        self.spikes_in_a_row = 0
-        """Spikes among the updates skipped in a row, in this incarnation."""
-        self.bad_since = meta.tokens_seen if meta else 0
-        """Tokens before the first of the updates skipped in a row: the weights may be bad since then."""
+
+    @property
+    def _compared(self) -> int:
+        return self._spike_limit.steps if self._spike_limit else 0
 
     @property
     def watches_spikes(self) -> bool:
-        return isinstance(self._spike, dict)
+        return self._spike_limit is not None
 
-    @property
-    def recent_losses(self) -> list[float]:
-        """The losses that the next one is compared with."""
-        return list(self._losses)
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint stores, by the fields of CheckpointMeta."""
+        return {
+            "skipped_updates": self.skipped, "skipped_in_a_row": self.in_a_row, "spikes": self.spikes,
+            "spikes_in_a_row": self.spikes_in_a_row, "bad_since": self.bad_since, "recent_losses": list(self._losses),
+        }  # fmt: skip
 
     def is_spike(self, loss: float) -> bool:
         """Whether a finite loss exceeds the mean of the last `steps` losses by more than `deviations` of their standard
         deviations. Losses whose update was skipped are not among these. False until there are as many."""
-        if not isinstance(self._spike, dict) or len(self._losses) < self._spike["steps"] or not math.isfinite(loss):
+        if self._spike_limit is None or len(self._losses) < self._compared or not math.isfinite(loss):
             return False
         mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
-        if loss <= mean + self._spike["deviations"] * deviation:
+        if loss <= mean + self._spike_limit.deviations * deviation:
             return False
         self.spike = Spike(loss, mean, deviation)
         return True
@@ -91,12 +107,12 @@ class Guard:
         self.in_a_row += 1
         self.spikes += result.spiked
         self.spikes_in_a_row += result.spiked
-        if result.spiked and isinstance(self._spike, dict) and self._spike["action"] == "stop":
+        if result.spiked and self._spike_limit is not None and self._spike_limit.action == "stop":
             return Judgement.SPIKE_STOP
         return Judgement.TOO_MANY if self.in_a_row >= self._limit else Judgement.SKIPPED
 
     def suspicious(self, scale: LossScale) -> bool:
         """Whether the last update was skipped for a reason that fp16's search for its loss scale does not explain: the
         weights may be bad."""
-        searching = scale.dynamic and scale.value > 1
+        searching = scale.dynamic and scale.value > 1 and not self.spikes_in_a_row
         return self.in_a_row > 0 and not searching

@@ -16,7 +16,7 @@ from megagpt.hardware import peak_flops
 from megagpt.position import Position
 from megagpt.process_memory import peak_memory
 from megagpt.run_log import Event
-from megagpt.training.bad_steps import judge
+from megagpt.training.bad_steps import act_on
 from megagpt.training.markdown import verbatim
 from megagpt.training.occasions import crossed, occasions
 from megagpt.training.outcome import FINISHED, Outcome
@@ -86,7 +86,7 @@ def _step(run: Run, before: Position, batches: Generator[Batch], speed: Speed) -
     took = time.monotonic() - began
     speed.step(batch.tokens)
     times = run.engine.clock.read()
-    judge(run, before, at, result)
+    act_on(run, before, at, result)
     if first and run.resumed:
         since = seconds_since_start()
         values = {"seconds_to_first_step": since, "incarnation": run.lease.incarnation.number}
@@ -116,7 +116,9 @@ def _report_step(
         "mfu": run.config.model.flops_per_token * tokens_per_second / (peak * run.world.size) if peak else None,
         "peak_memory_bytes": peak_memory(run.world.device), "skipped_updates": run.guard.skipped,
     }  # fmt: skip
-    run.reporter.step(at, values | ({"loss_scale": scale.value} if scale.dynamic else {}))
+    values |= {"loss_scale": scale.value} if scale.dynamic else {}
+    values |= {"spikes": run.guard.spikes} if run.guard.watches_spikes else {}
+    run.reporter.step(at, values)
 
 
 def _compare_ranks(run: Run, at: Position, took: float, waited: float, times: StepTimes) -> None:
@@ -161,5 +163,7 @@ def _finished(run: Run, at: Position, seconds: float) -> Outcome:
         return FINISHED
     text = f"done in {duration(seconds)}: {at.tokens:,} tokens in {run.folder}"
     run.reporter.event(Event.FINISHED, at, {}, text)
+    if skipped := run.guard.in_a_row:
+        say(f"the last {skipped} updates were skipped: the weights may be bad since {run.guard.bad_since:,} tokens")
     say(f"see it with: {shlex.join(['tensorboard', '--logdir', str(run.folder.parent)])}")
     return FINISHED

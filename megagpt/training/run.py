@@ -45,6 +45,7 @@ from megagpt.training.run_folder import (
     check_free,
     claim_run,
     holds_run,
+    restarted_command,
     run_folder,
     start_as_markdown,
     start_folders,
@@ -111,11 +112,7 @@ class Run:
         """Begin a save of this position."""
         self.reporter.flush()
         fingerprints = [stream.fingerprint for stream in self.train_data.streams]
-        guard = self.guard
-        meta = meta_of(
-            self.engine, at, fingerprints, milestone, skipped_updates=guard.skipped, skipped_in_a_row=guard.in_a_row,
-            spikes=guard.spikes, recent_losses=guard.recent_losses,
-        )  # fmt: skip
+        meta = meta_of(self.engine, at, fingerprints, milestone, **self.guard.counters())
         with self.watchdog.patient("a save"):
             self.report_saved(at, self.saver.save(self.engine.state(), self.engine.replica, meta))
 
@@ -161,9 +158,8 @@ def open_run(
     config.check_ranks(world.size)
     if not resume:
         check_free(folder)
-    asked = resume_at
-    if asked is not None and world.from_main(lambda: went_back(folder, asked)):
-        say(f"--at {asked} was done before this restart; resuming from the newest checkpoint")
+    if world.from_main(lambda: resume_at is not None and went_back(folder, resume_at)):
+        say(f"--at {resume_at} was done before this restart; resuming from the newest checkpoint")
         resume_at = None
     _check_vocabulary(config, holds_run(folder))
     say("reading data")
@@ -183,7 +179,7 @@ def open_run(
     if found is not None:
         _check_length(config, found)
     tokens = found.meta.tokens_seen if found else 0
-    lease = Lease(claim_run(folder, engine, tokens, asked))
+    lease = Lease(claim_run(folder, engine, tokens))
     ending = Ending(lease.incarnation, world, tokens)
     with ending.recording(), contextlib.ExitStack() as stack:
         found = _load(found, seek, engine)
@@ -195,13 +191,16 @@ def open_run(
         elif resume:
             say(f"{folder}: no checkpoint was completed; starting from the first token")
         ending.reached = start.tokens
+        newer = _abandon_newer(folder, start, world) if resume_at is not None else []
         world.barrier()
         saver = Saver(folder, config.checkpoint, world, lease.incarnation)
         saver.probe(config.model.checkpoint_bytes)
         reporter = Reporter(folder, start, start.total * start.context, resume, world.is_main, resume_at is not None)
         stack.callback(reporter.close)
         if resume_at is not None:
-            _go_back(folder, start, world, reporter)
+            renamed = f"; newer checkpoints were renamed: {', '.join(newer)}" if newer else ""
+            values = {"abandoned": newer, "command": restarted_command()}
+            reporter.event(Event.WENT_BACK, start, values, f"went back to {start.tokens:,} tokens{renamed}")
         reporter.text(start, "config", verbatim(to_yaml(config), "pre"))
         reporter.text(start, "start", start_as_markdown(lease.incarnation))
         hangs = folder / "hangs" / f"{lease.incarnation.number:06d}"
@@ -232,12 +231,9 @@ def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:
     return found
 
 
-def _go_back(folder: Path, start: Position, world: World, reporter: Reporter) -> None:
-    """Rename the checkpoints past `start`, and log it."""
-    newer = world.from_main(lambda: [path.name for path in abandon(folder, lambda c: c.tokens > start.tokens)])
-    renamed = f"; newer checkpoints were renamed: {', '.join(newer)}" if newer else ""
-    text = f"went back to {start.tokens:,} tokens{renamed}"
-    reporter.event(Event.WENT_BACK, start, {"abandoned": newer}, text)
+def _abandon_newer(folder: Path, start: Position, world: World) -> list[str]:
+    """Rename the checkpoints past `start`; returns their new names."""
+    return world.from_main(lambda: [path.name for path in abandon(folder, lambda c: c.tokens > start.tokens)])
 
 
 def _check_length(config: Config, found: OpenCheckpoint) -> None:

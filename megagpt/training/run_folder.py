@@ -20,8 +20,8 @@ from megagpt.errors import UserError
 from megagpt.files import write_atomic
 from megagpt.hardware import device_name
 from megagpt.incarnations import Incarnation, claim, list_incarnations
-from megagpt.launchers import restarts, slurm_job
-from megagpt.run_log import log_path
+from megagpt.launchers import job_number, slurm_job, torchrun_name
+from megagpt.run_log import Event, log_path, read
 from megagpt.training.markdown import table, verbatim
 
 # Largest difference between two readings of the time at which one process began (s): the clock may have been set.
@@ -33,9 +33,9 @@ def run_folder(config: Config) -> Path:
     return Path(config.run.folder).expanduser() / config.run.name
 
 
-def resume_command(run: Path) -> str:
-    """The command that resumes a run, as a shell takes it."""
-    return shlex.join(["megagpt", "train", "--resume", str(run)])
+def resume_command(run: Path, *more: str) -> str:
+    """The command that resumes a run, with more arguments, as a shell takes it."""
+    return shlex.join(["megagpt", "train", "--resume", str(run), *more])
 
 
 def holds_run(run: Path) -> bool:
@@ -50,16 +50,25 @@ def check_free(run: Path) -> None:
         raise UserError(f"{run}: already holds a run; {way}")
 
 
-def went_back(run: Path, resume_at: int) -> bool:
-    """Whether this is a restart, by Slurm or torchrun, of a command that has already taken the run back to the
-    checkpoint at `resume_at` tokens. Then the run continues from its newest one."""
-    found = list_incarnations(run)
-    return restarts(os.environ) > 0 and bool(found) and found[-1].start().get("resume_at") == resume_at
+def restarted_command() -> str | None:
+    """The command behind this process, if its launcher may run it again by itself: a Slurm job that may be requeued, or
+    the workers of a torchrun. None: someone has typed it."""
+    if job := slurm_job(os.environ):
+        return f"job {job_number(job)}"
+    return f"torchrun {name}" if (name := torchrun_name(os.environ, platform.node(), os.getppid())) else None
 
 
-def claim_run(run: Path, engine: Engine, from_tokens: int, resume_at: int | None = None) -> Incarnation:
+def went_back(run: Path, tokens: int) -> bool:
+    """Whether this same command has already taken the run back to the checkpoint at `tokens`. Then it was run again by
+    its launcher, and the run continues from its newest checkpoint."""
+    command = restarted_command()
+    back = (line for line in read(run) if line["event"] == Event.WENT_BACK and line["tokens_seen"] == tokens)
+    return command is not None and any(line.get("command") == command for line in back)
+
+
+def claim_run(run: Path, engine: Engine, from_tokens: int) -> Incarnation:
     """Begin the run's next incarnation: the main rank leaves the resolved config and the facts of this process group.
-    `resume_at`: the position that the command asked for. Every rank calls it. Raises OSError."""
+    Every rank calls it. Raises OSError."""
 
     def leave() -> int:
         run.mkdir(parents=True, exist_ok=True)
@@ -71,7 +80,7 @@ def claim_run(run: Path, engine: Engine, from_tokens: int, resume_at: int | None
             "job": slurm_job(os.environ), "platform": platform.platform(),
             "python": platform.python_version(), "megagpt": megagpt.__version__,
             "torch": torch.__version__, "engine": engine.describe(), "device": device_name(engine.world.device),
-            "world_size": engine.world.size, "from_tokens": from_tokens, "resume_at": resume_at,
+            "world_size": engine.world.size, "from_tokens": from_tokens,
             "process": this_process(),
         }  # fmt: skip
         return claim(run, facts).number

@@ -14,10 +14,13 @@ from megagpt.cli import main
 from megagpt.data import documents as batching
 from megagpt.data import file_source
 from megagpt.data import prepare as module
+from megagpt.data.documents import DocumentBatch
+from megagpt.data.journal import Journal, Reading
 from megagpt.data.prepare import prepare
 from megagpt.data.readers import Format, Row
 from megagpt.data.shards import manifest_checksum
 from megagpt.data.sources import open_source
+from megagpt.data.tables import as_row
 from tests.data.preparation import contents, documents_of, error_of, make_documents, stop_after, write_corpus
 
 pytestmark = pytest.mark.usefixtures("inline")
@@ -259,7 +262,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path, monkeypat
 
 def bad_corpus(path: Path) -> Path:
     """Five bad rows among the documents."""
-    bad = ['{"text": null}', "oops", '{"text": "cut of', "[1]", '{"url": "x"}']
+    bad = ['{"text": null}', "oops", '{"text": "cut of', "[1]", r'{"\ud800": "half a surrogate pair"}']
     lines = [json.dumps({"text": text}) for text in DOCUMENTS]
     for i, line in enumerate(bad):
         lines.insert(3 + 11 * i, line)
@@ -272,6 +275,10 @@ def test_skipped_rows_are_counted_across_an_interruption(tmp_path: Path, folder:
     path = bad_corpus(tmp_path / "bad.jsonl")
     source = stop_after(open_source(str(path)), batches, KeyboardInterrupt)
     error_of(lambda: prepare(source, tmp_path / "out", skip_bad=5, **SETTINGS))
+    left_out = json.loads((tmp_path / "out" / "journal.json").read_text())["skipped"]["rows"]
+    for limit in range(left_out):
+        message = error_of(lambda n=limit: prepare(source, tmp_path / "out", skip_bad=n, **SETTINGS))  # type: ignore[misc]
+        assert f"give --skip-bad {left_out} or more" in message
     manifest = prepare(open_source(str(path)), tmp_path / "out", skip_bad=5, **SETTINGS)
     assert manifest["skipped"]["rows"] == 5
     places = [row.partition(":")[0] for row in manifest["skipped"]["first"]]
@@ -289,10 +296,26 @@ def test_more_bad_rows_than_the_limit_are_refused(tmp_path: Path, limit: int) ->
     assert prepare(open_source(str(path)), out, skip_bad=5, **SETTINGS)["skipped"]["rows"] == 5
 
 
+def test_advice_about_a_bad_row_can_be_followed(tmp_path: Path) -> None:
+    """Another key only while no document is prepared; the file only if it is here."""
+    row = as_row(3, "someone/stories row 7", "text", remedy="")
+    batch = DocumentBatch([], {}, None, (row,))  # type: ignore[arg-type]
+    for documents, skip_bad, advice in (
+        (0, 0, "choose another --text-key; or leave out up to N such rows with --skip-bad N"),
+        (9, 0, "leave out up to N such rows with --skip-bad N"),
+    ):
+        message = error_of(lambda d=documents, n=skip_bad: Journal({}, [], d).note(Reading(), batch, n))  # type: ignore[misc]
+        assert message == f"someone/stories row 7: 'text' is 3, not text; {advice}"
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "' + b"x" * 700 + b'"}\n{"body": "x"}\n')
+    message = error_of(lambda: prepare(open_source(str(path)), tmp_path / "out", **SETTINGS))
+    assert "; fix or remove the line, or name the files to read by a glob, then run the same command again" in message
+
+
 def test_skipped_rows_are_reported_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = bad_corpus(tmp_path / "bad.jsonl")
     command = ["prepare", str(path), "--out", str(tmp_path / "out"), "--val-fraction", "0.1"]
-    assert main(command) == 2
+    assert main([*command, "--skip-bad", "0"]) == 2
     assert "--skip-bad N" in capsys.readouterr().err
     assert main([*command, "--skip-bad", "7"]) == 0
     output = capsys.readouterr().out

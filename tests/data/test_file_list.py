@@ -105,6 +105,15 @@ def test_links_in_a_circle_are_refused(tmp_path: Path, target: str) -> None:
         assert "link" in message
 
 
+def test_a_link_to_a_folder_above_the_source_is_named(tmp_path: Path) -> None:
+    """It is refused before the folders beside the source are read."""
+    folder = write(tmp_path / "parent" / "z" / "corpus", "sub/b.jsonl")
+    (tmp_path / "parent" / "a").symlink_to("missing")
+    (folder / "sub" / "up").symlink_to(tmp_path / "parent")
+    for source in (folder, f"{folder}/**/*.jsonl"):
+        assert f"{folder}/sub/up: a link back to {tmp_path}/parent, which it is in" in error_of(source)
+
+
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone", "gone.xyz"])
 def test_links_that_lead_nowhere_are_refused(tmp_path: Path, name: str) -> None:
     folder = write(tmp_path / "folder", "a.jsonl")

@@ -1,5 +1,6 @@
 """Validation text: the end of one long text, or a source of its own."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megagpt.data.prepare import prepare
 from megagpt.data.shards import verify
 from megagpt.data.sources import open_source, open_validation
 from megagpt.data.tokenizer import END_OF_TEXT, gpt2
+from tests.conftest import Refusal
 from tests.data.crashes import CrashPoints
 from tests.data.folders import read_all
 from tests.data.preparation import check_unfinished, contents, documents_of, error_of, make_documents, write_corpus
@@ -68,20 +70,21 @@ def test_a_text_file_is_held_out_on_the_command_line(tmp_path: Path, capsys: pyt
     path.write_text("\n".join(DOCUMENTS * 20), encoding="utf-8")
     assert main(["prepare", str(path), "--out", str(tmp_path / "out")]) == 0
     tokens = encoded(["\n".join(DOCUMENTS * 20)])
-    assert f"the last {round(len(tokens) * 0.005):,} tokens" in capsys.readouterr().out
+    assert f"held out the last {round(len(tokens) * 0.005):,} tokens for validation: " in capsys.readouterr().out
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("val_fraction", [0.15, 0.8])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_kill_while_the_end_is_moved_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool, val_fraction: float
 ) -> None:
     monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 400)
     monkeypatch.setattr(module, "_JOURNAL_SECONDS", -1.0)
     source = open_source(str(write_corpus(tmp_path / "a.jsonl", DOCUMENTS[:2])))
 
     def run(folder: Path) -> dict[str, Any]:
-        return prepare(source, folder, val_fraction=0.15, shard_tokens=25)
+        return prepare(source, folder, val_fraction=val_fraction, shard_tokens=25)
 
     assert len(run(tmp_path / "expected")["splits"]["val"]["shards"]) > 1
     expected = contents(tmp_path / "expected")
@@ -97,13 +100,19 @@ def test_a_kill_while_the_end_is_moved_loses_nothing(
     assert 20 < step < 999
 
 
-@pytest.mark.parametrize("val_fraction", [0.5, 0.9])
-def test_one_document_is_never_validation_alone(tmp_path: Path, val_fraction: float) -> None:
-    source = open_source(str(write_corpus(tmp_path / "a.jsonl", DOCUMENTS[:1])))
-    message = error_of(lambda: prepare(source, tmp_path / "out", val_fraction=val_fraction))
-    assert "below 0.5" in message
-    prepare(source, tmp_path / "advised", val_fraction=0.49)
-    assert all(read_all(tmp_path / "advised").values())
+@pytest.mark.parametrize(("count", "val_fraction"), [(1, 0.49), (1, 0.5), (1, 0.9), (2, 0.9), (2, 0.999999)])
+@pytest.mark.parametrize("shard_tokens", [7, 10**6])
+def test_documents_too_few_for_both_splits_are_cut(
+    tmp_path: Path, val_fraction: float, shard_tokens: int, count: int
+) -> None:
+    source = open_source(str(write_corpus(tmp_path / "a.jsonl", DOCUMENTS[:count])))
+    manifest = prepare(source, tmp_path / "out", val_fraction=val_fraction, shard_tokens=shard_tokens)
+    found, tokens = read_all(tmp_path / "out"), encoded(DOCUMENTS[:count])
+    assert found["train"] + found["val"] == tokens
+    tail = min(int(len(tokens) * val_fraction + 0.5), len(tokens) - 2)
+    assert manifest["tail_tokens"] == tail == len(found["val"])
+    assert sum(split["documents"] for split in manifest["splits"].values()) == count
+    assert verify(tmp_path / "out") == len(tokens)
 
 
 # --- a validation set of its own -------------------------------------------------------------------------------------
@@ -159,13 +168,14 @@ def test_files_of_the_validation_set_are_not_trained_on(tmp_path: Path, capsys: 
 
 @pytest.mark.parametrize("val", ["someone/stories", "other/stories"])
 def test_the_hub_is_asked_for_a_split_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], val: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal, val: str
 ) -> None:
     asked: dict[str, tuple[object, ...]] = {}
 
     def hub_source(name: str, text_key: str, subset: str | None, split: str, revision: str | None) -> Source:
         asked[split] = name, text_key, subset, revision
-        return open_source(str(write_corpus(tmp_path / f"{split}.jsonl", [split])))
+        source = open_source(str(write_corpus(tmp_path / f"{split}.jsonl", [split])))
+        return dataclasses.replace(source, identity={"hub": name, "split": split})
 
     monkeypatch.setattr("megagpt.data.sources.hub_source", hub_source)
     options = ["--subset", "big", "--revision", "abc", "--out", str(tmp_path / "out")]
@@ -173,6 +183,10 @@ def test_the_hub_is_asked_for_a_split_of_its_own(
     same = ("big", "abc") if val == "someone/stories" else (None, None)
     assert asked == {"train": ("someone/stories", "text", "big", "abc"), "validation": (val, "text", *same)}
     assert documents_of(tmp_path / "out", "val") == ["validation"]
+    assert main(["prepare", "someone/stories", "--val", val, *options, "--val-revision", "def"]) == 0
+    assert asked["validation"] == (val, "text", same[0], "def")
+    part = "is the text to train on" if val == "someone/stories" else "--val-split was validation, is train"
+    refusal(["prepare", "someone/stories", "--val", val, "--val-split", "train", *options], part)
 
 
 def test_an_empty_validation_set_is_refused(tmp_path: Path) -> None:

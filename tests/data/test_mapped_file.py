@@ -2,6 +2,7 @@
 
 import mmap
 import resource
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -62,14 +63,20 @@ def test_files_that_cannot_be_mapped_raise_os_errors(tmp_path: Path) -> None:
 
 
 @needs_proc
-def test_a_stream_bounds_its_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_streams_of_a_process_share_one_bound_of_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_stream, "_MOST_MAPPED", 3)
+    monkeypatch.setattr(token_stream, "_recent", OrderedDict())
     for i in range(10):
         write_bin(tmp_path / f"x_train_{i}.bin", np.arange(100 * i, 100 * i + 100))
-    stream = open_stream(tmp_path, "train")
-    for start in np.random.default_rng(0).integers(0, 750, 20).tolist():
-        assert stream.read(start, 250).tolist() == list(range(start, start + 250))
+    streams = [open_stream(tmp_path, "train") for _ in range(3)]
+    for start in np.random.default_rng(0).integers(0, 750, 40).tolist():
+        assert streams[start % 3].read(start, 250).tolist() == list(range(start, start + 250))
         assert maps_of(tmp_path) <= 3
+    streams[0].read(100, 10)
+    for start in (0, 200, 300):
+        streams[1].read(start, 10)
+        streams[0].read(100, 10)
+    assert list(streams[0]._maps) == [1], "the shard in use stays mapped"
 
 
 def train_with_few_files(config: Path) -> int:

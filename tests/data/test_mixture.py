@@ -1,6 +1,7 @@
 """Passes, held-out text and sources given twice are said or refused before a run, by source."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -215,7 +216,9 @@ def test_relative_sources_that_are_nowhere_name_the_folders(
     start = tmp_path / "start"
     shutil.copytree(corpus, start / "shards")
     runs = {"folder": str(tmp_path / "elsewhere" / "runs")}
-    config = write_tiny(start, corpus, run=runs, data={"sources": [{"path": "shards"}]}, **SHORT)
+    other = write_source(tmp_path / "another one", 200, 100)
+    sources = [{"path": "shards", "weight": 3.0}, {"path": str(other), "weight": 2.0}]
+    config = write_tiny(start, corpus, run=runs, data={"sources": sources}, **SHORT)
     refusal(["train", str(config)], f"shards: no such folder in {Path.cwd()}", "megagpt data prepare")
     monkeypatch.chdir(start)
     assert main(["train", str(config)]) == 0
@@ -223,8 +226,10 @@ def test_relative_sources_that_are_nowhere_name_the_folders(
     monkeypatch.chdir(tmp_path)
     resume = ["train", "--resume", f"{runs['folder']}/tiny", "train.tokens=512"]
     message = refusal(resume, f"shards: no such folder in {tmp_path}", str(start), "data.sources=")
-    way = message[message.index("data.sources='") :].replace("'", "").replace("FOLDER", str(tmp_path / "gone"))
-    assert main([*resume, way.strip()]) == 0
+    (way,) = shlex.split(message.partition("name its place: ")[2])
+    assert main([*resume, way.replace("FOLDER", str(tmp_path / "gone"))]) == 0
+    saved = load_config(str(tmp_path / "elsewhere" / "runs" / "tiny" / "config.yaml")).data.sources
+    assert saved == (SourceConfig(str(tmp_path / "gone"), 3.0), SourceConfig(str(other), 2.0))
 
 
 def test_the_built_in_corpus_is_found_where_the_run_was_started(

@@ -1,5 +1,6 @@
 """Every document comes once, in order, and the same bytes on any number of workers."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -143,6 +144,27 @@ def test_a_finished_folder_is_left_alone(tmp_path: Path) -> None:
     unread = dataclasses.replace(source, batches=forbidden)
     assert prepare(unread, tmp_path / "out", val_fraction=0.1) == manifest
     assert {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_folder_that_another_process_finishes_meanwhile_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(str(write_corpus(tmp_path / "a.jsonl", make_documents(50))))
+    alone = module._alone
+
+    @contextlib.contextmanager
+    def late(folder: Path) -> Iterator[None]:
+        monkeypatch.setattr(module, "_alone", alone)
+        prepare(source, folder, val_fraction=0.1)
+        with alone(folder):
+            yield
+
+    monkeypatch.setattr(module, "_alone", late)
+    unread = dataclasses.replace(source, batches=None)
+    manifest = prepare(unread, tmp_path / "out", val_fraction=0.1)
+    assert manifest["documents"] == len(documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val"))
+    assert not (tmp_path / "out" / "journal.json").exists()
 
 
 @pytest.mark.usefixtures("inline")

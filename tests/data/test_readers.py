@@ -47,6 +47,9 @@ PLAIN: dict[str, tuple[str, Callable[[list[str]], bytes]]] = {
     "array": (".json", lambda documents: json.dumps(rows_of(documents), ensure_ascii=False).encode()),
     "indented": (".json", lambda documents: json.dumps(rows_of(documents), indent=2).encode() + b"\n"),
     "objects": (".json", lambda documents: b"\n".join(json.dumps(r, indent=1).encode() for r in rows_of(documents))),
+    "one line of objects": (".json", lambda documents: b" ".join(json.dumps(r).encode() for r in rows_of(documents))),
+    "objects without blanks": (".json", lambda documents: jsonl(documents).replace(b"}\n{", b"}{")),
+    "a long first line": (".json", lambda documents: b'{"id": "' + b"x" * 10**5 + b'",\n' + jsonl(documents)[10:]),
     "csv": (".csv", csv_of),
     "csv with a mark": (".csv", lambda documents: b"\xef\xbb\xbf" + csv_of(documents)),
     "separated": (".txt", lambda documents: "\n<|sep|>\n\n".join(documents).encode() + b"\n<|sep|>\n"),
@@ -186,6 +189,12 @@ def test_invalid_utf8_names_file_and_row(tmp_path: Path, name: str) -> None:
         (b'{"text": "a"}\n{"text": 3}', ["line 2", "not text"]),
         (b'{\n"text": "a"\n}\n{\n"text": "b"', ["row 2", "not JSON"]),
         (b'["a", "b"]', ["row 1", "'text'"]),
+        (b'{"text": "a"} {"text": 3}', ["line 1", "not text"]),
+        (b'{"text": "a"} garbage {"text": "b"}', ["line 1", "not JSON (Extra data"]),
+        ('{"text": "a"}\r\n{"text": "b"}'.encode("utf-16"), ["line 1", "not UTF-8"]),
+        (b"[" * 8000, ["row 1", "not JSON"]),
+        (b'{"a": ' + b"[" * 200_000, ["line 1", "not JSON"]),
+        (b'{"id": ' + b"1" * 5000 + b', "text": "a"}', ["line 1", "not JSON"]),
     ],
 )
 def test_bad_json_files_are_refused_with_the_place(tmp_path: Path, data: bytes, words: list[str]) -> None:
@@ -204,6 +213,9 @@ def test_bad_json_files_are_refused_with_the_place(tmp_path: Path, data: bytes, 
         (b"id,text\n1,a\n2\n", ["line 3", "1 fields under 2 columns"]),
         (b'text\na\n"never closed\n', ["line 3", "never closed"]),
         (b'text\na\n"b"c\n', ["line 3", "not CSV"]),
+        (b"id,text\r1,a\r2,b\r", ["line 1", "CR alone", "CR LF"]),
+        (b'"text"x,y\na,b\n', ["line 1", "not CSV"]),
+        (b'id,"text\n1,a\n', ["line 1", "a quote is never closed"]),
     ],
 )
 def test_bad_csv_files_are_refused_with_the_place(tmp_path: Path, data: bytes, words: list[str]) -> None:

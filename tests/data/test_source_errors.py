@@ -10,6 +10,7 @@ import pytest
 import zstandard
 
 from megagpt.data import documents as batching
+from megagpt.data import tables
 from megagpt.data.sources import open_source
 from megagpt.errors import UserError
 from tests.data.writers import (
@@ -139,6 +140,22 @@ def test_a_parquet_value_that_is_not_text_is_named(tmp_path: Path, value: int | 
     assert shown in message or value is not None
     assert f"{path} row {18 if value is None else 1}:" in message
     assert "not text" in message
+
+
+def test_columns_that_python_cannot_have_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    times = pa.array([2**60], pa.timestamp("ms"))  # after the year 9999
+    pq.write_table(pa.table({"text": ["a"], "time": times}), path)
+    message = error_of(path, text_key="time")
+    assert f"{path} row 1: 'time' is timestamp[ms], not text; choose another --text-key" in message
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, path)
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), twice.schema) as writer:
+        writer.write_table(twice)
+    for name in ("a.parquet", "a.arrow"):
+        assert f"{name}: 2 columns are called 'text'" in error_of(tmp_path / name)
+    with pytest.raises(UserError, match="corrupt, or not a parquet file"), tables._errors(path, "parquet"):
+        raise pa.ArrowNotImplementedError("codec")
 
 
 def test_missing_files_and_empty_folders_are_refused(tmp_path: Path) -> None:

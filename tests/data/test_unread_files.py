@@ -1,6 +1,7 @@
 """Files that look like shards and are not read are named."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,19 @@ def test_a_subfolder_with_shards_is_named(folder: Path) -> None:
     (folder / "more").mkdir()
     write_bin(folder / "more" / "x_train_1.bin", np.arange(10))
     assert "not read: more/:" in unread_note(folder)
+
+
+def test_a_subfolder_that_cannot_be_read_is_passed_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main rank alone looks for it: an error would leave the other ranks waiting."""
+    iterdir = Path.iterdir
+
+    def guarded(path: Path) -> Iterator[Path]:
+        if path.name == "notes":
+            raise FileNotFoundError(2, "removed meanwhile", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", guarded)
+    assert unread_note(folder) == ""
 
 
 def test_a_folder_of_folders_is_refused_with_their_names(tmp_path: Path) -> None:

@@ -3,19 +3,22 @@
 import math
 import shlex
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
-from megagpt.checkpoints.checkpoint import Checkpoint
 from megagpt.checkpoints.folder import list_checkpoints, renamed
 from megagpt.cli import main
-from megagpt.config import TrainConfig
+from megagpt.config import SkipConfig, TrainConfig
+from megagpt.data.loader import Corpus
 from megagpt.engines.engine import Engine, StepResult
 from megagpt.engines.loss_scale import LossScale
 from megagpt.run_log import Event
+from megagpt.training.bad_steps import leave_out
 from megagpt.training.guard import Guard, Judgement
 from tests.conftest import Tiny, metrics
 from tests.processes import megagpt
@@ -60,6 +63,22 @@ def test_good_checkpoints_survive_a_streak(
     assert main(arguments) == 0
     assert metrics(run)[-1]["tokens_seen"] == 2560
     assert all(math.isfinite(loss) for loss in losses(run))
+
+
+@pytest.mark.slow
+def test_a_run_that_was_never_good_says_how_to_begin_again(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(tiny(checkpoint={"every_tokens": 128}, optimizer={"lr": 3e19}, schedule={"warmup_tokens": 0}))
+    run = tmp_path / "runs" / "tiny"
+    assert main(["train", config]) == 2
+    arguments = advice(capsys.readouterr().err)
+    assert tokens_of(run) == []
+    assert main(["train", "--resume", str(run)]) == 2, "nothing to resume from"
+    assert "remove the renamed checkpoints" in capsys.readouterr().err
+    arguments[arguments.index("optimizer.lr=1.5e+19")] = "optimizer.lr=0.01"
+    assert main([*arguments, "train.tokens=256"]) == 0
+    assert metrics(tmp_path / "runs" / "tiny-2")[-1]["tokens_seen"] == 256
 
 
 @pytest.mark.slow
@@ -117,10 +136,13 @@ def test_a_run_resumes_from_the_checkpoint_that_was_chosen(
     assert metrics(run, Event.WENT_BACK)[0]["abandoned"] == ["000000000001920.abandoned", "000000000002560.abandoned"]
     abandoned = (run / "metrics.abandoned.jsonl").read_text().splitlines()
     assert sum('"event": "step"' in line for line in abandoned) == 10
-    # A scheduler runs the same command again after a failure: it does not go back a second time.
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert main(["train", "--resume", str(run), "--at", "1280"]) == 0
-    assert "was done before this restart" in capsys.readouterr().out
+    # Whoever types it again goes back again. A job that is requeued does not, once it has gone back.
+    again = ["train", "--auto-resume", config, "--at", "1280"]
+    for job, done_before in ((None, False), ("7", False), ("7", True), ("8", False)):
+        if job:
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+        assert main(again) == 0
+        assert ("was done before this restart" in capsys.readouterr().out) == done_before
 
 
 def spiky(tiny: Tiny, action: str, **train: object) -> str:
@@ -172,20 +194,25 @@ def test_a_spike_is_skipped_and_counted(
 def test_a_spike_stops_the_run_and_its_advice_leaves_the_data_out(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = spiky(tiny, "stop")
+    """Also if spikes are watched since a resume only: the command then allows that change, too."""
+    config = str(tiny(train={"tokens": 640}))
     run = tmp_path / "runs" / "tiny"
+    assert main(["train", config]) == 0
+    spike = "train.spike={deviations: 1.5, steps: 4, action: stop}"
+    resume = ["train", "--resume", str(run), "--allow-recipe-change", "train.tokens=2560", spike]
     with monkeypatch.context() as patch:
-        jump_at(patch, 12)
-        assert main(["train", config]) == 2
+        jump_at(patch, 5)
+        assert main(resume) == 2
     error = capsys.readouterr().err
-    assert "step 12: loss" in error
+    assert "step 10: loss" in error
     assert "the last good checkpoint is" in error
     arguments = advice(error)
-    assert arguments[3:] == ["--at", "1280", "--allow-data-change", 'data.skip=[{"at": 1280, "tokens": 256}]']
-    assert main(arguments) == 0
+    flags = ["--allow-recipe-change", "--allow-data-change"]
+    assert arguments[3:] == ["--at", "640", *flags, 'data.skip=[{"at": 640, "tokens": 640}]']
+    assert main([*arguments, "train.spike=none"]) == 0
     assert metrics(run)[-1]["tokens_seen"] == 2560
     capsys.readouterr()
-    late = ["--resume", str(run), "--allow-data-change", "train.tokens=5120", "data.skip=[{at: 1408, tokens: 128}]"]
+    late = ["--resume", str(run), "--allow-data-change", "train.tokens=5120", "data.skip=[{at: 512, tokens: 128}]"]
     assert main(["train", *late]) == 2
     assert "only stretches at or past that position may change" in capsys.readouterr().err
 
@@ -201,7 +228,7 @@ def test_a_loss_is_a_spike_by_the_deviations_of_those_before() -> None:
     assert guard.is_spike(limit + 1e-6)
     bad = StepResult(9.0, math.nan, 1, updated=False, spiked=True)
     assert guard.judge(bad, 4) is Judgement.SKIPPED
-    assert guard.recent_losses == [4.0, 3.0, 5.0, 4.0]
+    assert guard.counters()["recent_losses"] == [4.0, 3.0, 5.0, 4.0]
     assert guard.judge(bad, 5) is Judgement.TOO_MANY
     assert (guard.skipped, guard.spikes, guard.in_a_row, guard.bad_since) == (2, 2, 2, 4)
 
@@ -225,5 +252,14 @@ def test_a_spike_setting_that_says_too_little_is_refused(value: object) -> None:
         TrainConfig(spike=value)  # type: ignore[arg-type]
 
 
-def test_an_import_counts_as_good(tmp_path: Path) -> None:
-    assert Checkpoint(tmp_path).is_proven
+def test_stretches_left_out_cover_what_the_run_saw(tmp_path: Path) -> None:
+    """With any stretches before: the data after the resume is that which followed, and nothing of what was seen."""
+    before = (SkipConfig(2, 3), SkipConfig(5, 1), SkipConfig(6, 2), SkipConfig(9, 4))
+
+    def numbers(stretches: Sequence[SkipConfig], positions: range) -> list[int]:
+        corpus = Corpus([], [], 1, 0, tuple((s.at, s.tokens) for s in stretches))
+        return corpus.numbers_at(np.array(positions)).tolist()
+
+    after = leave_out(before, 5, 8)
+    assert numbers(after, range(5)) == numbers(before, range(5))
+    assert numbers(after, range(5, 12)) == numbers(before, range(8, 15))
