@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a config on all nodes of a Slurm job, under any engine:
 #
-#     sbatch --nodes 16 launch/multinode.sh gpt3_13b.yaml [section.key=value ...] [--allow-recipe-change]
+#     sbatch --nodes 16 launch/multinode.sh gpt3_13b.yaml [section.key=value ...] [--allow-recipe-change] [--at TOKENS]
 #
 # sbatch's options override the lines below, and so does its environment: --account or SBATCH_ACCOUNT, --partition or
 # SBATCH_PARTITION, --time or SBATCH_TIMELIMIT, --gpus-per-node or SBATCH_GPUS_PER_NODE, --signal, --exclude, ...

@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except BrokenPipeError:
-        return ExitCode.DONE
+        if console.is_unread():
+            return ExitCode.DONE
+        raise
     finally:
         console.drop_unread()
 
@@ -28,8 +30,6 @@ def _run(argv: Sequence[str] | None) -> int:
         code = command(arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        raise
     except (ExpectedError, OSError) as error:
         known = expected(error)
         if known is None:

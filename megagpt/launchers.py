@@ -123,8 +123,11 @@ def slurm_nodes(environment: Mapping[str, str]) -> str:
 
 
 def slurm_gpus(environment: Mapping[str, str]) -> int:
-    """GPUs that the job has on this node."""
-    return int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+    """GPUs that the job has on this node. Raises UserError if Slurm has set no number."""
+    found = environment.get("SLURM_GPUS_ON_NODE") or "0"
+    if not found.isdecimal():
+        raise UserError(f"SLURM_GPUS_ON_NODE is {found!r}, not a number: Slurm sets it in a job; unset it elsewhere")
+    return int(found)
 
 
 def job_setting(environment: Mapping[str, str], name: str) -> int:
@@ -153,14 +156,15 @@ def started_by_torchrun(environment: Mapping[str, str]) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment
 
 
-def torchrun_attempt(environment: Mapping[str, str]) -> str | None:
-    """The number of torchrun's start of the ranks, which --max-restarts repeats, from 0; None without torchrun."""
-    return environment.get("TORCHELASTIC_RESTART_COUNT") if started_by_torchrun(environment) else None
-
-
 def agent_holds_store(environment: Mapping[str, str]) -> bool:
     """Whether torchrun's agent, not rank 0, holds the store in which the ranks meet."""
     return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def torchrun_attempt(environment: Mapping[str, str]) -> str | None:
+    """The number of torchrun's start of the ranks, from 0, if its agent holds one store for all of them. None if each
+    start has a store of its own, as under an elastic torchrun, whose agents count their starts differently."""
+    return environment.get("TORCHELASTIC_RESTART_COUNT") if agent_holds_store(environment) else None
 
 
 def error_file(environment: Mapping[str, str]) -> str:

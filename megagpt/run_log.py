@@ -64,8 +64,14 @@ class RunLog:
 
     def __init__(self, run: Path, tokens: int, went_back: bool = False) -> None:
         """Drops the lines past `tokens`, the position that the run resumes from. `went_back`: other lines may follow
-        than those that were there, which are moved to metrics.abandoned.jsonl."""
+        than those that were there, which are moved to metrics.abandoned.jsonl. Raises ExpectedError if the disk refuses
+        it."""
         self._path = log_path(run)
+        with self.disk_errors():
+            self._keep(tokens, went_back)
+            self._file = self._path.open("a", encoding="utf-8")
+
+    def _keep(self, tokens: int, went_back: bool) -> None:
         if self._path.exists():
             lines = list(json_lines(self._path))
             kept = [line for line in lines if line.get("tokens_seen", math.inf) <= tokens]
@@ -74,7 +80,6 @@ class RunLog:
                 with self._path.with_name("metrics.abandoned.jsonl").open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps(line) + "\n" for line in dropped)
             write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = self._path.open("a", encoding="utf-8")
 
     def append(self, event: Event, step: int, tokens: int, values: Line) -> None:
         """Write a line. `None` becomes null; a number that is not finite, which JSON lacks, becomes its name. Raises

@@ -48,8 +48,9 @@ class World:
 
     @staticmethod
     def alone(device: str = "cpu") -> "World":
-        """One process that has joined nothing."""
-        return World(0, 1, 0, torch.device(device))
+        """One process that has joined nothing, whatever a launcher has set, on the device that `train.device` would
+        mean by this name. Raises UserError if there is none."""
+        return World(0, 1, 0, choose_device(device, 0))
 
     def sum(self, value: float) -> float:
         """The sum over all ranks, on every rank."""
@@ -153,16 +154,6 @@ def join(
         # gloo's threads may still hold a tensor; if the last reference falls while Python exits, the process aborts.
         time.sleep(0.2)
         left.set()
-
-
-@contextlib.contextmanager
-def alone(device: str = "auto") -> Iterator[World]:
-    """A world of this process, for commands that need no peers, whatever a launcher has set. Raises UserError if there
-    is no such device."""
-    world = World(0, 1, 0, choose_device(device, 0))
-    if world.device.type == "cpu":
-        keep_freed_memory()
-    yield world
 
 
 def fail_together(error: UserError, asked: Asked = never) -> NoReturn:

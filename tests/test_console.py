@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megagpt import console
+from megagpt import cli, console
 from megagpt.cli import main
 from tests.conftest import metrics, write_tiny
 from tests.processes import REPOSITORY, environment
@@ -80,6 +80,24 @@ def test_a_reader_that_leaves_is_no_error(words: list[str]) -> None:
     variables = {**environment(), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(["bash", "-c", shell], env=variables, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_broken_pipe_elsewhere_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as the one to a process that reads files: whether stdout is read decides nothing about it."""
+
+    def broken(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "parse", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["models"])
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(BrokenPipeError):
+            main(["models"])
+        os.close(reader)
+        assert main(["models"]) == 0
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt.errors import UserError
-from megagpt.launchers import RankInfo, find_rank, first_host
+from megagpt.launchers import RankInfo, find_rank, first_host, slurm_gpus, torchrun_attempt
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
 
@@ -38,6 +38,21 @@ def refusal(variables: dict[str, str]) -> str:
 
 def test_a_launcher_sets_the_rank() -> None:
     assert find_rank(TORCHRUN) == RankInfo(5, 8, 1, "10.0.0.7", 29500)
+
+
+def test_attempts_count_if_they_share_torchruns_store() -> None:
+    attempt = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "2"}
+    assert torchrun_attempt({**attempt, "TORCHELASTIC_USE_AGENT_STORE": "True"}) == "2"
+    assert torchrun_attempt({**attempt, "TORCHELASTIC_USE_AGENT_STORE": "False"}) is None
+    assert torchrun_attempt({}) is None
+
+
+def test_a_nodes_gpus_are_a_number_or_one_line() -> None:
+    assert [slurm_gpus({"SLURM_GPUS_ON_NODE": text}) for text in ("8", "")] == [8, 0]
+    assert slurm_gpus({}) == 0
+    for text in ("gpu:8", "-1", "1.5"):
+        with pytest.raises(UserError, match=f"SLURM_GPUS_ON_NODE is '{text}', not a number"):
+            slurm_gpus({"SLURM_GPUS_ON_NODE": text})
 
 
 def test_without_a_launcher_a_process_is_alone() -> None:

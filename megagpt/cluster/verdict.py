@@ -45,8 +45,13 @@ class Cause:
 def is_finished(run: Path, config: Config) -> bool:
     """Whether the run has reached the end that the config wants."""
     last = config.total_sequences * config.model.context
-    ends = [incarnation.ended() for incarnation in list_incarnations(run)]
-    return any(end.get("outcome") == "finished" and end["tokens_seen"] >= last for end in ends)
+    finished = False
+    for incarnation in list_incarnations(run):
+        if incarnation.start().get("from_tokens", last) < last:
+            finished = False  # the run was taken back
+        end = incarnation.ended()
+        finished = finished or (end.get("outcome") == "finished" and end["tokens_seen"] >= last)
+    return finished
 
 
 def decide(run: Path, config: Config, job: str, logs: Path) -> ExitCode:

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megagpt.commands.options import Add, Parser, add_actions, add_config, config_of, count, split_words
+from megagpt.commands.options import Add, Parser, add_actions, add_config, config_of, count, position, split_words
 from megagpt.errors import UserError
 
-# Options of `megagpt train` that are passed on to it.
+# Options of `megagpt train` without a value that are passed on to it, as --at is.
 _TRAIN_OPTIONS = ("--allow-data-change", "--allow-recipe-change")
 
 
@@ -54,6 +54,7 @@ def _add_run(sub: Parser) -> None:
     text = "passed on to `megagpt train`"
     for option in _TRAIN_OPTIONS:
         sub.add_argument(option, dest="options", action="append_const", const=option, default=[], help=text)
+    sub.add_argument("--at", metavar="TOKENS", type=position, help=text)
 
 
 def find_script(name: str) -> Path:
@@ -67,7 +68,8 @@ def find_script(name: str) -> Path:
 
 def _train_arguments(arguments: argparse.Namespace) -> list[str]:
     names, overrides = split_words(arguments)
-    return [*names, *overrides, *arguments.options]
+    at = [] if arguments.at is None else [f"--at={arguments.at}"]
+    return [*names, *overrides, *arguments.options, *at]
 
 
 def _slurm(arguments: argparse.Namespace) -> int:
@@ -126,14 +128,15 @@ def _check(arguments: argparse.Namespace) -> int:
     from megagpt.console import say, voice
     from megagpt.failures import failure
     from megagpt.launchers import job_setting, slurm_gpus, slurm_job
-    from megagpt.training.run_folder import run_folder
+    from megagpt.training.run_folder import run_folder, went_back
 
     config, nodes = config_of(arguments), job_nodes()
     ranks, port = job_setting(os.environ, "RANKS_PER_NODE"), job_setting(os.environ, "MASTER_PORT")
     run, job = run_folder(config), slurm_job(os.environ) or ""
     config.check_ranks(len(nodes) * ranks)
     with voice(to_stderr=True, prefix="== "):
-        if is_finished(run, config):
+        goes_back = arguments.at is not None and not went_back(run, arguments.at)
+        if is_finished(run, config) and not goes_back:
             say(f"{run}: finished already, at {config.train.tokens:,} tokens")
             return 0
         on_gpu = config.train.device == "cuda" or (config.train.device == "auto" and slurm_gpus(os.environ) > 0)

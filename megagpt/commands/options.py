@@ -128,6 +128,11 @@ def config_of(arguments: argparse.Namespace) -> "Config":
     return load_config(one_name(names, "config, such as quickstart.yaml"), overrides)
 
 
+def position(text: str) -> int:
+    """A number of tokens; 0 is the position of imported weights."""
+    return count(text, least=0)
+
+
 def count(text: str, least: int = 1) -> int:
     """A whole number from `least` (0 or 1) on, which may be written 1e8 or 100_000_000."""
     try:

@@ -32,7 +32,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     from megagpt.console import warn
     from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
     from megagpt.generation import generate
-    from megagpt.world import alone, check_device
+    from megagpt.process_memory import keep_freed_memory
+    from megagpt.world import World, check_device
 
     checks = {
         "--temperature must not be negative": arguments.temperature >= 0,
@@ -45,31 +46,33 @@ def _sample(arguments: argparse.Namespace) -> int:
     if refused := [message for message, holds in checks.items() if not holds]:
         raise UserError(refused[0])
     check_device(arguments.device, "--device")
-    with alone(arguments.device) as world:
-        model = load_model(Path(arguments.model)).to(world.device).eval()
-        context = model.config.context
-        if model.config.vocab_size < VOCAB_SIZE:
-            raise UserError(f"{arguments.model}: a vocabulary of {model.config.vocab_size} is not GPT-2's {VOCAB_SIZE}")
-        texts = [p for p in arguments.prompt or ["Hello, I'm a language model,"] for _ in range(arguments.samples)]
-        prompts = []
-        for text in texts:
-            tokens = gpt2().encode_ordinary(text) or [gpt2().eot_token]
-            if len(tokens) > context:
-                if not arguments.slide:
-                    way = f"shorten it, or let --slide keep its last {context}"
-                    raise UserError(f"the prompt has {len(tokens)} tokens, the model's context is {context}: {way}")
-                warn(f"the prompt has {len(tokens)} tokens: its last {context} are used")
-                tokens = tokens[-context:]
-            prompts.append(tokens)
-        if max(map(len, prompts)) + arguments.max_tokens > context:
-            warn(f"past the context of {context} tokens the window slides by half of it")
-        settings: dict[str, Any] = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
-        if arguments.stream:
-            for i, (text, tokens) in enumerate(zip(texts, prompts, strict=True)):
-                _stream(model, text, tokens, arguments.max_tokens, {**settings, "seed": arguments.seed, "first_row": i})
-            return 0
-        rows = generate(model, model.config, prompts, arguments.max_tokens, seed=arguments.seed, **settings)
-        print("\n---\n".join(text + gpt2().decode(row) for text, row in zip(texts, rows, strict=True)))
+    world = World.alone(arguments.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    model = load_model(Path(arguments.model)).to(world.device).eval()
+    context = model.config.context
+    if model.config.vocab_size < VOCAB_SIZE:
+        raise UserError(f"{arguments.model}: a vocabulary of {model.config.vocab_size} is not GPT-2's {VOCAB_SIZE}")
+    texts = [p for p in arguments.prompt or ["Hello, I'm a language model,"] for _ in range(arguments.samples)]
+    prompts = []
+    for text in texts:
+        tokens = gpt2().encode_ordinary(text) or [gpt2().eot_token]
+        if len(tokens) > context:
+            if not arguments.slide:
+                way = f"shorten it, or let --slide keep its last {context}"
+                raise UserError(f"the prompt has {len(tokens)} tokens, the model's context is {context}: {way}")
+            warn(f"the prompt has {len(tokens)} tokens: its last {context} are used")
+            tokens = tokens[-context:]
+        prompts.append(tokens)
+    if max(map(len, prompts)) + arguments.max_tokens > context:
+        warn(f"past the context of {context} tokens the window slides by half of it")
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in ("temperature", "top_k", "top_p")}
+    if arguments.stream:
+        for i, (text, tokens) in enumerate(zip(texts, prompts, strict=True)):
+            _stream(model, text, tokens, arguments.max_tokens, {**settings, "seed": arguments.seed, "first_row": i})
+        return 0
+    rows = generate(model, model.config, prompts, arguments.max_tokens, seed=arguments.seed, **settings)
+    print("\n---\n".join(text + gpt2().decode(row) for text, row in zip(texts, rows, strict=True)))
     return 0
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megagpt import launchers
-from megagpt.commands.options import Add, add_config, config_of, count, split_words
+from megagpt.commands.options import Add, add_config, config_of, position, split_words
 from megagpt.console import say
 from megagpt.errors import UserError
 
@@ -20,7 +20,7 @@ def register(add: Add) -> None:
     add_config(sub)
     sub.add_argument("--resume", metavar="RUN", help="folder of the run to resume, or of one of its checkpoints")
     text = "with --resume or --auto-resume: the checkpoint of that position; newer ones are renamed, not deleted"
-    sub.add_argument("--at", metavar="TOKENS", type=_position, help=text)
+    sub.add_argument("--at", metavar="TOKENS", type=position, help=text)
     sub.add_argument("--auto-resume", action="store_true", help="resume the config's run if it exists; else begin it")
     text = "resume on other data than the run was trained on"
     sub.add_argument("--allow-data-change", action="store_true", help=text)
@@ -61,11 +61,6 @@ def _train(arguments: argparse.Namespace) -> int:
                 if resume_at is not None and not resume:
                     raise UserError(f"--at {resume_at}: {run_folder(config)} holds no run yet; leave --at out")
             return train(config, world, resume, allowed, stop, resume_at)
-
-
-def _position(text: str) -> int:
-    """A number of tokens; 0 is the position of imported weights."""
-    return 0 if text == "0" else count(text)
 
 
 def _run_and_position(arguments: argparse.Namespace) -> tuple[Path | None, int | None]:

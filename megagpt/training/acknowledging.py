@@ -42,8 +42,8 @@ def _listen(reader: int, signals: Collection[int], speaks: bool, left: threading
             first = not came or (number == signal.SIGINT and signal.SIGINT not in came)
             came.append(number)
             if first and speaks:
-                then = "stopping after this step and a save; Ctrl-C again ends at once without saving"
-                _say(f"{signal.Signals(number).name}: {then}")
+                again = "; Ctrl-C again ends at once without saving" if number == signal.SIGINT else ""
+                _say(f"{signal.Signals(number).name}: stopping; the steps taken so far are saved first{again}")
             if came.count(signal.SIGINT) > 1 and not left.wait(_GRACE_SECONDS):
                 os._exit(ExitCode.INTERRUPTED)
 

@@ -29,12 +29,12 @@ class Reporter:
         self._log = RunLog(run, start.tokens, went_back) if is_main else None
         if self._log is None:
             return
-        self._usual_hook, threading.excepthook = threading.excepthook, self._hook
         with self._log.disk_errors():
             self._board = Board(run, start, resumed)
         if sys.stderr.isatty():
             look: Any = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True, "smoothing": 0.05}
             self._bar = tqdm(total=total_tokens, initial=start.tokens, **look)
+        self._usual_hook, threading.excepthook = threading.excepthook, self._hook  # last: `close` takes it back
 
     def event(self, event: Event, at: Position, values: dict[str, Any], text: str = "") -> None:
         """An event, with its line for people. Raises ExpectedError if the disk refuses it."""

@@ -8,16 +8,16 @@ import faulthandler
 import math
 import os
 import pickle
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
+from megagpt import console
 from megagpt.errors import ExitCode
 from megagpt.world import World
 
@@ -26,6 +26,8 @@ _HUNG, _SEEN = "megagpt/hung", "megagpt/hung/{rank}"
 _LOOK_SECONDS = 1.0
 # Time (s) that ranks get to write their stacks after one has noticed a hang.
 _DUMP_SECONDS = 10.0
+_A = TypeVar("_A")
+_T = TypeVar("_T")
 
 
 class Watchdog:
@@ -92,11 +94,10 @@ class Watchdog:
                     return
 
     def _end(self, silent: float) -> None:
-        # Each of the two may hang itself: on the disk, or on the store if the rank that holds it hangs.
-        for work in (self._dump, self._tell):
-            worker = threading.Thread(target=work, args=(silent,), daemon=True)
-            worker.start()
-            worker.join(2 * _DUMP_SECONDS)
+        _bounded(self._dump, silent)
+        if reason := _bounded(self._tell, silent):
+            _bounded(self._ending, reason)
+            _bounded(console.warn, f"megagpt: error: [rank {self._world.rank} of {self._world.size}] {reason}")
         os._exit(ExitCode.HUNG)
 
     def _dump(self, silent: float) -> None:
@@ -112,20 +113,19 @@ class Watchdog:
                 else:
                     file.write("\nno flight recorder: this PyTorch has recorded no collective\n")
 
-    def _tell(self, silent: float) -> None:
-        """Tell the other ranks. The first rank to notice also prints the error, and names the ranks without answer."""
+    def _tell(self, silent: float) -> str:
+        """Tell the other ranks. Returns the error, which names the ranks without answer, on the first rank to notice;
+        an empty text on the others."""
         others = ""
         if self._store is not None:
             self._store.set(_SEEN.format(rank=self._world.rank), self._phase)
             if self._store.add(_HUNG, 1) != 1:
                 # Stay: the rank that noticed first still collects the phases, and this rank may hold the store.
                 time.sleep(_DUMP_SECONDS)
-                return
+                return ""
             time.sleep(_DUMP_SECONDS)
             others = self._others()
-        reason = f"no progress for {silent:.0f} s in {self._phase}{others}; every rank's stack is in {self._folder}"
-        print(f"megagpt: error: [rank {self._world.rank} of {self._world.size}] {reason}", file=sys.stderr, flush=True)
-        self._ending(reason)
+        return f"no progress for {silent:.0f} s in {self._phase}{others}; every rank's stack is in {self._folder}"
 
     def _others(self) -> str:
         """The ranks that left no stack, and those in another phase than this rank."""
@@ -142,6 +142,16 @@ class Watchdog:
             names = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
             text += f"; no answer from rank(s) {names}: stopped, or their host is gone"
         return text
+
+
+def _bounded(work: Callable[[_A], _T], argument: _A) -> _T | None:
+    """The result of the work; None if it fails or hangs itself: on the disk, on the store if the rank that holds it
+    hangs, or on a stream that nobody reads."""
+    results: list[_T] = []
+    worker = threading.Thread(target=lambda: results.append(work(argument)), daemon=True)
+    worker.start()
+    worker.join(2 * _DUMP_SECONDS)
+    return results[0] if results else None
 
 
 def _flight_recorder(device: str) -> bytes:

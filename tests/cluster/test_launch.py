@@ -72,6 +72,9 @@ def test_check_of_a_finished_run_prints_no_folder(tmp_path: Path, capsys: Captur
     assert printed.out == ""
     assert printed.err.startswith("== ")
     assert "finished already" in printed.err
+    program("srun", "exit 1")
+    assert main(["launch", "check", config, "--at", "640"]) == RETRY
+    assert "finished already" not in capsys.readouterr().err, "it is to go back"
 
 
 @pytest.mark.usefixtures("slurm_job")

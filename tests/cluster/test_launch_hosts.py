@@ -64,7 +64,7 @@ def test_the_launchers_command_is_printed(capsys: Capture, monkeypatch: pytest.M
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     hostfile("n1 slots=8\nn2 slots=8\n")
     sources = "data.sources=[{path: a b}]"
-    assert main(["launch", "hosts", "gpt3_xl.yaml", "--hostfile", "hosts", "--print", sources]) == 0
+    assert main(["launch", "hosts", "gpt3_xl.yaml", "--hostfile", "hosts", "--at", "0", "--print", sources]) == 0
     first, *variables, command = capsys.readouterr().out.splitlines()
     assert first == "# on all hosts:"
     assert "NCCL_SOCKET_IFNAME=eth0" in variables
@@ -73,7 +73,7 @@ def test_the_launchers_command_is_printed(capsys: Capture, monkeypatch: pytest.M
     assert Path(launcher).name == "deepspeed"
     assert arguments == [
         f"--hostfile={tmp_path / 'hosts'}", "--force_multi", "--master_addr=n1", "--master_port=29500",
-        str(REPOSITORY / "launch" / "train.py"), "gpt3_xl.yaml", sources, "--auto-resume",
+        str(REPOSITORY / "launch" / "train.py"), "gpt3_xl.yaml", sources, "--at=0", "--auto-resume",
     ]  # fmt: skip
 
 

@@ -176,9 +176,10 @@ def test_a_refused_run_is_not_submitted(capsys: Capture) -> None:
 
 def test_options_of_train_are_passed_on(capsys: Capture) -> None:
     arguments = ["launch", "slurm", "gpt2_124m.yaml", "--nodes", "1", "--allow-recipe-change", "train.micro_batch=4"]
+    arguments += ["--at", "1e6"]
     assert main(arguments) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert command[-3:] == ["gpt2_124m.yaml", "train.micro_batch=4", "--allow-recipe-change"]
+    assert command[-4:] == ["gpt2_124m.yaml", "train.micro_batch=4", "--allow-recipe-change", "--at=1000000"]
 
 
 def test_ranks_that_do_not_divide_into_copies_are_refused(capsys: Capture) -> None:

@@ -8,7 +8,7 @@ from megagpt.cli import main
 from megagpt.cluster.verdict import SUMMARY, is_finished
 from megagpt.config_file import load_config
 from megagpt.failures import Failure
-from megagpt.incarnations import list_incarnations
+from megagpt.incarnations import claim, list_incarnations
 from tests.cluster.job import DONE, END, RETRY, TOKENS, Job
 
 
@@ -23,6 +23,14 @@ def test_an_extended_run_is_no_longer_finished(job: Job, tmp_path: Path) -> None
     longer = load_config(str(tmp_path / "tiny.yaml"), [f"train.tokens={TOKENS + 128}"])
     assert is_finished(job.run, job.config)
     assert not is_finished(job.run, longer)
+
+
+def test_a_run_that_was_taken_back_is_not_finished(job: Job) -> None:
+    job.begin("7.0", "finished", "the last token", TOKENS)
+    claim(job.run, {"job": "8.0", "from_tokens": 640}).end("stopped", "SIGUSR1", 1280)
+    assert job.decide("8.0") == RETRY
+    claim(job.run, {"job": "8.1", "from_tokens": 1280}).end("finished", "the last token", TOKENS)
+    assert job.decide("8.1") == DONE
 
 
 def test_a_run_finishes_at_its_last_full_sequence(job: Job, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import signal
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main
 from megagpt.engines.clock import StepTimes
 from megagpt.engines.engine import Engine
-from megagpt.errors import ExitCode
+from megagpt.errors import ExitCode, UserError
 from megagpt.position import Position
 from megagpt.run_log import Event
-from megagpt.training import loop
+from megagpt.training import loop, reporter
 from megagpt.training.markdown import samples_as_markdown, table, verbatim
 from megagpt.training.reporter import Reporter
 from megagpt.training.stragglers import Comparison
@@ -106,6 +107,19 @@ def test_a_full_disk_ends_the_run_with_one_line(tiny: Tiny, refusal: Refusal, mo
 
     monkeypatch.setattr(RecordWriter, "write", fills_up)
     refusal(["train", str(tiny())], "metrics cannot be written: disk full")
+
+
+def test_a_log_that_cannot_be_begun_is_an_expected_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hook, start = threading.excepthook, Position(0, 0, 32, 80)
+    with monkeypatch.context() as patch:
+        patch.setattr(reporter, "Board", MagicMock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(UserError, match="metrics cannot be written: disk full"):
+            Reporter(tmp_path, start, 2560, resumed=False, is_main=True)
+    assert threading.excepthook == hook
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="metrics cannot be written: IsADirectoryError"):
+        Reporter(tmp_path, start, 2560, resumed=True, is_main=True)
 
 
 def test_stragglers_of_one_comparison_are_one_text() -> None:

@@ -48,8 +48,10 @@ def test_the_first_signal_and_the_first_ctrl_c_are_answered(capfd: pytest.Captur
     with StopRequest():
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(os.getpid(), number)
-    then = "stopping after this step and a save; Ctrl-C again ends at once without saving"
-    assert capfd.readouterr().err.splitlines() == [f"megagpt: {name}: {then}" for name in ("SIGTERM", "SIGINT")]
+    assert capfd.readouterr().err.splitlines() == [
+        "megagpt: SIGTERM: stopping; the steps taken so far are saved first",
+        "megagpt: SIGINT: stopping; the steps taken so far are saved first; Ctrl-C again ends at once without saving",
+    ]
 
 
 def test_one_rank_answers_for_all(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +84,7 @@ def test_ctrl_c_is_answered_and_obeyed_in_a_call_that_never_ends(tmp_path: Path)
 
     wait_until(ready.exists)
     process.send_signal(signal.SIGINT)
-    wait_until(lambda: "SIGINT: stopping after this step" in log.read_text())
+    wait_until(lambda: "SIGINT: stopping; the steps taken" in log.read_text())
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE) == ExitCode.INTERRUPTED
 

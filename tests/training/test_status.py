@@ -344,5 +344,5 @@ def test_a_killed_and_a_running_run_take_the_printed_steps(tiny: Tiny, tmp_path:
     subprocess.run(shlex.split(running["next"]["stop with"]), check=True)
     assert rank.wait(PATIENCE) == ExitCode.STOPPED
     log = (tmp_path / "2.log").read_text()
-    assert "SIGINT: stopping after this step and a save; Ctrl-C again ends at once without saving" in log
+    assert "SIGINT: stopping; the steps taken so far are saved first; Ctrl-C again ends at once" in log
     assert "stopped by SIGINT; resume with: megagpt train --resume runs/tiny" in log

@@ -1,11 +1,14 @@
 """A rank that stops: the others leave their stacks, say who is missing, and end."""
 
+import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
@@ -13,8 +16,10 @@ import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
+from megagpt import console
 from megagpt.errors import ExitCode
 from megagpt.incarnations import list_incarnations
+from megagpt.training import watchdog
 from megagpt.training.watchdog import Watchdog
 from megagpt.world import World
 from tests.conftest import metrics, write_tiny
@@ -79,13 +84,13 @@ def test_a_rank_that_never_answers_delays_nobody(tmp_path: Path, corpus: Path) -
 
 def test_missing_ranks_and_their_phases_are_named(tmp_path: Path) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    watchdog = Watchdog(World(0, 4, 0, torch.device("cpu"), store), tmp_path, 60, print)
-    watchdog.phase("step 7")
+    one = Watchdog(World(0, 4, 0, torch.device("cpu"), store), tmp_path, 60, print)
+    one.phase("step 7")
     for rank, phase in ((0, "step 7"), (1, "step 6, waiting for data"), (3, "step 7")):
         store.set(f"megagpt/hung/{rank}", phase)
     assert store.get("megagpt/hung/3") == b"step 7"  # so the other connection sees them, too
     expected = "; rank 1 in step 6, waiting for data; no answer from rank(s) 2: stopped, or their host is gone"
-    assert watchdog._others() == expected
+    assert one._others() == expected
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -105,6 +110,29 @@ def test_the_flight_recorder_is_written_or_its_absence_is(
     assert "_dump" in text, "no stack"
     assert ("no flight recorder" in text) == (not has)
     assert (tmp_path / "flight_recorder_3").exists() == bool(has)
+
+
+@pytest.mark.parametrize("stuck", ["disk", "stderr"])
+def test_a_stuck_disk_or_stream_keeps_nothing_else_back(
+    stuck: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end is recorded although nobody reads stderr, and the error is printed although the disk hangs."""
+    done: list[str] = []
+    test_ends = threading.Event()
+
+    def leave(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(watchdog, "_DUMP_SECONDS", 0.05)
+    monkeypatch.setattr(os, "_exit", leave)
+    works = {"disk": done.append, "stderr": done.append} | {stuck: lambda _: test_ends.wait(PATIENCE)}
+    monkeypatch.setattr(console, "warn", works["stderr"])
+    with pytest.raises(SystemExit) as left:
+        Watchdog(World.alone(), tmp_path, 60, works["disk"])._end(61)
+    test_ends.set()
+    assert left.value.code == ExitCode.HUNG
+    reason = f"no progress for 61 s in starting; every rank's stack is in {tmp_path}"
+    assert done == [reason if stuck == "stderr" else f"megagpt: error: [rank 0 of 1] {reason}"]
 
 
 def test_patient_work_may_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
