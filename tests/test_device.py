@@ -81,9 +81,9 @@ def test_a_gpus_partial_sums_stay_fp32(name: str, gpus: Any, monkeypatch: pytest
     try:
         for switch in switches:
             setattr(matmul, switch, True)
-        with world.alone(name):
-            reduced = name == "cpu"
-            assert [getattr(matmul, switch) for switch in switches] == [reduced, reduced]
+        World.alone(name)
+        reduced = name == "cpu"
+        assert [getattr(matmul, switch) for switch in switches] == [reduced, reduced]
     finally:
         for switch, value in zip(switches, before, strict=True):
             setattr(matmul, switch, value)

@@ -38,6 +38,7 @@ class Simulated:
         self.log: list[list[int]] = [[] for _ in intervals]
         self.start = Position(0, 0, 1, sum(steps))
         self.ending, self.world, self.reporter, self.config = (MagicMock() for _ in range(4))
+        self.guard = MagicMock(in_a_row=0)
         self.folder, self.last_held = Path("run"), dict[str, int]()
 
     def resume(self) -> None:
