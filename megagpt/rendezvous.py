@@ -149,7 +149,7 @@ def keep(info: RankInfo, store: dist.Store, asked: Asked) -> None:
 
 
 class Missing(NamedTuple):
-    """What a rank waits for."""
+    """The peers that a rank waits for."""
 
     peers: str
     ranks: str = ""

@@ -19,7 +19,7 @@ class BadRow(NamedTuple):
     """Such as "a.jsonl line 7"."""
     problem: str
     remedy: str
-    """What to do with the file; empty if it cannot be changed, as on the hub."""
+    """Advice on how to fix the file; empty if the user cannot change it, as on the hub."""
     other_key: bool = False
     """Whether the text may be under another key."""
 

@@ -1,4 +1,4 @@
-"""What a run takes from its sources, in lines for people: passes over their tokens, and the text to validate on."""
+"""Lines that tell how a run uses its sources: passes over their tokens, and the text to validate on."""
 
 from collections.abc import Iterator
 

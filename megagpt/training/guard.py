@@ -14,7 +14,7 @@ from megagpt.engines.loss_scale import LossScale
 
 
 class Judgement(enum.Enum):
-    """What a step's outcome means for the run."""
+    """The consequence of a step's outcome for the run."""
 
     FINE = enum.auto()
     SKIPPED = enum.auto()
@@ -78,7 +78,7 @@ class Guard:
         return self._spike_limit is not None
 
     def counters(self) -> dict[str, Any]:
-        """What a checkpoint stores, by the fields of CheckpointMeta."""
+        """The counts as a checkpoint stores them, by the fields of CheckpointMeta."""
         return {
             "skipped_updates": self.skipped, "skipped_in_a_row": self.in_a_row, "spikes": self.spikes,
             "spikes_in_a_row": self.spikes_in_a_row, "bad_since": self.bad_since, "recent_losses": list(self._losses),

@@ -32,7 +32,7 @@ _TAIL_BYTES = 2**18
 
 @dataclass(frozen=True)
 class Status:
-    """What a run's folder says about it. Numbers that are unknown are None; a loss may be "nan" or "inf"."""
+    """A run's state, read from its folder. Numbers that are unknown are None; a loss may be "nan" or "inf"."""
 
     run: str
     state: str
@@ -40,7 +40,7 @@ class Status:
     text: str
     """The state with its reason, for people."""
     next: dict[str, str] = field(default_factory=dict)
-    """What can be done -> the command for it."""
+    """Possible next steps: label -> command."""
     tokens_seen: int = 0
     total_tokens: int = 0
     """Tokens of all whole sequences: the run ends there."""
@@ -166,7 +166,7 @@ def _state(run: Path, found: list[Incarnation], steps: list[Line], sign: float |
 
 
 def _next(run: Path, config: Config, state: str, found: list[Incarnation]) -> dict[str, str]:
-    """What a user would do next -> the command."""
+    """The user's likely next steps: label -> command."""
     name = shlex.quote(str(run))
     watch = {"watch with": f"tensorboard --logdir {shlex.quote(str(run.parent))}"}
     resume = {"resume with": resume_command(run)}

@@ -1,4 +1,4 @@
-"""What an exported folder says of its origin, and folders with a padded vocabulary or broken weights."""
+"""The origin that an exported folder names; folders with a padded vocabulary or broken weights."""
 
 import json
 import shutil

@@ -65,9 +65,9 @@ def test_banded_attention_is_masked_attention(length: int, window: int, seed: in
 
 @pytest.mark.filterwarnings("ignore")
 def test_fused_kernels_take_banded_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They ask for four dimensions and a mask that broadcasts over the batch. The CPU's fused kernel stands in for
-    those of a GPU: it takes what the call hands over. It does not show what else a GPU's kernels ask for, such as the
-    alignment of strides and of the head's width, nor their speed and memory."""
+    """Fused kernels need four dimensions and a mask that broadcasts over the batch. The CPU's fused kernel takes the
+    place of a GPU's here. Other conditions of a GPU's kernels, such as aligned strides and head widths, and their
+    speed and memory are not tested."""
     usual, calls = F.scaled_dot_product_attention, []
 
     def recorded(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, dropout_p: float) -> Tensor:
