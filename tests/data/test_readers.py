@@ -29,6 +29,13 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+def assert_refused(path: Path, data: bytes, words: list[str]) -> None:
+    path.write_bytes(data)
+    message = error_of(path)
+    for word in [str(path), *words]:
+        assert word in message
+
+
 def csv_of(documents: list[str]) -> bytes:
     file = io.StringIO(newline="")
     writer = csv.writer(file)
