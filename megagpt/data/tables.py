@@ -64,6 +64,8 @@ def texts_of(column: Any) -> list[Any]:
     a time in nanoseconds, the error."""
     try:
         return column.to_pylist()
+    except MemoryError:  # no row is to blame
+        raise
     except Exception:  # of many types: each Arrow type has its own
         return [_value(scalar) for scalar in column]
 
@@ -73,6 +75,8 @@ def _value(scalar: Any) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return error
+    except MemoryError:
+        raise
     except Exception:
         return TypeError(str(scalar.type))
 
