@@ -316,9 +316,14 @@ def test_commands_that_need_no_peers_wait_for_none(
 
 def peers_after_join() -> list[int]:
     """Ports at the other ends of this rank's connections, but for the store's."""
-    with join("cpu"):
+    with join("cpu") as world:
         connections = psutil.Process().net_connections()
         ports = [c.raddr.port for c in connections if c.status == psutil.CONN_ESTABLISHED]
+        # A rank that leaves meets the others in a collective, and connects to them for it.
+        assert world.store is not None
+        world.store.add("looked", 1)
+        while world.store.add("looked", 0) < world.size:
+            time.sleep(0.01)
         return [port for port in ports if port != int(os.environ["MASTER_PORT"])]
 
 
