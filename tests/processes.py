@@ -22,7 +22,7 @@ from megagpt.measure.processes import PRELOADED, enter, free_port, rank_environm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The server serves measurements, too: this comes before the first use of either.
-PRELOADED += ["megagpt.training.loop", "tests.conftest"]
+PRELOADED += ["megagpt.training.loop", "tests.conftest", "tests.preloaded"]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads of a busy machine wait for each other
 _started: list["Process"] = []
 

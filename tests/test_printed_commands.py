@@ -22,6 +22,7 @@ def resumed(command: str) -> Path:
     return Path(parse(make_parser(), arguments).resume)
 
 
+@pytest.mark.slow
 def test_a_run_with_an_awkward_name_is_resumed_as_printed(
     corpus: Path, tmp_path: Path, refusal: Refusal, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -289,6 +289,7 @@ def test_the_limit_of_open_files_is_raised(monkeypatch: pytest.MonkeyPatch) -> N
     raise_file_limit()
 
 
+@pytest.mark.slow
 def test_commands_that_need_no_peers_wait_for_none(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,6 +328,7 @@ def peers_after_join() -> list[int]:
         return [port for port in ports if port != int(os.environ["MASTER_PORT"])]
 
 
+@pytest.mark.slow
 def test_a_rank_connects_to_no_peer_before_it_needs_it() -> None:
     """A connection to each would need more sockets in a large job than a process may open."""
     assert run_ranks(3, peers_after_join)[1] == []

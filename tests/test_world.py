@@ -135,6 +135,7 @@ def test_an_exception_ends_ranks_that_no_launcher_watches(tmp_path: Path, failin
     assert stderr.count("Traceback") == 1, stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_killed_rank_ends_a_peer_in_a_collective(tmp_path: Path, failing: int) -> None:
     codes, stderr = without_launcher(tmp_path, failing, "kill", "collective")

@@ -72,6 +72,7 @@ def test_ctrl_c_ends_all_processes_with_one_line(
     assert contents(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_while_the_first_runs(tmp_path: Path, big: tuple[Path, dict[str, bytes]]) -> None:
     """The second must not write into the shards of the first."""
     corpus, expected = big
@@ -110,6 +111,7 @@ def test_a_dead_worker_ends_the_preparation_with_one_line(tmp_path: Path, big: t
     assert contents(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
 @in_proc
 def test_workers_end_with_their_killed_parent(tmp_path: Path, big: tuple[Path, dict[str, bytes]]) -> None:
     """After `kill -9` of the process that the user started."""

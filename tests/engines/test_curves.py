@@ -37,7 +37,7 @@ FP32 = [
     for s in ENGINE_CASES.values()
     for accumulation, mode in WAYS
 ]
-BF16 = [Case(s.engine, s.ranks, 4, "selective", "bf16", steps=STEPS) for s in ENGINE_CASES.values()]
+BF16 = [Case(s.engine, s.ranks, 2, "selective", "bf16", steps=STEPS) for s in ENGINE_CASES.values()]
 OPTIONS = [Case(engine, 2, 2, steps=STEPS) for engine in OTHERS.values()]
 
 Found = list[tuple[Case, Curve]]

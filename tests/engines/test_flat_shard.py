@@ -100,7 +100,8 @@ def save_pieces(folder: str, cases: list[tuple[Shape, list[int]]]) -> int:
         return world.size
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)], ids="{} ranks".format)
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3], ids="{} ranks".format)
 def test_pieces_of_several_ranks_are_read_as_whole_tensors(ranks: int, tmp_path: Path) -> None:
     cases = random_cases(ranks)
     assert run_ranks(ranks, save_pieces, str(tmp_path / "saved"), cases) == [ranks] * ranks

@@ -74,6 +74,7 @@ def test_the_card_has_the_runs_facts(run: Path, tmp_path: Path) -> None:
     assert all(path.stat().st_mode & 0o044 for path in (tmp_path / "out").iterdir()), "others cannot read it"
 
 
+@pytest.mark.slow
 def test_an_export_holds_one_file_in_memory_at_a_time(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     config = load_config(str(run / "config.yaml")).model
@@ -166,6 +167,7 @@ def theirs(tmp_path: Path) -> GPT2LMHeadModel:
     return model
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_imported_weights(theirs: GPT2LMHeadModel, tiny: Tiny, tmp_path: Path) -> None:
     """Its first loss is the model's loss on the first batch, and its weights are exported unchanged."""
     config = str(tiny())

@@ -79,6 +79,7 @@ def test_a_new_run_with_a_padded_vocabulary_is_refused(tiny: Tiny, refusal: Refu
         refusal(["train", *option, str(tiny()), "model.vocab_size=50304"], "model.vocab_size 50304", "leave it out")
 
 
+@pytest.mark.slow
 def test_a_card_has_the_tokens_of_each_source(tiny: Tiny, corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"other {i} " * 99}) for i in range(100)))
     prepare(open_source(str(tmp_path / "text.jsonl")), tmp_path / "second", val_fraction=0.1, workers=1)

@@ -103,6 +103,7 @@ def test_a_stop_in_a_streak_saves_unproven_and_its_counts(tiny: Tiny, tmp_path: 
     assert tokens_of(run) == [640]
 
 
+@pytest.mark.slow
 def test_a_changed_batch_numbers_steps_on(tiny: Tiny, tmp_path: Path) -> None:
     config = str(tiny(train={"tokens": 1280}))
     run = tmp_path / "runs" / "tiny"

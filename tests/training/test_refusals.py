@@ -95,6 +95,7 @@ def test_an_allowed_change_is_trained_with(
     assert [line["step"] for line in metrics(run)] == list(range(1, 21))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.1, 0.0])
 def test_a_change_of_what_dropout_drops_is_said(
     dropout: float, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -295,6 +295,7 @@ def test_a_folder_without_runs_is_refused_in_one_line(name: str, tmp_path: Path,
     refusal(["status", str(tmp_path / name)], "no such folder" if name else "holds no run", "name a run's folder")
 
 
+@pytest.mark.slow
 def test_a_finished_run_and_its_next_steps(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "runs" / "tiny"
     assert main(["train", str(tiny(sampling={"samples": 0}))]) == 0
