@@ -77,9 +77,13 @@ class TrainConfig:
     """Sequences that a rank takes through the model at a time. Gradient accumulation is derived from it."""
     precision: Free[Literal["fp32", "bf16", "fp16"]] = "bf16"
     """Number format of matrix products. The optimizer's weights, the sum of the gradients over micro-batches and over
-    ranks, LayerNorm, softmax and the residual stream are always fp32. fp16 uses dynamic loss scaling."""
-    compile: Free[bool] = False
-    """torch.compile each block. Evaluation and sampling run uncompiled."""
+    ranks, LayerNorm and softmax are always fp32. fp16 uses dynamic loss scaling."""
+    residual: Recipe[Literal["fp32", "bf16"]] = "fp32"
+    """Number format of the residual stream, the sum to which each block adds. bf16 moves fewer bytes, and rounds the sum
+    at each block; it needs precision bf16."""
+    compile: Free[Literal["auto"] | bool] = "auto"
+    """torch.compile each block, the head's softmax and what is between them. auto: on a GPU. The first step then takes
+    up to a few minutes. Sampling runs uncompiled."""
     activation_checkpointing: Free[ActivationCheckpointing] = "none"
     """Activations that the backward pass computes again, so that they need not be kept. none: no activations; full: all
     blocks'; {every: k}: those of one in every k blocks; selective: all but outputs of matrix products and attention."""
@@ -281,6 +285,11 @@ class Config:
         return shard
 
 
+def compiles(wanted: bool | str, device_type: str) -> bool:
+    """Whether a value of `train.compile` means yes on "cpu" or "cuda"."""
+    return wanted is True or (wanted == "auto" and device_type == "cuda")
+
+
 def contradictions(config: Config) -> Iterator[str]:
     """One sentence for each contradiction between keys."""
     train, schedule, context = config.train, config.schedule, config.model.context
@@ -290,6 +299,8 @@ def contradictions(config: Config) -> Iterator[str]:
             low = value // context * context
             near = " and ".join(str(v) for v in (low, low + context) if v)
             yield f"train.{key} {value} is not a multiple of model.context {context}; the nearest that are: {near}"
+    if train.residual == "bf16" and train.precision != "bf16":
+        yield f"train.residual bf16 needs train.precision bf16, and it is {train.precision}"
     if train.tokens < train.batch_tokens:
         yield f"train.tokens {train.tokens} is less than one batch, train.batch_tokens {train.batch_tokens}"
     if bool(train.batch_ramp_start) != bool(train.batch_ramp_tokens):

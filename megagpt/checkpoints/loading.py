@@ -15,7 +15,7 @@ from megagpt.checkpoints.compatibility import Allowed, check
 from megagpt.checkpoints.folder import at_tokens, find_checkpoint, list_checkpoints, renamed
 from megagpt.checkpoints.saving import hush
 from megagpt.checkpoints.storage import CorruptError, Reader
-from megagpt.config import Config
+from megagpt.config import Config, compiles
 from megagpt.config_file import build_config
 from megagpt.console import say
 from megagpt.engines.engine import Engine
@@ -39,7 +39,7 @@ def choose(
         if found is not None:
             for difference in check(found, config, fingerprints, allowed):
                 say(f"resuming with a change: {difference}")
-            if config.model.dropout and (changes := _dropout_changes(found.meta, config, world.size)):
+            if config.model.dropout and (changes := _dropout_changes(found.meta, config, world)):
                 draws = "dropout draws by rank and micro-batch"
                 say(f"{draws}: {' and '.join(changes)}, other elements are dropped from here on, at the same rate")
         return found
@@ -81,16 +81,17 @@ def _checked(checkpoint: Checkpoint) -> OpenCheckpoint:
         raise UserError(f"{checkpoint.path}: cannot be read: {first_line(error)}") from None
 
 
-def _dropout_changes(meta: CheckpointMeta, config: Config, ranks: int) -> list[str]:
+def _dropout_changes(meta: CheckpointMeta, config: Config, world: World) -> list[str]:
     """The differences from the incarnation that saved a checkpoint which make dropout draw other elements."""
     if not meta.sequences_seen:  # nothing was dropped yet
         return []
     train, before = config.train, meta.config["train"]
-    changes = [f"on {ranks} ranks instead of {meta.world_size}"] if ranks != meta.world_size else []
+    changes = [f"on {world.size} ranks instead of {meta.world_size}"] if world.size != meta.world_size else []
     if train.micro_batch != before["micro_batch"]:
         changes.append(f"with train.micro_batch {train.micro_batch} instead of {before['micro_batch']}")
-    if train.compile != before.get("compile"):
-        changes.append(f"with train.compile {train.compile} instead of {before.get('compile')}".lower())
+    then, device = before.get("compile", False), world.device.type
+    if compiles(train.compile, device) != compiles(then, device):
+        changes.append(f"with train.compile {train.compile} instead of {then}".lower())
     return changes
 
 

@@ -163,6 +163,13 @@ def read_ahead(batches: Iterator[Batch]) -> Generator[Batch]:
         thread.shutdown(cancel_futures=True)
 
 
+def pinned(device: torch.device, batch: Batch) -> Batch:
+    """The batch in page-locked memory, from which a copy to the GPU need not be waited for. To be called in the thread
+    that reads ahead."""
+    torch.cuda.set_device(device)  # each thread has its own; otherwise every rank would open a context on the first GPU
+    return replace(batch, micro_batches=[(x.pin_memory(), y.pin_memory()) for x, y in batch.micro_batches])
+
+
 def train_batches(corpus: Corpus, start: int, total: int, size: Callable[[int], int], share: Share) -> Iterator[Batch]:
     """This rank's share of every step from sequence `start` to sequence `total`; size: number of sequences
     already seen -> sequences in the next global batch."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from megagpt.config_types import ActivationCheckpointing
 from megagpt.models.attention import KeyValueCache
@@ -40,10 +40,17 @@ def checkpoint_activations(model: GPT, mode: ActivationCheckpointing) -> None:
     # Dropout must draw the same numbers again; without dropout there is no generator state to keep.
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
     if mode == "selective":
-        settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, kept)
+        policy = functools.partial(_policy, frozenset(kept), 4 * model.config.width)
+        settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     for layer, block in enumerate(model.blocks):
         if layer % every == 0:
             block.forward = _checkpointed(block.forward, settings)
+
+
+def _policy(kept: frozenset[Any], inner_width: int, context: Any, operator: Any, *arguments: Any, **_: Any) -> Any:
+    """Whether to keep an operator's output. Nobody reads that of the MLP's second product again: it ends the block."""
+    ends_block = operator is _aten.addmm.default and arguments[1].shape[1] == inner_width
+    return CheckpointPolicy.MUST_SAVE if operator in kept and not ends_block else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _checkpointed(forward: Forward, settings: dict[str, Any]) -> Forward:

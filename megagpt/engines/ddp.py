@@ -25,7 +25,7 @@ class DDPEngine(NativeEngine):
         self.model = model.to_empty(device=world.device)
         initialize(self.model, config.model, config.run.seed)
         self.optimizer = build_optimizer(self.model, config)
-        self.clock = prepare_model(self.model, config, world.device)
+        self.clock = prepare_model(self.model, config, world.device, self.compiled)
         self.wrapped: nn.Module = self.model
         if world.size > 1:
             # Buckets share memory with the gradients, which saves a copy.

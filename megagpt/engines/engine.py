@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import math
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +26,10 @@ from megagpt.config import Config
 from megagpt.data.loader import Batch
 from megagpt.engines.activation_checkpointing import checkpoint_activations
 from megagpt.engines.clock import StepClock
+from megagpt.engines.compilation import compile_model, is_compiled
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.engines.loss_scale import LossScale, loss_scale
+from megagpt.models.attention import attention_kernels
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initial_values, is_decayed
 from megagpt.world import World
@@ -55,6 +57,8 @@ class StepResult(NamedTuple):
     """False if the weights stayed as they were, because loss or gradient was not finite or the loss was a spike."""
     spiked: bool = False
     """Whether the loss was refused; then the gradient norm is NaN."""
+    raised: tuple[bool, ...] = ()
+    """For each flag that the ranks were asked for, whether some rank raised it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Engine(abc.ABC):
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
+        self.compiled = is_compiled(config, world.device)
+        """Whether the model runs in compiled graphs."""
         self.replica = Replica(0, 1)
         """The copy of the state that this rank holds a part of."""
         self.loss_scale = loss_scale(config.train.precision)
@@ -85,14 +91,26 @@ class Engine(abc.ABC):
         self._refuse: Callable[[Tensor], bool] | None = None
         """Whether to refuse the step, by this rank's summed loss of the last micro-batch."""
 
-    def train_step(self, batch: Batch, lr: float, is_spike: Callable[[float], bool] | None = None) -> StepResult:
+    def train_step(
+        self,
+        batch: Batch,
+        lr: float,
+        is_spike: Callable[[float], bool] | None = None,
+        flags: Callable[[], Sequence[bool]] = tuple,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> StepResult:
         """One optimizer step over this rank's share of a global batch. `is_spike`: whether to refuse the step's loss,
-        the same on every rank; asking costs one more exchange of the loss."""
+        the same on every rank; asking costs one more exchange of the loss. `flags`: questions that travel with the
+        loss, each raised if some rank raises it; as many on every rank. `meanwhile` is called once the first
+        micro-batch is on its way: a GPU computes while the host does it.
+
+        The host waits for the device in one place, at the end."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        device = self.world.device
         # Engines average gradients over the ranks; the loss is a sum over them.
         scale = self.world.size / batch.tokens
-        total = torch.zeros((), device=self.world.device)
+        total = torch.zeros((), device=device)
         spiked = False
 
         def refuse(loss: Tensor) -> bool:
@@ -105,18 +123,25 @@ class Engine(abc.ABC):
             return spiked
 
         self._refuse = refuse if is_spike else None
-        for i, (tokens, targets) in enumerate(batch.micro_batches):
-            tokens, targets = (t.to(self.world.device, non_blocking=True) for t in (tokens, targets))
-            total += self._accumulate(tokens, targets, scale, last=i == len(batch.micro_batches) - 1)
-            self.on_micro_batch()
+        with attention_kernels(device):
+            for i, (tokens, targets) in enumerate(batch.micro_batches):
+                tokens, targets = (t.to(device, non_blocking=True) for t in (tokens, targets))
+                total += self._accumulate(tokens, targets, scale, last=i == len(batch.micro_batches) - 1)
+                if i == 0:
+                    meanwhile()
+                self.on_micro_batch()
+        sums = torch.stack([total, *(torch.full((), float(flag), device=device) for flag in flags())])
         if self.world.size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(sums)
         self.clock.summed()
-        gradient_norm = self._update()
+        norm = self._update()
+        loss, *raised, gradient_norm = torch.cat([sums.double(), norm.to(device).double()[None]]).tolist()
         finite = math.isfinite(gradient_norm)
         if not spiked:
             self.loss_scale.update(finite)
-        return StepResult(float(total) / batch.tokens, gradient_norm, batch.tokens, finite, spiked)
+        return StepResult(
+            loss / batch.tokens, gradient_norm, batch.tokens, finite, spiked, tuple(count > 0 for count in raised)
+        )
 
     def _scaled(self, loss: Tensor, scale: float, last: bool) -> Tensor:
         """`scale` times the loss, with a gradient of NaN if the loss is not finite or is refused: so a check of the
@@ -131,9 +156,9 @@ class Engine(abc.ABC):
         detached. `last`: no further micro-batch follows in this step."""
 
     @abc.abstractmethod
-    def _update(self) -> float:
+    def _update(self) -> Tensor:
         """Clip, update the weights unless the gradient is not finite, and drop the gradient. Returns its global norm
-        before clipping."""
+        before clipping, a scalar on any device."""
 
     @abc.abstractmethod
     def state(self) -> dict[str, FlatShard]:
@@ -174,15 +199,16 @@ class Engine(abc.ABC):
         return {}
 
     @contextlib.contextmanager
-    def evaluation(self) -> Iterator[nn.Module]:
-        """The model in evaluation mode, uncompiled, without gradients, in the run's precision. Every rank must enter
-        and call the model equally often, because the ranks gather sharded weights together."""
+    def evaluation(self, any_shape: bool = False) -> Iterator[nn.Module]:
+        """The model in evaluation mode, without gradients, in the run's precision. Every rank must enter and call the
+        model equally often, because the ranks gather sharded weights together. `any_shape`: its inputs have other
+        shapes than a training step's, so it runs uncompiled: it would be compiled again and again."""
         self.model.eval()
         try:
-            # Shapes change with every call here: compiled blocks would be compiled again and again.
-            eager = torch.compiler.set_stance("force_eager")
+            eager = torch.compiler.set_stance("force_eager") if any_shape else contextlib.nullcontext()
             # The model casts by itself; the cache of keys and values takes its dtype from here.
-            with torch.no_grad(), eager, autocast(self.config, self.world.device):
+            kernels = contextlib.nullcontext() if any_shape else attention_kernels(self.world.device)
+            with torch.no_grad(), eager, kernels, autocast(self.config, self.world.device):
                 yield self.model
         finally:
             self.model.train()
@@ -199,13 +225,13 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def prepare_model(model: GPT, config: Config, device: torch.device) -> StepClock:
+def prepare_model(model: GPT, config: Config, device: torch.device, compiled: bool) -> StepClock:
     """Wrap a model's forward passes before an engine shards it: each block in activation checkpointing, then
     compilation, then a clock, from the inside out; the model in autocast. Returns the clock."""
+    model.residual_dtype = DTYPES[config.train.residual]
     checkpoint_activations(model, config.train.activation_checkpointing)
-    if config.train.compile:
-        for block in model.blocks:
-            block.forward = torch.compile(block.forward)
+    if compiled:
+        compile_model(model)
     clock = StepClock(model, device)
     # Inside the model, so that no engine's own wrapping can switch it off.
     model.forward = autocast(config, device)(model.forward)  # type: ignore[method-assign]

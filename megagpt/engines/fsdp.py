@@ -35,7 +35,7 @@ class FSDPEngine(NativeEngine):
         offload = CPUOffloadPolicy(pin_memory=on_gpu) if on_host else OffloadPolicy()
         with torch.device("meta"):
             self.model = GPT(config.model)
-        self.clock = prepare_model(self.model, config, device)
+        self.clock = prepare_model(self.model, config, device, self.compiled)
         # The root shards the rest as one group: the tied embedding and head, the positions, the final LayerNorm.
         over = mesh if shard < world.size else mesh["shard"]
         for module in (*self.model.blocks, self.model):
@@ -52,8 +52,8 @@ class FSDPEngine(NativeEngine):
         return self._backward(self.model(tokens, targets), scale, last)
 
     @contextlib.contextmanager
-    def evaluation(self) -> Iterator[nn.Module]:
-        with super().evaluation() as model:
+    def evaluation(self, any_shape: bool = False) -> Iterator[nn.Module]:
+        with super().evaluation(any_shape) as model:
             yield model
         # Without this, the root's gathered weights would stay until a backward pass.
         assert isinstance(self.model, FSDPModule)

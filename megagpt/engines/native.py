@@ -1,6 +1,6 @@
 """The common part of DDP and FSDP: the model's parameters are the fp32 weights, and PyTorch's AdamW updates them."""
 
-import math
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -22,20 +22,21 @@ class NativeEngine(Engine):
         self._scaled(loss, scale * self.loss_scale.value, last).backward()
         return loss.detach()
 
-    def _update(self) -> float:
+    @torch.no_grad()
+    def _update(self) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        # In fp64: on a CPU, PyTorch's fp32 norm of a large tensor is off by up to a thousandth.
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in local]
-        square = torch.stack(norms).square().sum().to(self.world.device)
+        square = sum_of_squares(local).to(self.world.device)
         if self.shard_group is not None:
             dist.all_reduce(square, group=self.shard_group)
-        norm = math.sqrt(square) / self.loss_scale.value
-        if math.isfinite(norm):
-            factor = min(1.0, self.config.optimizer.clip_norm / (norm + 1e-6)) / self.loss_scale.value
-            if factor != 1.0:
-                torch._foreach_mul_(local, factor)
-            self.optimizer.step()
+        norm = square.sqrt() / self.loss_scale.value
+        # On the device, so that the host need not wait for the norm before the update is on its way.
+        device = local[0].device
+        factor = (self.config.optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale.value
+        if not _is_one(factor):
+            torch._foreach_mul_(local, factor.to(device, torch.float32))
+        self.optimizer.found_inf = (~torch.isfinite(norm)).to(device, torch.float32)  # AdamW then leaves all as it is
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -50,6 +51,20 @@ class NativeEngine(Engine):
     def _state_loaded(self, updates: int) -> None:
         for moments in self.optimizer.state.values():
             moments["step"].fill_(updates)
+
+
+def _is_one(factor: Tensor) -> bool:
+    """Whether a factor is known to change nothing. To know it of a GPU's, the host would have to wait."""
+    return factor.device.type == "cpu" and float(factor) == 1
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of all elements' squares, an fp64 scalar on the tensors' device."""
+    if tensors[0].is_cuda:  # which sums in a tree: fp32 is exact enough, and no copy in fp64 is made
+        norms = list(torch._foreach_norm(tensors))
+    else:  # a CPU's fp32 norm of a large tensor is off by up to a thousandth
+        norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return torch.stack(norms).double().square().sum()
 
 
 def held(tensor: Tensor) -> FlatShard:

@@ -44,7 +44,7 @@ class ZeroEngine(Engine):
         deepspeed.init_distributed(auto_mpi_discovery=False)
         with refusals(config):
             self.model = self._build(deepspeed)
-            self.clock = prepare_model(self.model, config, world.device)
+            self.clock = prepare_model(self.model, config, world.device, self.compiled)
             parts = {"model": self.model, "optimizer": build_optimizer(self.model, config)}
             self._engine, *_ = deepspeed.initialize(**parts, config=self._settings, dist_init_required=False)
         shards: type[_WholeWeights | _PartitionedWeights] = _WholeWeights
@@ -75,8 +75,9 @@ class ZeroEngine(Engine):
         # Weights are gathered block by block, as under FSDP, so a block contains no communication: compiled graphs and
         # selective activation checkpointing need that.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
-        # The decoder also uses the embedding's weight as its head, outside the embedding's own forward pass.
-        deepspeed.zero.register_external_parameter(model, model.token_embedding.weight)
+        # The decoder looks both tables up by itself, and uses one of them as its head.
+        for table in (model.token_embedding, model.position_embedding):
+            deepspeed.zero.register_external_parameter(model, table.weight)
         return model
 
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
@@ -87,10 +88,10 @@ class ZeroEngine(Engine):
         self._engine.backward(self._scaled(loss, scale, last), scale_wrt_gas=False)
         return loss.detach()
 
-    def _update(self) -> float:
+    def _update(self) -> Tensor:
         # Clips by the global norm; leaves the weights unchanged if the norm is not finite.
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float64)
 
     def state(self) -> dict[str, FlatShard]:
         self._shards.make_moments()

@@ -31,8 +31,9 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
         "stage": engine.stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        # Off: it has had races with contiguous gradients more than once.
-        "overlap_comm": False,
+        # At stage 3 the gathers of the next block's weights run beside the computation. Off below, because it has had
+        # races with contiguous gradients more than once.
+        "overlap_comm": engine.stage == 3,
         "contiguous_gradients": True,
         "round_robin_gradients": False,
     }

@@ -1,6 +1,7 @@
 """Causal self-attention, dense or locally banded, and the key/value cache of generation."""
 
 import contextlib
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,25 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megagpt.models.presets import ModelConfig
+
+
+# The order in which a GPU's kernels are tried, by their speed on an H100. Without it, PyTorch's choice depends on the
+# version of cuDNN that its wheel was built for.
+_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def attention_kernels(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside, attention on this device takes the fastest kernel that can do it. It must be the same one in a forward
+    pass and in its recomputation."""
+    return sdpa_kernel(_KERNELS, set_priority=True) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def attention_kernel(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the kernel that dense attention takes in a training step, such as "cudnn"."""
+    q = torch.empty(1, config.heads, config.context, config.head_width, device=device, dtype=dtype, requires_grad=True)
+    with attention_kernels(device):
+        choice = torch._fused_sdp_choice(q, q, q, dropout_p=config.dropout, is_causal=True)
+    return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
 
 
 class KeyValueCache:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megagpt.models.attention import KeyValueCache, banded_attention, causal_attention
-from megagpt.models.loss import linear_cross_entropy
+from megagpt.models.loss import Softmax, linear_cross_entropy, softmax_cross_entropy_
 from megagpt.models.presets import ModelConfig
 
 
@@ -25,8 +25,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        # Split before the heads are told apart: then the backward pass writes the three gradients side by side, once.
+        q, k, v = (y.view(B, T, self.heads, C // self.heads).transpose(1, 2) for y in self.qkv(x).split(C, dim=2))
+        # each (B, H, T, D)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             mask = cache.mask(T, self.window)
@@ -74,6 +75,15 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
+def embed(tokens: Tensor, positions: Tensor, token_table: Tensor, position_table: Tensor, dtype: torch.dtype) -> Tensor:
+    """The residual stream's first value (B, T, C): rows of both tables, (V, C) and (T, C), summed in fp32."""
+    # On a CPU, zeroing a dense gradient of the whole table costs more than the lookup; a sparse gradient is added to the
+    # head's dense one.
+    sparse = token_table.device.type == "cpu"
+    of_token = F.embedding(tokens, token_table, sparse=sparse)
+    return (of_token.float() + F.embedding(positions, position_table).float()).to(dtype)
+
+
 class GPT(nn.Module):
     """The model. Build it on any device, meta included, then fill it with `initialize` or a checkpoint."""
 
@@ -85,6 +95,11 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.final_norm = LayerNorm(config.width)
+        self.residual_dtype = torch.float32
+        """The residual stream is fp32 in every precision by default: each block adds something small to it."""
+        self.embed = embed
+        self.softmax: Softmax = softmax_cross_entropy_
+        """An engine may replace these two by compiled ones."""
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Loss or logits of `tokens`, int (B, T). With `targets`, int (B, T), -100 for "not counted": the SUM of the
@@ -93,11 +108,7 @@ class GPT(nn.Module):
         T = tokens.shape[1]
         positions = cache.positions(T) if cache is not None else torch.arange(T, device=tokens.device)
         head = self.token_embedding.weight  # tied: (V, C)
-        # On a CPU, zeroing a dense gradient of the whole table costs more than the lookup; a sparse gradient is added
-        # to the head's dense one.
-        sparse = head.device.type == "cpu"
-        # The residual stream is fp32 in every precision: each block adds something small to it.
-        x = F.embedding(tokens, head, sparse=sparse).float() + self.position_embedding(positions).float()  # (B, T, C)
+        x = self.embed(tokens, positions, head, self.position_embedding.weight, self.residual_dtype)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, cache)
@@ -107,4 +118,4 @@ class GPT(nn.Module):
         x = self.final_norm(x)
         if targets is None:
             return F.linear(x, head)[..., : self.config.vocab_size]
-        return linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), self.config.vocab_size)
+        return linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), self.config.vocab_size, self.softmax)

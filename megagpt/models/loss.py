@@ -3,14 +3,15 @@
 Tokens x 50,304 logits are the largest tensor of a small GPT. Here a chunk of tokens goes through head, softmax and
 both backward products before the next chunk starts, so the peak is one chunk for any number of tokens."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Tokens whose logits exist at a time: enough that the products run at full rate, and that adding the chunk's share to
-# the weight's gradient is cheap in comparison.
-CHUNK = 1024
+# Tokens whose logits exist at a time: enough that the products run at full rate. A GPU reads and writes the weight's
+# whole gradient for each chunk (309 MB at width 768), and a product of 1,024 rows has too few tiles for its processors.
+CHUNK = {"cpu": 1024, "cuda": 8192}
 # Rows of a chunk in one softmax on a CPU: 16 x 50,304 in fp32 are 3 MB, which stay in cache.
 _CPU_ROWS = 16
 # Rows of the weight's gradient in one sum on a CPU, for the same reason.
@@ -18,43 +19,56 @@ _CPU_GRADIENT_ROWS = 1024
 # Value of targets that do not count.
 IGNORE = -100
 
+Softmax = Callable[[Tensor, Tensor, int, bool], Tensor]
+"""(logits (N, V), targets (N,), vocab_size, with_gradient) -> sum of the token losses, an fp32 scalar. If
+`with_gradient`, the gradient overwrites the logits."""
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softmax: Softmax | None = None
+) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats, as an fp32 scalar. hidden (N, C),
     weight (V, C), targets (N,), -100 for tokens that do not count. Only the first `vocab_size` columns take part: the
     padding rows of the table get probability and gradient zero. Products run in the autocast dtype if autocast is on;
-    softmax and sums in fp32."""
+    softmax and sums in fp32. `softmax`: that of a chunk, `softmax_cross_entropy_` if None."""
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()  # so that no gradient is computed
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, dtype, softmax or softmax_cross_entropy_)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        dtype: torch.dtype,
+        softmax: Softmax,
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         ctx.dtypes = hidden.dtype, weight.dtype
         h, w = hidden.to(dtype), weight.to(dtype)
+        rows = chunk_rows(len(h), CHUNK[h.device.type])
         # Allocated once for all chunks: on a CPU, new memory of this size costs as much as the product written to it.
-        buffer = h.new_empty(min(CHUNK, len(h)), len(w))
-        product = torch.empty_like(w) if need_weight and dtype != torch.float32 else None
+        buffer = h.new_empty(rows, len(w))
+        scratch = torch.empty_like(w) if need_weight and not _sums_in_fp32(w) else None
         grad_hidden = torch.empty_like(h) if need_hidden else None
         grad_weight = torch.empty_like(w, dtype=torch.float32) if need_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=h.device)
         with torch.autocast(h.device.type, enabled=False):
-            for start in range(0, len(h), CHUNK):
-                x = h[start : start + CHUNK]
+            for start in range(0, len(h), rows):
+                x = h[start : start + rows]
                 logits = torch.mm(x, w.T, out=buffer[: len(x)])  # (chunk, V)
-                chunk_loss, grad_logits = softmax_cross_entropy_(logits, targets[start : start + CHUNK], vocab_size)
-                loss += chunk_loss
+                loss += softmax(logits, targets[start : start + rows], vocab_size, need_hidden or need_weight)
+                # From here on `logits` are their own gradient.
                 if grad_hidden is not None:
-                    torch.mm(grad_logits, w, out=grad_hidden[start : start + CHUNK])
+                    torch.mm(logits, w, out=grad_hidden[start : start + rows])
                 if grad_weight is not None:
-                    _accumulate_product_(grad_weight, grad_logits.T, x, product, first=start == 0)
+                    _add_product_(grad_weight, logits.T, x, scratch, first=start == 0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -69,28 +83,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (scale,) = grad_output
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         scaled = (None if g is None else g.mul_(scale).to(dtype) for g, dtype in gradients)
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
-def _accumulate_product_(total: Tensor, a: Tensor, b: Tensor, product: Tensor | None, first: bool) -> None:
-    """total = a @ b if `first`, else total += a @ b; `product` is scratch of that shape, None if a and b are fp32."""
-    if product is None:
-        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+def chunk_rows(tokens: int, limit: int) -> int:
+    """Rows of a chunk, at most `limit`: all chunks are alike if few enough make that possible, because compiled code
+    and a GPU's choice of kernels depend on the shape."""
+    fewest = max(1, -(-tokens // limit))
+    count = next((n for n in range(fewest, 2 * fewest) if tokens % n == 0), fewest)
+    return -(-tokens // count)
+
+
+def _sums_in_fp32(weight: Tensor) -> bool:
+    """Whether a product of such matrices can be added to an fp32 matrix as it is computed: always if they are fp32, and
+    in half precision on NVIDIA's GPUs."""
+    return weight.dtype == torch.float32 or (weight.is_cuda and torch.version.hip is None)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor, scratch: Tensor | None, first: bool) -> None:
+    """total = a @ b if `first`, else total += a @ b. `total` is fp32; `scratch`, of its shape and the dtype of a and b,
+    takes the product if it cannot be added as it is computed."""
+    if scratch is None:
+        wider: dict[str, Any] = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
+        if first:
+            torch.mm(a, b, **wider, out=total)
+        else:
+            torch.addmm(total, a, b, **wider, out=total)
         return
-    torch.mm(a, b, out=product)
+    torch.mm(a, b, out=scratch)
     # On a CPU, a mixed-precision sum copies its whole operand to fp32; small steps keep the copy in cache.
     step = _CPU_GRADIENT_ROWS if total.device.type == "cpu" else len(total)
-    for rows, share in zip(total.split(step), product.split(step), strict=True):
+    for rows, share in zip(total.split(step), scratch.split(step), strict=True):
         if first:
             rows.copy_(share)
         else:
             rows.add_(share)
 
 
-def softmax_cross_entropy_(logits: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Sum of the token losses, and its gradient with respect to the logits, which overwrites them. logits (N, V),
-    targets (N,). The loss is max - log p(max) - logit(target), which stays finite even if the target's probability
-    underflows, unlike -log p(target)."""
+def softmax_cross_entropy_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool) -> Tensor:
+    """A `Softmax`, operator by operator. The loss is max - log p(max) - logit(target), which stays finite even if the
+    target's probability underflows, unlike -log p(target)."""
     logits[:, vocab_size:] = -torch.inf
     counted = (targets != IGNORE)[:, None]
     target = torch.where(counted, targets[:, None], 0)
@@ -102,6 +134,24 @@ def softmax_cross_entropy_(logits: Tensor, targets: Tensor, vocab_size: int) -> 
         p = torch.softmax(z, dim=1, dtype=torch.float32)
         token_loss = z.amax(1, keepdim=True).float() - p.amax(1, keepdim=True).log() - z.gather(1, t).float()
         loss += torch.where(c, token_loss, 0.0).sum()
-        p.scatter_add_(1, t, p.new_full(t.shape, -1.0))
-        z.copy_(p.mul_(c))
-    return loss, logits
+        if with_gradient:
+            p.scatter_add_(1, t, p.new_full(t.shape, -1.0))
+            z.copy_(p.mul_(c))
+    return loss
+
+
+def softmax_cross_entropy_to_compile_(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool) -> Tensor:
+    """A `Softmax` written for torch.compile, which makes of it one pass over the logits' rows: they are read, the
+    gradient is written, and nothing in fp32 reaches memory."""
+    column = torch.arange(logits.shape[1], device=logits.device)
+    counted = (targets != IGNORE)[:, None]
+    target = torch.where(counted, targets[:, None], 0)
+    z = logits.float().masked_fill(column >= vocab_size, -torch.inf)
+    largest = z.amax(1, keepdim=True)
+    exponentials = (z - largest).exp()
+    total = exponentials.sum(1, keepdim=True)
+    token_loss = total.log() + (largest - logits.gather(1, target).float())
+    loss = torch.where(counted, token_loss, 0.0).sum()
+    if with_gradient:
+        logits.copy_((exponentials / total - (column == target).float()) * counted)
+    return loss

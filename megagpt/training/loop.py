@@ -1,6 +1,7 @@
 """The loop: the only place where a run advances. It takes steps, and between them holds the occasions that are due."""
 
 import contextlib
+import gc
 import shlex
 import time
 from collections.abc import Generator
@@ -10,9 +11,10 @@ from megagpt.config import Config
 from megagpt.console import duration, say
 from megagpt.data.loader import Batch
 from megagpt.engines.clock import StepTimes
-from megagpt.engines.engine import StepResult, seed_dropout
+from megagpt.engines.engine import DTYPES, StepResult, seed_dropout
 from megagpt.errors import ExitCode, UserError
 from megagpt.hardware import peak_flops
+from megagpt.models.attention import attention_kernel
 from megagpt.position import Position
 from megagpt.process_memory import peak_memory
 from megagpt.run_log import Event
@@ -36,8 +38,11 @@ def train(
     with open_run(config, world, resume, allowed, resume_at) as run:
         _say_what_is_special(run)
         if not run.start.last:
-            say("first step" if not config.train.compile else "first step, which compiles the model and takes longer")
-        outcome = loop(run, stop)
+            say("first step" + (", which compiles the model: it may take minutes" if run.engine.compiled else ""))
+        try:
+            outcome = loop(run, stop)
+        finally:
+            gc.unfreeze()
         run.ending.outcome(outcome)
         return outcome.code
 
@@ -49,14 +54,14 @@ def loop(run: Run, stop: StopRequest) -> Outcome:
     with contextlib.closing(run.batches()) as batches:
         while True:
             # Each incarnation takes a step before it may stop, however short its time limit is.
-            stopping = at != run.start and run.between_steps(at, stop)
+            stopping = at != run.start and run.between_steps(at)
             for occasion in due:
                 if not stopping and occasion.due(at):
                     with speed.pause():
                         stopping = not occasion.hold(at, stop)
             if stopping or at.last:
                 break
-            at = _step(run, at, batches, speed)
+            at = _step(run, at, batches, speed, stop)
             run.ending.reached = at.tokens
     if saves.held < at.tokens:
         saves.hold(at, stop)
@@ -66,7 +71,7 @@ def loop(run: Run, stop: StopRequest) -> Outcome:
     return _finished(run, at, time.monotonic() - began)
 
 
-def _step(run: Run, before: Position, batches: Generator[Batch], speed: Speed) -> Position:
+def _step(run: Run, before: Position, batches: Generator[Batch], speed: Speed, stop: StopRequest) -> Position:
     """Take one optimizer step and log it; returns the position after it."""
     config = run.config
     began = time.monotonic()
@@ -79,10 +84,13 @@ def _step(run: Run, before: Position, batches: Generator[Batch], speed: Speed) -
     run.watchdog.phase(f"step {at.step}")
     first = before == run.start
     # Compiling may take long, once.
-    patient = run.watchdog.patient(f"step {at.step}, compiling") if first and config.train.compile else None
+    patient = run.watchdog.patient(f"step {at.step}, compiling") if first and run.engine.compiled else None
     with patient or contextlib.nullcontext():
         is_spike = run.guard.is_spike if run.guard.watches_spikes else None
-        result = run.engine.train_step(batch, learning_rate(config, at.tokens), is_spike)
+        result = run.engine.train_step(
+            batch, learning_rate(config, at.tokens), is_spike, lambda: run.flags(stop), run.reporter.write_step
+        )
+    run.raised = result.raised
     took = time.monotonic() - began
     speed.step(batch.tokens)
     times = run.engine.clock.read()
@@ -91,7 +99,13 @@ def _step(run: Run, before: Position, batches: Generator[Batch], speed: Speed) -
         since = seconds_since_start()
         values = {"seconds_to_first_step": since, "incarnation": run.lease.incarnation.number}
         run.reporter.event(Event.RESUMED, at, values, f"first step {since:.1f} s after the process began")
-    if not first:
+    if first:
+        if run.engine.compiled:
+            say(f"the first step took {duration(took)}; most of it was compiling")
+        # All that lives now stays: Python's collector need not look at it again and again, which would hold a rank up.
+        gc.collect()
+        gc.freeze()
+    else:
         run.reserve.took(step=took)
     if at.step == run.start.step + 2:
         run.say_bound()
@@ -140,7 +154,9 @@ def _say_what_is_special(run: Run) -> None:
     if config.schedule.shape != "constant" and end < floor_at:
         where = f"train.tokens {end:,} is less than schedule.decay_end_tokens {floor_at:,}"
         say(f"the learning rate does not reach its floor: {where}")
-    say(f"{config.run.name}: {config.model.parameters:,} parameters, {run.engine.describe()}")
+    kernel = attention_kernel(config.model, run.world.device, DTYPES[config.train.precision])
+    how = f"{run.engine.describe()}, {'compiled' if run.engine.compiled else 'not compiled'}, {kernel} attention"
+    say(f"{config.run.name}: {config.model.parameters:,} parameters, {how}")
 
 
 def _stopped(run: Run, at: Position, stop: StopRequest) -> Outcome:

@@ -113,7 +113,7 @@ def _sample(run: Run) -> Work:
         began = time.monotonic()
         prompt = gpt2().encode_ordinary(s.prompt)
         problem = ""
-        with run.engine.evaluation() as model:
+        with run.engine.evaluation(any_shape=True) as model:
             try:
                 rows = generate(
                     model, run.config.model, [prompt] * s.samples, s.max_tokens,

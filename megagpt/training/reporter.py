@@ -24,6 +24,7 @@ class Reporter:
         self, run: Path, start: Position, total_tokens: int, resumed: bool, is_main: bool, went_back: bool = False
     ) -> None:
         self._start, self._total = start, total_tokens
+        self._step: tuple[Position, dict[str, Any]] | None = None
         self._began, self._last_line = time.monotonic(), 0.0
         self._bar: tqdm[Any] | None = None
         self._log = RunLog(run, start.tokens, went_back) if is_main else None
@@ -40,17 +41,28 @@ class Reporter:
         """An event, with its line for people. Raises ExpectedError if the disk refuses it."""
         if self._log is None:
             return
+        self.write_step()
         self._log.append(event, at.step, at.tokens, values)
         with self._log.disk_errors():
             self._board.numbers(event, at, values)
-            if event != Event.STEP:  # a step is taken again after a kill, all else is not
-                self._board.flush()
+            self._board.flush()
         if text:
             say(text)
 
     def step(self, at: Position, values: dict[str, Any]) -> None:
-        """The numbers of one optimizer step; `None` is shown as n/a."""
-        self.event(Event.STEP, at, values)
+        """The numbers of one optimizer step; `None` is shown as n/a. They are written when `write_step` or anything
+        else is called, so that a GPU need not wait for it between two steps."""
+        self._step = (at, values)
+
+    def write_step(self) -> None:
+        """Write the numbers of the last step, if they are not written yet. A step is taken again after a kill, so they
+        are not forced to the disk. Raises ExpectedError if the disk refuses them."""
+        if self._log is None or self._step is None:
+            return
+        (at, values), self._step = self._step, None
+        self._log.append(Event.STEP, at.step, at.tokens, values)
+        with self._log.disk_errors():
+            self._board.numbers(Event.STEP, at, values)
         if self._bar is not None:
             self._bar.set_postfix_str(f"step {at.step} loss {values['loss']:.4f} lr {values['lr']:.2e}", refresh=False)
             self._bar.update(at.tokens - self._bar.n)
@@ -70,6 +82,7 @@ class Reporter:
     def text(self, at: Position, name: str, text: str) -> None:
         """A text for TensorBoard, which takes it as Markdown."""
         if self._log is not None:
+            self.write_step()
             with self._log.disk_errors():
                 self._board.text(name, text, at.step)
                 self._board.flush()
@@ -77,10 +90,12 @@ class Reporter:
     def flush(self) -> None:
         """Write TensorBoard's events to the disk, so that none before a checkpoint's position is missing."""
         if self._log is not None:
+            self.write_step()
             with self._log.disk_errors():
                 self._board.flush()
 
     def close(self) -> None:
+        self.write_step()
         if self._bar is not None:
             self._bar.close()
         if self._log is not None:

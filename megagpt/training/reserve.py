@@ -6,8 +6,9 @@ from megagpt.errors import ExitCode
 
 class Reserve:
     """Upper bound on the seconds from a request to stop to the end of the process, from the longest of each part so
-    far. A request is noticed between steps and between batches of a validation. The worst case: it comes as samples
-    begin, which cannot be interrupted, a save is in flight, and a step follows before the request is noticed."""
+    far. A request is noticed at the end of a step and between batches of a validation. The worst case: it comes when
+    the ranks of a step have just been asked, samples follow, which cannot be interrupted, a save is in flight, and
+    another step follows before the request is noticed."""
 
     def __init__(self, saver: Saver) -> None:
         self._saver = saver
@@ -19,14 +20,14 @@ class Reserve:
 
     @property
     def seconds(self) -> float:
-        """Samples, one step, the save in flight and the last save."""
-        return self._samples + self._step + 2 * self._saver.expected_seconds
+        """The rest of a step, samples, another step, the save in flight and the last save."""
+        return self._samples + 2 * self._step + 2 * self._saver.expected_seconds
 
     def sentence(self, checkpoint_bytes: int) -> str:
         """The bound and its parts, for people."""
         samples = f"samples ({self._samples:.2f} s), " if self._samples else ""
         return (
-            f"Ctrl-C, SIGTERM or SIGUSR1 ends this run within about {self.seconds:.1f} s: {samples}one step "
-            f"({self._step:.2f} s), a save in flight and a last save of {checkpoint_bytes / 1e9:.2f} GB "
+            f"Ctrl-C, SIGTERM or SIGUSR1 ends this run within about {self.seconds:.1f} s: {samples}two steps "
+            f"({self._step:.2f} s each), a save in flight and a last save of {checkpoint_bytes / 1e9:.2f} GB "
             f"({self._saver.expected_seconds:.2f} s each); it exits with code {ExitCode.STOPPED}"
         )

@@ -22,6 +22,7 @@ from megagpt.data.loader import (
     Corpus,
     Share,
     open_corpus,
+    pinned,
     read_ahead,
     train_batches,
     validation_corpus,
@@ -84,23 +85,32 @@ class Run:
     stragglers: Stragglers
     reserve: Reserve
     ending: Ending
+    raised: tuple[bool, ...] = (False, False, False)
+    """The `flags` that some rank raised in the last step."""
 
     def batches(self) -> Generator[Batch]:
         """This rank's share of every remaining batch, read ahead."""
         first, total = self.start.sequences, self.config.total_sequences
         share = Share(self.world.rank, self.world.size, self.config.train.micro_batch)
         size = functools.partial(batch_sequences, self.config)
-        return read_ahead(train_batches(self.train_data, first, total, size, share))
+        batches = train_batches(self.train_data, first, total, size, share)
+        if self.world.device.type == "cuda":
+            batches = map(functools.partial(pinned, self.world.device), batches)
+        return read_ahead(batches)
 
     def agree_to_stop(self, stop: StopRequest) -> bool:
         """Whether some rank was asked to stop, or has too little of its time left for another step and a save."""
         return self.world.any(stop.requested(self.reserve.seconds))
 
-    def between_steps(self, at: Position, stop: StopRequest) -> bool:
-        """`agree_to_stop`, and in the same exchange everything else that the ranks must agree on. Raises Superseded,
-        and the error of a save in the background."""
+    def flags(self, stop: StopRequest) -> tuple[bool, bool, bool]:
+        """Everything that the ranks must agree on between two steps; it travels with a step's loss."""
         lost = self.world.is_main and self.lease.lost()
-        stopping, failed, superseded = self.world.any_of(stop.requested(self.reserve.seconds), self.saver.failed, lost)
+        return stop.requested(self.reserve.seconds), self.saver.failed, lost
+
+    def between_steps(self, at: Position) -> bool:
+        """Act on the flags that some rank raised in the last step; returns whether to stop. Raises Superseded, and the
+        error of a save in the background."""
+        stopping, failed, superseded = self.raised
         if superseded:
             raise Superseded(f"{self.folder}: a newer incarnation has taken this run over; this one ends")
         if failed:

@@ -64,7 +64,7 @@ def evaluating(case: Case, world: World) -> tuple[list[float], list[str]]:
 
 
 def test_evaluation_is_the_same_and_leaves_nothing_gathered() -> None:
-    """Under each engine, with compiled blocks that it goes around."""
+    """Under each engine, in compiled blocks."""
     names = ("fsdp", "zero-2", "zero-3")
     reference, *others = on_two_ranks(evaluating, [small("ddp"), *(small(name, compile=True) for name in names)])
     for name, ranks in zip(names, others, strict=True):

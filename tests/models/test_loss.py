@@ -11,7 +11,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.models import loss as module
-from megagpt.models.loss import linear_cross_entropy
+from megagpt.models.loss import (
+    Softmax,
+    chunk_rows,
+    linear_cross_entropy,
+    softmax_cross_entropy_,
+    softmax_cross_entropy_to_compile_,
+)
+
+# Both give the same values, compiled or not.
+SOFTMAXES = {"operator by operator": softmax_cross_entropy_, "to compile": softmax_cross_entropy_to_compile_}
 
 
 def problem(tokens: int, width: int, vocab_size: int, rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,9 +40,11 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) 
     return loss.detach(), *torch.autograd.grad(loss, (h, w))
 
 
-def fused(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def fused(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softmax: Softmax = softmax_cross_entropy_
+) -> tuple[Tensor, Tensor, Tensor]:
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = linear_cross_entropy(h, w, targets, vocab_size)
+    loss = linear_cross_entropy(h, w, targets, vocab_size, softmax)
     return loss.detach(), *torch.autograd.grad(loss, (h, w))
 
 
@@ -45,34 +56,44 @@ def assert_near(ours: Tensor, expected: Tensor, tolerance: float) -> None:
     assert (ours.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def check(tokens: int, width: int, vocab_size: int, rows: int) -> None:
+def check(tokens: int, width: int, vocab_size: int, rows: int, softmax: Softmax = softmax_cross_entropy_) -> None:
     hidden, weight, targets = problem(tokens, width, vocab_size, rows)
     expected = reference(hidden, weight, targets, vocab_size)
-    ours = fused(hidden, weight, targets, vocab_size)
+    ours = fused(hidden, weight, targets, vocab_size, softmax)
     for a, b in zip(ours, expected, strict=True):
         assert_near(a, b, 2e-6)
     assert not ours[2][vocab_size:].any()
     assert not ours[1][targets == -100].any()
 
 
+@pytest.mark.parametrize("softmax", SOFTMAXES)
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 32, 33, 50])
 @pytest.mark.parametrize(("vocab_size", "rows"), [(128, 128), (77, 128), (129, 256)])
 def test_value_and_gradients_are_the_references(
-    tokens: int, vocab_size: int, rows: int, monkeypatch: pytest.MonkeyPatch
+    tokens: int, vocab_size: int, rows: int, softmax: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK", 16)
-    check(tokens, 12, vocab_size, rows)
+    monkeypatch.setitem(module.CHUNK, "cpu", 16)
+    check(tokens, 12, vocab_size, rows, SOFTMAXES[softmax])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "limit", "rows"),
+    [(32768, 8192, 8192), (12288, 8192, 6144), (8192, 8192, 8192), (100, 8192, 100), (7 * 1024, 2048, 1792),
+     (1025, 1024, 513), (1, 8, 1), (0, 8, 0)],
+)  # fmt: skip
+def test_chunks_are_alike_if_they_can_be(tokens: int, limit: int, rows: int) -> None:
+    assert chunk_rows(tokens, limit) == rows
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40])
 def test_any_chunk_gives_the_same_loss(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setitem(module.CHUNK, "cpu", chunk)
     check(41, 12, 77, 128)
 
 
 @pytest.mark.parametrize("tokens", [1023, 1024, 1025, 2100])
 def test_the_real_chunk_gives_the_same_loss(tokens: int) -> None:
-    assert module.CHUNK == 1024
+    assert module.CHUNK["cpu"] == 1024
     check(tokens, 8, 77, 128)
 
 
@@ -116,20 +137,22 @@ def test_one_gradient_may_be_computed_alone(wanted: str) -> None:
     assert_near(gradient, expected[wanted], 2e-6)
 
 
+@pytest.mark.parametrize("softmax", SOFTMAXES)
 @pytest.mark.parametrize("scale", [1e2, 1e4, 1e15])
-def test_huge_logits_stay_finite(scale: float) -> None:
+def test_huge_logits_stay_finite(scale: float, softmax: str) -> None:
     hidden, weight, targets = problem(40, 12, 77, 128)
     hidden, weight = hidden * scale, weight * scale
     expected = reference(hidden, weight, targets, 77)
     assert expected[0] > 10 * scale**2  # far beyond the range of exp
-    for a, b in zip(fused(hidden, weight, targets, 77), expected, strict=True):
+    for a, b in zip(fused(hidden, weight, targets, 77, SOFTMAXES[softmax]), expected, strict=True):
         assert_near(a, b, 1e-5)
 
 
-def test_a_confident_correct_model_has_no_loss() -> None:
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+def test_a_confident_correct_model_has_no_loss(softmax: str) -> None:
     weight = torch.eye(128)[:, :100] * 1e4
     targets = torch.arange(50)
-    loss, grad_hidden, grad_weight = fused(torch.eye(100)[:50], weight, targets, 100)
+    loss, grad_hidden, grad_weight = fused(torch.eye(100)[:50], weight, targets, 100, SOFTMAXES[softmax])
     assert float(loss) == 0
     assert not grad_hidden.any()
     assert not grad_weight.any()
@@ -142,7 +165,7 @@ def test_the_sum_keeps_its_precision() -> None:
 
 
 def test_bf16_autocast_is_near_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 64)
+    monkeypatch.setitem(module.CHUNK, "cpu", 64)
     hidden, weight, targets = problem(150, 48, 1100, 1152)  # more rows than are summed at a time on a CPU
     weight = weight * 0.2
     expected = reference(hidden, weight, targets, 1100)
@@ -220,7 +243,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("tokens", [32, 128, 512])
 def test_the_logits_of_all_tokens_never_exist(tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk, width, rows = 8, 4, 256
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setitem(module.CHUNK, "cpu", chunk)
     hidden, weight, targets = problem(tokens, width, 200, rows)
     hidden.requires_grad_()
     weight.requires_grad_()

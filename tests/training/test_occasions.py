@@ -73,7 +73,7 @@ class Simulated:
         self._happens()
         return at.after(self.steps[at.step])
 
-    def between_steps(self, at: Position, stop: StopRequest) -> bool:
+    def between_steps(self, at: Position) -> bool:
         return self._happens() == "stop"
 
     def batches(self) -> Any:

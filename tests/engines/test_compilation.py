@@ -1,0 +1,130 @@
+"""torch.compile: when it is used, and that each kind of block is one graph, traced once."""
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+from megagpt.config import TrainConfig, compiles
+from megagpt.config_file import build_config
+from megagpt.data.loader import Batch
+from megagpt.engines import compilation
+from megagpt.engines.compilation import is_compiled
+from megagpt.engines.engine import build_engine
+from megagpt.errors import UserError
+from megagpt.world import join
+from tests.processes import run_ranks
+
+MODEL = {"layers": 4, "width": 32, "heads": 2, "context": 16, "vocab_size": 100}
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {"name": "ddp"}, "fsdp": {"name": "fsdp"},
+    "zero-1": {"name": "zero", "stage": 1}, "zero-2": {"name": "zero", "stage": 2},
+    "zero-3": {"name": "zero", "stage": 3},
+}  # fmt: skip
+MODES: tuple[Any, ...] = ("none", "full", "selective", {"every": 2})
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "expected"),
+    [("auto", "cpu", False), ("auto", "cuda", True), (True, "cpu", True), (True, "cuda", True), (False, "cuda", False)],
+)
+def test_auto_compiles_on_a_gpu(wanted: Any, device: str, expected: bool) -> None:
+    assert compiles(wanted, device) == expected
+    assert compiles(TrainConfig().compile, device) == (device == "cuda")
+
+
+@pytest.mark.parametrize("missing", ["Triton", "C compiler"])
+def test_a_gpu_without_its_compiler_runs_without(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in for a machine with a GPU."""
+    monkeypatch.setattr(compilation, "has_triton", lambda: missing != "Triton")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert not is_compiled(build_config({}, "t"), CUDA)
+    assert f"train.compile auto: off, because {'PyTorch finds no' if missing == 'Triton' else 'there is no'} {missing}" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="set train.compile=false"):
+        is_compiled(build_config({"train": {"compile": True}}, "t"), CUDA)
+    assert not is_compiled(build_config({"train": {"compile": False}}, "t"), CUDA)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/gcc")
+    assert is_compiled(build_config({}, "t"), CUDA) == (missing != "Triton")
+
+
+def graphs(engine: dict[str, Any], ranks: int, mode: Any, banded: bool = False) -> list[dict[str, int]]:
+    """Dynamo's counts after three steps, after a validation batch, and after more of both."""
+    torch._dynamo.reset()
+    counters.clear()
+    attention = {"attention": "banded", "window": 8} if banded else {}
+    batch_tokens = 2 * ranks * MODEL["context"]
+    train = {"precision": "bf16", "device": "cpu", "compile": True, "activation_checkpointing": mode, "micro_batch": 1}
+    train |= {"tokens": batch_tokens, "batch_tokens": batch_tokens}
+    with join("cpu") as world:
+        built = build_engine(build_config({"model": MODEL | attention, "engine": engine, "train": train}, "t"), world)
+        rows = torch.randint(100, (2, MODEL["context"] + 1), generator=torch.Generator().manual_seed(world.rank))
+        pairs = [(row[None, :-1], row[None, 1:].contiguous()) for row in rows]
+        batch = Batch(pairs, 2 * ranks, batch_tokens)
+        found = []
+
+        def count() -> None:
+            breaks = sum(counters["graph_break"].values())
+            found.append({"graphs": counters["stats"]["unique_graphs"], "breaks": breaks})
+
+        def validate() -> None:
+            with built.evaluation() as model:
+                model(*pairs[0])
+
+        for _ in range(3):
+            built.train_step(batch, 1e-3)
+        count()
+        validate()
+        count()
+        built.train_step(batch, 1e-3)
+        validate()
+        with built.evaluation(any_shape=True) as model:
+            model(pairs[0][0][:, :5])
+        count()
+    return found
+
+
+def all_graphs(ranks: int, engines: list[str], modes: list[Any]) -> dict[str, list[dict[str, int]]]:
+    original = torch.compile
+    torch.compile = lambda f, **options: original(f, backend="aot_eager", **options)  # the graphs, without their C++
+    try:
+        return {
+            f"{name} {mode} {banded}": graphs(ENGINES[name], ranks, mode, banded)
+            for name in engines
+            for mode in modes
+            for banded in (False, True)
+            if not banded or (name == "ddp" and mode == "none")
+        }
+    finally:
+        torch.compile = original
+
+
+def assert_one_each(found: dict[str, list[dict[str, int]]]) -> None:
+    for name, (trained, validated, later) in found.items():
+        blocks = 2 if name.endswith("True") else 1  # dense and banded ones in turn
+        kinds = blocks + 2  # the final LayerNorm, the head's softmax
+        assert trained == {"graphs": kinds, "breaks": 0}, name
+        assert validated == {"graphs": 2 * kinds, "breaks": 0}, name  # the same without gradients
+        assert later == validated, name
+
+
+@pytest.mark.slow
+def test_each_kind_of_block_is_one_graph() -> None:
+    """Under each engine and activation checkpointing, without a break, and traced once."""
+    (found,) = run_ranks(1, all_graphs, 1, list(ENGINES), list(MODES))
+    assert len(found) == len(ENGINES) * len(MODES) + 1
+    assert_one_each(found)
+
+
+@pytest.mark.slow
+def test_buckets_of_two_ranks_cut_no_block() -> None:
+    for found in run_ranks(2, all_graphs, 2, ["ddp", "fsdp", "zero-3"], ["none"]):
+        assert_one_each(found)
