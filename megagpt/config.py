@@ -79,7 +79,7 @@ class TrainConfig:
     """Number format of matrix products. The optimizer's weights, the sum of the gradients over micro-batches and over
     ranks, LayerNorm and softmax are always fp32. fp16 uses dynamic loss scaling."""
     residual: Recipe[Literal["fp32", "bf16"]] = "fp32"
-    """Number format of the residual stream, the sum to which each block adds. bf16 moves fewer bytes, and rounds the sum
+    """Number format of the residual stream, the sum to which each block adds. bf16 moves fewer bytes and rounds the sum
     at each block; it needs precision bf16."""
     compile: Free[Literal["auto"] | bool] = "auto"
     """torch.compile each block, the head's softmax and what is between them. auto: on a GPU. The first step then takes

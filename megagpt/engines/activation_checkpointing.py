@@ -40,16 +40,18 @@ def checkpoint_activations(model: GPT, mode: ActivationCheckpointing) -> None:
     # Dropout must draw the same numbers again; without dropout there is no generator state to keep.
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
     if mode == "selective":
-        policy = functools.partial(_policy, frozenset(kept), 4 * model.config.width)
+        # Dropout reads the output of the block's last product, and must draw in its turn.
+        policy = functools.partial(_policy, frozenset(kept), 0 if dropout else 4 * model.config.width)
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     for layer, block in enumerate(model.blocks):
         if layer % every == 0:
             block.forward = _checkpointed(block.forward, settings)
 
 
-def _policy(kept: frozenset[Any], inner_width: int, context: Any, operator: Any, *arguments: Any, **_: Any) -> Any:
-    """Whether to keep an operator's output. Nobody reads that of the MLP's second product again: it ends the block."""
-    ends_block = operator is _aten.addmm.default and arguments[1].shape[1] == inner_width
+def _policy(kept: frozenset[Any], last_inner: int, context: Any, operator: Any, *arguments: Any, **_: Any) -> Any:
+    """Whether to keep an operator's output. `last_inner`: inner dimension of the block's last product, whose output
+    nobody reads again; 0: somebody does."""
+    ends_block = operator is _aten.addmm.default and arguments[1].shape[1] == last_inner
     return CheckpointPolicy.MUST_SAVE if operator in kept and not ends_block else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -1,5 +1,5 @@
-"""torch.compile: whether it is used, and on what. Each block is one graph; so are the embedding, the final LayerNorm and
-the head's softmax. Nothing between them is compiled, because the sharding engines gather weights there."""
+"""torch.compile: whether it is used, and on what. Each block is one graph; so are the embedding, the final LayerNorm
+and the head's softmax. Nothing between them is compiled, because the sharding engines gather weights there."""
 
 import os
 import shutil
@@ -40,8 +40,9 @@ def _problem() -> str | None:
     return None
 
 
-def compile_model(model: GPT) -> None:
-    """Compile the model's parts, in place. Shapes are static: a micro-batch always has the same."""
+def compile_model(model: GPT, device: torch.device) -> None:
+    """Compile the model's parts, in place, for the device that it will run on. Shapes are static: all micro-batches
+    have the same."""
     # Otherwise a block is cut where one of DDP's buckets ends, and results are written out at each cut.
     torch._dynamo.config.optimize_ddp = False
     compiled = partial(torch.compile, dynamic=False)
@@ -49,5 +50,5 @@ def compile_model(model: GPT) -> None:
         block.forward = compiled(block.forward)
     model.final_norm.forward = compiled(model.final_norm.forward)  # type: ignore[method-assign]
     model.softmax = compiled(softmax_cross_entropy_to_compile_)
-    if next(model.parameters()).device.type != "cpu":  # the compiler knows no sparse gradients
+    if device.type != "cpu":  # the compiler knows no sparse gradients
         model.embed = compiled(model.embed)

@@ -231,7 +231,7 @@ def prepare_model(model: GPT, config: Config, device: torch.device, compiled: bo
     model.residual_dtype = DTYPES[config.train.residual]
     checkpoint_activations(model, config.train.activation_checkpointing)
     if compiled:
-        compile_model(model)
+        compile_model(model, device)
     clock = StepClock(model, device)
     # Inside the model, so that no engine's own wrapping can switch it off.
     model.forward = autocast(config, device)(model.forward)  # type: ignore[method-assign]

@@ -1,6 +1,5 @@
 """The common part of DDP and FSDP: the model's parameters are the fp32 weights, and PyTorch's AdamW updates them."""
 
-from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -35,7 +34,8 @@ class NativeEngine(Engine):
         factor = (self.config.optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale.value
         if not _is_one(factor):
             torch._foreach_mul_(local, factor.to(device, torch.float32))
-        self.optimizer.found_inf = (~torch.isfinite(norm)).to(device, torch.float32)  # AdamW then leaves all as it is
+        # AdamW then leaves everything as it is. The name is that of PyTorch's own gradient scaler.
+        self.optimizer.found_inf = (~torch.isfinite(norm)).to(device, torch.float32)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -58,7 +58,7 @@ def _is_one(factor: Tensor) -> bool:
     return factor.device.type == "cpu" and float(factor) == 1
 
 
-def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     """The sum of all elements' squares, an fp64 scalar on the tensors' device."""
     if tensors[0].is_cuda:  # which sums in a tree: fp32 is exact enough, and no copy in fp64 is made
         norms = list(torch._foreach_norm(tensors))

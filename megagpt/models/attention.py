@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megagpt.models.presets import ModelConfig
 
-
 # The order in which a GPU's kernels are tried, by their speed on an H100. Without it, PyTorch's choice depends on the
 # version of cuDNN that its wheel was built for.
 _KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -77,8 +77,8 @@ class Block(nn.Module):
 
 def embed(tokens: Tensor, positions: Tensor, token_table: Tensor, position_table: Tensor, dtype: torch.dtype) -> Tensor:
     """The residual stream's first value (B, T, C): rows of both tables, (V, C) and (T, C), summed in fp32."""
-    # On a CPU, zeroing a dense gradient of the whole table costs more than the lookup; a sparse gradient is added to the
-    # head's dense one.
+    # On a CPU, zeroing a dense gradient of the whole table costs more than the lookup; a sparse gradient is added to
+    # the head's dense one.
     sparse = token_table.device.type == "cpu"
     of_token = F.embedding(tokens, token_table, sparse=sparse)
     return (of_token.float() + F.embedding(positions, position_table).float()).to(dtype)

@@ -148,10 +148,10 @@ def softmax_cross_entropy_to_compile_(logits: Tensor, targets: Tensor, vocab_siz
     target = torch.where(counted, targets[:, None], 0)
     z = logits.float().masked_fill(column >= vocab_size, -torch.inf)
     largest = z.amax(1, keepdim=True)
-    exponentials = (z - largest).exp()
-    total = exponentials.sum(1, keepdim=True)
-    token_loss = total.log() + (largest - logits.gather(1, target).float())
+    log_total = (z - largest).exp().sum(1, keepdim=True).log()
+    token_loss = log_total + (largest - logits.gather(1, target).float())
     loss = torch.where(counted, token_loss, 0.0).sum()
-    if with_gradient:
-        logits.copy_((exponentials / total - (column == target).float()) * counted)
+    if with_gradient:  # computes the exponentials again: to keep them would cost more than to read the logits twice
+        p = (z - largest - log_total).exp()
+        logits.copy_((p - (column == target).float()) * counted)
     return loss
