@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megagpt.config_marks import Data, For, ForFSDP, ForZero, Free, Recipe, Was, fields_of, mark_of
-from megagpt.config_types import ActivationCheckpointing, PathText, RunName, Seconds, Spikes
+from megagpt.config_types import ActivationCheckpointing, Compile, PathText, RunName, Seconds, Spikes
 from megagpt.errors import UserError
 from megagpt.models.presets import SECTION, ModelConfig, near_divisors
 
@@ -81,7 +81,7 @@ class TrainConfig:
     residual: Recipe[Literal["fp32", "bf16"]] = "fp32"
     """Number format of the residual stream, the sum to which each block adds. bf16 moves fewer bytes and rounds the sum
     at each block; it needs precision bf16."""
-    compile: Free[Literal["auto"] | bool] = "auto"
+    compile: Free[Compile] = "auto"
     """torch.compile each block, the head's softmax and what is between them. auto: on a GPU. The first step then takes
     up to a few minutes. Sampling runs uncompiled."""
     activation_checkpointing: Free[ActivationCheckpointing] = "none"

@@ -62,6 +62,12 @@ def _check_seconds(value: Any) -> float:
     raise ValueError(f"{value!r} is not a time {most}: use seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")
 
 
+def _check_compile(value: Any) -> bool | str:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError(f"{value!r} is not one of: auto, true, false")
+
+
 _SPIKE_WORDS = "none | {deviations: number, steps: whole number, action: skip | stop}"
 
 
@@ -81,4 +87,5 @@ PathText = Annotated[str, AfterValidator(_check_path)]
 Seconds = Annotated[float, PlainValidator(_check_seconds), Values("seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")]
 _Modes = Annotated[str | dict[str, int], Values("none | full | selective | {every: k}")]
 ActivationCheckpointing = Annotated[_Modes, PlainValidator(_check_activation_checkpointing)]
+Compile = Annotated[bool | str, PlainValidator(_check_compile), Values("auto | true | false")]
 Spikes = Annotated[str | dict[str, Any], PlainValidator(_check_spikes), Values(_SPIKE_WORDS)]

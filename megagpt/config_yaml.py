@@ -112,7 +112,7 @@ def parse_value(text: str, kind: Any, where: str) -> Any:
     if _is_section(kind) or get_origin(kind) is tuple or _takes(kind, dict) or _is_flow(stripped, kind):
         return parse(text, kind, where)
     quoted = _unquoted(stripped)
-    if quoted is not None or takes_text:
+    if quoted is not None or (takes_text and not _takes(kind, bool)):
         return _checked(text if quoted is None else quoted, where)
     value = _typed(stripped, kind)
     return _checked(text, where) if isinstance(value, str) else value
@@ -177,8 +177,9 @@ def _mapping(node: yaml.MappingNode, kind: Any, outer: tuple[yaml.Node, ...]) ->
 def _typed(text: str, kind: Any) -> Any:
     """The value of a text without quotes for a key of type `kind`. An error then shows what was typed."""
     value = plain_value(text)
-    other = _takes(kind, str) or (isinstance(value, bool) and not _takes(kind, bool) and kind is not Any)
-    return text if other and value is not None else value
+    if isinstance(value, bool):
+        return value if _takes(kind, bool) or kind is Any else text
+    return text if _takes(kind, str) and value is not None else value
 
 
 def kind_below(kind: Any, key: str) -> Any:

@@ -244,6 +244,7 @@ def test_the_recipe_is_optimizer_schedule_batch_seed_and_dropout() -> None:
         "train.batch_tokens",
         "train.batch_ramp_start",
         "train.batch_ramp_tokens",
+        "train.residual",
         "train.spike",
         "model.dropout",
     ]
