@@ -1,5 +1,6 @@
 """Batches read ahead by a thread are the same batches, with errors in their place."""
 
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megagpt.data.loader import Batch, Corpus, Share, read_ahead, train_batches
+from megagpt.data.loader import Batch, Corpus, Share, pinned, read_ahead, train_batches
 from megagpt.errors import UserError
 
 
@@ -81,3 +82,23 @@ def consume_and_fail() -> None:
         raise ZeroDivisionError
     finally:
         batches.close()  # type: ignore[attr-defined]
+
+
+def test_batches_for_a_gpu_are_pinned_by_the_thread_that_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for a GPU: each thread has a current one, and page-locked memory is of that one."""
+    current = threading.local()
+    in_thread: list[tuple[str, object]] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        in_thread.append((threading.current_thread().name, current.device))
+        return tensor + 100
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(current, "device", device))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batches = [Batch([(torch.tensor([i]), torch.tensor([-i]))], i, 1) for i in range(3)]
+    device = torch.device("cuda", 5)
+    for i, batch in enumerate(read_ahead(map(functools.partial(pinned, device), batches))):
+        assert batch.sequences == i
+        assert [tensor.item() for tensor in batch.micro_batches[0]] == [i + 100, 100 - i]
+    assert len(in_thread) == 6
+    assert all(name.startswith("read-ahead") and found == device for name, found in in_thread)

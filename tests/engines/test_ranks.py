@@ -73,6 +73,31 @@ def test_evaluation_is_the_same_and_leaves_nothing_gathered() -> None:
             assert gathered == [], name
 
 
+def flagging(case: Case, world: World) -> tuple[tuple[bool, ...], list[str]]:
+    """The flags of a step in which rank 1 raises the second of three; the order of what a step does."""
+    engine = build_engine(case.config(), world)
+    order: list[str] = []
+
+    def flags() -> tuple[bool, bool, bool]:
+        order.append("flags")
+        return False, world.rank == 1, False
+
+    engine.on_micro_batch = lambda: order.append("micro-batch")
+    batch = share(0, world.rank, case)
+    result = engine.train_step(batch, LR, flags=flags, meanwhile=lambda: order.append("meanwhile"))
+    plain = build_engine(case.config(), world).train_step(batch, LR)
+    assert result[:4] == plain[:4], "flags change no number"
+    return result.raised, order
+
+
+def test_a_flag_of_one_rank_reaches_all_with_the_loss() -> None:
+    names = ("ddp", "fsdp", "zero-1", "zero-3")
+    for found in on_two_ranks(flagging, [small(name, accumulation=2) for name in names]):
+        for raised, order in found:
+            assert raised == (False, True, False)
+            assert order == ["meanwhile", "micro-batch", "micro-batch", "flags"]
+
+
 class _BadGradient(torch.autograd.Function):
     """The same value; the gradient is not a number."""
 
