@@ -25,7 +25,7 @@ def register(add: Add) -> None:
     add_device(sub)
 
     sub = add("parity", _parity, "Compare every engine with one plain process, and measure the memory of each.")
-    text = "comma-separated: fp32, bf16, memory, crossings (the first three; with --device cuda the first two)"
+    text = "comma-separated: fp32, bf16, residual, memory, crossings (fp32, bf16 and memory; with --device cuda fp32 and bf16)"
     sub.add_argument("--tables", help=text)
     add_device(sub)
 

@@ -56,6 +56,7 @@ class Case:
     precision: str = "fp32"
     device: str = "cpu"
     compile: bool = False
+    residual: str = "fp32"
     runs: tuple[str, ...] = ()
     """Folders of runs: where to save, or what to resume."""
     steps: int = STEPS
@@ -65,7 +66,7 @@ class Case:
 
     def config(self) -> Config:
         """The case's config, in which every step is clipped: the gradient's norm stays above `CLIP`."""
-        train = {key: getattr(self, key) for key in ("precision", "device", "activation_checkpointing", "compile")}
+        train = {key: getattr(self, key) for key in ("precision", "device", "activation_checkpointing", "compile", "residual")}
         batch_tokens = _BATCH * _MODEL["context"]
         train |= {"tokens": self.steps * batch_tokens, "batch_tokens": batch_tokens}
         train["micro_batch"] = _BATCH // self.ranks // self.accumulation

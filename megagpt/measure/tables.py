@@ -15,12 +15,12 @@ from megagpt.measure.processes import run_cases
 from megagpt.measure.worker import memory_config
 from megagpt.planning.memory import state_bytes
 
-TABLES = ("fp32", "bf16", "memory", "crossings")
+TABLES = ("fp32", "bf16", "residual", "memory", "crossings")
 # Those that are measured on the CPU only: they take 4 ranks, and count a process's memory.
 _ON_CPU = ("memory", "crossings")
 # Largest differences over the compared steps, see docs/engines.md.
-LOSS_TOLERANCE = {"fp32": 5e-6, "bf16": 5e-3}
-NORM_TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2}
+LOSS_TOLERANCE = {"fp32": 5e-6, "bf16": 5e-3, "residual": 5e-3}
+NORM_TOLERANCE = {"fp32": 2e-5, "bf16": 5e-2, "residual": 5e-2}
 
 
 def parity(arguments: argparse.Namespace) -> int:
@@ -57,19 +57,21 @@ def parity(arguments: argparse.Namespace) -> int:
     return ExitCode.DONE if within else ExitCode.DIFFERENT
 
 
-def curve_table(engines: Sequence[EngineCase], precision: str, device: str) -> tuple[list[list[str]], bool]:
+def curve_table(engines: Sequence[EngineCase], name: str, device: str) -> tuple[list[list[str]], bool]:
     """Title and rows for people: largest difference of the loss (of the gradient norm) from the plain fp32 loop over
-    all steps; and whether all are within tolerance."""
+    all steps; and whether all are within tolerance. `name`: a precision, or "residual", bf16 whose residual stream is
+    bf16, too."""
+    precision, residual = ("bf16", "bf16") if name == "residual" else (name, "fp32")
     plain = run_cases("plain", [Case({}, 1)])[0][:STEPS]
     what = "largest difference of the loss (of the gradient norm) from one plain fp32 process"
     heads = ["engine", "ranks", *(f"{accumulation} x {mode}" for accumulation, mode in WAYS), "within tolerance"]
-    table = [[f"{precision}: {what}, {STEPS} steps"], heads]
-    with tqdm(total=len(engines) * len(WAYS), unit="run", desc=precision, disable=None) as bar:
+    table = [[f"{name}: {what}, {STEPS} steps"], heads]
+    with tqdm(total=len(engines) * len(WAYS), unit="run", desc=name, disable=None) as bar:
         for engine in engines:
-            _say(f"{engine.name}, {precision}")
-            cases = [Case(engine.engine, engine.ranks, *way, precision, device) for way in WAYS]
+            _say(f"{engine.name}, {name}")
+            cases = [Case(engine.engine, engine.ranks, *way, precision, device, residual=residual) for way in WAYS]
             found = [difference(curve, plain) for curve in run_cases("curve", cases, bar.update)]
-            within = all(a <= LOSS_TOLERANCE[precision] and b <= NORM_TOLERANCE[precision] for a, b in found)
+            within = all(a <= LOSS_TOLERANCE[name] and b <= NORM_TOLERANCE[name] for a, b in found)
             shown = [f"{loss:.1e} ({norm:.1e})" for loss, norm in found]
             table.append([engine.name, str(engine.ranks), *shown, "yes" if within else "NO"])
             _show(table)
