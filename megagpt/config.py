@@ -77,6 +77,10 @@ class TrainConfig:
     precision: Free[Literal["fp32", "bf16", "fp16"]] = "bf16"
     """Number format of matrix products. The optimizer's weights, the sum of the gradients over micro-batches and over
     ranks, LayerNorm, softmax and the residual stream are always fp32. fp16 uses dynamic loss scaling."""
+    float8: Recipe[Literal["none", "tensorwise", "rowwise"]] = "none"
+    """Rounding of both operands of the blocks' matrix products to 8 bits, on GPUs that multiply such numbers. The scale
+    is one for each tensor, or one for each row of it: more precise, and slower. Needs bf16 and torchao. Attention, the
+    embeddings and the head stay bf16; MFU stays a fraction of bf16's peak."""
     compile: Free[bool] = False
     """torch.compile each block. Evaluation and sampling run uncompiled."""
     activation_checkpointing: Free[ActivationCheckpointing] = "none"

@@ -28,12 +28,29 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"schedule.decay_start_tokens {start} lies before the end of the warm-up, {schedule.warmup_tokens}"
     if schedule.shape != "constant" and schedule.decay_end_tokens <= start:
         yield f"schedule.decay_end_tokens {schedule.decay_end_tokens} must exceed the start of the decay, {start}"
+    yield from _check_float8(config)
     yield from _check_engine(config.engine)
     for source in config.data.sources:
         if not source.path:
             yield "data.sources: a path is empty; name a folder of shards, or stdlib"
         if round(source.weight * 1e6) < 1:
             yield f"data.sources weight {source.weight} of {source.path} is less than 1e-6 of a part"
+
+
+def _check_float8(config: Config) -> Iterator[str]:
+    scaling, train = config.train.float8, config.train
+    if scaling == "none":
+        return
+    if train.precision != "bf16":
+        yield f"train.float8 {scaling} is for train.precision bf16, and train.precision is {train.precision}"
+    if train.device == "cpu":
+        yield f"train.float8 {scaling} needs a GPU, and train.device is cpu"
+    for key in ("width", "context"):
+        value = getattr(config.model, key)
+        if value % 16:
+            low = value // 16 * 16
+            near = " and ".join(str(v) for v in (low, low + 16) if v)
+            yield f"train.float8 {scaling} needs multiples of 16, and model.{key} is {value}; the nearest: {near}"
 
 
 def _check_engine(engine: EngineConfig) -> Iterator[str]:

@@ -27,6 +27,7 @@ from megagpt.data.loader import Batch
 from megagpt.engines.activation_checkpointing import checkpoint_activations
 from megagpt.engines.clock import StepClock
 from megagpt.engines.flat_shard import FlatShard
+from megagpt.engines.float8 import convert_linears
 from megagpt.engines.loss_scale import LossScale, loss_scale
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initial_values, is_decayed
@@ -200,8 +201,10 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 def prepare_model(model: GPT, config: Config, device: torch.device) -> StepClock:
-    """Wrap a model's forward passes before an engine shards it: each block in activation checkpointing, then
-    compilation, then a clock, from the inside out; the model in autocast. Returns the clock."""
+    """Convert a model's linear layers to float8 if the config says so, and wrap its forward passes, before an engine
+    shards it: each block in activation checkpointing, then compilation, then a clock, from the inside out; the model in
+    autocast. Returns the clock."""
+    convert_linears(model, config, device)
     checkpoint_activations(model, config.train.activation_checkpointing)
     if config.train.compile:
         for block in model.blocks:
