@@ -16,9 +16,9 @@ from megagpt.engines.float8 import check_float8
 from megagpt.errors import UserError
 from megagpt.measure.cases import ENGINE_CASES, LR, Case, Curve, difference, share
 from megagpt.training.run_folder import run_folder
-from megagpt.world import join
+from megagpt.world import World, join
 from tests.conftest import Refusal, Tiny, metrics
-from tests.engines.test_float8 import STEPS, TOLERANCE, Scaling, configured
+from tests.engines.test_float8 import TOLERANCE, Scaling, configured
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.skipif(find_spec("torchao") is None, reason="needs torchao")
@@ -29,34 +29,31 @@ GPU = torch.device("cuda", 0)
 # --- under each engine ---
 
 
-SCALINGS: list[Scaling] = ["none", "tensorwise", "rowwise"]
+def curve(case: Case, scaling: Scaling, world: World) -> tuple[Curve, int]:
+    """This rank's curve, and the number of converted layers."""
+    engine = build_engine(configured(case, scaling), world)
+    results = [engine.train_step(share(step, world.rank, case), LR) for step in range(3)]
+    converted = sum(type(module).__name__ == "Float8Linear" for module in engine.model.modules())
+    return [(r.loss, r.gradient_norm) for r in results], converted
 
 
-def curves(names: list[str]) -> list[dict[str, Curve]]:
-    """This rank's curve of each engine, by scaling; both ways to scale under FSDP."""
+def curves(ways: list[tuple[str, Scaling]]) -> list[tuple[Curve, int]]:
     float8.emulated = True
-    found = []
     with join("cpu") as world:
-        for name in names:
-            case = Case(ENGINE_CASES[name].engine, 2, 2, "selective")
-            curve = {}
-            for scaling in SCALINGS if name == "fsdp" else SCALINGS[:2]:
-                engine = build_engine(configured(case, scaling), world)
-                results = [engine.train_step(share(step, world.rank, case), LR) for step in range(STEPS)]
-                curve[scaling] = [(r.loss, r.gradient_norm) for r in results]
-            found.append(curve)
-    return found
+        return [curve(Case(ENGINE_CASES[n].engine, 2, 2, "selective"), scaling, world) for n, scaling in ways]
 
 
 @pytest.mark.slow
 def test_every_engine_trains_in_float8() -> None:
     """Near bf16, and every rank sees the same."""
-    names = ["ddp", "fsdp", "zero-1", "zero-2", "zero-3"]
-    both = run_ranks(2, curves, names)
-    assert both[0] == both[1]
-    for name, curve in zip(names, both[0], strict=True):
-        for scaling in curve.keys() - {"none"}:
-            assert 1e-4 < difference(curve[scaling], curve["none"])[0] < TOLERANCE, (name, scaling)
+    ways: list[tuple[str, Scaling]] = [("ddp", "none"), ("ddp", "tensorwise"), ("fsdp", "tensorwise")]
+    ways += [("fsdp", "rowwise"), ("zero-1", "rowwise"), ("zero-2", "tensorwise"), ("zero-3", "tensorwise")]
+    one, other = run_ranks(2, curves, ways)
+    assert one == other
+    (bf16, _), *others = one
+    for way, (found, converted) in zip(ways[1:], others, strict=True):
+        assert converted == 3 * 4, way
+        assert 1e-4 < difference(found, bf16)[0] < TOLERANCE, way
 
 
 # --- across resumes ---
