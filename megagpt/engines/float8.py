@@ -2,8 +2,7 @@
 
 A linear layer has three products: its output, and the gradients of its input and of its weight. Each product rounds
 both operands to 8 bits, after scaling them so that the largest value of a tensor (tensorwise) or of a row (rowwise) is
-the largest of the format; sums are fp32, results bf16. Everything else is as in bf16: the weights that are stored,
-attention, embeddings and the head."""
+the largest of the format. Everything else is as in bf16: results, attention, embeddings, the head, stored weights."""
 
 import dataclasses
 import logging
