@@ -5,7 +5,6 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from megagpt.world import World, choose_device
 from tests.processes import run_ranks
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @pytest.fixture
@@ -31,6 +31,11 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "set_device", taken.append)
         for name in VISIBLE:
             monkeypatch.delenv(name, raising=False)
+        for name in ALLOCATOR:
+            monkeypatch.setenv(name, "")  # so that it is as before after the test
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(platform, "release", lambda: "6.8.0")
+        monkeypatch.setattr(torch.version, "hip", None)
         return taken
 
     return see
@@ -93,21 +98,11 @@ def test_a_gpus_partial_sums_stay_fp32(name: str, gpus: Any, monkeypatch: pytest
             setattr(matmul, switch, value)
 
 
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+def allocator() -> list[str | None]:
+    return [os.environ.get(name) for name in ALLOCATOR]
 
 
-@pytest.fixture
-def allocator(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str | None]]:
-    """Gives the allocator's variables, which are not set at first."""
-    for name in ALLOCATOR:
-        monkeypatch.setenv(name, "")  # so that it is as before after the test
-        monkeypatch.delenv(name)
-    return lambda: [os.environ.get(name) for name in ALLOCATOR]
-
-
-def test_a_gpus_segments_expand_from_its_first_use(
-    gpus: Any, allocator: Callable[[], list[str | None]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpus_segments_expand_from_its_first_use(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(2)
     seen: list[list[str | None]] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: seen.append(allocator()))
@@ -120,7 +115,7 @@ def test_a_gpus_segments_expand_from_its_first_use(
 @pytest.mark.parametrize("name", ALLOCATOR)
 @pytest.mark.parametrize("value", ["", "max_split_size_mb:512"])
 def test_the_users_settings_of_the_allocator_stay(
-    name: str, value: str, gpus: Any, allocator: Callable[[], list[str | None]], monkeypatch: pytest.MonkeyPatch
+    name: str, value: str, gpus: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(1)
     monkeypatch.setenv(name, value)
@@ -135,9 +130,8 @@ def test_the_users_settings_of_the_allocator_stay(
     ids=["Windows", "ROCm", "WSL"],
 )
 def test_segments_stay_where_they_may_not_expand(
-    place: Any, attribute: str, value: Any,
-    gpus: Any, allocator: Callable[[], list[str | None]], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    place: Any, attribute: str, value: Any, gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpus(1)
     monkeypatch.setattr(place, attribute, value)
     choose_device("cuda", 0)
