@@ -30,18 +30,19 @@ def check_float8(config: Config, device: torch.device) -> None:
     scaling = config.train.float8
     if scaling == "none":
         return
-    float8 = _load(scaling)
     if emulated:
+        _load(scaling)
         return
     place, advice = f"train.float8 {scaling}", "use train.float8=none"
-    least, cards = ".".join(map(str, _CAPABILITIES[scaling])), _CARDS[scaling]
     if device.type != "cuda":
         raise UserError(f"{place} needs a GPU, and this rank runs on {device.type}; {advice}")
     # On AMD's cards these numbers mean something else; the trial decides.
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < _CAPABILITIES[scaling]:
         has = f"{device_name(device)} has compute capability {capability[0]}.{capability[1]}"
+        least, cards = ".".join(map(str, _CAPABILITIES[scaling])), _CARDS[scaling]
         raise UserError(f"{place}: {has}, and it needs {least} or higher ({cards}); {advice}, or another GPU")
+    float8 = _load(scaling)
     try:
         _try(float8, scaling, device)
     except Exception as error:

@@ -126,6 +126,7 @@ def test_a_run_without_a_gpu_is_refused(tiny: Tiny, refusal: Refusal, monkeypatc
 
 
 def test_a_run_without_torchao_is_refused(tiny: Tiny, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float8, "emulated", True)
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
     refusal(["train", str(tiny()), *FLOAT8], "train.float8 tensorwise", "pip install 'megagpt[float8]'")
