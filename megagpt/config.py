@@ -2,13 +2,12 @@
 that the papers give in tokens stay in tokens. `config_file` reads a Config from YAML; `megagpt config --keys` shows
 every key with its docstring."""
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megagpt.config_marks import Data, For, ForFSDP, ForZero, Free, Recipe, Was, fields_of, mark_of
+from megagpt.config_marks import Data, ForFSDP, ForZero, Free, Recipe, Was
 from megagpt.config_types import ActivationCheckpointing, Compile, PathText, RunName, Seconds, Spikes
 from megagpt.errors import UserError
 from megagpt.models.presets import SECTION, ModelConfig, near_divisors
@@ -81,6 +80,10 @@ class TrainConfig:
     residual: Recipe[Literal["fp32", "bf16"]] = "fp32"
     """Number format of the residual stream, the sum to which each block adds. bf16 moves fewer bytes and rounds the sum
     at each block; it needs precision bf16."""
+    float8: Recipe[Literal["none", "tensorwise", "rowwise"]] = "none"
+    """Rounding of both operands of the blocks' matrix products to 8 bits, on GPUs that multiply such numbers. The scale
+    is one for each tensor, or one for each row of it: more precise, and slower. Needs bf16 and torchao. Attention, the
+    embeddings and the head stay bf16; MFU stays a fraction of bf16's peak."""
     compile: Free[Compile] = "auto"
     """torch.compile each block, the head's softmax and what is between them. auto: on a GPU. The first step then takes
     up to a few minutes. Sampling runs uncompiled."""
@@ -288,54 +291,3 @@ class Config:
 def compiles(wanted: bool | str, device_type: str) -> bool:
     """Whether a value of `train.compile` means yes on "cpu" or "cuda"."""
     return wanted is True or (wanted == "auto" and device_type == "cuda")
-
-
-def contradictions(config: Config) -> Iterator[str]:
-    """One sentence for each contradiction between keys."""
-    train, schedule, context = config.train, config.schedule, config.model.context
-    for key in ("batch_tokens", "batch_ramp_start"):
-        value = getattr(train, key)
-        if value % context:
-            low = value // context * context
-            near = " and ".join(str(v) for v in (low, low + context) if v)
-            yield f"train.{key} {value} is not a multiple of model.context {context}; the nearest that are: {near}"
-    if train.residual == "bf16" and train.precision != "bf16":
-        yield f"train.residual bf16 needs train.precision bf16, and it is {train.precision}"
-    if train.tokens < train.batch_tokens:
-        yield f"train.tokens {train.tokens} is less than one batch, train.batch_tokens {train.batch_tokens}"
-    if bool(train.batch_ramp_start) != bool(train.batch_ramp_tokens):
-        yield "train.batch_ramp_start and train.batch_ramp_tokens go together: set both, or neither"
-    if train.batch_ramp_start > train.batch_tokens:
-        yield f"train.batch_ramp_start {train.batch_ramp_start} exceeds train.batch_tokens {train.batch_tokens}"
-    if schedule.shape == "cosine" and schedule.decay_start_tokens:
-        yield "schedule.decay_start_tokens is for schedule.shape wsd; a cosine starts at the end of the warm-up"
-    start = schedule.decay_start_tokens if schedule.shape == "wsd" else schedule.warmup_tokens
-    if schedule.shape == "wsd" and start < schedule.warmup_tokens:
-        yield f"schedule.decay_start_tokens {start} lies before the end of the warm-up, {schedule.warmup_tokens}"
-    if schedule.shape != "constant" and schedule.decay_end_tokens <= start:
-        yield f"schedule.decay_end_tokens {schedule.decay_end_tokens} must exceed the start of the decay, {start}"
-    yield from _check_engine(config.engine)
-    for source in config.data.sources:
-        if not source.path:
-            yield "data.sources: a path is empty; name a folder of shards, or stdlib"
-        if round(source.weight * 1e6) < 1:
-            yield f"data.sources weight {source.weight} of {source.path} is less than 1e-6 of a part"
-
-
-def _check_engine(engine: EngineConfig) -> Iterator[str]:
-    default = EngineConfig()
-    for key, field in fields_of(EngineConfig).items():
-        only = mark_of(field, For)
-        if only and only.engine != engine.name and getattr(engine, key) != getattr(default, key):
-            yield f"engine.{key} is for engine.name {only.engine}, and engine.name is {engine.name}"
-    stage = f" stage {engine.stage}" if engine.name == "zero" else ""
-    ways = {"ddp": ("none",), "fsdp": ("none", "all"), "zero": ("none", "optimizer")}[engine.name]
-    if engine.name == "zero" and engine.stage == 3:
-        ways += ("all",)
-    if engine.offload not in ways:
-        yield f"engine.offload {engine.offload}: {engine.name}{stage} can do: {', '.join(ways)}"
-    if engine.name == "zero" and engine.nvme_path:
-        if engine.stage != 3:
-            yield f"engine.nvme_path needs engine.stage 3, and it is {engine.stage}"
-        if engine.offload == "none":
-            yield "engine.nvme_path holds offloaded state: set engine.offload to optimizer or all"

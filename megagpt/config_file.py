@@ -17,7 +17,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from megagpt.config import Config, EngineConfig, contradictions
+from megagpt.config import Config, EngineConfig
+from megagpt.config_checks import contradictions
 from megagpt.config_marks import Was, fields_of, mark_of
 from megagpt.config_types import name_problem
 from megagpt.config_yaml import dump, kind_below, parse, parse_value

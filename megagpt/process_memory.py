@@ -1,12 +1,17 @@
 """This process's memory: how much it may still take, how much it took at most, and how its allocator behaves."""
 
 import ctypes
+import os
+import platform
 import resource
 import sys
 from pathlib import Path
 
 import psutil
 import torch
+
+# Names of the allocator's settings. PyTorch 2.11 to 2.13 read both.
+_ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
 
 def keep_freed_memory() -> None:
@@ -20,6 +25,17 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def use_expandable_segments() -> None:
+    """Let PyTorch's allocator on a GPU extend the segments that it has, instead of adding one that fits: tensors of
+    other sizes, such as those of a validation between steps, then leave no gaps. To be called before the first use of a
+    GPU. Does nothing if the user has configured the allocator, nor on systems that are known to have trouble with it:
+    Windows, also below Linux (pytorch/pytorch#192330), and ROCm before 7.0 (pytorch/pytorch#179930)."""
+    if sys.platform != "linux" or torch.version.hip is not None or "microsoft" in platform.release().lower():
+        return
+    if not _ALLOCATOR_VARIABLES & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def free_memory() -> int:

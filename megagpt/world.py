@@ -18,7 +18,7 @@ from megagpt import console, launchers
 from megagpt.errors import ExitCode, ExpectedError, Reported, UserError, expected
 from megagpt.failures import failure, follow_failed_peers, leave_record, report
 from megagpt.launchers import RankInfo
-from megagpt.process_memory import keep_freed_memory
+from megagpt.process_memory import keep_freed_memory, use_expandable_segments
 from megagpt.rendezvous import FIND_SECONDS, TIMEOUT, Asked, arrive, connect, count_in, keep, never, raise_file_limit
 
 _REMEMBERED_COLLECTIVES = 2000
@@ -214,6 +214,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     it."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    use_expandable_segments()
     check_device(name, "train.device")
     count = torch.cuda.device_count()
     index = 0 if count == 1 and launchers.sees_one_gpu(os.environ) else local_rank

@@ -246,6 +246,7 @@ def test_the_recipe_is_optimizer_schedule_batch_seed_and_dropout() -> None:
         "train.batch_ramp_tokens",
         "train.residual",
         "train.spike",
+        "train.float8",
         "model.dropout",
     ]
     assert sorted(key.name for key in keys_marked(Change.RECIPE)) == sorted(sections + others)

@@ -2,6 +2,8 @@
 
 import datetime
 import os
+import platform
+import sys
 import warnings
 from typing import Any
 
@@ -12,8 +14,10 @@ import torch.distributed as dist
 from megagpt import world
 from megagpt.errors import UserError
 from megagpt.world import World, choose_device
+from tests.processes import run_ranks
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @pytest.fixture
@@ -27,6 +31,11 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(torch.cuda, "set_device", taken.append)
         for name in VISIBLE:
             monkeypatch.delenv(name, raising=False)
+        for name in ALLOCATOR:
+            monkeypatch.setenv(name, "")  # so that it is as before after the test
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(platform, "release", lambda: "6.8.0")
+        monkeypatch.setattr(torch.version, "hip", None)
         return taken
 
     return see
@@ -87,6 +96,63 @@ def test_a_gpus_partial_sums_stay_fp32(name: str, gpus: Any, monkeypatch: pytest
     finally:
         for switch, value in zip(switches, before, strict=True):
             setattr(matmul, switch, value)
+
+
+def allocator() -> list[str | None]:
+    return [os.environ.get(name) for name in ALLOCATOR]
+
+
+def test_a_gpus_segments_expand_from_its_first_use(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(2)
+    seen: list[list[str | None]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: seen.append(allocator()))
+    choose_device("cpu", 0)
+    assert allocator() == [None, None]
+    choose_device("auto", 1)
+    assert seen == [["expandable_segments:True", None]]
+
+
+@pytest.mark.parametrize("name", ALLOCATOR)
+@pytest.mark.parametrize("value", ["", "max_split_size_mb:512"])
+def test_the_users_settings_of_the_allocator_stay(
+    name: str, value: str, gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(1)
+    monkeypatch.setenv(name, value)
+    before = allocator()
+    choose_device("cuda", 0)
+    assert allocator() == before
+
+
+@pytest.mark.parametrize(
+    ("place", "attribute", "value"),
+    [(sys, "platform", "win32"), (torch.version, "hip", "6.4"), (platform, "release", lambda: "6.6-microsoft-WSL2")],
+    ids=["Windows", "ROCm", "WSL"],
+)
+def test_segments_stay_where_they_may_not_expand(
+    place: Any, attribute: str, value: Any, gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(1)
+    monkeypatch.setattr(place, attribute, value)
+    choose_device("cuda", 0)
+    assert allocator() == [None, None]
+
+
+def late_settings() -> str:
+    """What PyTorch reads of a setting that is made after its import: the setting, or 2.11's complaint about it."""
+    os.environ["PYTORCH_ALLOC_CONF"] = "no_such_setting:1"
+    if hasattr(torch._C, "_accelerator_getAllocatorSettings"):
+        return torch._C._accelerator_getAllocatorSettings()
+    try:
+        torch._C._accelerator_setAllocatorSettings("max_split_size_mb:512")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_pytorch_reads_the_setting_at_its_first_use() -> None:
+    (read,) = run_ranks(1, late_settings)
+    assert "no_such_setting" in read
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:3"])

@@ -19,6 +19,8 @@ from megagpt.models.gpt import GPT
 _aten = torch.ops.aten
 # Operators whose outputs `selective` keeps: matrix products and attention's kernels. All others are cheap to repeat.
 _PRODUCTS = [_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default]
+# Float8's products, and the largest value of a tensor, by which it is scaled: one number for a pass over the tensor.
+_FLOAT8 = [_aten._scaled_mm.default, _aten.max.default]
 _ATTENTION = [
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_flash_attention.default,
@@ -36,7 +38,7 @@ def checkpoint_activations(model: GPT, mode: ActivationCheckpointing) -> None:
     every = mode["every"] if isinstance(mode, dict) else 1
     dropout = model.config.dropout > 0
     # A kernel that draws its own dropout must run again; otherwise all later draws would differ from the forward pass.
-    kept = _PRODUCTS if dropout else _PRODUCTS + _ATTENTION
+    kept = [*_PRODUCTS, *_FLOAT8, *([] if dropout else _ATTENTION)]
     # Dropout must draw the same numbers again; without dropout there is no generator state to keep.
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
     if mode == "selective":

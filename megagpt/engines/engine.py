@@ -28,6 +28,7 @@ from megagpt.engines.activation_checkpointing import checkpoint_activations
 from megagpt.engines.clock import StepClock
 from megagpt.engines.compilation import compile_model, is_compiled
 from megagpt.engines.flat_shard import FlatShard
+from megagpt.engines.float8 import convert_linears
 from megagpt.engines.loss_scale import LossScale, loss_scale
 from megagpt.models.attention import attention_kernels
 from megagpt.models.gpt import GPT
@@ -226,9 +227,11 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 def prepare_model(model: GPT, config: Config, device: torch.device, compiled: bool) -> StepClock:
-    """Wrap a model's forward passes before an engine shards it: each block in activation checkpointing, then
-    compilation, then a clock, from the inside out; the model in autocast. Returns the clock."""
+    """Convert a model's linear layers to float8 if the config says so, and wrap its forward passes, before an engine
+    shards it: each block in activation checkpointing, then compilation, then a clock, from the inside out; the model in
+    autocast. Returns the clock."""
     model.residual_dtype = DTYPES[config.train.residual]
+    convert_linears(model, config, device, compiled)
     checkpoint_activations(model, config.train.activation_checkpointing)
     if compiled:
         compile_model(model, device)

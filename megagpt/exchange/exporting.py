@@ -56,7 +56,7 @@ def _card(checkpoint: OpenCheckpoint, m: ModelConfig, dtype: str) -> str:
         ("shape", f"{m.layers} layers, width {m.width}, {m.heads} heads, context {m.context}, dropout {m.dropout:g}"),
         ("batch", f"{train['batch_tokens']:,} tokens"),
         ("AdamW", f"peak learning rate {adam['lr']:g}, betas {adam['beta1']:g} and {adam['beta2']:g}, {decay}"),
-        ("precision", train["precision"]),
+        ("precision", _precision(train)),
         ("saved by", f"{meta.engine} on {meta.world_size} rank(s), {meta.saved}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in meta.versions.items())),
     ]
@@ -82,6 +82,11 @@ tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER)
 ```
 """
+
+
+def _precision(train: dict[str, Any]) -> str:
+    float8 = train.get("float8", "none")  # checkpoints from before that key lack it
+    return train["precision"] + (f", linear layers in float8, {float8}" if float8 != "none" else "")
 
 
 def _origin(meta: CheckpointMeta, run: Path) -> tuple[str, str]:

@@ -32,6 +32,7 @@ from megagpt.data.located import locate
 from megagpt.data.mixture import describe
 from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
 from megagpt.engines.engine import Engine, build_engine
+from megagpt.engines.float8 import check_float8
 from megagpt.errors import UserError
 from megagpt.incarnations import Lease, Superseded
 from megagpt.launchers import torchrun_passes_sigterm_on, torchrun_waits_longer
@@ -166,6 +167,7 @@ def open_run(
     by then."""
     folder = run_folder(config)
     config.check_ranks(world.size)
+    check_float8(config, world.device)
     if not resume:
         check_free(folder)
     if world.from_main(lambda: resume_at is not None and went_back(folder, resume_at)):
