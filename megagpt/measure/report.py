@@ -173,9 +173,8 @@ class Report:
         compiled = "on" if compiles(config, self.device_type) else "off"
         default = " (the default here)" if self.compile_by_default else ""
         where = f"{measured.device}, {measured.threads} threads, torch {measured.torch_version}"
-        counted = (
-            f"s/step is the best step; speeds, shares and ratios are those of the {statistic(self.device_type)} step"
-        )
+        counts = statistic(self.device_type)
+        counted = f"s/step is the best step; speeds, shares and ratios are those of the {counts} step"
         reason = ", because a GPU is faster in its first seconds than its power limit allows for long"
         return [
             f"{model.preset}: {model.parameters:,} parameters, {batch}{where}"
