@@ -1,6 +1,8 @@
 """`megagpt bench`: what its steps compute, which numbers it shows and when, what it refuses; what `parity` refuses."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ from megagpt.cli import main
 from megagpt.errors import UserError
 from megagpt.measure import bench, matrix_rate, steps
 from megagpt.measure.plain import PlainGPT, plain_loss, plain_optimizer, plain_step
+from megagpt.measure.processes import run_ranks
 from megagpt.models.presets import ModelConfig
 from tests.conftest import Refusal
 
@@ -234,6 +237,18 @@ def test_other_errors_are_not_taken_for_full_memory(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(steps, "plain_step", lambda *arguments, **more: [][1])
     with pytest.raises(IndexError):
         main([*BENCH, "--against", "plain", "--rounds", "1"])
+
+
+def killed() -> Iterator[None]:
+    print("a line before", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield
+
+
+def test_a_process_that_the_kernel_ends_is_named() -> None:
+    """Linux kills a process that takes more memory than there is."""
+    with pytest.raises(UserError, match=r"^\[rank 0 of 1\] died of SIGKILL \(out of memory, if nobody sent it\)$"):
+        list(run_ranks(1, killed))
 
 
 def test_bench_says_if_no_row_could_be_measured(
