@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -21,6 +22,7 @@ from megagpt.measure.plain import PlainGPT, plain_loss, plain_optimizer, plain_s
 from megagpt.measure.processes import run_ranks
 from megagpt.models.presets import ModelConfig
 from tests.conftest import Refusal
+from tests.processes import REPOSITORY
 
 MODEL = ["model.layers=1", "model.width=32", "model.heads=2", "model.vocab_size=500"]
 BENCH = ["bench", "gpt2-124m", *MODEL, "--batch", "2", "--context", "16", "--precision", "fp32", "--device", "cpu"]
@@ -72,7 +74,7 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix_rate, "time_call", lambda call, device: [call(), 0.001][1])
 
 
-def found(row: steps.Row, seconds: list[float], matrix_seconds: float = 0.5) -> steps.Measured:
+def found(seconds: list[float], matrix_seconds: float = 0.5) -> steps.Measured:
     return steps.Measured(seconds, 2**30, matrix_seconds, 1e9, "some device", 1, torch.__version__)
 
 
@@ -82,7 +84,7 @@ def test_rows_are_shown_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys: py
     def second_fails(ranks: int, function: Any, row: steps.Row, method: str) -> Iterator[Any]:
         if row.implementation == "plain":
             raise UserError("broken on purpose")
-        yield found(row, [1.0, 2.0, 4.0])
+        yield found([1.0, 2.0, 4.0])
 
     monkeypatch.setattr(bench, "run_ranks", second_fails)
     assert main([*BENCH, "--against", "plain", "--steps", "1", "--rounds", "1"]) == 2
@@ -105,7 +107,7 @@ def test_numbers_follow_from_the_step_that_counts(
     }
 
     def measured(ranks: int, function: Any, row: steps.Row, method: str) -> Iterator[Any]:
-        yield found(row, *next(times[row.implementation]))
+        yield found(*next(times[row.implementation]))
 
     monkeypatch.setattr(bench, "run_ranks", measured)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -268,3 +270,26 @@ def test_bench_refuses_a_place_for_its_json_at_once(refusal: Refusal, tmp_path: 
 def test_bench_refuses_to_compare_unequal_work(refusal: Refusal) -> None:
     for override in ("model.dropout=0.1", "model.attention=banded"):
         refusal([*BENCH, "--against", "plain", override], "--against plain", "leave out")
+
+
+def test_the_json_has_the_documented_keys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a row that was measured and in one that was not."""
+    outcome = {"megagpt": "out of memory"}
+    monkeypatch.setattr(
+        bench,
+        "run_ranks",
+        lambda ranks, function, row, method: iter([outcome.get(row.implementation) or found([1])]),
+    )
+    assert main([*BENCH, "--against", "plain", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    text = (REPOSITORY / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    _, _, documented = text.partition("At the top: ")
+    top, _, table = documented.partition("\n| key | meaning |\n|---|---|\n")
+    table = table.partition("\n\n")[0]
+    first_cells = [line.split("|")[1] for line in table.splitlines()]
+    keys = re.findall(r"`(\w+)`", "".join(first_cells))
+    for row in report["rows"]:
+        assert sorted(row) == sorted(keys)
+    assert report.keys() <= set(re.findall(r"`(\w+)`", top))
+    assert report["rows"][0]["failure"] == "out of memory"
+    assert {report["rows"][0][key] for key in ("best_seconds", "mfu", "of_matrix_rate", "peak_memory_bytes")} == {None}
