@@ -35,7 +35,7 @@ def bench(arguments: argparse.Namespace) -> int:
     """Print a table of the rows, and each of them as it comes. Memory that runs out ends a row, any other error all of
     them; in a sweep, no error ends more than its row. Raises UserError for an impossible model, batch or
     implementation, for an override of a key that an argument decides, and if no row could be measured."""
-    against = [name for name in arguments.against.split(",") if name]
+    against = [name for name in dict.fromkeys(arguments.against.split(",")) if name]
     for name in against:
         if name not in IMPLEMENTATIONS[1:]:
             raise UserError(f"--against {name!r}: valid: {', '.join(IMPLEMENTATIONS[1:])}")
@@ -58,7 +58,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace, against: list[str], report: Report) -> None:
     """The rows of each precision and implementation, in turn."""
-    for precision in arguments.precision or ("fp32", "bf16"):
+    for precision in dict.fromkeys(arguments.precision or ("fp32", "bf16")):
         config = _config(arguments, precision)
         if "plain" in against and (config.model.dropout or config.model.attention != "dense"):
             raise UserError("--against plain has dense attention and no dropout: leave out these overrides, or plain")
@@ -77,7 +77,7 @@ def _sweep(arguments: argparse.Namespace, report: Report) -> None:
     """Lines of growing batches, one for each combination of the other axes. Further rounds repeat the rows of the
     first one."""
     axes = chosen_axes(arguments, [key for text in arguments.overrides for key in _keys(text)])
-    precisions, rounds = arguments.precision or ("bf16",), arguments.rounds or 1
+    precisions, rounds = dict.fromkeys(arguments.precision or ("bf16",)), arguments.rounds or 1
     warn(describe(axes, arguments.batch, report.device_type))
     for precision, setting in itertools.product(precisions, first_settings(axes, arguments.batch)):
         line: list[Entry] = []

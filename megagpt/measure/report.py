@@ -57,7 +57,7 @@ class Report:
         cells = self._cells(entry)
         line = ", ".join(f"{name} {cell}" for name, cell in list(cells.items())[_LEFT_ALIGNED:] if cell)
         ratios = [
-            f"megagpt {against[entry.row.implementation]:.2f}x against it"
+            f"megagpt is {against[entry.row.implementation]:.2f}x as fast"
             for other in self.entries
             if entry.row.implementation in (against := self._against(other)) and other.row.config == entry.row.config
         ]
