@@ -12,16 +12,23 @@ def register(add: Add) -> None:
     sub.add_argument("--batch", type=count, default=4, help="sequences in a micro-batch (4)")
     sub.add_argument("--accumulation", type=count, default=1, help="micro-batches in a step (1)")
     sub.add_argument("--context", type=count, help="tokens in a sequence (the preset's)")
-    sub.add_argument("--precision", action="append", choices=("fp32", "bf16"), help="may be given twice (both)")
-    sub.add_argument("--compile", action="store_true", help="torch.compile")
+    text = "may be given more than once (fp32 and bf16; with --sweep bf16)"
+    sub.add_argument("--precision", action="append", choices=("fp32", "bf16", "fp16"), help=text)
+    text = "torch.compile, for every row: megagpt's blocks, the others as a whole (as train.compile does by default)"
+    sub.add_argument("--compile", action=argparse.BooleanOptionalAction, help=text)
     engines = ("ddp", "fsdp", "zero")
     sub.add_argument("--engine", choices=engines, default="ddp", help="engine of megagpt's own row (ddp)")
     sub.add_argument("--against", default="", help="comma-separated: plain, transformers")
     text = "give the others megagpt's CPU allocator setting too"
     sub.add_argument("--same-allocator", action="store_true", help=text)
     sub.add_argument("--steps", type=count, help="measured steps in each round (5; on a GPU 50, after 10 to warm up)")
-    text = "number of rounds, alternating between implementations (2)"
-    sub.add_argument("--rounds", type=count, default=2, help=text)
+    text = "number of rounds, alternating between rows (2; with --sweep 1)"
+    sub.add_argument("--rounds", type=count, help=text)
+    text = "measure megagpt with all of batch,compile,recompute or the named ones: batches that double until memory is"
+    text += " full, with and without torch.compile, and each activation checkpointing"
+    sub.add_argument("--sweep", nargs="?", const="", metavar="AXES", help=text)
+    text = "also write every measured number to this file; - for stdout, and the table to stderr"
+    sub.add_argument("--json", default="", metavar="FILE", help=text)
     add_device(sub)
 
     sub = add("parity", _parity, "Compare every engine with one plain process, and measure the memory of each.")
@@ -31,10 +38,13 @@ def register(add: Add) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from megagpt.measure.steps import bench
-    from megagpt.models.presets import get_preset
+    from megagpt.measure.bench import bench
+    from megagpt.models.presets import PRESETS, get_preset
     from megagpt.world import check_device
 
+    # argparse takes a word that follows `--sweep` for its value.
+    if arguments.sweep and ("=" in arguments.sweep or arguments.sweep in PRESETS):
+        arguments.words, arguments.sweep = [*arguments.words, arguments.sweep], ""
     names, arguments.overrides = split_words(arguments)
     arguments.model = one_name(names, "preset, such as gpt2-124m")
     if arguments.model.endswith((".yaml", ".yml")):

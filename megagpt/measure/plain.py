@@ -1,10 +1,12 @@
-"""The reference: GPT-2 as it is usually written, and the usual training step. Nothing fused, chunked or sharded."""
+"""The reference: GPT-2 as it is usually written, and the usual training step, with all that its users have: flash
+attention, autocast, PyTorch's loss scaler for fp16, a compiler. Nothing is chunked or sharded."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import AdamW, Optimizer
 
 from megagpt.models.presets import ModelConfig
@@ -19,30 +21,41 @@ def plain_optimizer(model: nn.Module, lr: float, betas: tuple[float, float], eps
     return AdamW(groups, lr, betas, eps)
 
 
+def plain_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over all logits. `tokens`, `targets`: int64 (batch, context). If this function is compiled,
+    model, head and softmax are in one graph."""
+    output = model(tokens)
+    logits = output if isinstance(output, Tensor) else output.logits
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
 def plain_step(
     model: nn.Module,
     optimizer: Optimizer,
     tokens: Tensor,
     targets: Tensor,
     clip_norm: float,
-    bf16: bool = False,
+    dtype: torch.dtype = torch.float32,
     clip: Callable[[Iterable[Tensor], float], Tensor] = nn.utils.clip_grad_norm_,
     micro_batches: int = 1,
+    loss_of: Callable[[nn.Module, Tensor, Tensor], Tensor] = plain_loss,
+    scaler: GradScaler | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss, and norm of the gradient before clipping, of one step over the whole batch: forward pass, mean
-    cross-entropy over all logits, and backward pass of each of the equal micro-batches, clipping, update. `tokens`,
-    `targets`: int64 (batch, context)."""
+    """Loss, and norm of the gradient before clipping, of one step over the whole batch: forward and backward pass of
+    each of the equal micro-batches, clipping, update. `tokens`, `targets`: int64 (batch, context); `dtype`: autocast's;
+    `loss_of`: `plain_loss`, perhaps compiled; `scaler`: the loss scale of fp16, None for the other precisions."""
+    scaler = scaler or GradScaler(tokens.device.type, enabled=False)
     total = torch.zeros((), device=tokens.device)
     for inputs, wanted in zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True):
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
-            output = model(inputs)
-            logits = output if isinstance(output, Tensor) else output.logits
-            loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten()) / micro_batches
-        loss.backward()
+        with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(model, inputs, wanted) / micro_batches
+        scaler.scale(loss).backward()
         total += loss.detach()
+    scaler.unscale_(optimizer)
     norm = clip(model.parameters(), clip_norm)
-    optimizer.step()
-    optimizer.zero_grad()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
     return total, norm
 
 

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -111,10 +112,14 @@ def _rank(variables: dict[str, str], log: Path, sender: Connection | None, funct
 
 
 def _reason(folder: Path, codes: Sequence[int | None]) -> str:
-    """Why the ranks failed: the record of the first rank that failed, else the last line that a rank printed."""
+    """Why the ranks failed: the record of the first rank that failed, else the kernel, which kills one that takes too
+    much memory, else the last line that a rank printed."""
     records = [record for path in sorted(folder.glob("*.error.json")) if (record := read_record(path)) is not None]
     for record in sorted(records, key=lambda record: not record.first):
         return f"[rank {record.rank} of {len(codes)}] {record.reason}"
+    if -signal.SIGKILL in codes:
+        rank = codes.index(-signal.SIGKILL)
+        return f"[rank {rank} of {len(codes)}] died of SIGKILL (out of memory, if nobody sent it)"
     for rank in range(len(codes)):
         path = folder / str(rank)
         if path.exists() and (lines := path.read_text(errors="replace").split("\n")[:-1]):
