@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megagpt.cli import main
+from megagpt.config import compiles
 from megagpt.config_file import load_config
 from megagpt.errors import UserError
 from megagpt.measure import bench, steps, sweep
@@ -32,7 +33,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Setting]]:
 
         def run(ranks: int, function: Any, row: steps.Row, method: str) -> Iterator[Any]:
             train = row.config.train
-            setting = (train.micro_batch, steps.compiles(row.config, "cuda"), train.activation_checkpointing)
+            setting = (train.micro_batch, compiles(row.config.train.compile, "cuda"), train.activation_checkpointing)
             tried.append(setting)
             if train.micro_batch > room * (2 if train.activation_checkpointing == "full" else 1):
                 if isinstance(full, Exception):

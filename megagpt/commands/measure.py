@@ -32,7 +32,7 @@ def register(add: Add) -> None:
     add_device(sub)
 
     sub = add("parity", _parity, "Compare every engine with one plain process, and measure the memory of each.")
-    text = "comma-separated: fp32, bf16, residual, memory, crossings (fp32, bf16 and memory; with --device cuda fp32 and bf16)"
+    text = "comma-separated: fp32, bf16, residual, memory, crossings (fp32,bf16,memory; with --device cuda fp32,bf16)"
     sub.add_argument("--tables", help=text)
     add_device(sub)
 

@@ -66,7 +66,8 @@ class Case:
 
     def config(self) -> Config:
         """The case's config, in which every step is clipped: the gradient's norm stays above `CLIP`."""
-        train = {key: getattr(self, key) for key in ("precision", "device", "activation_checkpointing", "compile", "residual")}
+        keys = ("precision", "device", "activation_checkpointing", "compile", "residual")
+        train = {key: getattr(self, key) for key in keys}
         batch_tokens = _BATCH * _MODEL["context"]
         train |= {"tokens": self.steps * batch_tokens, "batch_tokens": batch_tokens}
         train["micro_batch"] = _BATCH // self.ranks // self.accumulation

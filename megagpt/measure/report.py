@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megagpt import __version__
+from megagpt.config import compiles
 from megagpt.console import warn
 from megagpt.errors import UserError
 from megagpt.files import named_path, now, write_atomic
 from megagpt.measure.matrix_rate import matrix_flops
-from megagpt.measure.steps import Measured, Row, compiles
+from megagpt.measure.steps import Measured, Row
 from megagpt.measure.timing import statistic, typical
 
 _LEFT_ALIGNED = 2  # columns of the table
@@ -94,7 +95,7 @@ class Report:
             "implementation": row.implementation,
             "engine": config.engine.name if own else None,
             "precision": train.precision,
-            "compile": compiles(config, self.device_type),
+            "compile": compiles(config.train.compile, self.device_type),
             "activation_checkpointing": train.activation_checkpointing if own else "none",
             "tuned_allocator": row.tuned_allocator,
             "micro_batch": train.micro_batch,
@@ -170,7 +171,7 @@ class Report:
         model, train, accumulation = config.model, config.train, config.accumulation(1)
         accumulated = f"{accumulation} x " if accumulation > 1 else ""
         batch = "" if self.sweeps else f"{accumulated}{train.micro_batch} x {model.context} tokens a step, "
-        compiled = "on" if compiles(config, self.device_type) else "off"
+        compiled = "on" if compiles(config.train.compile, self.device_type) else "off"
         default = " (the default here)" if self.compile_by_default else ""
         where = f"{measured.device}, {measured.threads} threads, torch {measured.torch_version}"
         counts = statistic(self.device_type)

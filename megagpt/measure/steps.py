@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from megagpt.config import Config
+from megagpt.config import Config, compiles
 from megagpt.data.loader import Batch
 from megagpt.engines.engine import DTYPES, build_engine, build_optimizer
 from megagpt.errors import UserError
@@ -58,12 +58,6 @@ class Measured:
     device: str
     threads: int
     torch_version: str
-
-
-def compiles(config: Config, device_type: str) -> bool:
-    """Whether `train.compile` compiles on such a device."""
-    value: bool | str = config.train.compile
-    return device_type == "cuda" if value == "auto" else bool(value)
 
 
 def measure(row: Row) -> Iterator[Measured | str]:
@@ -122,7 +116,7 @@ def _step(row: Row, world: World) -> Callable[[], object]:
     build = {"plain": PlainGPT, "transformers": _transformers}[row.implementation]
     model = build(config.model).to(device)
     dtype = DTYPES[config.train.precision]
-    loss_of = torch.compile(plain_loss, dynamic=False) if compiles(config, device.type) else plain_loss
+    loss_of = torch.compile(plain_loss, dynamic=False) if compiles(config.train.compile, device.type) else plain_loss
     return partial(
         plain_step, model, build_optimizer(model, config), tokens, targets, config.optimizer.clip_norm, dtype,
         micro_batches=accumulation, loss_of=loss_of, scaler=GradScaler(device.type, enabled=dtype == torch.float16),
