@@ -6,7 +6,6 @@ import shutil
 from functools import partial
 
 import torch
-import torch._dynamo
 from torch.utils._triton import has_triton
 
 from megagpt.config import Config, compiles
@@ -43,6 +42,8 @@ def _problem() -> str | None:
 def compile_model(model: GPT, device: torch.device) -> None:
     """Compile the model's parts, in place, for the device that it will run on. Shapes are static: all micro-batches
     have the same."""
+    import torch._dynamo  # here, because it takes a second, and most runs on a CPU do without
+
     # Otherwise a block is cut where one of DDP's buckets ends, and results are written out at each cut.
     torch._dynamo.config.optimize_ddp = False
     compiled = partial(torch.compile, dynamic=False)
