@@ -79,10 +79,16 @@ _REGIONS = {
     ranges.UPDATE: Region.UPDATE,
 }
 # Collectives by the names of their operators, their ranges on gloo's threads, and their kernels.
-_EXCHANGE = re.compile(r"(_?c10d(_functional)?::|gloo:|nccl|record_param_comms)")
+_EXCHANGE = re.compile("_?c10d(_functional)?::|gloo:|nccl|record_param_comms")
 # Batched products are attention's, too: the layers multiply matrices of two dimensions.
-_ATTENTION = re.compile(r".*(scaled_dot_product|ScaledDotProduct|flash_attention|efficient_attention|sdpa|fmha|aten::b(addb)?mm$)")
-_PRODUCT = re.compile(r"aten::(_scaled_|_int_)?(add)?mm$|mkl(dnn)?::_?(mkl_|mkldnn_)?linear|.*(gemm|cutlass|nvjet|xmma)|triton_(tem_fused_)?(addmm|mm)")
+_ATTENTION = re.compile(
+    ".*(scaled_dot_product|ScaledDotProduct|flash_attention|efficient_attention|sdpa|fmha|flex_attention"
+    "|aten::b(addb)?mm$)"
+)
+_PRODUCT = re.compile(
+    r"aten::(_scaled_|_int_)?(add)?mm$|aten::mkldnn_linear|mkl(dnn)?::\w*linear"
+    "|.*(gemm|cutlass|nvjet|xmma)|triton_(tem_fused_)?(addmm|mm)"
+)
 # DDP's and FSDP2's own work, such as copies into buckets, is no layer's.
 _WRAPPER = ("FSDP::", "DistributedDataParallel.")
 

@@ -75,14 +75,15 @@ def read_trace(path: Path) -> Trace:
         if event["ph"] == "X" and event.get("cat") in _HOST:
             threads[event["tid"]].append(event)
     kernels = [e for e in events if e.get("cat") in _GPU]
+    phases = [(_begin(e), _end(e), e["name"]) for e in threads[main] if e["name"].startswith("megagpt: ")]
     reader = _Reader(threads[main])
-    spans = [span for tid in sorted(threads, key=lambda t: t != main) for span in reader.thread(threads[tid], tid == main)]
+    spans = list(reader.thread(threads.pop(main), is_main=True))
+    spans += [span for thread in threads.values() for span in reader.thread(thread, is_main=False)]
     if kernels:
         # Of the host's spans, those count in which it keeps the GPU waiting.
         waits = [s for s in spans if s.level == Level.DATA or s.name.startswith("gloo:")]
         spans = waits + [reader.kernel(event) for event in kernels]
         end = max(end, *map(_end, kernels))
-    phases = [(_begin(e), _end(e), e["name"]) for e in threads[main] if e["name"].startswith("megagpt: ")]
     return Trace(begin, end, len(steps), spans, bool(kernels), phases, sorted(_memory(events, bool(kernels))))
 
 
