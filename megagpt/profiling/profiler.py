@@ -47,6 +47,10 @@ class StepProfiler:
         self.problem = ""
         """Why this rank's profile is incomplete."""
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self._engine.world.device.type == "cuda"
+
     def active(self, step: int) -> bool:
         """Whether the profiler runs in this step, which therefore takes longer than others."""
         return bool(self._steps) and self._steps[0] - 1 <= step <= self._steps[-1]
@@ -77,8 +81,7 @@ class StepProfiler:
     def _start(self, warmup: int) -> None:
         # Otherwise its C++ prints lines for its authors. It reads this when it first starts.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        on_gpu = self._engine.world.device.type == "cuda"
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # such as of a profile without warm-up
             plan = schedule(wait=0, warmup=warmup, active=len(self._steps), repeat=1)
         self._open.enter_context(marked(self._engine))
@@ -109,7 +112,7 @@ class StepProfiler:
             written = Path(scratch, name)
             self._profile.export_chrome_trace(str(written))
             trace = read_trace(written)
-            if self._engine.world.device.type == "cuda" and not trace.on_gpu:
+            if self._on_gpu and not trace.on_gpu:
                 raise ValueError("the trace has no kernels; set KINETO_LOG_LEVEL=0 to see why")
             self._folder.mkdir(parents=True, exist_ok=True)
             packed = self._folder / f"{name}.gz"

@@ -115,14 +115,14 @@ class _Reader:
         self._launches: dict[int, Place] = {}
 
     def thread(self, events: list[Event], is_main: bool) -> Iterator[Span]:
-        """The stretches of a thread, each with its innermost call; of threads other than the main one, only exchanges:
-        on a CPU, no other thread computes while the main one waits."""
+        """The stretches of the main thread, each with its innermost call; of another thread, its exchanges: on a CPU,
+        no other thread computes while the main one waits."""
         calls: list[tuple[int, Event, Place]] = []
         cursor = 0
 
         def until(time: int) -> Iterator[Span]:
             nonlocal cursor
-            if calls and time > cursor and (is_main or calls[-1][2].kind is Kind.EXCHANGE):
+            if calls and time > cursor and is_main:
                 yield from _span(cursor, time, calls[-1][1], calls[-1][2])
             cursor = time
 
@@ -132,7 +132,10 @@ class _Reader:
                 yield from until(calls[-1][0])
                 calls.pop()
             yield from until(begin)
-            place = self._place(event, calls[-1][2] if calls else Place(), begin)
+            outer = calls[-1][2] if calls else Place()
+            place = self._place(event, outer, begin)
+            if place.kind is Kind.EXCHANGE is not outer.kind and not is_main:
+                yield from _span(begin, end, event, place)
             if calls:
                 end = min(end, calls[-1][0])
             calls.append((end, event, place))
