@@ -17,7 +17,7 @@ from megagpt.console import say, warn
 from megagpt.engines.engine import Engine
 from megagpt.errors import first_line
 from megagpt.hardware import device_name
-from megagpt.profiling.breakdown import breakdown, collectives
+from megagpt.profiling.breakdown import Collectives, breakdown, collectives
 from megagpt.profiling.ranges import marked
 from megagpt.profiling.rates import find_rates
 from megagpt.profiling.report import write_report
@@ -27,6 +27,7 @@ from megagpt.world import World
 
 # zlib's level: a trace shrinks to a tenth in a third of the time of the default level.
 _COMPRESSION = 3
+_NOT_COMPARED = "the ranks' traces differ: waiting for peers is counted as exchange"
 
 
 def profile_folder(run: Path, name: str) -> Path:
@@ -74,6 +75,11 @@ class StepProfiler:
 
     def close(self) -> None:
         """End a profile whose last step was not taken; nothing of it is written."""
+        if self._profile is not None:
+            say(f"{self._folder}: no profile, because step {self._steps[-1]} was not reached")
+        self._stop()
+
+    def _stop(self) -> None:
         with self._tolerating():
             self._open.close()
         self._profile = None
@@ -90,18 +96,26 @@ class StepProfiler:
 
     def write(self) -> None:
         """Write this rank's trace and, on rank 0, everything that follows from it. Every rank must call it."""
-        world, trace = self._engine.world, None
+        trace = None
         with self._tolerating():
             trace = self._export()
-        self.close()
-        found = collectives(trace) if trace is not None else {}
-        every = world.gather_objects((found, self.problem))
-        if not world.is_main or trace is None:
-            return
-        shortest = {key: min(ranks[key] for ranks, _ in every if key in ranks) for key in found}
-        notes = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(every) if problem]
-        with self._tolerating():
-            self._report(trace, shortest, notes)
+        self._stop()
+        shortest = self._shortest(collectives(trace) if trace is not None else None)
+        if trace is not None and self._engine.world.is_main:
+            notes = [] if shortest is not None else [_NOT_COMPARED]
+            with self._tolerating():
+                self._report(trace, shortest or {}, notes)
+
+    def _shortest(self, found: Collectives | None) -> Collectives | None:
+        """Of each collective, the least of all ranks' durations; None if some rank has not the same ones."""
+        world, count = self._engine.world, -1 if found is None else len(found)
+        fewest, most = world.min_of([count, -count])
+        if found is None or fewest != -most:
+            return None
+        keys = sorted(found)
+        if not keys:
+            return {}
+        return dict(zip(keys, map(int, world.min_of([found[key] for key in keys])), strict=True))
 
     def _export(self) -> Trace:
         """Write the trace into the folder. Raises OSError; ValueError if it is incomplete."""
@@ -122,7 +136,7 @@ class StepProfiler:
             unfinished.replace(packed)
         return trace
 
-    def _report(self, trace: Trace, shortest: dict[tuple[str, int], int], notes: list[str]) -> None:
+    def _report(self, trace: Trace, shortest: Collectives, notes: list[str]) -> None:
         config, world = self._engine.config, self._engine.world
         first, last = self._steps[0], self._steps[-1]
         which = f"steps {first} to {last}" if last > first else f"step {first}"

@@ -163,12 +163,12 @@ class _Reader:
             if region is not None:
                 return Place(region)
             return outer._replace(kind=Kind.EXCHANGE) if kind_of(name) is Kind.EXCHANGE else outer
+        if outer.region is Region.FORWARD:
+            outer = outer._replace(region=self._within_forward(begin))
         if event["cat"] != "cpu_op":
             return outer
         if name.startswith(_NODE):
             return self._forward_place(event["args"].get("Sequence number"), outer)
-        if outer.region is Region.FORWARD:
-            outer = outer._replace(region=self._within_forward(begin))
         # An operator that is made of others keeps its kind: some attention is made of matrix products.
         return outer._replace(kind=kind_of(name)) if outer.kind is Kind.OTHER else outer
 

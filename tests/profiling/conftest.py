@@ -11,11 +11,19 @@ import torch
 from megagpt.config_file import build_config
 from megagpt.data.loader import Batch
 from megagpt.engines.engine import build_engine
+from megagpt.profiling import rates
 from megagpt.profiling.profiler import StepProfiler
 from megagpt.world import World
 
 Parts = dict[str, dict[str, Any]]
 Profiled = Callable[..., Parts]
+
+
+@pytest.fixture
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device with a data sheet: measuring takes a second."""
+    monkeypatch.setattr(rates, "peak_flops", lambda *device: 1e12)
+    monkeypatch.setattr(rates, "memory_bandwidth", lambda device: 1e11)
 
 
 @pytest.fixture

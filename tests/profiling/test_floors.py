@@ -72,9 +72,7 @@ def test_the_optimizer_moves_eight_values_of_each_parameter_that_a_rank_holds() 
     [({"name": "ddp"}, 2, 4), ({"name": "ddp"}, 4, 6), ({"name": "zero", "stage": 1}, 4, 7.5),
      ({"name": "zero", "stage": 2}, 2, 0.5 * (2 * 4 + 2)), ({"name": "zero", "stage": 3}, 2, 0.5 * 2 * (2 + 2 + 4))],
 )  # fmt: skip
-def test_ranks_send_what_their_engine_exchanges(
-    engine: dict[str, Any], ranks: int, bytes_a_parameter: float
-) -> None:
+def test_ranks_send_what_their_engine_exchanges(engine: dict[str, Any], ranks: int, bytes_a_parameter: float) -> None:
     made = config(engine, precision="bf16")
     assert exchanged_bytes(made, ranks) == pytest.approx(bytes_a_parameter * made.model.stored_parameters)
 

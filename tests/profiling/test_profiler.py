@@ -13,18 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megagpt.config_file import build_config
 from megagpt.engines.engine import build_engine
-from megagpt.profiling import memory_picture, ranges, rates
+from megagpt.profiling import memory_picture, ranges
 from megagpt.profiling.parts import Part
 from megagpt.profiling.trace import Trace
 from megagpt.world import World
 from tests.profiling.conftest import Parts, Profiled
 
-
-@pytest.fixture(autouse=True)
-def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a device with a data sheet: measuring takes a second."""
-    monkeypatch.setattr(rates, "peak_flops", lambda *device: 1e12)
-    monkeypatch.setattr(rates, "memory_bandwidth", lambda device: 1e11)
+pytestmark = pytest.mark.usefixtures("known_rates")
 
 
 def largest(parts: Parts) -> str:
