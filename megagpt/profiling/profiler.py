@@ -1,5 +1,5 @@
-"""Profiles a few steps of an engine, inside a run or alone. Nothing that it does changes a number of the run, and an
-error of the profile does not end the run."""
+"""Profiles a few steps of an engine, inside a run or alone. Nothing that it does changes a number of the run, and its
+errors do not end the run."""
 
 import contextlib
 import gzip
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from megagpt.console import say, warn
 from megagpt.engines.engine import Engine
-from megagpt.errors import first_line
+from megagpt.errors import UserError, first_line
 from megagpt.hardware import device_name
 from megagpt.profiling.breakdown import Collectives, breakdown, collectives
 from megagpt.profiling.ranges import marked
@@ -39,10 +39,10 @@ class StepProfiler:
     """Profiles the steps with these numbers. Every rank has one and calls `begin` before and `end` after each step, and
     `write` when `end` says so: there, the ranks compare their collectives, and rank 0 writes the table."""
 
-    def __init__(self, engine: Engine, steps: range, folder: Path) -> None:
+    def __init__(self, engine: Engine, steps: range, folder: Path, must_succeed: bool = False) -> None:
         """`steps`: empty for no profile. In the step before them, if there is one, the profiler runs already and keeps
-        nothing, because its own start takes time."""
-        self._engine, self._steps, self._folder = engine, steps, folder
+        nothing, because its own start takes time. `must_succeed`: raise UserError if the profile fails."""
+        self._engine, self._steps, self._folder, self._must_succeed = engine, steps, folder, must_succeed
         self._open = contextlib.ExitStack()
         self._profile: Any = None
         self.problem = ""
@@ -155,6 +155,8 @@ class StepProfiler:
             yield
         except Exception as error:  # whatever it is: the run matters more
             self.problem = f"{self._folder}: no complete profile: {first_line(error)}"
+            if self._must_succeed:
+                raise UserError(self.problem) from error
             warn(f"[rank {self._engine.world.rank}] {self.problem}")
 
 
