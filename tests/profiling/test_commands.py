@@ -122,7 +122,7 @@ def full(*arguments: Any, **options: Any) -> None:
 )
 def test_a_profile_that_fails_is_one_line_and_the_run_continues(
     place: str, reason: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch, refusal: Refusal,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     config, run = str(tiny(**QUICK, train={"tokens": 384})), tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
@@ -137,11 +137,16 @@ def test_a_profile_that_fails_is_one_line_and_the_run_continues(
     assert len(metrics(run)) == 3
 
 
-def test_a_profile_that_cannot_be_written_is_an_error(tiny: Tiny, refusal: Refusal) -> None:
+def test_a_profile_that_cannot_be_written_is_an_error(
+    tiny: Tiny, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tiny().parent / "runs" / "tiny"
     folder.mkdir(parents=True)
     (folder / "profile").write_text("")
-    refusal(["profile", str(tiny()), "--steps", "1"], f"{folder}/profile: is not a folder; remove it")
+    refusal(["profile", str(tiny()), "--steps", "1"], f"{folder}/profile/standalone: Not a directory; fix this")
+    (folder / "profile").unlink()
+    monkeypatch.setattr("megagpt.profiling.profiler.gzip.open", full)
+    refusal(["profile", str(tiny()), "--steps", "1"], f"{folder}/profile/standalone: no complete profile: OSError")
 
 
 def test_a_profiler_that_does_not_start_ends_no_run(

@@ -1,5 +1,6 @@
 """A profile of real steps: its parts, its files, and that the engine is as it was."""
 
+import contextlib
 import gzip
 import json
 from pathlib import Path
@@ -95,9 +96,9 @@ def test_the_engine_is_left_as_it_was() -> None:
         return [dict(vars(owner)) for owner in owners]
 
     before = methods()
-    with pytest.raises(RuntimeError, match="on purpose"), ranges.marked(engine):
+    with contextlib.suppress(RuntimeError), ranges.marked(engine):
         assert methods() != before
-        raise RuntimeError("on purpose")
+        raise RuntimeError
     assert methods() == before
 
 
