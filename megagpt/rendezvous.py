@@ -98,19 +98,19 @@ def connect(info: RankInfo, asked: Asked, seconds: float = TIMEOUT.total_seconds
 def arrive(info: RankInfo, store: dist.Store, asked: Asked, gpu: str = "") -> None:
     """Return once all ranks have come. `gpu`: this rank's, by a name that no other GPU has; empty on a CPU. Raises
     UserError if rank 0 expects another number of ranks, or if another process has this rank or its GPU; Reported if a
-    peer fails before all have come; TransientError after the timeout."""
+    peer fails before all have come; TransientError after the timeout, and if the store ends."""
     rank_variable, size_variable = info.variables.split(" and ")
     host = socket.gethostname()
-    store.set(_GPU + gpu, str(info.rank))
-    first = count_in(info, store)
-    if not launchers.started_by_torchrun(os.environ):  # it numbers its ranks
-        if (size := int(store.get(_SIZE))) != info.size:
-            here = f"{size_variable}={info.size} on rank {info.rank}"
-            raise UserError(f"{here}, and {size} on rank 0: set it alike on all")
-        if not first:
-            raise UserError(f"{rank_variable}={info.rank} is set for two processes of this job: give each its own")
     wait, pause = _Wait(info, asked, TIMEOUT.total_seconds()), _LOOK_SECONDS / 10
     try:
+        store.set(_GPU + gpu, str(info.rank))
+        first = count_in(info, store)
+        if not launchers.started_by_torchrun(os.environ):  # it numbers its ranks
+            if (size := int(store.get(_SIZE))) != info.size:
+                here = f"{size_variable}={info.size} on rank {info.rank}"
+                raise UserError(f"{here}, and {size} on rank 0: set it alike on all")
+            if not first:
+                raise UserError(f"{rank_variable}={info.rank} is set for two processes of this job: give each its own")
         while True:
             if has_failed(store):
                 raise Reported
@@ -119,9 +119,10 @@ def arrive(info: RankInfo, store: dist.Store, asked: Asked, gpu: str = "") -> No
             wait.look(lambda: _missing(info, store))
             time.sleep(pause)
             pause = min(1.5 * pause, 2 * _LOOK_SECONDS)
+        other = int(store.get(_GPU + gpu)) if gpu else info.rank
     except RuntimeError:
         raise TransientError(f"{_holder(info)} has ended before all {info.size} ranks had come") from None
-    if gpu and (other := int(store.get(_GPU + gpu))) != info.rank:
+    if other != info.rank:
         ways = "start one rank for each GPU, or let CUDA_VISIBLE_DEVICES show each rank another one"
         raise UserError(f"ranks {info.rank} and {other} share one GPU of {host}: {ways}")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from megagpt import rendezvous, world
 from megagpt.cli import main
@@ -230,12 +231,28 @@ def test_a_rank_that_two_processes_have_is_refused() -> None:
         stores = connect(info, never)
         if info.rank == 1:
             count_in(info, stores[0])
-            arrive(info, stores[0], never)
-        return stores if info.rank else arrive(info, stores[0], never)
+        arrive(info, stores[0], never)
+        return stores  # which the other still reads
 
     _, error = ranks(3, work, 0, 1)
     assert isinstance(error, UserError)
     assert str(error).startswith("RANK=1 is set for two processes of this job")
+
+
+@pytest.mark.parametrize("call", ["set", "add", "get"])
+def test_a_store_that_ends_under_a_rank_is_one_line(call: str) -> None:
+    """Its rank 0 was killed; each call of the store may be the first to notice."""
+
+    class Store:
+        """One whose connection breaks at that call."""
+
+        def __getattr__(self, name: str) -> Callable[..., object]:
+            if name == call:
+                raise torch.distributed.DistNetworkError("Failed to recv, got 0 bytes.")
+            return {"set": lambda *_: None, "add": lambda *_: 1, "get": lambda *_: "2"}[name]
+
+    with pytest.raises(TransientError, match=rf"^rank 0 at {HOST}:\d+ has ended before all 2 ranks had come$"):
+        arrive(RankInfo(1, 2, 1, HOST, free_port()), Store(), never)  # type: ignore[arg-type]
 
 
 def test_ranks_of_worlds_of_different_sizes_are_refused() -> None:

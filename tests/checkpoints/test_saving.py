@@ -182,7 +182,7 @@ def test_a_loaded_state_lives_until_the_engine_has_it(tmp_path: Path) -> None:
 
 # --- memory ---
 
-LAYERS, WIDTH = 10, 512
+LAYERS, WIDTH = 7, 512
 LARGEST = 4 * WIDTH * 4 * WIDTH  # bytes of an MLP's matrix in fp32
 BUFFERS = storage._KEPT_BLOCKS * storage.BLOCK_BYTES + storage._AHEAD_BYTES  # of a reader, whatever it reads
 
@@ -231,10 +231,10 @@ def save_and_load(folder: str, names: list[str]) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.slow
 def test_memory_grows_by_a_few_of_the_largest_parameters(tmp_path: Path) -> None:
-    """Not by a rank's share of the state, which is more than 40 of them here, nor by the whole model."""
+    """Not by a rank's share of the state, which is more than 30 of them here, nor by the whole model."""
     names = ["ddp", "fsdp", "zero-1", "zero-2", "zero-3"]
     share = large_config("ddp").model.checkpoint_bytes // 2
-    assert share > 40 * LARGEST
+    assert share > 30 * LARGEST
     for grown in run_ranks(2, save_and_load, str(tmp_path), names):
         for name, (written, read) in grown.items():
             print(f"{name}: {written / LARGEST:.1f} of the largest in a save, {read / LARGEST:.1f} in a load")
