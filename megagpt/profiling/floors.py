@@ -9,7 +9,7 @@ from megagpt.config import Config
 from megagpt.profiling.parts import Part
 from megagpt.profiling.rates import Rates
 
-# Bytes of a value in the residual stream, in the optimizer's state and in sums of gradients: fp32.
+# Bytes of a value in the optimizer's state, in sums of gradients and in the residual stream.
 _FP32 = 4
 # AdamW reads weight, gradient and both moments and writes all but the gradient, which the norm has read before.
 _ADAMW_BYTES = 8 * _FP32
@@ -33,7 +33,7 @@ def work(config: Config, ranks: int) -> dict[Part, Work]:
     """The work of those parts that have a floor. Activation checkpointing adds what it computes again."""
     model, train = config.model, config.train
     c, layers, micro_batches = model.width, model.layers, config.accumulation(ranks)
-    value = _FP32 if train.precision == "fp32" else 2
+    value, residual = _FP32 if train.precision == "fp32" else 2, _FP32
     rows = train.micro_batch * model.context
     tokens = micro_batches * rows
     again = _repeated_blocks(config) / layers
@@ -43,8 +43,8 @@ def work(config: Config, ranks: int) -> dict[Part, Work]:
     pairs = sum(_pairs(model.context, model.window if model.is_banded(layer) else None) for layer in range(layers))
     head = _product(rows, c, model.padded_vocab_size, value, 0)
     # Forward: two LayerNorms with the sums before them, and GELU. Backward: the same the other way.
-    forward = 2 * (2 * _FP32 + 2 * value) + 8 * value
-    backward = 2 * (3 * _FP32 + 2 * value) + 12 * value
+    forward = 2 * (2 * residual + 2 * value) + 8 * value
+    backward = 2 * (3 * residual + 2 * value) + 12 * value
     return {
         # Two products of a query and a key each way, forward once and backward twice; the causal half only.
         Part.ATTENTION: Work(
@@ -57,7 +57,7 @@ def work(config: Config, ranks: int) -> dict[Part, Work]:
         ),
         Part.BLOCKS: Work(0, layers * tokens * c * ((1 + again) * forward + backward)),
         # A token's row is read, and its gradient added; the residual stream is written, and its gradient read.
-        Part.EMBEDDING: Work(0, tokens * c * 4 * _FP32),
+        Part.EMBEDDING: Work(0, tokens * c * (2 * _FP32 + 2 * residual)),
         Part.HEAD: Work(micro_batches * head.flops, micro_batches * 3 * value * c * (rows + model.padded_vocab_size)),
         Part.OPTIMIZER: Work(0, None if config.engine.offload != "none" else _optimizer_bytes(config, ranks, value)),
     }

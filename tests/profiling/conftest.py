@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from megagpt.config_file import build_config
 from megagpt.data.loader import Batch
@@ -28,7 +29,7 @@ def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def profiled(tmp_path: Path) -> Profiled:
-    """Profiles two steps of a model of that shape and gives `parts.json`'s parts; the files are in tmp_path."""
+    """Profiles the steps 3 and 4 of a model of that shape and gives `parts.json`'s parts; the files are in tmp_path."""
 
     def profile(train: dict[str, Any] | None = None, **shape: Any) -> Parts:
         model = {"layers": 1, "width": 32, "heads": 2, "context": 32, **shape}
@@ -38,11 +39,14 @@ def profiled(tmp_path: Path) -> Profiled:
         engine = build_engine(config, World.alone())
         rows = torch.randint(model.get("vocab_size", 50257), (2, model["context"] + 1))
         batch = Batch([(rows[:, :-1], rows[:, 1:].contiguous())], 2, tokens)
-        profiler = StepProfiler(engine, range(2, 4), tmp_path)
-        for step in range(1, 4):
+        profiler = StepProfiler(engine, range(3, 5), tmp_path)
+        graphs = []
+        for step in range(1, 5):
             profiler.begin(step)
             engine.train_step(batch, 1e-3)
-            assert profiler.end(step) == (step == 3)
+            assert profiler.end(step) == (step == 4)
+            graphs.append(counters["stats"]["unique_graphs"])
+        assert graphs == [graphs[0]] * 4, "compiled again because of the profile"
         profiler.write()
         assert not profiler.problem
         parts: Parts = json.loads((tmp_path / "parts.json").read_text())["parts"]
