@@ -70,7 +70,7 @@ def activities(trace: Trace, edges: np.ndarray) -> list[str]:
     middles = (edges[:-1] + edges[1:]) / 2
     # A forward pass lies inside its micro-batch; the rest of that is the backward pass.
     known = {ranges.MICRO_BATCH: "backward", ranges.FORWARD: "forward", ranges.UPDATE: _UPDATE}
-    for begin, end, name in sorted(trace.phases):
+    for begin, end, name in sorted(trace.phases, key=lambda phase: (phase[0], -phase[1])):
         if name in known:
             first, last = np.searchsorted(middles, (begin, end))
             names[first:last] = [known[name]] * (last - first)

@@ -35,7 +35,7 @@ def profiled(tmp_path: Path) -> Profiled:
         model = {"layers": 1, "width": 32, "heads": 2, "context": 32, **shape}
         tokens = 2 * model["context"]
         limits = {"tokens": 8 * tokens, "batch_tokens": tokens, "micro_batch": 2, "precision": "fp32", "device": "cpu"}
-        config = build_config({"model": model, "train": limits | (train or {})}, "test")
+        config = build_config({"run": {"name": "test"}, "model": model, "train": limits | (train or {})}, "test")
         engine = build_engine(config, World.alone())
         rows = torch.randint(model.get("vocab_size", 50257), (2, model["context"] + 1))
         batch = Batch([(rows[:, :-1], rows[:, 1:].contiguous())], 2, tokens)

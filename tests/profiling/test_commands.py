@@ -41,6 +41,7 @@ def curve(run: Path) -> list[tuple[float, float]]:
     return [(line["loss"], line["gradient_norm"]) for line in metrics(run)]
 
 
+@pytest.mark.slow
 def test_a_profile_leaves_the_run_of_that_name_alone(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,6 +64,7 @@ def test_a_profile_leaves_the_run_of_that_name_alone(
     assert parts(folder)[Part.DATA]["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_profiled_steps_keep_the_losses_and_are_marked(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +93,7 @@ def test_the_first_step_can_be_profiled(tiny: Tiny, tmp_path: Path, recwarn: pyt
     assert not [str(w.message) for w in recwarn if "rofiler" in str(w.message)]
 
 
+@pytest.mark.slow
 def test_a_stop_between_profiled_steps_ends_as_ever(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
