@@ -88,11 +88,13 @@ class StepProfiler:
         # Otherwise its C++ prints lines for its authors. It reads this when it first starts.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # such as of a profile without warm-up
-            plan = schedule(wait=0, warmup=warmup, active=len(self._steps), repeat=1)
         self._open.enter_context(marked(self._engine))
         _synchronize(self._engine.world)
-        self._profile = self._open.enter_context(profile(activities=activities, schedule=plan, profile_memory=True))
+        # PyTorch warns of a profile without warm-up; 2.11 also of one that it starts a second time.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            plan = schedule(wait=0, warmup=warmup, active=len(self._steps), repeat=1)
+            recording = profile(activities=activities, schedule=plan, profile_memory=True)
+            self._profile = self._open.enter_context(recording)
 
     def write(self) -> None:
         """Write this rank's trace and, on rank 0, everything that follows from it. Every rank must call it."""
