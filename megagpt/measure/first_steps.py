@@ -37,7 +37,7 @@ def profile_first_steps(config: Config, world: World, steps: int) -> None:
     size, share = config.batch_sequences, Share(world.rank, world.size, config.train.micro_batch)
     batches = read_ahead(train_batches(corpus, 0, numbers.stop * size, lambda seen: size, share))
     with contextlib.closing(profiler), contextlib.closing(batches):
-        say(f"taking {warmup} steps to warm up, then {steps} that are profiled")
+        say(f"warming up for {warmup} steps, then profiling {steps}")
         for step in range(1, numbers.stop):
             profiler.begin(step)
             batch = next(batches)

@@ -107,7 +107,7 @@ def make_table(config: Config, ranks: int, found: Breakdown, rates: Rates, title
         if found.seconds[part] or part in todo or part is Part.HOST
     ]
     least = [known for known in floors.values() if known is not None]
-    whole = Floor(sum(known.seconds for known in least), "FLOPs, and the sum of the floors")
+    whole = Floor(sum(known.seconds for known in least), "FLOPs in all")
     flops = sum(part.flops for part in todo.values())
     rows.append(Row("step", found.step_seconds, 1.0, whole, Work(flops, None)))
     return Table(

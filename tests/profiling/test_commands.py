@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from megagpt.cli import main
+from megagpt.config_file import load_config
+from megagpt.config_types import steps_of
 from megagpt.engines.engine import Engine
 from megagpt.errors import ExitCode
 from megagpt.measure.processes import free_port, rank_environment
@@ -170,6 +172,19 @@ def test_a_profiler_that_does_not_start_ends_no_run(
 def test_steps_that_cannot_be_profiled_are_refused(value: str, problem: str, tiny: Tiny, refusal: Refusal) -> None:
     for name in ("train", "config"):
         refusal([name, str(tiny()), f"train.profile_steps={value}"], "train.profile_steps", problem)
+
+
+@pytest.mark.parametrize(
+    ("value", "steps"),
+    [("4-5", range(4, 6)), ("[4, 5]", range(4, 6)), ("4, 5", range(4, 6)), ("7", range(7, 8)), ("0", range(0)),
+     ("1_0-2_0", range(10, 21)), ("", range(0)), ("none", range(0))],
+)  # fmt: skip
+def test_steps_may_be_written_as_other_trainers_do(value: str, steps: range, tiny: Tiny) -> None:
+    config = load_config(str(tiny()), [f"train.profile_steps={value}"])
+    assert steps_of(config.train.profile_steps) == steps
+    in_a_file = {"": "", "0": 0, "7": 7, "[4, 5]": [4, 5]}
+    if value in in_a_file:
+        assert load_config(str(tiny(train={"profile_steps": in_a_file[value]}))).train == config.train
 
 
 def test_zero_steps_are_refused(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
