@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megagpt.config_marks import Data, ForFSDP, ForZero, Free, Recipe, Was
-from megagpt.config_types import ActivationCheckpointing, Compile, PathText, RunName, Seconds, Spikes
+from megagpt.config_types import ActivationCheckpointing, Compile, PathText, RunName, Seconds, Spikes, Steps
 from megagpt.errors import UserError
 from megagpt.models.presets import SECTION, ModelConfig, near_divisors
 
@@ -103,6 +103,9 @@ class TrainConfig:
     hang_timeout: Annotated[Free[Annotated[Seconds, Field(gt=0)]], Was("collective_timeout")] = 900
     """Longest time that a rank may spend without a step, a validation batch or a sampled token. After that, the stacks
     of all ranks are written to the run's folder, and the run ends with code 3, resumable. Same form as `time_limit`."""
+    profile_steps: Free[Steps] = ""
+    """Steps that are profiled, the first and the last of them, such as 100-103: a trace of each rank, the step's time
+    by part, the memory over time; in profile/ in the run's folder. Empty: none."""
     device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto: cuda if there is a GPU."""
 

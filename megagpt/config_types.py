@@ -1,6 +1,7 @@
 """Types of config values that have a rule of their own, each with its check."""
 
 import math
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, PlainValidator
@@ -82,10 +83,36 @@ def _check_spikes(value: Any) -> str | dict[str, Any]:
     raise ValueError(f"{value!r} is not {_SPIKE_WORDS}, with deviations above 0 and steps above 1")
 
 
+_STEPS = re.compile(r"\s*\[?\s*([\d_]+)\s*(?:[-,]\s*([\d_]+)\s*)?\]?\s*", re.ASCII)
+_STEPS_WORDS = "first-last | one step | nothing"
+
+
+def steps_of(text: str) -> range:
+    """The steps, numbered from 1, of a value such as 100-103; empty for an empty one."""
+    if not text:
+        return range(0)
+    first, _, last = text.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
+def _check_steps(value: Any) -> str:
+    text = str(value) if isinstance(value, str | int | list) and not isinstance(value, bool) else repr(value)
+    if text in ("", "0", "none"):
+        return ""
+    if not (found := _STEPS.fullmatch(text)):
+        raise ValueError(f"{value!r} is not {_STEPS_WORDS}, such as 100-103")
+    first, last = int(found[1]), int(found[2] or found[1])
+    if not 0 < first <= last:
+        problem = "steps are numbered from 1" if first == 0 else f"the first step {first} is after the last one {last}"
+        raise ValueError(f"{value!r}: {problem}; give the first and the last one, such as 100-103")
+    return f"{first}-{last}" if last > first else f"{first}"
+
+
 RunName = Annotated[str, AfterValidator(_check_name)]
 PathText = Annotated[str, AfterValidator(_check_path)]
 Seconds = Annotated[float, PlainValidator(_check_seconds), Values("seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")]
 _Modes = Annotated[str | dict[str, int], Values("none | full | selective | {every: k}")]
 ActivationCheckpointing = Annotated[_Modes, PlainValidator(_check_activation_checkpointing)]
 Compile = Annotated[bool | str, PlainValidator(_check_compile), Values("auto | true | false")]
+Steps = Annotated[str, PlainValidator(_check_steps), Values(_STEPS_WORDS)]
 Spikes = Annotated[str | dict[str, Any], PlainValidator(_check_spikes), Values(_SPIKE_WORDS)]

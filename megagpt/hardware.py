@@ -1,10 +1,13 @@
-"""Accelerators by name: dense peak rates and memory. Unknown hardware is None, never a guess."""
+"""Accelerators by name: dense peak rates, memory and its bandwidth. Unknown hardware is None, never a guess."""
 
 import functools
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Peak(NamedTuple):
@@ -50,6 +53,20 @@ _PEAKS = {
     "MI300X": Peak(1307.4, 163.4),
     "MI325X": Peak(1307.4, 163.4),
 }
+# Words of the device's name -> the bandwidth of its memory (TB/s), from the makers' data sheets; read as above.
+_BANDWIDTHS = {
+    "GB300": 8.0, "GB200": 8.0, "B300": 8.0, "B200": 8.0,
+    "GH200 144G": 4.9, "GH200": 4.0,
+    "H200": 4.8, "H100 PCIe": 2.0, "H100 NVL": 3.9, "H100": 3.35, "H800 PCIe": 2.0, "H800": 3.35,
+    "H20 3e": 4.8, "H20": 4.0,
+    "A100 80GB PCIe": 1.935, "A100 80GB": 2.039, "A100": 1.555,
+    "A800 80GB PCIe": 1.935, "A800 80GB": 2.039, "A800": 1.555,
+    "A40": 0.696, "A30": 0.933, "A10": 0.6,
+    "L40S": 0.864, "L40": 0.864, "L4": 0.3,
+    "RTX A6000": 0.768, "RTX 4090": 1.008, "RTX 3090": 0.936,
+    "V100": 0.9, "T4": 0.32,
+    "MI300X": 5.3, "MI325X": 6.0,
+}  # fmt: skip
 # Words of other variants, which have the name of a card above in their own: a slice of a card, a laptop's chip.
 _VARIANTS = {"mig", "laptop", "max", "d", "ti"}
 # Memory of the largest of them, a B300 (GB).
@@ -67,9 +84,20 @@ def peak_flops(device: torch.device, precision: str, given_tflops: float = 0) ->
     the user knows of it (TFLOP/s); 0: nothing."""
     if given_tflops:
         return given_tflops * 1e12
-    # By words: an "NVIDIA RTX A1000" is no A100.
-    words = set(re.findall(r"\w+", device_name(device).lower()))
-    found = [peak for key, peak in _PEAKS.items() if words.issuperset(key.lower().split())]
-    if not found or words & _VARIANTS or (precision == "bf16" and not found[0].has_bf16):
+    found = _entry(_PEAKS, device)
+    if found is None or (precision == "bf16" and not found.has_bf16):
         return None
-    return float(round(1e12 * (found[0].fp32 if precision == "fp32" else found[0].half)))
+    return float(round(1e12 * (found.fp32 if precision == "fp32" else found.half)))
+
+
+def memory_bandwidth(device: torch.device) -> float | None:
+    """Peak bytes/s of the device's memory; None if it is unknown."""
+    found = _entry(_BANDWIDTHS, device)
+    return None if found is None else float(round(1e12 * found))
+
+
+def _entry(table: Mapping[str, T], device: torch.device) -> T | None:
+    """The device's entry, by the words of its name: an "NVIDIA RTX A1000" is no A100."""
+    words = set(re.findall(r"\w+", device_name(device).lower()))
+    found = [entry for key, entry in table.items() if words.issuperset(key.lower().split())]
+    return found[0] if found and not words & _VARIANTS else None

@@ -67,6 +67,10 @@ class World:
         """The largest of all ranks' values, on every rank."""
         return self._reduce([value], dist.ReduceOp.MAX)[0]
 
+    def min_of(self, values: list[float]) -> list[float]:
+        """The smallest of all ranks' values at each place, on every rank. Every rank gives equally many."""
+        return self._reduce(values, dist.ReduceOp.MIN)
+
     def any(self, flag: bool) -> bool:
         """Whether some rank sets the flag; every rank gets the same answer."""
         return self.any_of(flag)[0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megagpt import hardware
-from megagpt.hardware import LARGEST_GPU_GB, peak_flops
+from megagpt.hardware import LARGEST_GPU_GB, memory_bandwidth, peak_flops
 from tests.conftest import Tiny, metrics
 
 # Names as `torch.cuda.get_device_name` gives them -> dense TFLOP/s in bf16 of the data sheets; None: unknown.
@@ -92,3 +92,20 @@ def test_the_configs_peak_decides_the_mfu(tiny: Tiny) -> None:
     for line in metrics(tiny().parent / "runs" / "tiny"):
         flops = loaded.model.flops_per_token * line["tokens_per_second"]
         assert line["mfu"] == pytest.approx(flops / 2e9)
+
+
+def test_the_bandwidth_is_that_of_the_same_card(card: pytest.MonkeyPatch) -> None:
+    known = {
+        "NVIDIA H100 80GB HBM3": 3.35, "NVIDIA H100 PCIe": 2.0, "NVIDIA H200": 4.8, "NVIDIA B200": 8.0,
+        "NVIDIA A100-SXM4-80GB": 2.039, "NVIDIA A100 80GB PCIe": 1.935, "NVIDIA A100-SXM4-40GB": 1.555,
+        "NVIDIA L40S": 0.864, "NVIDIA H20": 4.0, "NVIDIA H20-3e": 4.8, "Tesla V100-SXM2-32GB": 0.9,
+    }  # fmt: skip
+    for name, expected in {**NAMES, "NVIDIA A100-SXM4-40GB": 312}.items():
+        hardware.device_name.cache_clear()
+        card.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        found = memory_bandwidth(torch.device("cuda", 0))
+        # Every card with a known peak has a known bandwidth, and no other name has one.
+        assert (found is not None) == (expected is not None or name in ("Tesla V100-SXM2-32GB", "Tesla T4")), name
+        assert name not in known or found == pytest.approx(known.pop(name) * 1e12)
+    assert not known
+    assert memory_bandwidth(torch.device("cpu")) is None

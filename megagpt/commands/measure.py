@@ -1,8 +1,9 @@
-"""bench, parity: measurements of this machine."""
+"""bench, parity, profile: measurements of this machine."""
 
 import argparse
+import os
 
-from megagpt.commands.options import Add, add_device, add_words, count, one_name, split_words
+from megagpt.commands.options import Add, add_config, add_device, add_words, config_of, count, one_name, split_words
 from megagpt.errors import UserError
 
 
@@ -31,6 +32,10 @@ def register(add: Add) -> None:
     sub.add_argument("--json", default="", metavar="FILE", help=text)
     add_device(sub)
 
+    sub = add("profile", _profile, "Profile a config's first steps: time by part beside its floor, memory, traces.")
+    add_config(sub)
+    sub.add_argument("--steps", type=count, default=3, help="profiled steps, after a few to warm up (3)")
+
     sub = add("parity", _parity, "Compare every engine with one plain process, and measure the memory of each.")
     text = "comma-separated: fp32, bf16, residual, memory, crossings (fp32,bf16,memory; with --device cuda fp32,bf16)"
     sub.add_argument("--tables", help=text)
@@ -52,6 +57,21 @@ def _bench(arguments: argparse.Namespace) -> int:
     get_preset(arguments.model)
     check_device(arguments.device, "--device")
     return bench(arguments)
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    # Otherwise PyTorch warns of each process's first tensor that is older than the profile.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from megagpt.measure.first_steps import profile_first_steps
+    from megagpt.world import fail_together, join
+
+    try:
+        config = config_of(arguments)
+    except UserError as error:
+        fail_together(error)
+    with join(config.train.device, hang_timeout=config.train.hang_timeout) as world:
+        profile_first_steps(config, world, arguments.steps)
+    return 0
 
 
 def _parity(arguments: argparse.Namespace) -> int:

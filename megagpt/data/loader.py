@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from megagpt.config import DataConfig
 from megagpt.data.order import integer_weights, locate
@@ -19,6 +20,8 @@ from megagpt.files import named_path
 from megagpt.models.loss import IGNORE
 
 _AHEAD = 3  # optimizer steps
+# Name of the range that a trace shows while a rank waits for its batch.
+WAITING_FOR_DATA = "megagpt: waiting for data"
 # Places and tokens at each, by which two sources of equal length are compared.
 _WINDOWS, _WINDOW_TOKENS = 16, 256
 
@@ -156,7 +159,11 @@ def read_ahead(batches: Iterator[Batch]) -> Generator[Batch]:
     thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
         ready = deque(thread.submit(next, batches, None) for _ in range(_AHEAD))
-        while (batch := ready.popleft().result()) is not None:
+        while True:
+            with record_function(WAITING_FOR_DATA):
+                batch = ready.popleft().result()
+            if batch is None:
+                return
             ready.append(thread.submit(next, batches, None))
             yield batch
     finally:

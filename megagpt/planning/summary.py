@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from megagpt.config import Config
 from megagpt.engines.zero_config import deepspeed_config
 from megagpt.planning.memory import state_bytes
-from megagpt.training.schedule import learning_rate, step_count
+from megagpt.training.schedule import check_profile_steps, learning_rate, step_count
 
 
 def summarize(config: Config, ranks: int) -> Iterator[str]:
     """Lines for people about a run on `ranks` ranks. Raises UserError if it cannot start on them, or if its engine
     settings are impossible."""
     config.check_ranks(ranks)
+    check_profile_steps(config)
     model, train, context = config.model, config.train, config.model.context
     padding = model.padded_vocab_size - model.vocab_size
     yield f"parameters: {model.parameters:,} ({padding} padding rows of the vocabulary not counted)"

@@ -61,7 +61,12 @@ def loop(run: Run, stop: StopRequest) -> Outcome:
                         stopping = not occasion.hold(at, stop)
             if stopping or at.last:
                 break
+            with speed.pause():
+                run.profiler.begin(at.step + 1)
             at = _step(run, at, batches, speed, stop)
+            if run.profiler.end(at.step):
+                with speed.pause(), run.watchdog.patient("the profile"):
+                    run.profiler.write()
             run.ending.reached = at.tokens
     if saves.held < at.tokens:
         saves.hold(at, stop)
@@ -130,6 +135,8 @@ def _report_step(
         "mfu": run.config.model.flops_per_token * tokens_per_second / (peak * run.world.size) if peak else None,
         "peak_memory_bytes": peak_memory(run.world.device), "skipped_updates": run.guard.skipped,
     }  # fmt: skip
+    # Recording takes time, too: the speed of these steps is not that of the run.
+    values |= {"profiled": True} if run.profiler.active(at.step) else {}
     values |= {"loss_scale": scale.value} if scale.dynamic else {}
     values |= {"spikes": run.guard.spikes} if run.guard.watches_spikes else {}
     run.reporter.step(at, values)

@@ -15,6 +15,7 @@ from megagpt.checkpoints.saving import Saved, Saver, meta_of
 from megagpt.checkpoints.storage import CorruptError
 from megagpt.config import Config
 from megagpt.config_file import to_yaml
+from megagpt.config_types import steps_of
 from megagpt.console import say
 from megagpt.data.builtin import prepare_builtin
 from megagpt.data.loader import (
@@ -37,6 +38,7 @@ from megagpt.errors import UserError
 from megagpt.incarnations import Lease, Superseded
 from megagpt.launchers import torchrun_passes_sigterm_on, torchrun_waits_longer
 from megagpt.position import Position, position
+from megagpt.profiling.profiler import StepProfiler, profile_folder
 from megagpt.run_log import Event, newest
 from megagpt.training.guard import Guard
 from megagpt.training.markdown import verbatim
@@ -54,7 +56,7 @@ from megagpt.training.run_folder import (
     went_back,
 )
 from megagpt.training.safety import StopRequest
-from megagpt.training.schedule import batch_sequences, step_count
+from megagpt.training.schedule import batch_sequences, check_profile_steps, step_count
 from megagpt.training.stragglers import Stragglers
 from megagpt.training.watchdog import Watchdog
 from megagpt.world import World
@@ -86,6 +88,7 @@ class Run:
     stragglers: Stragglers
     reserve: Reserve
     ending: Ending
+    profiler: StepProfiler
     raised: tuple[bool, ...] = (False, False, False)
     """The `flags` that some rank raised in the last step."""
 
@@ -173,7 +176,8 @@ def open_run(
     if world.from_main(lambda: resume_at is not None and went_back(folder, resume_at)):
         say(f"--at {resume_at} was done before this restart; resuming from the newest checkpoint")
         resume_at = None
-    _check_vocabulary(config, holds_run(folder))
+    check_profile_steps(config)
+    check_vocabulary(config, holds_run(folder))
     say("reading data")
     starts = world.from_main(lambda: start_folders(folder)) if resume else []
     data = prepare_builtin(locate(config.data, starts), world)
@@ -226,7 +230,18 @@ def open_run(
             lease, saver, watchdog, reporter,
             Guard(config.train, found.meta if found else None),
             Stragglers(world, world.hosts(), log.straggler_every_steps, log.straggler_factor), Reserve(saver), ending,
+            stack.enter_context(contextlib.closing(_profiler(engine, folder, start))),
         )  # fmt: skip
+
+
+def _profiler(engine: Engine, folder: Path, start: Position) -> StepProfiler:
+    """The profiler of the steps that the config names, without those that this run has taken already."""
+    text = engine.config.train.profile_steps
+    steps = steps_of(text)
+    left = range(max(steps.start, start.step + 1), steps.stop)
+    if steps and not left:
+        say(f"train.profile_steps {text} lie before step {start.step}, from which this run resumes: no profile")
+    return StepProfiler(engine, left, profile_folder(folder, f"steps_{text}"))
 
 
 def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:
@@ -256,7 +271,7 @@ def _check_length(config: Config, found: OpenCheckpoint) -> None:
         raise UserError(f"train.tokens {wanted:,} is less than the {seen:,} that {found.path} has seen; {ways}")
 
 
-def _check_vocabulary(config: Config, exists: bool) -> None:
+def check_vocabulary(config: Config, exists: bool) -> None:
     """Raises UserError if the model does not fit the tokenizer, before anything is read or written. Only a run that
     exists already may have a larger vocabulary: imported weights may be padded."""
     model, sampling = config.model, config.sampling

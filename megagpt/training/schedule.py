@@ -3,6 +3,8 @@
 import math
 
 from megagpt.config import Config
+from megagpt.config_types import steps_of
+from megagpt.errors import UserError
 
 
 def learning_rate(config: Config, tokens: int) -> float:
@@ -27,6 +29,14 @@ def batch_sequences(config: Config, sequences_seen: int) -> int:
         return config.batch_sequences
     grown = (train.batch_tokens - train.batch_ramp_start) * tokens // train.batch_ramp_tokens
     return (train.batch_ramp_start + grown + context // 2) // context
+
+
+def check_profile_steps(config: Config) -> None:
+    """Raises UserError if the run ends before the last step that it is to profile."""
+    steps, total = steps_of(config.train.profile_steps), step_count(config)
+    if steps and steps[-1] > total:
+        ways = "choose earlier steps, or raise train.tokens"
+        raise UserError(f"train.profile_steps {config.train.profile_steps}: the run ends with step {total}; {ways}")
 
 
 def step_count(config: Config, tokens: int | None = None) -> int:

@@ -1,0 +1,1 @@
+"""The profile of a few steps: a trace, where the time goes, the memory over time."""

@@ -1,0 +1,124 @@
+"""The least time that each part of a step can take: its FLOPs at the device's peak, or the bytes that it must move at
+the memory's bandwidth, whichever takes longer. Counts are those of one rank and one full batch, from the shapes alone.
+
+Bytes count what no fusion can save: inputs read once, results written once."""
+
+from typing import NamedTuple
+
+from megagpt.config import Config
+from megagpt.profiling.parts import Part
+from megagpt.profiling.rates import Rates
+
+# Bytes of a value in the optimizer's state, in sums of gradients and in the residual stream.
+_FP32 = 4
+# AdamW reads weight, gradient and both moments and writes all but the gradient, which the norm has read before.
+_ADAMW_BYTES = 8 * _FP32
+
+
+class Work(NamedTuple):
+    """What a part must do in a step. `moved`: bytes through the device's memory; None: they take another way."""
+
+    flops: float
+    moved: float | None
+
+
+class Floor(NamedTuple):
+    """The least time of a part, and what it comes from: "FLOPs" or "bytes"."""
+
+    seconds: float
+    bound: str
+
+
+def work(config: Config, ranks: int) -> dict[Part, Work]:
+    """The work of those parts that have a floor. Activation checkpointing adds what it computes again."""
+    model, train = config.model, config.train
+    c, layers, micro_batches = model.width, model.layers, config.accumulation(ranks)
+    value, residual = _FP32 if train.precision == "fp32" else 2, _FP32
+    rows = train.micro_batch * model.context
+    tokens = micro_batches * rows
+    again = _repeated_blocks(config) / layers
+    # Of a block's four products, the last one's result is not needed again.
+    products = [_product(rows, c, out, value, again) for out in (3 * c, c, 4 * c)]
+    products.append(_product(rows, 4 * c, c, value, 0))
+    pairs = sum(_pairs(model.context, model.window if model.is_banded(layer) else None) for layer in range(layers))
+    head = _product(rows, c, model.padded_vocab_size, value, 0)
+    # Forward: two LayerNorms with the sums before them, and GELU. Backward: the same the other way.
+    forward = 2 * (2 * residual + 2 * value) + 8 * value
+    backward = 2 * (3 * residual + 2 * value) + 12 * value
+    return {
+        # Two products of a query and a key each way, forward once and backward twice; the causal half only.
+        Part.ATTENTION: Work(
+            (12 + 4 * again) * c * pairs * micro_batches * train.micro_batch,
+            (12 + 4 * again) * c * layers * tokens * value,
+        ),
+        Part.PRODUCTS: Work(
+            micro_batches * layers * sum(p.flops for p in products),
+            micro_batches * layers * sum(p.moved or 0 for p in products),
+        ),
+        Part.BLOCKS: Work(0, layers * tokens * c * ((1 + again) * forward + backward)),
+        # A token's row is read, and its gradient added; the residual stream is written, and its gradient read.
+        Part.EMBEDDING: Work(0, tokens * c * (2 * _FP32 + 2 * residual)),
+        Part.HEAD: Work(micro_batches * head.flops, micro_batches * 3 * value * c * (rows + model.padded_vocab_size)),
+        Part.OPTIMIZER: Work(0, None if config.engine.offload != "none" else _optimizer_bytes(config, ranks, value)),
+    }
+
+
+def floor(work: Work, rates: Rates) -> Floor | None:
+    """None if the part moves bytes that do not go through the device's memory."""
+    if work.moved is None:
+        return None
+    computing, moving = work.flops / rates.flops, work.moved / rates.bandwidth
+    return Floor(computing, "FLOPs") if computing >= moving else Floor(moving, "bytes")
+
+
+def exchanged_bytes(config: Config, ranks: int) -> float:
+    """Bytes that a rank sends in a step: weights in the compute precision, gradients in fp32. A gather or a scatter
+    over N ranks sends (N - 1)/N of a tensor, a sum of it twice as much (Patarasuk and Yuan 2009)."""
+    engine, parameters, micro_batches = config.engine, config.model.stored_parameters, config.accumulation(ranks)
+    value = _FP32 if config.train.precision == "fp32" else 2
+    share = (ranks - 1) / ranks
+    if engine.name == "ddp":
+        return 2 * share * _FP32 * parameters
+    if engine.name == "fsdp":
+        shard = config.sharing_ranks(ranks)
+        copies, inside = ranks // shard, (shard - 1) / shard
+        blocks = config.model.layers * config.model.block_parameters
+        gathered = parameters + (blocks if engine.reshard_after_forward else 0)
+        once = 2 * (copies - 1) / copies * _FP32 * parameters / shard
+        return micro_batches * inside * (value * gathered + _FP32 * parameters) + once
+    if engine.stage == 3:
+        return micro_batches * share * (2 * value + _FP32) * parameters
+    if engine.stage == 2:
+        return share * (micro_batches * _FP32 + value) * parameters
+    sums = 2 if config.train.precision == "bf16" else 1  # DeepSpeed's optimizer for bf16 sums on every rank
+    return share * (sums * _FP32 + value) * parameters
+
+
+def _product(rows: int, inner: int, columns: int, value: int, again: float) -> Work:
+    """A layer's three products, forward and of both gradients; `again`: the share of forward ones done twice."""
+    times = 3 + again
+    return Work(times * 2 * rows * inner * columns, times * value * (rows * inner + inner * columns + rows * columns))
+
+
+def _pairs(context: int, window: int | None) -> int:
+    """Pairs of a query and a key that it sees, in a sequence."""
+    seen = min(window or context, context)
+    return seen * (seen + 1) // 2 + (context - seen) * seen
+
+
+def _repeated_blocks(config: Config) -> int:
+    """Blocks whose forward pass is done twice."""
+    mode, layers = config.train.activation_checkpointing, config.model.layers
+    if isinstance(mode, dict):
+        return -(-layers // mode["every"])
+    return layers if mode == "full" else 0
+
+
+def _optimizer_bytes(config: Config, ranks: int, value: int) -> float:
+    parameters, engine = config.model.stored_parameters, config.engine
+    if engine.name == "ddp":
+        return _ADAMW_BYTES * parameters
+    if engine.name == "fsdp":
+        return _ADAMW_BYTES * parameters / config.sharing_ranks(ranks)
+    rounded = value if config.train.precision != "fp32" else 0
+    return (_ADAMW_BYTES + rounded) * parameters / ranks

@@ -1,0 +1,110 @@
+"""The floors' FLOPs and bytes, against the FLOPs of MFU and counts by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megagpt.config import Config
+from megagpt.config_file import build_config
+from megagpt.models.gpt import GPT
+from megagpt.profiling.floors import Floor, Work, exchanged_bytes, floor, work
+from megagpt.profiling.parts import Part
+from megagpt.profiling.rates import Rates, find_rates
+
+RATES = Rates(100.0, "data sheet", 10.0, "data sheet")
+
+
+def config(engine: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **train: Any) -> Config:
+    """8 sequences in micro-batches of 2."""
+    shape = {"layers": 4, "width": 64, "heads": 4, "context": 32, **(model or {})}
+    tree: dict[str, Any] = {"model": shape, "engine": engine or {}}
+    tree["train"] = {"tokens": 1024, "batch_tokens": 256, "micro_batch": 2, **train}
+    return build_config(tree, "test")
+
+
+@pytest.mark.parametrize("attention", ["dense", "banded"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_parts_have_the_flops_of_mfu(attention: str, ranks: int) -> None:
+    made = config(model={"attention": attention, "window": 8})
+    model, found = made.model, work(made, ranks)
+    tokens = made.train.batch_tokens // ranks
+    # MFU counts 6 for each parameter that is multiplied, and takes vectors for such.
+    vectors = sum(p.numel() for p in GPT(model).parameters() if p.dim() == 1)
+    padding = (model.padded_vocab_size - model.vocab_size) * model.width
+    matrices = model.parameters - model.context * model.width - vectors + padding
+    assert found[Part.PRODUCTS].flops + found[Part.HEAD].flops == 6 * matrices * tokens
+    # For attention, MFU counts each query with all keys of the context, or of its window; a floor, those that it sees.
+    seen = [[min(i + 1, model.window if model.is_banded(layer) else 32) for i in range(32)] for layer in range(4)]
+    assert found[Part.ATTENTION].flops == 12 * 64 * sum(map(sum, seen)) * tokens / 32
+
+
+def test_activation_checkpointing_adds_what_is_computed_again() -> None:
+    def flops(mode: Any) -> tuple[float, float]:
+        found = work(config(activation_checkpointing=mode), 1)
+        return found[Part.PRODUCTS].flops, found[Part.ATTENTION].flops
+
+    (products, attention), full = flops("none"), flops("full")
+    # Of a block's 12 C^2 weights, the last product's 4 C^2 are not needed again.
+    assert full[0] / products == pytest.approx((3 + 8 / 12) / 3)
+    assert full[1] / attention == pytest.approx(4 / 3)
+    half = flops({"every": 2})
+    assert half[0] - products == pytest.approx((full[0] - products) / 2)
+    assert flops("selective") == (products, attention)
+
+
+def test_the_optimizer_moves_eight_values_of_each_parameter_that_a_rank_holds() -> None:
+    stored = config().model.stored_parameters
+
+    def moved(engine: dict[str, Any], ranks: int, precision: str = "fp32") -> float | None:
+        return work(config(engine, precision=precision), ranks)[Part.OPTIMIZER].moved
+
+    assert moved({"name": "ddp"}, 2) == 32 * stored
+    assert moved({"name": "fsdp"}, 2) == 16 * stored
+    assert moved({"name": "fsdp", "shard_ranks": 2}, 4) == 16 * stored
+    assert moved({"name": "zero", "stage": 2}, 4) == 8 * stored
+    assert moved({"name": "zero", "stage": 2}, 4, "bf16") == 8.5 * stored
+    assert moved({"name": "fsdp", "offload": "all"}, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "bytes_a_parameter"),
+    [({"name": "ddp"}, 2, 4), ({"name": "ddp"}, 4, 6), ({"name": "zero", "stage": 1}, 4, 7.5),
+     ({"name": "zero", "stage": 2}, 2, 0.5 * (2 * 4 + 2)), ({"name": "zero", "stage": 3}, 2, 0.5 * 2 * (2 + 2 + 4))],
+)  # fmt: skip
+def test_ranks_send_what_their_engine_exchanges(engine: dict[str, Any], ranks: int, bytes_a_parameter: float) -> None:
+    made = config(engine, precision="bf16")
+    assert exchanged_bytes(made, ranks) == pytest.approx(bytes_a_parameter * made.model.stored_parameters)
+
+
+def test_fsdp_gathers_blocks_once_more_than_the_rest() -> None:
+    model = config().model
+    blocks, stored = 4 * model.block_parameters, model.stored_parameters
+    sent = exchanged_bytes(config({"name": "fsdp"}, precision="bf16"), 2)
+    assert sent == 2 * 0.5 * (2 * (stored + blocks) + 4 * stored)
+    once = exchanged_bytes(config({"name": "fsdp", "reshard_after_forward": False}, precision="bf16"), 2)
+    assert sent - once == 2 * 0.5 * 2 * blocks
+    hybrid = exchanged_bytes(config({"name": "fsdp", "shard_ranks": 2}, precision="bf16"), 4)
+    assert hybrid == 0.5 * (2 * (stored + blocks) + 4 * stored) + 4 * stored / 2
+
+
+def test_a_floor_is_the_slower_of_computing_and_moving() -> None:
+    assert floor(Work(1000, 50), RATES) == Floor(10, "FLOPs")
+    assert floor(Work(1000, 500), RATES) == Floor(50, "bytes")
+    assert floor(Work(0, 30), RATES) == Floor(3, "bytes")
+    assert floor(Work(0, None), RATES) is None
+
+
+def test_rates_are_measured_only_if_they_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megagpt.profiling import rates
+
+    monkeypatch.setattr(rates, "_ROWS", {"cpu": 64})
+    monkeypatch.setattr(rates, "_COPIED", 2**16)
+    here = find_rates(config(precision="fp32"), torch.device("cpu"))
+    assert here.flops > 0 < here.bandwidth
+    assert (here.flops_source, here.bandwidth_source) == ("measured", "measured")
+    monkeypatch.setattr(rates, "peak_flops", lambda device, precision, given: given * 1e12 or 989.4e12)
+    monkeypatch.setattr(rates, "memory_bandwidth", lambda device: 3.35e12)
+    monkeypatch.setattr(rates, "_best", None)  # nothing is measured
+    known = find_rates(config(), torch.device("cpu"))
+    assert str(known) == "989.4 TFLOP/s (data sheet), 3,350 GB/s (data sheet)"
