@@ -244,8 +244,6 @@ def test_a_store_that_ends_under_a_rank_is_one_line(call: str) -> None:
     """Its rank 0 was killed; each call of the store may be the first to notice."""
 
     class Store:
-        """One whose connection breaks at that call."""
-
         def __getattr__(self, name: str) -> Callable[..., object]:
             if name == call:
                 raise torch.distributed.DistNetworkError("Failed to recv, got 0 bytes.")
