@@ -170,11 +170,15 @@ def read_ahead(batches: Iterator[Batch]) -> Generator[Batch]:
         thread.shutdown(cancel_futures=True)
 
 
-def pinned(device: torch.device, batch: Batch) -> Batch:
-    """The batch in page-locked memory, from which a copy to the GPU need not be waited for. To be called in the thread
-    that reads ahead."""
-    torch.cuda.set_device(device)  # each thread has its own; otherwise every rank would open a context on the first GPU
-    return replace(batch, micro_batches=[(x.pin_memory(), y.pin_memory()) for x, y in batch.micro_batches])
+def placed(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches in memory from which the device can fetch them while the host goes on: for a GPU, page-locked. To be
+    read by one thread."""
+    for batch in batches:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # each thread has its own; otherwise all ranks would use the first GPU, too
+            pairs = [(tokens.pin_memory(), targets.pin_memory()) for tokens, targets in batch.micro_batches]
+            batch = replace(batch, micro_batches=pairs)
+        yield batch
 
 
 def train_batches(corpus: Corpus, start: int, total: int, size: Callable[[int], int], share: Share) -> Iterator[Batch]:

@@ -33,7 +33,7 @@ def work(config: Config, ranks: int) -> dict[Part, Work]:
     """The work of those parts that have a floor. Activation checkpointing adds what it computes again."""
     model, train = config.model, config.train
     c, layers, micro_batches = model.width, model.layers, config.accumulation(ranks)
-    value, residual = _FP32 if train.precision == "fp32" else 2, _FP32
+    value, residual = (_FP32 if number == "fp32" else 2 for number in (train.precision, train.residual))
     rows = train.micro_batch * model.context
     tokens = micro_batches * rows
     again = _repeated_blocks(config) / layers

@@ -23,7 +23,7 @@ from megagpt.data.loader import (
     Corpus,
     Share,
     open_corpus,
-    pinned,
+    placed,
     read_ahead,
     train_batches,
     validation_corpus,
@@ -97,10 +97,7 @@ class Run:
         first, total = self.start.sequences, self.config.total_sequences
         share = Share(self.world.rank, self.world.size, self.config.train.micro_batch)
         size = functools.partial(batch_sequences, self.config)
-        batches = train_batches(self.train_data, first, total, size, share)
-        if self.world.device.type == "cuda":
-            batches = map(functools.partial(pinned, self.world.device), batches)
-        return read_ahead(batches)
+        return read_ahead(placed(train_batches(self.train_data, first, total, size, share), self.world.device))
 
     def agree_to_stop(self, stop: StopRequest) -> bool:
         """Whether some rank was asked to stop, or has too little of its time left for another step and a save."""

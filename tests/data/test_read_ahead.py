@@ -1,6 +1,5 @@
 """Batches read ahead by a thread are the same batches, with errors in their place."""
 
-import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megagpt.data.loader import Batch, Corpus, Share, pinned, read_ahead, train_batches
+from megagpt.data.loader import Batch, Corpus, Share, placed, read_ahead, train_batches
 from megagpt.errors import UserError
 
 
@@ -97,8 +96,9 @@ def test_batches_for_a_gpu_are_pinned_by_the_thread_that_reads(monkeypatch: pyte
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     batches = [Batch([(torch.tensor([i]), torch.tensor([-i]))], i, 1) for i in range(3)]
     device = torch.device("cuda", 5)
-    for i, batch in enumerate(read_ahead(map(functools.partial(pinned, device), batches))):
+    for i, batch in enumerate(read_ahead(placed(iter(batches), device))):
         assert batch.sequences == i
         assert [tensor.item() for tensor in batch.micro_batches[0]] == [i + 100, 100 - i]
+    assert list(placed(iter(batches), torch.device("cpu"))) == batches
     assert len(in_thread) == 6
     assert all(name.startswith("read-ahead") and found == device for name, found in in_thread)
