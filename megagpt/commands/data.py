@@ -73,7 +73,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
     for note in _notes(manifest):
         say(note)
     train, held = (manifest["splits"][split]["tokens"] for split in ("train", "val"))
-    found = f"{manifest['documents']:,} documents, {train:,} training and {held:,} validation tokens"
+    count = manifest["documents"]
+    found = f"{count:,} {'document' if count == 1 else 'documents'}, {train:,} training and {held:,} validation tokens"
     sources = f"data.sources={value_text([{'path': arguments.out}])}"
     print(f"{arguments.out}: {found}; train with {shlex.quote(sources)}")
     return 0
