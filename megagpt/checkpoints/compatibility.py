@@ -19,7 +19,7 @@ class Allowed:
     data: bool = False
     """--allow-data-change: other shards, sources or weights from here on."""
     recipe: bool = False
-    """--allow-recipe-change: another learning rate, schedule, batch, seed, dropout or float8 from here on."""
+    """--allow-recipe-change: another learning rate, schedule, batch, seed, dropout, residual or float8 from here on."""
 
 
 def check(found: OpenCheckpoint, config: Config, fingerprints: list[str], allowed: Allowed) -> list[str]:

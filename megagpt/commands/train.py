@@ -24,7 +24,7 @@ def register(add: Add) -> None:
     sub.add_argument("--auto-resume", action="store_true", help="resume the config's run if it exists; else begin it")
     text = "resume on other data than the run was trained on"
     sub.add_argument("--allow-data-change", action="store_true", help=text)
-    text = "resume with another learning rate, schedule, batch, seed, dropout or float8"
+    text = "resume with another learning rate, schedule, batch, seed, dropout, residual or float8"
     sub.add_argument("--allow-recipe-change", action="store_true", help=text)
     # The deepspeed launcher and old PyTorch launchers pass it beside LOCAL_RANK, which is used instead.
     sub.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

@@ -1,42 +1,42 @@
 """torch.compile: whether it is used, and on what. Each block is one graph; so are the embedding, the final LayerNorm
 and the head's softmax. Nothing between them is compiled, because the sharding engines gather weights there."""
 
-import os
-import shutil
 from functools import partial
 
 import torch
-from torch.utils._triton import has_triton
 
 from megagpt.config import Config, compiles
 from megagpt.console import say
-from megagpt.errors import UserError
+from megagpt.errors import UserError, first_line
 from megagpt.models.gpt import GPT
 from megagpt.models.loss import softmax_cross_entropy_to_compile_
+from megagpt.world import World
 
 
-def is_compiled(config: Config, device: torch.device) -> bool:
-    """Whether `train.compile` means yes on this device; auto: on a GPU that can. Raises UserError if the config says
-    true, and a GPU's compiler is missing."""
-    if not compiles(config.train.compile, device.type):
+def is_compiled(config: Config, world: World) -> bool:
+    """Whether `train.compile` means yes for this run, the same on every rank; auto: on GPUs that can. Every rank calls
+    it. Raises UserError if the config says true, and a rank's GPU cannot run compiled code."""
+    if not compiles(config.train.compile, world.device.type):
         return False
-    problem = _problem() if device.type == "cuda" else None
-    if problem and config.train.compile == "auto":
-        say(f"train.compile auto: off, because {problem}; a step will take longer")
-    elif problem:
-        raise UserError(f"train.compile true: {problem}; or set train.compile=false")
-    return problem is None
+    problem = _problem(world.device) if world.device.type == "cuda" else ""
+    problems = [f"{host}: {text}" for host, text in world.gather_objects((world.host, problem)) if text]
+    if problems and config.train.compile == "auto":
+        say(f"train.compile auto: off, and steps take longer: a compiled function does not run here ({problems[0]})")
+    elif problems:
+        reason = f"a compiled function does not run here ({problems[0]})"
+        raise UserError(f"train.compile true: {reason}; repair that, or set train.compile=false")
+    return not problems
 
 
-def _problem() -> str | None:
-    """What keeps torch.compile from this machine's GPU."""
-    if not has_triton():
-        return "PyTorch finds no Triton that works with this GPU (pip install triton)"
-    # Triton builds a small module in C for each kernel.
-    names = [os.environ.get("CC", ""), "gcc", "clang", "cc"]
-    if not any(shutil.which(name) for name in names if name):
-        return "there is no C compiler (install gcc, or set CC)"
-    return None
+def _problem(device: torch.device) -> str:
+    """The reason why compiled code does not run on this GPU; empty if it does. Tried, because there are many: no
+    Triton, no C compiler or none of Python's headers, a user without a name, a temporary folder that may not be
+    written."""
+    try:
+        torch.compile(lambda x: torch.softmax(x, 1) + 1, dynamic=False)(torch.ones(2, 64, device=device)).sum().item()
+    except Exception as error:
+        return first_line(error)
+    return ""
 
 
 def compile_model(model: GPT, device: torch.device) -> None:

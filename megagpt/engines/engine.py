@@ -82,7 +82,7 @@ class Engine(abc.ABC):
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
-        self.compiled = is_compiled(config, world.device)
+        self.compiled = is_compiled(config, world)
         """Whether the model runs in compiled graphs."""
         self.replica = Replica(0, 1)
         """The copy of the state that this rank holds a part of."""
@@ -105,7 +105,8 @@ class Engine(abc.ABC):
         loss, each raised if some rank raises it; as many on every rank. `meanwhile` is called once the first
         micro-batch is on its way: a GPU computes while the host does it.
 
-        The host waits for the device in one place, at the end."""
+        The host waits for the device in one place, at the end; and once more if spikes are watched, if the optimizer's
+        state is in host memory, and under ZeRO, whose library asks for the norm."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         device = self.world.device
@@ -124,7 +125,7 @@ class Engine(abc.ABC):
             return spiked
 
         self._refuse = refuse if is_spike else None
-        with attention_kernels(device):
+        with attention_kernels(device, self.config.model.dropout):
             for i, (tokens, targets) in enumerate(batch.micro_batches):
                 tokens, targets = (t.to(device, non_blocking=True) for t in (tokens, targets))
                 total += self._accumulate(tokens, targets, scale, last=i == len(batch.micro_batches) - 1)
@@ -208,7 +209,7 @@ class Engine(abc.ABC):
         try:
             eager = torch.compiler.set_stance("force_eager") if any_shape else contextlib.nullcontext()
             # The model casts by itself; the cache of keys and values takes its dtype from here.
-            kernels = contextlib.nullcontext() if any_shape else attention_kernels(self.world.device)
+            kernels = attention_kernels(self.world.device, dropout=0)
             with torch.no_grad(), eager, kernels, autocast(self.config, self.world.device):
                 yield self.model
         finally:

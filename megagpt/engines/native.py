@@ -32,8 +32,9 @@ class NativeEngine(Engine):
         # On the device, so that the host need not wait for the norm before the update is on its way.
         device = local[0].device
         factor = (self.config.optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0) / self.loss_scale.value
+        factor = factor.to(device, torch.float32)
         if not _is_one(factor):
-            torch._foreach_mul_(local, factor.to(device, torch.float32))
+            torch._foreach_mul_(local, factor)
         # AdamW then leaves everything as it is. The name is that of PyTorch's own gradient scaler.
         self.optimizer.found_inf = (~torch.isfinite(norm)).to(device, torch.float32)  # type: ignore[attr-defined]
         self.optimizer.step()

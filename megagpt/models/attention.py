@@ -10,21 +10,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megagpt.models.presets import ModelConfig
 
-# The order in which a GPU's kernels are tried, by their speed on an H100. Without it, PyTorch's choice depends on the
-# version of cuDNN that its wheel was built for.
-_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# A GPU's kernels in the order in which they are tried.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Kernels that take a mask. cuDNN's backward pass gave NaN with one (pytorch/pytorch#196678).
+_MASKED_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Major compute capabilities on which cuDNN's kernel is the fastest, and the first version of it that is right for every
+# length (pytorch/pytorch#169849). PyTorch's own choice has the same bounds.
+_CUDNN_CAPABILITIES, _CUDNN_VERSION = (9, 10), 91501
 
 
-def attention_kernels(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Inside, attention on this device takes the fastest kernel that can do it. It must be the same one in a forward
-    pass and in its recomputation."""
-    return sdpa_kernel(_KERNELS, set_priority=True) if device.type == "cuda" else contextlib.nullcontext()
+def attention_kernels(device: torch.device, dropout: float) -> contextlib.AbstractContextManager[Any]:
+    """Inside, dense attention on this device takes the fastest kernel that is right. It must be the same one in a
+    forward pass and in its recomputation."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    # cuDNN may round the rate of dropout to a multiple of 1/16 (pytorch/pytorch#174245).
+    fast = not dropout and torch.version.hip is None and (torch.backends.cudnn.version() or 0) >= _CUDNN_VERSION
+    fast = fast and torch.cuda.get_device_capability(device)[0] in _CUDNN_CAPABILITIES
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *_KERNELS] if fast else _KERNELS, set_priority=True)
 
 
 def attention_kernel(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the kernel that dense attention takes in a training step, such as "cudnn"."""
     q = torch.empty(1, config.heads, config.context, config.head_width, device=device, dtype=dtype, requires_grad=True)
-    with attention_kernels(device):
+    with attention_kernels(device, config.dropout):
         choice = torch._fused_sdp_choice(q, q, q, dropout_p=config.dropout, is_causal=True)
     return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
 
@@ -90,6 +99,6 @@ def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: floa
     mask[:, 0] &= j >= 0
     # Padded queries of the last block may see padding; their output is cut off.
     # On a CPU, the kernel of earlier versions, so that their curves keep their digits.
-    with sdpa_kernel(SDPBackend.MATH) if q.device.type == "cpu" else contextlib.nullcontext():
+    with sdpa_kernel(SDPBackend.MATH if q.device.type == "cpu" else _MASKED_KERNELS):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B H, blocks, window, D)
     return y.reshape(B, H, blocks * window, D)[:, :, :T]

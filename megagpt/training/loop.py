@@ -57,6 +57,7 @@ def loop(run: Run, stop: StopRequest) -> Outcome:
             stopping = at != run.start and run.between_steps(at)
             for occasion in due:
                 if not stopping and occasion.due(at):
+                    run.reporter.write_step()
                     with speed.pause():
                         stopping = not occasion.hold(at, stop)
             if stopping or at.last:
@@ -64,7 +65,9 @@ def loop(run: Run, stop: StopRequest) -> Outcome:
             with speed.pause():
                 run.profiler.begin(at.step + 1)
             at = _step(run, at, batches, speed, stop)
-            if run.profiler.end(at.step):
+            # A profile takes a while to write: more than the bound of a stop allows.
+            if run.profiler.end(at.step) and not run.raised[0]:
+                run.reporter.write_step()
                 with speed.pause(), run.watchdog.patient("the profile"):
                     run.profiler.write()
             run.ending.reached = at.tokens
@@ -106,12 +109,11 @@ def _step(run: Run, before: Position, batches: Generator[Batch], speed: Speed, s
         run.reporter.event(Event.RESUMED, at, values, f"first step {since:.1f} s after the process began")
     if first:
         if run.engine.compiled:
-            say(f"the first step took {duration(took)}; most of it was compiling")
+            say(f"the first step took {duration(took)}, compiling included")
         # All that lives now stays: Python's collector need not look at it again and again, which would hold a rank up.
         gc.collect()
         gc.freeze()
-    else:
-        run.reserve.took(step=took)
+    run.reserve.took(**{"first_step" if first else "step": 0 if first and run.engine.compiled else took})
     if at.step == run.start.step + 2:
         run.say_bound()
     if at.last or not config.log.every_tokens or crossed(config.log.every_tokens, before.tokens, at.tokens):
@@ -140,6 +142,8 @@ def _report_step(
     values |= {"loss_scale": scale.value} if scale.dynamic else {}
     values |= {"spikes": run.guard.spikes} if run.guard.watches_spikes else {}
     run.reporter.step(at, values)
+    if run.world.device.type == "cpu":  # it does not compute by itself while the host writes
+        run.reporter.write_step()
 
 
 def _compare_ranks(run: Run, at: Position, took: float, waited: float, times: StepTimes) -> None:

@@ -95,13 +95,15 @@ class Reporter:
                 self._board.flush()
 
     def close(self) -> None:
-        self.write_step()
-        if self._bar is not None:
-            self._bar.close()
-        if self._log is not None:
-            self._log.close()
-            self._board.close()
-            threading.excepthook = self._usual_hook
+        try:
+            self.write_step()
+        finally:
+            if self._bar is not None:
+                self._bar.close()
+            if self._log is not None:
+                self._log.close()
+                self._board.close()
+                threading.excepthook = self._usual_hook
 
     def _hook(self, arguments: threading.ExceptHookArgs) -> None:
         """Print no traceback for a disk error in TensorBoard's thread: the next call of the writer raises it again."""

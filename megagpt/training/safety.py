@@ -20,9 +20,9 @@ TIME_LIMIT = "train.time_limit"
 
 
 class StopRequest:
-    """Remembers signals, instead of dying of them, and knows the time limit; the loop asks it between steps. Signals
-    may come any number of times, because launchers and schedulers send them more than once. Only a second Ctrl-C
-    interrupts at once. `time_limit`: seconds since this process began; 0: none."""
+    """Remembers signals, instead of dying of them, and knows the time limit; it is asked at the end of each step.
+    Signals may come any number of times, because launchers and schedulers send them more than once. Only a second
+    Ctrl-C interrupts at once. `time_limit`: seconds since this process began; 0: none."""
 
     def __init__(self, time_limit: float = 0) -> None:
         self.reason: str | None = None

@@ -1,6 +1,7 @@
 """torch.compile: when it is used, and that each kind of block is one graph, traced once."""
 
-import shutil
+import dataclasses
+import platform
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from megagpt.data.loader import Batch
 from megagpt.engines import compilation
 from megagpt.engines.compilation import is_compiled
 from megagpt.engines.engine import build_engine
-from megagpt.errors import UserError
+from megagpt.errors import UserError, first_line
 from megagpt.world import World, join
 from tests.processes import run_ranks
 
@@ -37,22 +38,49 @@ def test_auto_compiles_on_a_gpu(wanted: Any, device: str, expected: bool) -> Non
     assert compiles(TrainConfig().compile, device) == (device == "cuda")
 
 
-@pytest.mark.parametrize("missing", ["Triton", "C compiler"])
-def test_a_gpu_without_its_compiler_runs_without(
-    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("getpwuid(): uid not found: 4321"), RuntimeError("Failed to find C compiler."), OSError("noexec")],
+)
+def test_a_gpu_on_which_compiled_code_fails_runs_without(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A stand-in for a machine with a GPU."""
-    monkeypatch.setattr(compilation, "has_triton", lambda: missing != "Triton")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.delenv("CC", raising=False)
-    assert not is_compiled(build_config({"model": MODEL}, "t"), CUDA)
-    reason = "PyTorch finds no Triton" if missing == "Triton" else "there is no C compiler"
-    assert f"train.compile auto: off, because {reason}" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"set train\.compile=false"):
-        is_compiled(build_config({"model": MODEL, "train": {"compile": True}}, "t"), CUDA)
-    assert not is_compiled(build_config({"model": MODEL, "train": {"compile": False}}, "t"), CUDA)
-    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/gcc")
-    assert is_compiled(build_config({"model": MODEL}, "t"), CUDA) == (missing != "Triton")
+    """A stand-in for a machine with a GPU: there is none on which the trial could fail by itself."""
+
+    def compile_(*_: Any, **__: Any) -> Any:
+        raise error
+
+    def decide(**train: Any) -> bool:
+        return is_compiled(build_config({"model": MODEL, "train": train}, "t"), World(0, 1, 0, CUDA))
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    assert not decide()
+    reason = f"a compiled function does not run here ({platform.node()}: {first_line(error)})"
+    assert f"train.compile auto: off, and steps take longer: {reason}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^train\.compile true: a compiled .*set train\.compile=false$"):
+        decide(compile=True)
+    assert not decide(compile=False)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: x.new_ones(()))
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(2, 64))
+    assert decide()
+    assert decide(compile=True)
+
+
+def deciding() -> tuple[bool, str]:
+    """The decision on one of two ranks, of which the second one's compiler is broken."""
+    lines: list[str] = []
+    compilation._problem = lambda device: "no gcc" if world.rank else ""  # type: ignore[assignment]
+    compilation.say = lines.append  # type: ignore[assignment]
+    with join("cpu") as world:
+        on_gpu = dataclasses.replace(world, device=CUDA)
+        return is_compiled(build_config({"model": MODEL}, "t"), on_gpu), "".join(lines)
+
+
+@pytest.mark.slow
+def test_one_rank_without_a_compiler_decides_for_all() -> None:
+    for decided, said in run_ranks(2, deciding):
+        assert not decided
+        assert f"({platform.node()}: no gcc)" in said
 
 
 def graphs(engine: dict[str, Any], world: World, mode: Any, banded: bool = False) -> list[dict[str, int]]:

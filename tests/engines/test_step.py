@@ -70,14 +70,26 @@ def test_the_norm_is_that_of_fp64() -> None:
     assert float(sum_of_squares(tensors)) == pytest.approx(exact, rel=1e-12)
 
 
-def test_attention_tries_a_gpus_kernels_by_speed() -> None:
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "dropout", "first"),
+    [((9, 0), 91900, 0.0, "CUDNN"), ((10, 0), 91900, 0.0, "CUDNN"), ((9, 0), 91500, 0.0, "FLASH"),
+     ((9, 0), None, 0.0, "FLASH"), ((8, 0), 91900, 0.0, "FLASH"), ((12, 0), 91900, 0.0, "FLASH"),
+     ((9, 0), 91900, 0.1, "FLASH")],
+)  # fmt: skip
+def test_attention_tries_cudnn_first_where_it_is_right(
+    capability: tuple[int, int], cudnn: int | None, dropout: float, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The order that PyTorch would follow; no GPU is needed to ask for it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     usual = torch._C._get_sdp_priority_order()
-    with attention_kernels(torch.device("cuda")):
+    with attention_kernels(torch.device("cuda"), dropout):
         names = [torch.nn.attention.SDPBackend(number).name for number in torch._C._get_sdp_priority_order()]
-    assert names[:4] == ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (first == "CUDNN")
+    others = ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+    assert names[:4] == ["CUDNN_ATTENTION", *others] if first == "CUDNN" else names[:3] == others
     assert torch._C._get_sdp_priority_order() == usual
-    with attention_kernels(torch.device("cpu")):
+    with attention_kernels(torch.device("cpu"), dropout):
         assert torch._C._get_sdp_priority_order() == usual
 
 
