@@ -39,10 +39,7 @@ def train(
         _say_what_is_special(run)
         if not run.start.last:
             say("first step" + (", which compiles the model: it may take minutes" if run.engine.compiled else ""))
-        try:
-            outcome = loop(run, stop)
-        finally:
-            gc.unfreeze()
+        outcome = loop(run, stop)
         run.ending.outcome(outcome)
         return outcome.code
 
@@ -51,7 +48,9 @@ def loop(run: Run, stop: StopRequest) -> Outcome:
     """Take every remaining step, until the end or a request to stop. Every rank calls it, and all decide alike."""
     began, at, due, speed = time.monotonic(), run.start, occasions(run), Speed()
     saves = due[0]
-    with contextlib.closing(run.batches()) as batches:
+    with contextlib.ExitStack() as stack:
+        batches = stack.enter_context(contextlib.closing(run.batches()))
+        stack.callback(gc.unfreeze)  # the first step freezes
         while True:
             # Each incarnation takes a step before it may stop, however short its time limit is.
             stopping = at != run.start and run.between_steps(at)
