@@ -31,8 +31,8 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
         "stage": engine.stage,
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        # At stage 3 the gathers of the next block's weights run beside the computation. DeepSpeed 0.19.8 has the fix for
-        # the races of this (deepspeed#7898). Off below, where races with contiguous gradients came back more than once.
+        # At stage 3 the gathers of the next block's weights run beside the computation, without races since DeepSpeed
+        # 0.19.8 (deepspeed#7898). Off below, where races with contiguous gradients came back more than once.
         "overlap_comm": engine.stage == 3,
         "contiguous_gradients": True,
         "round_robin_gradients": False,
