@@ -84,6 +84,8 @@ def _check_spikes(value: Any) -> str | dict[str, Any]:
 
 
 _STEPS = re.compile(r"\s*\[?\s*([\d_]+)\s*(?:[-,]\s*([\d_]+)\s*)?\]?\s*", re.ASCII)
+# Most steps in a profile: their traces are read into memory, some hundred MB for each step of a large model.
+MOST_PROFILED = 20
 _STEPS_WORDS = "first-last | one step | nothing"
 
 
@@ -105,6 +107,9 @@ def _check_steps(value: Any) -> str:
     if not 0 < first <= last:
         problem = "steps are numbered from 1" if first == 0 else f"the first step {first} is after the last one {last}"
         raise ValueError(f"{value!r}: {problem}; give the first and the last one, such as 100-103")
+    if last - first >= MOST_PROFILED:
+        many = f"{last - first + 1:,} steps are more than {MOST_PROFILED}, and a trace grows with each of them"
+        raise ValueError(f"{value!r}: {many}; give fewer, such as {first}-{first + 3}")
     return f"{first}-{last}" if last > first else f"{first}"
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megagpt import timing
 from megagpt.engines.engine import DTYPES
-from megagpt.measure import matrix_rate, timing
+from megagpt.measure import matrix_rate
 from megagpt.measure.matrix_rate import linears, matrix_flops, matrix_seconds
 from megagpt.measure.plain import PlainGPT, plain_optimizer, plain_step
 from megagpt.models.gpt import GPT

@@ -34,7 +34,7 @@ def register(add: Add) -> None:
 
     sub = add("profile", _profile, "Profile a config's first steps: time by part beside its floor, memory, traces.")
     add_config(sub)
-    sub.add_argument("--steps", type=count, default=3, help="profiled steps, after a few to warm up (3)")
+    sub.add_argument("--steps", type=count, default=3, help="profiled steps, after a few to warm up (3; at most 20)")
 
     sub = add("parity", _parity, "Compare every engine with one plain process, and measure the memory of each.")
     text = "comma-separated: fp32, bf16, residual, memory, crossings (fp32,bf16,memory; with --device cuda fp32,bf16)"
@@ -62,10 +62,14 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _profile(arguments: argparse.Namespace) -> int:
     # Otherwise PyTorch warns of each process's first tensor that is older than the profile.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from megagpt.config_types import MOST_PROFILED
     from megagpt.measure.first_steps import profile_first_steps
     from megagpt.world import fail_together, join
 
     try:
+        if arguments.steps > MOST_PROFILED:
+            problem = f"--steps {arguments.steps:,} is more than {MOST_PROFILED}, and a trace grows with each step"
+            raise UserError(f"{problem}; give fewer, such as --steps 3")
         config = config_of(arguments)
     except UserError as error:
         fail_together(error)

@@ -8,6 +8,7 @@ from megagpt.data.builtin import prepare_builtin
 from megagpt.data.loader import Share, open_corpus, placed, read_ahead, train_batches
 from megagpt.engines.engine import build_engine, seed_dropout
 from megagpt.profiling.profiler import StepProfiler, profile_folder
+from megagpt.profiling.rates import find_rates
 from megagpt.training.run import check_vocabulary
 from megagpt.training.run_folder import holds_run, run_folder
 from megagpt.training.schedule import learning_rate
@@ -28,12 +29,13 @@ def profile_first_steps(config: Config, world: World, steps: int) -> None:
     say("reading data")
     data = prepare_builtin(config.data, world)
     corpus = open_corpus(data, "train", config.model.context, config.run.seed)
+    rates = world.from_main(lambda: find_rates(config, world.device))
     say("building the model")
     engine = build_engine(config, world)
     say(f"{config.run.name}: {config.model.parameters:,} parameters, {engine.describe()}")
     warmup = _WARMUP_STEPS[world.device.type]
     numbers = range(warmup + 1, warmup + steps + 1)
-    profiler = StepProfiler(engine, numbers, place, must_succeed=True)
+    profiler = StepProfiler(engine, numbers, place, rates, must_succeed=True)
     size, share = config.batch_sequences, Share(world.rank, world.size, config.train.micro_batch)
     batches = read_ahead(placed(train_batches(corpus, 0, numbers.stop * size, lambda seen: size, share), world.device))
     with contextlib.closing(profiler), contextlib.closing(batches):
@@ -44,5 +46,5 @@ def profile_first_steps(config: Config, world: World, steps: int) -> None:
             if config.model.dropout:
                 seed_dropout(config, step * size, world.rank)
             engine.train_step(batch, learning_rate(config, step * batch.tokens))
-            profiler.end(step)
+            profiler.end(step, batch.sequences)
         profiler.write()

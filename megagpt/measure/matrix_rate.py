@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from megagpt.measure.timing import time_call
 from megagpt.models.presets import ModelConfig
+from megagpt.timing import time_call
 
 # Largest number of elements of an operand. More rows do not change the rate, and would not fit beside a large model.
 _LARGEST_OPERAND = 2**31

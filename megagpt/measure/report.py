@@ -15,7 +15,7 @@ from megagpt.errors import UserError
 from megagpt.files import named_path, now, write_atomic
 from megagpt.measure.matrix_rate import matrix_flops
 from megagpt.measure.steps import Measured, Row
-from megagpt.measure.timing import statistic, typical
+from megagpt.timing import statistic, typical
 
 _LEFT_ALIGNED = 2  # columns of the table
 

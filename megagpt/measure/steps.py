@@ -18,9 +18,9 @@ from megagpt.errors import UserError
 from megagpt.hardware import device_name, peak_flops
 from megagpt.measure.matrix_rate import matrix_seconds
 from megagpt.measure.plain import PlainGPT, plain_loss, plain_step
-from megagpt.measure.timing import time_steps
 from megagpt.models.presets import ModelConfig
 from megagpt.process_memory import peak_memory
+from megagpt.timing import time_steps
 from megagpt.world import World, join
 
 OUT_OF_MEMORY = "out of memory"

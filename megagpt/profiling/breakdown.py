@@ -21,7 +21,6 @@ Collectives = dict[tuple[str, int], int]
 class Breakdown:
     """The time of one rank's steps, by part."""
 
-    steps: int
     step_seconds: float
     """Mean of the steps."""
     seconds: dict[Part, float]
@@ -50,17 +49,19 @@ def breakdown(trace: Trace, shortest: Collectives, top: int = 3) -> Breakdown:
             (arrived.get(span, span.begin), span.end, float(span.level), span.part),
         )
     ]
-    window = trace.end - trace.begin
-    claimed = _claim(pieces, trace.begin, trace.end)
-    claimed[Part.HOST] = window - sum(claimed.values())
-    scale = 1e9 * trace.steps
-    seconds = {part: claimed.get(part, 0) / scale for part in Part}
-    return Breakdown(trace.steps, window / scale, seconds, _largest(trace, scale, top))
+    whole = sum(end - begin for begin, end in trace.steps)
+    claimed: Counter[Part] = Counter()
+    for begin, end in trace.steps:
+        claimed.update(_claim(pieces, begin, end))
+    claimed[Part.HOST] = whole - sum(claimed.values())
+    scale = 1e9 * len(trace.steps)
+    seconds = {part: claimed[part] / scale for part in Part}
+    return Breakdown(whole / scale, seconds, _largest(trace, scale, top))
 
 
 def _found(trace: Trace) -> list[Span]:
     found = [span for span in trace.spans if span.level == Level.EXCHANGE and span.name.startswith(_COLLECTIVES)]
-    return sorted(span for span in found if trace.begin <= span.begin < trace.end)
+    return sorted(span for span in found if trace.in_a_step(span.begin))
 
 
 def _keys(trace: Trace) -> list[tuple[str, int]]:
@@ -72,7 +73,7 @@ def _keys(trace: Trace) -> list[tuple[str, int]]:
     return keys
 
 
-def _claim(pieces: list[tuple[int, int, float, Part]], begin: int, end: int) -> dict[Part, int]:
+def _claim(pieces: list[tuple[int, int, float, Part]], begin: int, end: int) -> Counter[Part]:
     """Nanoseconds of each part between `begin` and `end`. Of pieces that overlap, the one of the highest level claims
     the time."""
     bounds: dict[tuple[float, Part], list[tuple[int, int]]] = defaultdict(list)
@@ -96,6 +97,6 @@ def _claim(pieces: list[tuple[int, int, float, Part]], begin: int, end: int) -> 
 def _largest(trace: Trace, scale: float, top: int) -> dict[Part, list[tuple[str, float]]]:
     taken: dict[Part, Counter[str]] = defaultdict(Counter)
     for span in trace.spans:
-        if trace.begin <= span.begin < trace.end:
+        if trace.in_a_step(span.begin):
             taken[span.part][span.name] += span.end - span.begin
     return {part: [(name, time / scale) for name, time in found.most_common(top)] for part, found in taken.items()}

@@ -1,5 +1,5 @@
 """The least time that each part of a step can take: its FLOPs at the device's peak, or the bytes that it must move at
-the memory's bandwidth, whichever takes longer. Counts are those of one rank and one full batch, from the shapes alone.
+the memory's bandwidth, whichever takes longer. Counts are those of one rank and one step, from the shapes alone.
 
 Bytes count what no fusion can save: inputs read once, results written once."""
 
@@ -11,40 +11,53 @@ from megagpt.profiling.rates import Rates
 
 # Bytes of a value in the optimizer's state, in sums of gradients and in the residual stream.
 _FP32 = 4
+# Bytes of an operand of a product in float8.
+_FLOAT8 = 1
+# Peak of float8's products over that of bf16's: 2 on every card that has them, by the makers' data sheets.
+_FLOAT8_SPEEDUP = 2
 # AdamW reads weight, gradient and both moments and writes all but the gradient, which the norm has read before.
 _ADAMW_BYTES = 8 * _FP32
 
 
 class Work(NamedTuple):
-    """What a part must do in a step. `moved`: bytes through the device's memory; None: they take another way."""
+    """The work that a part must do in a step."""
 
     flops: float
     moved: float | None
+    """Bytes through the device's memory; None: they take another way."""
+    speedup: int = 1
+    """Peak of these FLOPs, as a multiple of the peak in the run's precision."""
 
 
 class Floor(NamedTuple):
-    """The least time of a part, and what it comes from: "FLOPs" or "bytes"."""
+    """The least time of a part."""
 
     seconds: float
     bound: str
+    """The count that it comes from: "FLOPs" or "bytes"."""
 
 
-def work(config: Config, ranks: int) -> dict[Part, Work]:
-    """The work of those parts that have a floor. Activation checkpointing adds what it computes again."""
+def work(config: Config, ranks: int, micro_batches: float) -> dict[Part, Work]:
+    """The work of those parts that have a floor, with the operators that activation checkpointing repeats.
+    `micro_batches`: those of one rank in a step, on average."""
     model, train = config.model, config.train
-    c, layers, micro_batches = model.width, model.layers, config.accumulation(ranks)
+    c, layers, float8 = model.width, model.layers, train.float8 != "none"
     value, residual = (_FP32 if number == "fp32" else 2 for number in (train.precision, train.residual))
     rows = train.micro_batch * model.context
     tokens = micro_batches * rows
     again = _repeated_blocks(config) / layers
     # Of a block's four products, the last one's result is not needed again.
-    products = [_product(rows, c, out, value, again) for out in (3 * c, c, 4 * c)]
-    products.append(_product(rows, 4 * c, c, value, 0))
+    operand = _FLOAT8 if float8 else value
+    products = [_product(rows, c, out, value, operand, again) for out in (3 * c, c, 4 * c)]
+    products.append(_product(rows, 4 * c, c, value, operand, 0))
     pairs = sum(_pairs(model.context, model.window if model.is_banded(layer) else None) for layer in range(layers))
-    head = _product(rows, c, model.padded_vocab_size, value, 0)
+    head = _product(rows, c, model.padded_vocab_size, value, value, 0)
     # Forward: two LayerNorms with the sums before them, and GELU. Backward: the same the other way.
     forward = 2 * (2 * residual + 2 * value) + 8 * value
     backward = 2 * (3 * residual + 2 * value) + 12 * value
+    # The repetition begins with a sum that it has, so its first LayerNorm only reads that and writes its own result.
+    repeated = 3 * residual + 3 * value + 8 * value
+    all_again = 1 if train.activation_checkpointing == "selective" else again
     return {
         # Two products of a query and a key each way, forward once and backward twice; the causal half only.
         Part.ATTENTION: Work(
@@ -54,9 +67,10 @@ def work(config: Config, ranks: int) -> dict[Part, Work]:
         Part.PRODUCTS: Work(
             micro_batches * layers * sum(p.flops for p in products),
             micro_batches * layers * sum(p.moved or 0 for p in products),
+            _FLOAT8_SPEEDUP if float8 else 1,
         ),
-        Part.BLOCKS: Work(0, layers * tokens * c * ((1 + again) * forward + backward)),
-        # A token's row is read, and its gradient added; the residual stream is written, and its gradient read.
+        Part.BLOCKS: Work(0, layers * tokens * c * (forward + all_again * repeated + backward)),
+        # A token's row is read, and its gradient is added; the residual stream is written, and its gradient is read.
         Part.EMBEDDING: Work(0, tokens * c * (2 * _FP32 + 2 * residual)),
         Part.HEAD: Work(micro_batches * head.flops, micro_batches * 3 * value * c * (rows + model.padded_vocab_size)),
         Part.OPTIMIZER: Work(0, None if config.engine.offload != "none" else _optimizer_bytes(config, ranks, value)),
@@ -67,14 +81,14 @@ def floor(work: Work, rates: Rates) -> Floor | None:
     """None if the part moves bytes that do not go through the device's memory."""
     if work.moved is None:
         return None
-    computing, moving = work.flops / rates.flops, work.moved / rates.bandwidth
+    computing, moving = work.flops / (rates.flops * work.speedup), work.moved / rates.bandwidth
     return Floor(computing, "FLOPs") if computing >= moving else Floor(moving, "bytes")
 
 
-def exchanged_bytes(config: Config, ranks: int) -> float:
+def exchanged_bytes(config: Config, ranks: int, micro_batches: float) -> float:
     """Bytes that a rank sends in a step: weights in the compute precision, gradients in fp32. A gather or a scatter
     over N ranks sends (N - 1)/N of a tensor, a sum of it twice as much (Patarasuk and Yuan 2009)."""
-    engine, parameters, micro_batches = config.engine, config.model.stored_parameters, config.accumulation(ranks)
+    engine, parameters = config.engine, config.model.stored_parameters
     value = _FP32 if config.train.precision == "fp32" else 2
     share = (ranks - 1) / ranks
     if engine.name == "ddp":
@@ -94,10 +108,13 @@ def exchanged_bytes(config: Config, ranks: int) -> float:
     return share * (sums * _FP32 + value) * parameters
 
 
-def _product(rows: int, inner: int, columns: int, value: int, again: float) -> Work:
-    """A layer's three products, forward and of both gradients; `again`: the share of forward ones done twice."""
-    times = 3 + again
-    return Work(times * 2 * rows * inner * columns, times * value * (rows * inner + inner * columns + rows * columns))
+def _product(rows: int, inner: int, columns: int, value: int, operand: int, again: float) -> Work:
+    """A layer's three products: its output and both gradients. `value`, `operand`: bytes of a result's and of an
+    operand's value; `again`: the share of outputs that are computed twice."""
+    inputs, weight, outputs = rows * inner, inner * columns, rows * columns
+    moved = (2 * operand + value) * (inputs + weight + outputs)
+    moved_again = operand * (inputs + weight) + value * outputs
+    return Work((3 + again) * 2 * rows * inner * columns, moved + again * moved_again)
 
 
 def _pairs(context: int, window: int | None) -> int:
@@ -107,7 +124,7 @@ def _pairs(context: int, window: int | None) -> int:
 
 
 def _repeated_blocks(config: Config) -> int:
-    """Blocks whose forward pass is done twice."""
+    """Blocks whose whole forward pass is done twice."""
     mode, layers = config.train.activation_checkpointing, config.model.layers
     if isinstance(mode, dict):
         return -(-layers // mode["every"])

@@ -11,22 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from megagpt.console import say, warn
 from megagpt.engines.engine import Engine
 from megagpt.errors import UserError, first_line
 from megagpt.hardware import device_name
 from megagpt.profiling.breakdown import Collectives, breakdown, collectives
+from megagpt.profiling.memory_picture import memory_picture
 from megagpt.profiling.ranges import marked
-from megagpt.profiling.rates import find_rates
-from megagpt.profiling.report import write_report
+from megagpt.profiling.rates import Rates
+from megagpt.profiling.report import circumstances, remove_report, write_report
 from megagpt.profiling.table import make_table
-from megagpt.profiling.trace import Trace, read_trace
+from megagpt.profiling.trace import STEP, Trace, read_trace
 from megagpt.world import World
 
 # zlib's level: a trace shrinks to a tenth in a third of the time of the default level.
 _COMPRESSION = 3
+# Most ranks whose traces are kept: more of them look alike, and would be many GB.
+_KEPT = 64
 _NOT_COMPARED = "the ranks' traces differ: waiting for peers is counted as exchange"
 
 
@@ -39,14 +42,21 @@ class StepProfiler:
     """Profiles the steps with these numbers. Every rank has one and calls `begin` before and `end` after each step, and
     `write` when `end` says so: there, the ranks compare their collectives, and rank 0 writes the table."""
 
-    def __init__(self, engine: Engine, steps: range, folder: Path, must_succeed: bool = False) -> None:
-        """`steps`: empty for no profile. In the step before them, if there is one, the profiler runs already and keeps
-        nothing, because its own start takes time. `must_succeed`: raise UserError if the profile fails."""
+    def __init__(
+        self, engine: Engine, steps: range, folder: Path, rates: Rates | None = None, must_succeed: bool = False
+    ) -> None:
+        """`steps`: empty for no profile. In the step before them, if there is one, the profiler warms up: its own start
+        takes time. `rates`: needed if there are steps. `must_succeed`: `write` raises UserError on every rank if the
+        profile of one failed."""
         self._engine, self._steps, self._folder, self._must_succeed = engine, steps, folder, must_succeed
+        self._rates = rates
         self._open = contextlib.ExitStack()
         self._profile: Any = None
+        self._recording: Any = None
+        self._step: Any = None
+        self._batches: list[int] = []
         self.problem = ""
-        """Why this rank's profile is incomplete."""
+        """The first reason why this rank's profile is incomplete."""
 
     @property
     def _on_gpu(self) -> bool:
@@ -57,56 +67,81 @@ class StepProfiler:
         return bool(self._steps) and self._steps[0] - 1 <= step <= self._steps[-1]
 
     def begin(self, step: int) -> None:
-        """To be called before the step with this number."""
-        if self._profile is None and not self.problem and self.active(step):
-            with self._tolerating():
-                self._start(warmup=self._steps[0] - step)
+        """To be called right before the step with this number: what a run does between steps is in none of them."""
+        if self.problem or not self.active(step):
+            return
+        with self._tolerating():
+            if self._profile is None:
+                self._prepare()
+            if step in self._steps:
+                if self._recording is None:
+                    self._start()
+                self._step = record_function(f"{STEP}{step}")
+                self._step.__enter__()
 
-    def end(self, step: int) -> bool:
-        """To be called after the step; True if it was the last one."""
-        if not self.active(step):
+    def end(self, step: int, sequences: int) -> bool:
+        """To be called right after the step; True if it was the last one. `sequences`: those of its global batch."""
+        if step not in self._steps:
             return False
-        if self._profile is not None:
+        self._batches.append(sequences)
+        if self._step is not None:
             with self._tolerating():
-                if step in (self._steps[0] - 1, self._steps[-1]):
-                    _synchronize(self._engine.world)
-                self._profile.step()
+                _synchronize(self._engine.world)
+                self._step.__exit__(None, None, None)
+                self._step = None
         return step == self._steps[-1]
 
     def close(self) -> None:
-        """End a profile whose last step was not taken; nothing of it is written."""
+        """End a profile that was not written; nothing of it is kept."""
         if self._profile is not None:
-            say(f"{self._folder}: no profile, because step {self._steps[-1]} was not reached")
+            say(f"{self._folder}: no profile, because the run ended before it was complete")
         self._stop()
 
-    def _stop(self) -> None:
-        with self._tolerating():
-            self._open.close()
-        self._profile = None
-
-    def _start(self, warmup: int) -> None:
+    def _prepare(self) -> None:
         # Otherwise its C++ prints lines for its authors. It reads this when it first starts.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
         self._open.enter_context(marked(self._engine))
-        _synchronize(self._engine.world)
-        # PyTorch warns of a profile without warm-up; 2.11 also of one that it starts a second time.
+        # PyTorch 2.11 warns of a profiler that starts a second time.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
-            plan = schedule(wait=0, warmup=warmup, active=len(self._steps), repeat=1)
-            recording = profile(activities=activities, schedule=plan, profile_memory=True)
-            self._profile = self._open.enter_context(recording)
+            self._profile = profile(activities=activities, profile_memory=True)
+            self._profile.prepare_trace()
+
+    def _start(self) -> None:
+        _synchronize(self._engine.world)
+        self._profile.start_trace()
+        self._recording = self._profile
+
+    def _stop(self) -> None:
+        with self._tolerating():
+            if self._profile is not None and self._recording is None:
+                self._start()  # PyTorch knows no other end of a warm-up
+            if self._recording is not None:
+                self._recording.stop_trace()
+        with self._tolerating():
+            self._open.close()
+        self._profile = self._recording = None
 
     def write(self) -> None:
-        """Write this rank's trace and, on rank 0, everything that follows from it. Every rank must call it."""
-        trace = None
-        with self._tolerating():
-            trace = self._export()
+        """Write this rank's trace and, on rank 0, everything that follows from it. Every rank must call it, and all
+        wait until it is done."""
+        world, trace = self._engine.world, None
+        finished = self._profile
         self._stop()
+        if world.is_main:
+            with self._tolerating():
+                remove_report(self._folder)
+        world.barrier()
+        with self._tolerating():
+            trace = self._export(finished)
         shortest = self._shortest(collectives(trace) if trace is not None else None)
-        if trace is not None and self._engine.world.is_main:
+        if trace is not None and world.is_main:
             notes = [] if shortest is not None else [_NOT_COMPARED]
             with self._tolerating():
                 self._report(trace, shortest or {}, notes)
+        problems = [problem for problem in world.gather_objects(self.problem) if problem]
+        if problems and self._must_succeed:
+            raise UserError(problems[0])
 
     def _shortest(self, found: Collectives | None) -> Collectives | None:
         """Of each collective, the least of all ranks' durations; None if some rank has not the same ones."""
@@ -119,47 +154,55 @@ class StepProfiler:
             return {}
         return dict(zip(keys, map(int, world.min_of([found[key] for key in keys])), strict=True))
 
-    def _export(self) -> Trace:
-        """Write the trace into the folder. Raises OSError; ValueError if it is incomplete."""
-        if self._profile is None:
+    def _export(self, finished: Any) -> Trace:
+        """Read the trace and write it into the folder. Raises OSError; ValueError if it is incomplete."""
+        if finished is None:
             raise ValueError("the profiler did not start")
-        name = f"rank_{self._engine.world.rank}.json"
-        with tempfile.TemporaryDirectory() as scratch:
-            written = Path(scratch, name)
-            self._profile.export_chrome_trace(str(written))
+        rank = self._engine.world.rank
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # Not in the system's temporary folder, which may be in memory: an uncompressed trace is large.
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix=f".rank_{rank}_") as scratch:
+            written, packed = Path(scratch, "trace.json"), Path(scratch, "trace.json.gz")
+            finished.export_chrome_trace(str(written))
             trace = read_trace(written)
             if self._on_gpu and not trace.on_gpu:
                 raise ValueError("the trace has no kernels; set KINETO_LOG_LEVEL=0 to see why")
-            self._folder.mkdir(parents=True, exist_ok=True)
-            packed = self._folder / f"{name}.gz"
-            unfinished = packed.with_name(packed.name + ".tmp")
-            with written.open("rb") as source, gzip.open(unfinished, "wb", compresslevel=_COMPRESSION) as target:
-                shutil.copyfileobj(source, target)
-            unfinished.replace(packed)
+            if len(trace.steps) != len(self._steps):
+                counts = f"the trace has {len(trace.steps)} of {len(self._steps)} steps"
+                raise ValueError(f"{counts}: the profiler's buffers were full; profile fewer steps")
+            if rank < _KEPT:
+                with written.open("rb") as source, gzip.open(packed, "wb", compresslevel=_COMPRESSION) as target:
+                    shutil.copyfileobj(source, target)
+                packed.replace(self._folder / f"rank_{rank}.json.gz")
         return trace
 
     def _report(self, trace: Trace, shortest: Collectives, notes: list[str]) -> None:
+        assert self._rates is not None
         config, world = self._engine.config, self._engine.world
         first, last = self._steps[0], self._steps[-1]
         which = f"steps {first} to {last}" if last > first else f"step {first}"
-        title = f"{config.run.name}: {which}, rank 0 of {world.size}, {self._engine.describe()}"
-        rates = find_rates(config, world.device)
-        table = make_table(config, world.size, breakdown(trace, shortest), rates, title, notes)
+        least, most = min(self._batches), max(self._batches)
+        batch = f"{least} sequences" if least == most else f"{least} to {most} sequences"
+        title = f"{config.run.name}: {which} of {batch}, rank 0 of {world.size}, {self._engine.describe()}"
+        found = breakdown(trace, shortest)
+        table = make_table(config, world.size, self._batches, found, self._rates, title, notes)
         memory = f"{config.run.name}: memory of {device_name(world.device)}, rank 0, {which}"
-        write_report(self._folder, table, trace, memory, last)
+        numbers = circumstances(config, world, self._steps, self._batches) | table.as_json()
+        write_report(self._folder, table, numbers, memory_picture(trace, memory), last)
         say(table.as_text())
         say(f"profile written to {self._folder}; open its traces at https://ui.perfetto.dev")
 
     @contextlib.contextmanager
     def _tolerating(self) -> Any:
-        """Says in one line why the profile fails, and lets the run continue."""
+        """Says in one line why the profile fails, and lets the run continue. Later reasons follow from the first."""
         try:
             yield
         except Exception as error:  # whatever it is: the run matters more
+            if self.problem:
+                return
             self.problem = f"{self._folder}: no complete profile: {first_line(error)}"
-            if self._must_succeed:
-                raise UserError(self.problem) from error
-            warn(f"[rank {self._engine.world.rank}] {self.problem}")
+            if not self._must_succeed:
+                warn(f"[rank {self._engine.world.rank}] {self.problem}")
 
 
 def _synchronize(world: World) -> None:

@@ -1,20 +1,20 @@
 """The rates that floors are computed with: from the data sheet or the config, else measured."""
 
-import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from megagpt.config import Config
 from megagpt.engines.engine import DTYPES
 from megagpt.hardware import memory_bandwidth, peak_flops
+from megagpt.timing import time_call
 
-_TRIES = 5
+DATA_SHEET, _MEASURED = "data sheet", "measured"
 # Rows of the square matrices that are multiplied, by device: large enough to reach the full rate.
 _ROWS = {"cpu": 1024, "cuda": 8192}
-# Bytes of the tensor that is copied: more than any cache holds.
-_COPIED = 2**28
+# Bytes of the tensor that is copied; it and its copy are more than a cache holds.
+_COPIED = 2**27
 
 
 class Rates(NamedTuple):
@@ -33,28 +33,36 @@ class Rates(NamedTuple):
 
 
 def find_rates(config: Config, device: torch.device) -> Rates:
-    """Takes about a second if a rate must be measured."""
+    """Takes about a second if a rate must be measured. To be called before the model is built: measuring needs memory,
+    and on a GPU it sets the peak of PyTorch's memory back."""
     precision, given = config.train.precision, config.log.peak_tflops
-    flops, source = peak_flops(device, precision, given), "log.peak_tflops" if given else "data sheet"
+    flops, source = peak_flops(device, precision, given), "log.peak_tflops" if given else DATA_SHEET
+    bandwidth, other = memory_bandwidth(device), DATA_SHEET
+    is_measured = None in (flops, bandwidth)
     if flops is None:
-        matrix = torch.full((_ROWS[device.type],) * 2, 0.5, dtype=DTYPES[precision], device=device)
-        product = torch.empty_like(matrix)
-        flops, source = 2 * len(matrix) ** 3 / _best(lambda: torch.mm(matrix, matrix, out=product), device), "measured"
-    bandwidth, other = memory_bandwidth(device), "data sheet"
+        flops, source = _product_rate(DTYPES[precision], device), _MEASURED
     if bandwidth is None:
-        one = torch.zeros(_COPIED // 4, device=device)
-        two = torch.zeros_like(one)
-        bandwidth, other = 2 * _COPIED / _best(lambda: two.copy_(one), device), "measured"
+        bandwidth, other = _copy_rate(device), _MEASURED
+    if is_measured and device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     return Rates(flops, source, bandwidth, other)
 
 
-def _best(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest call, after one to warm up."""
-    seconds = []
-    for _ in range(_TRIES + 1):
-        began = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:])
+def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
+    rows = _ROWS[device.type]
+    one, two = _normal((rows, rows), dtype, device), _normal((rows, rows), dtype, device)
+    product = torch.empty_like(one)
+    return 2 * rows**3 / time_call(lambda: torch.mm(one, two, out=product), device)
+
+
+def _copy_rate(device: torch.device) -> float:
+    origin = _normal((_COPIED // 4,), torch.float32, device)
+    copy = torch.empty_like(origin)
+    return 2 * _COPIED / time_call(lambda: copy.copy_(origin), device)
+
+
+def _normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal values: constant ones cost a GPU less power, so its clock would be higher than in training. They come from
+    a generator of their own, so that a run draws the same numbers as without a profile."""
+    return torch.randn(shape, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(0))

@@ -1,16 +1,21 @@
 """The table of a profile: for people, for TensorBoard, and as JSON."""
 
+import statistics
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from megagpt.config import Config
+from megagpt.data.loader import Share
 from megagpt.profiling.breakdown import Breakdown
 from megagpt.profiling.floors import Floor, Work, exchanged_bytes, floor, work
 from megagpt.profiling.parts import Part
-from megagpt.profiling.rates import Rates
+from megagpt.profiling.rates import DATA_SHEET, Rates
 
 _HEAD = ("part", "ms a step", "share", "floor ms", "x floor", "floor from")
 # Longest name of an operator that is shown: names of kernels hold all their template's arguments.
 _LONGEST = 60
+_FLOAT8 = "the floor of the blocks' matrix products is at twice this rate"
+_FLOAT8_UNKNOWN = "the peak of such products is unknown, so the blocks' matrix products have no floor"
 
 
 class Row(NamedTuple):
@@ -33,7 +38,7 @@ class Row(NamedTuple):
             source = f"{amount:.3g} {self.floor.bound}"
         elif self.work is not None:
             least = "n/a"
-            source = f"{self.work.moved:.3g} bytes sent" if self.work.moved else ""
+            source = f"{self.work.moved:.3g} bytes sent" if self.work.moved and self.part == Part.EXCHANGE else ""
         return self.part, f"{self.seconds * 1e3:,.3f}", f"{self.share:.1%}", least, ratio, source
 
 
@@ -95,12 +100,22 @@ class Table(NamedTuple):
         }
 
 
-def make_table(config: Config, ranks: int, found: Breakdown, rates: Rates, title: str, notes: list[str]) -> Table:
-    """The table of rank 0."""
-    todo = work(config, ranks)
+def make_table(
+    config: Config, ranks: int, batches: Sequence[int], found: Breakdown, rates: Rates, title: str, notes: list[str]
+) -> Table:
+    """The table of rank 0. `batches`: the sequences of each step's global batch."""
+    share = Share(0, ranks, config.train.micro_batch)
+    micro_batches = statistics.fmean(map(share.micro_batches, batches))
+    todo = work(config, ranks, micro_batches)
     floors = {part: floor(todo[part], rates) for part in todo}
+    notes = [f"floors: FLOPs or bytes, whichever takes longer, at {rates}", *notes]
+    if config.train.float8 != "none":
+        # Only a data sheet's peak says that it is the one of bf16.
+        known = rates.flops_source == DATA_SHEET
+        floors[Part.PRODUCTS] = floors[Part.PRODUCTS] if known else None
+        notes.append(f"train.float8 {config.train.float8}: {_FLOAT8 if known else _FLOAT8_UNKNOWN}")
     if ranks > 1:
-        todo[Part.EXCHANGE] = Work(0, exchanged_bytes(config, ranks))
+        todo[Part.EXCHANGE] = Work(0, exchanged_bytes(config, ranks, micro_batches))
     rows = [
         Row(part, found.seconds[part], found.seconds[part] / found.step_seconds, floors.get(part), todo.get(part))
         for part in Part
@@ -110,6 +125,4 @@ def make_table(config: Config, ranks: int, found: Breakdown, rates: Rates, title
     whole = Floor(sum(known.seconds for known in least), "FLOPs in all")
     flops = sum(part.flops for part in todo.values())
     rows.append(Row("step", found.step_seconds, 1.0, whole, Work(flops, None)))
-    return Table(
-        title, rows, rates, found.largest, [f"floors: FLOPs or bytes, whichever takes longer, at {rates}", *notes]
-    )
+    return Table(title, rows, rates, found.largest, notes)

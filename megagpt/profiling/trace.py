@@ -1,11 +1,12 @@
 """Reads a Chrome trace of PyTorch's profiler: each moment of its threads and of the GPU, with the part it belongs to.
 
-On a GPU, what counts is what the GPU does: kernels have the place of the operator that launched them. On a CPU, each
-moment of the main thread belongs to the innermost operator."""
+On a GPU, its own work counts: kernels have the place of the operator that launched them. On a CPU, each moment of the
+main thread belongs to the innermost operator."""
 
 import bisect
 import gzip
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,10 +16,15 @@ from typing import Any, NamedTuple
 from megagpt.profiling import ranges
 from megagpt.profiling.parts import Kind, Part, Place, Region, kind_of, region_of_range
 
-_STEP = "ProfilerStep#"
+STEP = "ProfilerStep#"
+"""Name of the range of a step, before its number: PyTorch's own, which other tools know."""
 _NODE = "autograd::engine::evaluate_function: "
 _GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 _HOST = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver")
+# Launches of kernels, by CUDA's and HIP's names for them.
+_LAUNCH = "LaunchKernel"
+# Largest share of launches without a kernel in a complete trace: a few lie at the ends of the recording.
+_TOLERATED = 0.01
 Event = dict[str, Any]
 
 
@@ -31,6 +37,14 @@ class Span(NamedTuple):
     level: int
     part: Part
     name: str
+
+
+class _Launch(NamedTuple):
+    """A call on the host that starts work on the GPU."""
+
+    name: str
+    begin: int
+    place: Place
 
 
 class Level:
@@ -47,11 +61,9 @@ class Level:
 class Trace:
     """One rank's trace of some steps."""
 
-    begin: int
-    """Begin of the first step (ns)."""
-    end: int
-    """End of the last step, or of its last kernel (ns)."""
-    steps: int
+    steps: list[tuple[int, int]]
+    """Start of each step and its end, or that of its last kernel (ns), in order of time. Between two of them, a run may
+    have done something else, such as a validation."""
     spans: list[Span]
     on_gpu: bool
     phases: list[tuple[int, int, str]] = field(default_factory=list)
@@ -59,17 +71,31 @@ class Trace:
     memory: list[tuple[int, int, int]] = field(default_factory=list)
     """Time (ns), and bytes that PyTorch had then allocated and reserved on the device."""
 
+    @property
+    def begin(self) -> int:
+        """Start of the first step (ns)."""
+        return self.steps[0][0]
+
+    @property
+    def end(self) -> int:
+        """End of the last step (ns)."""
+        return self.steps[-1][1]
+
+    def in_a_step(self, time: int) -> bool:
+        """Whether a step was going on at this time (ns)."""
+        return _index(self.steps, time) is not None
+
 
 def read_trace(path: Path) -> Trace:
-    """Raises OSError; ValueError if the file is incomplete or has no steps."""
+    """Raises OSError; ValueError if the file is incomplete, has no steps, or lacks kernels of its steps."""
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
         events: list[Event] = [e for e in json.load(file, strict=False)["traceEvents"] if e.get("ph") in ("X", "i")]
-    steps = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith(_STEP)]
-    if not steps:
+    ranged = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith(STEP)]
+    if not ranged:
         raise ValueError("the trace has no steps")
-    main = steps[0]["tid"]
-    begin, end = min(map(_begin, steps)), max(map(_end, steps))
+    main = ranged[0]["tid"]
+    steps = sorted((_begin(e), _end(e)) for e in ranged)
     threads: dict[Any, list[Event]] = defaultdict(list)
     for event in events:
         if event["ph"] == "X" and event.get("cat") in _HOST:
@@ -83,8 +109,39 @@ def read_trace(path: Path) -> Trace:
         # Of the host's spans, those count in which it keeps the GPU waiting.
         waits = [s for s in spans if s.level == Level.DATA or s.name.startswith("gloo:")]
         spans = waits + [reader.kernel(event) for event in kernels]
-        end = max(end, *map(_end, kernels))
-    return Trace(begin, end, len(steps), spans, bool(kernels), phases, sorted(_memory(events, bool(kernels))))
+        _check_kernels(steps, kernels, reader.launches)
+        steps = _until_last_kernels(steps, kernels, reader.launches)
+    return Trace(steps, spans, bool(kernels), phases, sorted(_memory(events, bool(kernels))))
+
+
+def _index(steps: list[tuple[int, int]], time: int) -> int | None:
+    """The number of the step, from 0, that was going on at this time (ns)."""
+    index = bisect.bisect_right(steps, (time, sys.maxsize)) - 1
+    return index if index >= 0 and time < steps[index][1] else None
+
+
+def _check_kernels(steps: list[tuple[int, int]], kernels: list[Event], launches: dict[int, "_Launch"]) -> None:
+    """Raise ValueError if kernels that the steps launched were not recorded: the GPU would seem to have been idle."""
+    recorded = {event["args"].get("correlation") for event in kernels}
+    of_kernels = [n for n, (name, at, _) in launches.items() if _LAUNCH in name and _index(steps, at) is not None]
+    lost = sum(number not in recorded for number in of_kernels)
+    if lost > _TOLERATED * len(of_kernels):
+        counts = f"the trace lacks {lost:,} of the {len(of_kernels):,} kernels that the steps launched"
+        raise ValueError(f"{counts}: the profiler's buffers were full; profile fewer steps")
+
+
+def _until_last_kernels(
+    steps: list[tuple[int, int]], kernels: list[Event], launches: dict[int, "_Launch"]
+) -> list[tuple[int, int]]:
+    """Each step until its last kernel ends, but no longer than until the next one begins."""
+    ends = [end for _, end in steps]
+    for event in kernels:
+        launch = launches.get(event["args"].get("correlation"))
+        index = _index(steps, launch.begin) if launch is not None else None
+        if index is not None:
+            ends[index] = max(ends[index], _end(event))
+    starts = [begin for begin, _ in steps]
+    return [(a, min(b, after)) for a, b, after in zip(starts, ends, [*starts[1:], sys.maxsize], strict=True)]
 
 
 def _begin(event: Event) -> int:
@@ -112,7 +169,8 @@ class _Reader:
         # Autograd's numbers of forward operators, in order of time, and the place of each.
         self._numbers: list[int] = []
         self._places: list[Place] = []
-        self._launches: dict[int, Place] = {}
+        self.launches: dict[int, _Launch] = {}
+        """By the number that a launch shares with its kernel."""
 
     def thread(self, events: list[Event], is_main: bool) -> Iterator[Span]:
         """The stretches of the main thread, each with its innermost call; of another thread, its exchanges: on a CPU,
@@ -142,14 +200,15 @@ class _Reader:
             if is_main and not any(call["name"].startswith(_NODE) for _, call, _ in calls):
                 self._remember(event, place)
             if "correlation" in event.get("args", {}):
-                self._launches[event["args"]["correlation"]] = place
+                self.launches[event["args"]["correlation"]] = _Launch(event["name"], begin, place)
         while calls:
             yield from until(calls[-1][0])
             calls.pop()
 
     def kernel(self, event: Event) -> Span:
-        """What the GPU does, at the place of its launch; within a graph, its own name tells more."""
-        place = self._launches.get(event["args"].get("correlation", -1), Place())
+        """Work of the GPU, at the place of its launch; within a graph, its own name tells more."""
+        launch = self.launches.get(event["args"].get("correlation", -1))
+        place = launch.place if launch is not None else Place()
         kind = kind_of(event["name"])
         if kind is Kind.EXCHANGE or (place.kind is Kind.OTHER and place.region is Region.BLOCK):
             place = place._replace(kind=kind)

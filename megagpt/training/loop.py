@@ -63,9 +63,10 @@ def loop(run: Run, stop: StopRequest) -> Outcome:
                 break
             with speed.pause():
                 run.profiler.begin(at.step + 1)
+            seen = at.sequences
             at = _step(run, at, batches, speed, stop)
             # A profile takes a while to write: more than the bound of a stop allows.
-            if run.profiler.end(at.step) and not run.raised[0]:
+            if run.profiler.end(at.step, at.sequences - seen) and not run.raised[0]:
                 run.reporter.write_step()
                 with speed.pause(), run.watchdog.patient("the profile"):
                     run.profiler.write()

@@ -15,7 +15,6 @@ from megagpt.checkpoints.saving import Saved, Saver, meta_of
 from megagpt.checkpoints.storage import CorruptError
 from megagpt.config import Config
 from megagpt.config_file import to_yaml
-from megagpt.config_types import steps_of
 from megagpt.console import say
 from megagpt.data.builtin import prepare_builtin
 from megagpt.data.loader import (
@@ -39,6 +38,7 @@ from megagpt.incarnations import Lease, Superseded
 from megagpt.launchers import torchrun_passes_sigterm_on, torchrun_waits_longer
 from megagpt.position import Position, position
 from megagpt.profiling.profiler import StepProfiler, profile_folder
+from megagpt.profiling.rates import Rates, find_rates
 from megagpt.run_log import Event, newest
 from megagpt.training.guard import Guard
 from megagpt.training.markdown import verbatim
@@ -56,7 +56,7 @@ from megagpt.training.run_folder import (
     went_back,
 )
 from megagpt.training.safety import StopRequest
-from megagpt.training.schedule import batch_sequences, check_profile_steps, step_count
+from megagpt.training.schedule import batch_sequences, check_profile_steps, step_count, steps_to_profile
 from megagpt.training.stragglers import Stragglers
 from megagpt.training.watchdog import Watchdog
 from megagpt.world import World
@@ -183,6 +183,7 @@ def open_run(
     validation_data = validation_corpus(held_out)
     if world.is_main:
         say("\n".join(describe(config, train_data, held_out)))
+    rates = world.from_main(lambda: find_rates(config, world.device)) if config.train.profile_steps else None
     say("building the model")
     engine = build_engine(config, world)
     fingerprints = [stream.fingerprint for stream in train_data.streams]
@@ -227,18 +228,15 @@ def open_run(
             lease, saver, watchdog, reporter,
             Guard(config.train, found.meta if found else None),
             Stragglers(world, world.hosts(), log.straggler_every_steps, log.straggler_factor), Reserve(saver), ending,
-            stack.enter_context(contextlib.closing(_profiler(engine, folder, start))),
+            stack.enter_context(contextlib.closing(_profiler(engine, folder, start, rates))),
         )  # fmt: skip
 
 
-def _profiler(engine: Engine, folder: Path, start: Position) -> StepProfiler:
-    """The profiler of the steps that the config names, without those that this run has taken already."""
+def _profiler(engine: Engine, folder: Path, start: Position, rates: Rates | None) -> StepProfiler:
+    """The profiler of the steps that the config names, as far as this incarnation can profile them."""
     text = engine.config.train.profile_steps
-    steps = steps_of(text)
-    left = range(max(steps.start, start.step + 1), steps.stop)
-    if steps and not left:
-        say(f"train.profile_steps {text} lie before step {start.step}, from which this run resumes: no profile")
-    return StepProfiler(engine, left, profile_folder(folder, f"steps_{text}"))
+    left = steps_to_profile(text, start.step, engine.compiled)
+    return StepProfiler(engine, left, profile_folder(folder, f"steps_{text}"), rates)
 
 
 def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:

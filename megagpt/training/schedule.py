@@ -4,7 +4,11 @@ import math
 
 from megagpt.config import Config
 from megagpt.config_types import steps_of
+from megagpt.console import say
 from megagpt.errors import UserError
+
+# First steps of an incarnation that may compile the model.
+_COMPILING_STEPS = 2
 
 
 def learning_rate(config: Config, tokens: int) -> float:
@@ -37,6 +41,22 @@ def check_profile_steps(config: Config) -> None:
     if steps and steps[-1] > total:
         ways = "choose earlier steps, or raise train.tokens"
         raise UserError(f"train.profile_steps {config.train.profile_steps}: the run ends with step {total}; {ways}")
+
+
+def steps_to_profile(text: str, taken: int, compiled: bool) -> range:
+    """Of the steps that `train.profile_steps` names, those that an incarnation profiles which begins after `taken`
+    steps; says which it leaves out. If the model is compiled, it leaves out its first two steps, which compile."""
+    steps = steps_of(text)
+    left = range(max(steps.start, taken + 1), steps.stop)
+    if steps and not left:
+        say(f"train.profile_steps {text} lie before step {taken}, from which this run resumes: no profile")
+    first = taken + 1 + (_COMPILING_STEPS if compiled else 0)
+    if not left or left.start >= first:
+        return left
+    kept = range(first, steps.stop)
+    result = f"profiled: {kept[0]} to {kept[-1]}" if kept else "no profile"
+    say(f"train.profile_steps {text}: the first two steps after a start compile the model, and are left out: {result}")
+    return kept
 
 
 def step_count(config: Config, tokens: int | None = None) -> int:

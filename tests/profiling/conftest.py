@@ -39,12 +39,12 @@ def profiled(tmp_path: Path) -> Profiled:
         engine = build_engine(config, World.alone())
         rows = torch.randint(model.get("vocab_size", 50257), (2, model["context"] + 1))
         batch = Batch([(rows[:, :-1], rows[:, 1:].contiguous())], 2, tokens)
-        profiler = StepProfiler(engine, range(3, 5), tmp_path)
+        profiler = StepProfiler(engine, range(3, 5), tmp_path, rates.find_rates(config, torch.device("cpu")))
         graphs = []
         for step in range(1, 5):
             profiler.begin(step)
             engine.train_step(batch, 1e-3)
-            assert profiler.end(step) == (step == 4)
+            assert profiler.end(step, 2) == (step == 4)
             graphs.append(counters["stats"]["unique_graphs"])
         assert graphs == [graphs[0]] * 4, "compiled again because of the profile"
         profiler.write()

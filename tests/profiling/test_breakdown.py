@@ -166,7 +166,7 @@ def test_on_a_gpu_kernels_belong_to_what_launched_them(tmp_path: Path) -> None:
     assert parts(trace, {key: 30_000}) == {**expected, Part.EXCHANGE: 30, Part.PEERS: 40}
 
 
-def test_on_a_cpu_an_exchange_counts_while_nothing_computes(tmp_path: Path) -> None:
+def test_on_a_cpu_an_exchange_counts_if_nothing_computes(tmp_path: Path) -> None:
     events = [
         named("gloo:all_reduce", (100, 300), GLOO),
         named("gloo:all_reduce", (600, 700), GLOO),
@@ -185,6 +185,8 @@ def test_on_a_cpu_an_exchange_counts_while_nothing_computes(tmp_path: Path) -> N
 
 
 LEVELS = {Part.DATA: Level.DATA, Part.EXCHANGE: Level.EXCHANGE, Part.HEAD: Level.OPERATOR, Part.OTHER: Level.CONTAINER}
+# Between the two steps, a run did something else.
+STEPS = [(0, 40), (60, 100)]
 SPANS = st.builds(
     lambda begin, length, part, name: Span(begin, begin + length, LEVELS[part], part, name),
     st.integers(-20, 120), st.integers(0, 60), st.sampled_from(list(LEVELS)), st.sampled_from(["nccl", "x"]),
@@ -193,21 +195,24 @@ SPANS = st.builds(
 
 @given(st.lists(SPANS, max_size=12, unique=True), st.integers(0, 60))
 def test_parts_add_up_to_the_step_whatever_overlaps(spans: list[Span], shortest: int) -> None:
-    trace = Trace(0, 100, 2, spans, on_gpu=True)
+    trace = Trace(STEPS, spans, on_gpu=True)
     found = breakdown(trace, dict.fromkeys(collectives(trace), shortest))
-    assert found.step_seconds == 50e-9
-    assert sum(found.seconds.values()) == pytest.approx(50e-9, rel=1e-9)
+    assert found.step_seconds == 40e-9
+    assert sum(found.seconds.values()) == pytest.approx(40e-9, rel=1e-9)
+
+    def is_in_a_step(time: int) -> bool:
+        return any(begin <= time < end for begin, end in STEPS)
 
     def part_at(time: int) -> Part:
         """By the definition: of all that covers a moment, the highest level."""
         covering = [(float(s.level), s) for s in spans if s.begin <= time < s.end]
         for i, (_, s) in enumerate(covering):
-            if s.part is Part.EXCHANGE and s.name == "nccl" and s.begin >= 0 and time < s.end - shortest:
+            if s.part is Part.EXCHANGE and s.name == "nccl" and is_in_a_step(s.begin) and time < s.end - shortest:
                 covering[i] = 2.5, s
         level, span = max(covering, default=(0.0, None), key=lambda pair: pair[0])
         return Part.HOST if span is None else Part.PEERS if level == 2.5 else span.part
 
-    expected = Counter(part_at(time) for time in range(100))
+    expected = Counter(part_at(time) for time in range(100) if is_in_a_step(time))
     assert {p: round(s * 2e9) for p, s in found.seconds.items() if round(s * 2e9)} == expected
 
 
@@ -217,3 +222,35 @@ def test_a_file_that_was_cut_off_or_has_no_steps_is_refused(tmp_path: Path) -> N
     for name in ("cut", "empty"):
         with pytest.raises(ValueError):
             read_trace(tmp_path / f"{name}.json")
+
+
+def launched(number: int, time: int, runtime: str = "cudaLaunchKernel") -> Event:
+    return event("cuda_runtime", runtime, (time, time + 1), correlation=number)
+
+
+def test_a_trace_that_lost_kernels_is_refused(tmp_path: Path) -> None:
+    """The profiler stops recording kernels when its buffers are full, and says so to nobody."""
+    launches = [launched(number, number) for number in range(200)]
+    kernels = [event("kernel", "gemm", (n, n + 1), 107, correlation=n) for n in range(200)]
+    # Copies need not reach the GPU, and work between steps does not count.
+    others = [launched(300, 500, "cudaMemcpyAsync"), *(launched(400 + n, 1000 + n) for n in range(50))]
+    assert write(tmp_path, [*launches, *kernels[1:], *others]).on_gpu, "one may lie at the edge"
+    with pytest.raises(ValueError, match=r"the trace lacks 150 of the 200 kernels.*; profile fewer steps"):
+        write(tmp_path, [*launches, *kernels[:50], *others])
+
+
+def test_each_step_lasts_until_its_last_kernel(tmp_path: Path) -> None:
+    events = [named("ProfilerStep#2", (1100, 1500)), launched(1, 990), launched(2, 1400), launched(3, 1050)]
+    times = [(1000, 1200), (1450, 1600), (1210, 1250)]
+    events += [event("kernel", "gemm", time, 107, correlation=n) for n, time in enumerate(times, 1)]
+    trace = write(tmp_path, events)
+    assert trace.steps == [(0, 1_100_000), (1_100_000, 1_600_000)]
+    assert (trace.begin, trace.end) == (0, 1_600_000)
+
+
+def test_time_between_two_steps_is_in_neither(tmp_path: Path) -> None:
+    operators = [op("aten::add_", (900, 1000)), op("aten::mul", (1500, 2500)), op("aten::sum", (3000, 3200))]
+    assert parts(write(tmp_path, [named("ProfilerStep#2", (3000, 4000)), *operators])) == {
+        Part.OTHER: (100 + 200) / 2,
+        Part.HOST: (900 + 800) / 2,
+    }

@@ -61,7 +61,7 @@ def test_a_profile_leaves_the_run_of_that_name_alone(
     folder = run / "profile" / "standalone"
     assert names(folder) == FILES
     assert (folder / "parts.txt").read_text().partition("\n\n")[0] in printed
-    assert "tiny: step 3, rank 0 of 1, ddp on 1 x cpu" in printed
+    assert "tiny: step 3 of 8 sequences, rank 0 of 1, ddp on 1 x cpu" in printed
     assert parts(folder)[Part.HEAD]["flops"] == 6 * 50304 * 32 * 256
     assert parts(folder)[Part.DATA]["seconds"] > 0
 
@@ -77,7 +77,7 @@ def test_profiled_steps_keep_the_losses_and_are_marked(
     assert [line["step"] for line in metrics(runs / "profiled") if line.get("profiled")] == [3, 4, 5]
     folder = runs / "profiled" / "profile" / "steps_4-5"
     assert names(folder) == FILES
-    assert "profiled: steps 4 to 5, rank 0 of 1" in capsys.readouterr().out
+    assert "profiled: steps 4 to 5 of 4 sequences, rank 0 of 1" in capsys.readouterr().out
     found = parts(folder)
     step = found.pop("step")
     assert sum(part["seconds"] for part in found.values()) == pytest.approx(step["seconds"])
@@ -110,7 +110,7 @@ def test_a_stop_between_profiled_steps_ends_as_ever(
     monkeypatch.setattr(Engine, "train_step", stopped)
     config, run = str(tiny(**QUICK, train={"tokens": 768})), tmp_path / "runs" / "tiny"
     assert main(["train", config, "train.profile_steps=3-5"]) == ExitCode.STOPPED
-    assert "steps_3-5: no profile, because step 5 was not reached" in capsys.readouterr().out
+    assert "steps_3-5: no profile, because the run ended before it was complete" in capsys.readouterr().out
     assert not (run / "profile").exists()
     # The steps that are left are profiled after the resume.
     assert main(["train", "--resume", str(run)]) == 0
@@ -167,7 +167,7 @@ def test_a_profiler_that_does_not_start_ends_no_run(
     ("value", "problem"),
     [("0-3", "steps are numbered from 1"), ("5-2", "the first step 5 is after the last one 2"),
      ("20-21", "the run ends with step 20"), ("soon", "'soon' is not first-last"), ("-3", "'-3' is not first-last"),
-     ("1.5", "'1.5' is not first-last"), ("1-2-3", "'1-2-3' is not first-last")],
+     ("5-25", "21 steps are more than 20"), ("1.5", "'1.5' is not first-last"), ("1-2-3", "'1-2-3' is not first-last")],
 )  # fmt: skip
 def test_steps_that_cannot_be_profiled_are_refused(value: str, problem: str, tiny: Tiny, refusal: Refusal) -> None:
     for name in ("train", "config"):

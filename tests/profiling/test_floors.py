@@ -27,7 +27,7 @@ def config(engine: dict[str, Any] | None = None, model: dict[str, Any] | None = 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_parts_have_the_flops_of_mfu(attention: str, ranks: int) -> None:
     made = config(model={"attention": attention, "window": 8})
-    model, found = made.model, work(made, ranks)
+    model, found = made.model, work(made, ranks, 4 // ranks)
     tokens = made.train.batch_tokens // ranks
     # MFU counts 6 for each parameter that is multiplied, and takes vectors for such.
     vectors = sum(p.numel() for p in GPT(model).parameters() if p.dim() == 1)
@@ -41,7 +41,7 @@ def test_the_parts_have_the_flops_of_mfu(attention: str, ranks: int) -> None:
 
 def test_activation_checkpointing_adds_what_is_computed_again() -> None:
     def flops(mode: Any) -> tuple[float, float]:
-        found = work(config(activation_checkpointing=mode), 1)
+        found = work(config(activation_checkpointing=mode), 1, 4)
         return found[Part.PRODUCTS].flops, found[Part.ATTENTION].flops
 
     (products, attention), full = flops("none"), flops("full")
@@ -53,11 +53,11 @@ def test_activation_checkpointing_adds_what_is_computed_again() -> None:
     assert flops("selective") == (products, attention)
 
 
-def test_the_optimizer_moves_eight_values_of_each_parameter_that_a_rank_holds() -> None:
+def test_the_optimizer_moves_eight_values_of_each_parameter() -> None:
     stored = config().model.stored_parameters
 
     def moved(engine: dict[str, Any], ranks: int, precision: str = "fp32") -> float | None:
-        return work(config(engine, precision=precision), ranks)[Part.OPTIMIZER].moved
+        return work(config(engine, precision=precision), ranks, 1)[Part.OPTIMIZER].moved
 
     assert moved({"name": "ddp"}, 2) == 32 * stored
     assert moved({"name": "fsdp"}, 2) == 16 * stored
@@ -74,17 +74,17 @@ def test_the_optimizer_moves_eight_values_of_each_parameter_that_a_rank_holds() 
 )  # fmt: skip
 def test_ranks_send_what_their_engine_exchanges(engine: dict[str, Any], ranks: int, bytes_a_parameter: float) -> None:
     made = config(engine, precision="bf16")
-    assert exchanged_bytes(made, ranks) == pytest.approx(bytes_a_parameter * made.model.stored_parameters)
+    assert exchanged_bytes(made, ranks, 4 // ranks) == pytest.approx(bytes_a_parameter * made.model.stored_parameters)
 
 
 def test_fsdp_gathers_blocks_once_more_than_the_rest() -> None:
     model = config().model
     blocks, stored = 4 * model.block_parameters, model.stored_parameters
-    sent = exchanged_bytes(config({"name": "fsdp"}, precision="bf16"), 2)
+    sent = exchanged_bytes(config({"name": "fsdp"}, precision="bf16"), 2, 2)
     assert sent == 2 * 0.5 * (2 * (stored + blocks) + 4 * stored)
-    once = exchanged_bytes(config({"name": "fsdp", "reshard_after_forward": False}, precision="bf16"), 2)
+    once = exchanged_bytes(config({"name": "fsdp", "reshard_after_forward": False}, precision="bf16"), 2, 2)
     assert sent - once == 2 * 0.5 * 2 * blocks
-    hybrid = exchanged_bytes(config({"name": "fsdp", "shard_ranks": 2}, precision="bf16"), 4)
+    hybrid = exchanged_bytes(config({"name": "fsdp", "shard_ranks": 2}, precision="bf16"), 4, 1)
     assert hybrid == 0.5 * (2 * (stored + blocks) + 4 * stored) + 4 * stored / 2
 
 
@@ -100,11 +100,13 @@ def test_rates_are_measured_only_if_they_are_unknown(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(rates, "_ROWS", {"cpu": 64})
     monkeypatch.setattr(rates, "_COPIED", 2**16)
+    state = torch.get_rng_state()
     here = find_rates(config(precision="fp32"), torch.device("cpu"))
     assert here.flops > 0 < here.bandwidth
     assert (here.flops_source, here.bandwidth_source) == ("measured", "measured")
+    assert torch.equal(torch.get_rng_state(), state), "the run would draw other numbers"
     monkeypatch.setattr(rates, "peak_flops", lambda device, precision, given: given * 1e12 or 989.4e12)
     monkeypatch.setattr(rates, "memory_bandwidth", lambda device: 3.35e12)
-    monkeypatch.setattr(rates, "_best", None)  # nothing is measured
+    monkeypatch.setattr(rates, "time_call", None)  # nothing is measured
     known = find_rates(config(), torch.device("cpu"))
     assert str(known) == "989.4 TFLOP/s (data sheet), 3,350 GB/s (data sheet)"

@@ -69,10 +69,10 @@ def test_the_files_show_the_same_steps(profiled: Profiled, tmp_path: Path) -> No
     with gzip.open(tmp_path / "rank_0.json.gz", "rt") as file:
         events = json.load(file)["traceEvents"]
     names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
-    assert [name for name in names if name.startswith("ProfilerStep#")] == ["ProfilerStep#1", "ProfilerStep#2"]
+    assert [name for name in names if name.startswith("ProfilerStep#")] == ["ProfilerStep#3", "ProfilerStep#4"]
     assert [names.count(name) for name in (ranges.MICRO_BATCH, ranges.FORWARD, ranges.BLOCK, ranges.UPDATE)] == [2] * 4
     text = (tmp_path / "parts.txt").read_text()
-    assert text.startswith("test: steps 3 to 4, rank 0 of 1, ddp on 1 x cpu\n")
+    assert text.startswith("test: steps 3 to 4 of 2 sequences, rank 0 of 1, ddp on 1 x cpu\n")
     assert "floors: FLOPs or bytes, whichever takes longer, at 1 TFLOP/s (data sheet), 100 GB/s (data sheet)" in text
     assert re.search(r"\nblocks, matrix products\n +[\d.]+  aten::", text)
     board = EventAccumulator(str(tmp_path), {"images": 0, "tensors": 0})
