@@ -16,6 +16,8 @@ from megagpt.profiling import rates
 from megagpt.profiling.profiler import StepProfiler
 from megagpt.world import World
 
+# An operator that runs between the profiled steps only, as a validation would.
+BETWEEN_STEPS = "aten::i0"
 Parts = dict[str, dict[str, Any]]
 Profiled = Callable[..., Parts]
 
@@ -42,6 +44,7 @@ def profiled(tmp_path: Path) -> Profiled:
         profiler = StepProfiler(engine, range(3, 5), tmp_path, rates.find_rates(config, torch.device("cpu")))
         graphs = []
         for step in range(1, 5):
+            torch.ones(2).i0()
             profiler.begin(step)
             engine.train_step(batch, 1e-3)
             assert profiler.end(step, 2) == (step == 4)

@@ -18,6 +18,7 @@ from megagpt.errors import ExitCode
 from megagpt.measure.processes import free_port, rank_environment
 from megagpt.profiling import profiler
 from megagpt.profiling.parts import Part
+from megagpt.world import World
 from tests.conftest import Refusal, Tiny, metrics
 from tests.processes import Process, command, start_ranks
 
@@ -90,8 +91,12 @@ def test_profiled_steps_keep_the_losses_and_are_marked(
 
 
 def test_the_first_step_can_be_profiled(tiny: Tiny, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    assert main(["train", str(tiny(**QUICK, train={"tokens": 256})), "train.profile_steps=1"]) == 0
-    assert parts(tmp_path / "runs" / "tiny" / "profile" / "steps_1")["step"]["seconds"] > 0
+    """It is the smallest of the batch ramp."""
+    ramp = ["train.batch_tokens=256", "train.batch_ramp_start=32", "train.batch_ramp_tokens=1e3"]
+    assert main(["train", str(tiny(**QUICK, train={"tokens": 256})), *ramp, "train.profile_steps=1"]) == 0
+    folder = tmp_path / "runs" / "tiny" / "profile" / "steps_1"
+    assert parts(folder)["step"]["seconds"] > 0
+    assert json.loads((folder / "parts.json").read_text())["batch_sequences"] == [1]
     assert not [str(w.message) for w in recwarn if "rofiler" in str(w.message)]
 
 
@@ -152,6 +157,12 @@ def test_a_profile_that_cannot_be_written_is_an_error(
     (folder / "profile").unlink()
     monkeypatch.setattr("megagpt.profiling.profiler.gzip.open", full)
     refusal(["profile", str(tiny()), "--steps", "1"], f"{folder}/profile/standalone: no complete profile: OSError")
+    refusal(["profile", str(tiny()), "--steps", "21"], "--steps 21 is more than 20", "such as --steps 3")
+
+
+def test_a_peer_whose_profile_fails_ends_all(tiny: Tiny, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "gather_objects", lambda self, value: [value, "the reason of rank 1"])
+    refusal(["profile", str(tiny()), "--steps", "1"], "the reason of rank 1")
 
 
 def test_a_profiler_that_does_not_start_ends_no_run(
@@ -159,7 +170,8 @@ def test_a_profiler_that_does_not_start_ends_no_run(
 ) -> None:
     monkeypatch.setattr(profiler, "profile", full)
     assert main(["train", str(tiny(**QUICK, train={"tokens": 384})), "train.profile_steps=2"]) == 0
-    assert "steps_2: no complete profile: OSError: [Errno 28]" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "steps_2: no complete profile: OSError: [Errno 28]" in line
     assert len(metrics(tmp_path / "runs" / "tiny")) == 3
 
 

@@ -1,5 +1,6 @@
 """The floors' FLOPs and bytes, against the FLOPs of MFU and counts by hand."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from megagpt.config import Config
 from megagpt.config_file import build_config
 from megagpt.models.gpt import GPT
+from megagpt.profiling import rates
+from megagpt.profiling.breakdown import Breakdown
 from megagpt.profiling.floors import Floor, Work, exchanged_bytes, floor, work
 from megagpt.profiling.parts import Part
 from megagpt.profiling.rates import Rates, find_rates
+from megagpt.profiling.table import Row, Table, make_table
 
 RATES = Rates(100.0, "data sheet", 10.0, "data sheet")
 
@@ -51,6 +55,74 @@ def test_activation_checkpointing_adds_what_is_computed_again() -> None:
     half = flops({"every": 2})
     assert half[0] - products == pytest.approx((full[0] - products) / 2)
     assert flops("selective") == (products, attention)
+
+
+def test_bytes_are_those_that_no_fusion_saves() -> None:
+    """Counted by hand, for 256 tokens of width 64 in 4 layers in bf16."""
+
+    def moved(**train: Any) -> dict[Part, float | None]:
+        return {part: todo.moved for part, todo in work(config(precision="bf16", **train), 1, 4).items()}
+
+    tokens, c, vocabulary = 256, 64, 50304
+    found = moved()
+    # Of each block: LayerNorm twice, reading the stream and what is added to it, writing both; GELU of 4 x width.
+    assert found[Part.BLOCKS] == 4 * tokens * c * 96
+    # Queries, keys, values, results; in the backward pass, these, the gradient of the result, and three gradients.
+    assert found[Part.ATTENTION] == 4 * tokens * c * 2 * (4 + 8)
+    # Each of three products reads or writes tokens, weights and results once; 64 tokens are in a micro-batch.
+    shapes = [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)]
+    assert found[Part.PRODUCTS] == 4 * 4 * sum(3 * 2 * (64 * a + a * b + 64 * b) for a, b in shapes)
+    assert found[Part.HEAD] == 4 * 3 * 2 * c * (64 + vocabulary)
+    assert found[Part.EMBEDDING] == tokens * c * (4 + 4 + 4 + 4)
+    # What is repeated: LayerNorm of the stream, sum and LayerNorm, GELU.
+    again = 4 * tokens * c * ((4 + 2) + (2 + 4 + 4 + 2) + 16)
+    for mode, share in (("selective", 1.0), ("full", 1.0), ({"every": 2}, 0.5)):
+        assert moved(activation_checkpointing=mode)[Part.BLOCKS] == found[Part.BLOCKS] + share * again
+    assert moved(activation_checkpointing="selective")[Part.PRODUCTS] == found[Part.PRODUCTS]
+
+
+def table(peaks: Rates = RATES, batches: Sequence[int] = (8,), **train: Any) -> Table:
+    found = Breakdown(1.0, dict.fromkeys(Part, 0.0), {})
+    return make_table(config(**train), 1, batches, found, peaks, "", [])
+
+
+def rows(made: Table) -> dict[str, Row]:
+    return {row.part: row for row in made.rows}
+
+
+def test_floors_are_those_of_the_profiled_batches() -> None:
+    """The batch of a ramp is not yet full. Micro-batches that are not full cost as much as full ones."""
+    full = rows(table())
+    for batches, micro_batches in (([8], 4), ([2], 1), ([1, 3], 1.5), ([2, 8], 2.5)):
+        found = rows(table(batches=batches))
+        for part in (Part.PRODUCTS, Part.BLOCKS, Part.HEAD, Part.EMBEDDING, Part.ATTENTION):
+            least, whole = found[part].floor, full[part].floor
+            assert least is not None
+            assert whole is not None
+            assert least.seconds == pytest.approx(whole.seconds * micro_batches / 4)
+        assert found[Part.OPTIMIZER] == full[Part.OPTIMIZER]
+
+
+def test_float8_doubles_the_peak_of_the_blocks_products() -> None:
+    fast = Rates(1.0, "data sheet", 1e12, "data sheet")  # so that FLOPs bound the floor
+    plain, float8 = (rows(made := table(fast, precision="bf16", float8=name)) for name in ("none", "rowwise"))
+    assert plain[Part.PRODUCTS].floor == Floor(float8[Part.PRODUCTS].floor.seconds * 2, "FLOPs")  # type: ignore[union-attr]
+    assert plain[Part.HEAD] == float8[Part.HEAD]
+    assert "train.float8 rowwise: the floor of the blocks' matrix products is at twice this rate" in made.notes
+    todo = float8[Part.PRODUCTS].work
+    assert todo is not None
+    # Operands have 1 byte, results 2; each of tokens, weights and results is an operand twice and a result once.
+    shapes = [(64, 192), (64, 64), (64, 256), (256, 64)]
+    assert todo.moved == 4 * 4 * sum((1 + 1 + 2) * (64 * a + a * b + 64 * b) for a, b in shapes)
+
+
+@pytest.mark.parametrize("source", ["measured", "log.peak_tflops"])
+def test_an_unknown_float8_peak_leaves_products_no_floor(source: str) -> None:
+    made = table(RATES._replace(flops_source=source), precision="bf16", float8="tensorwise")
+    products = rows(made)[Part.PRODUCTS]
+    assert products.floor is None
+    assert products.cells()[3:] == ("n/a", "", "")
+    assert "the blocks' matrix products have no floor" in made.notes[1]
 
 
 def test_the_optimizer_moves_eight_values_of_each_parameter() -> None:
@@ -96,8 +168,6 @@ def test_a_floor_is_the_slower_of_computing_and_moving() -> None:
 
 
 def test_rates_are_measured_only_if_they_are_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megagpt.profiling import rates
-
     monkeypatch.setattr(rates, "_ROWS", {"cpu": 64})
     monkeypatch.setattr(rates, "_COPIED", 2**16)
     state = torch.get_rng_state()
@@ -110,3 +180,19 @@ def test_rates_are_measured_only_if_they_are_unknown(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(rates, "time_call", None)  # nothing is measured
     known = find_rates(config(), torch.device("cpu"))
     assert str(known) == "989.4 TFLOP/s (data sheet), 3,350 GB/s (data sheet)"
+
+
+def test_measuring_on_a_gpu_leaves_its_memory_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("_product_rate", "_copy_rate"):
+        monkeypatch.setattr(rates, name, lambda *arguments: calls.append("measured") or 1.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an unknown card")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("peak"))
+    find_rates(config(), torch.device("cuda", 99))
+    assert calls == ["measured", "measured", "emptied", "peak"]
+    calls.clear()
+    monkeypatch.setattr(rates, "peak_flops", lambda *arguments: 1.0)
+    monkeypatch.setattr(rates, "memory_bandwidth", lambda device: 1.0)
+    find_rates(config(), torch.device("cuda", 99))
+    assert calls == [], "a run that knows its rates keeps its peak"

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +19,65 @@ from megagpt.config_file import build_config
 from megagpt.engines.engine import build_engine
 from megagpt.profiling import memory_picture, ranges
 from megagpt.profiling.parts import Part
-from megagpt.profiling.trace import Trace
+from megagpt.profiling.trace import Trace, read_trace
 from megagpt.world import World
-from tests.profiling.conftest import Parts, Profiled
+from tests.profiling.conftest import BETWEEN_STEPS, Parts, Profiled
 
 pytestmark = pytest.mark.usefixtures("known_rates")
 
 
-def largest(parts: Parts) -> str:
-    """The part that takes longest. All parts add up to the step, and a floor is no time that was beaten."""
+def check_sums(parts: Parts) -> None:
+    """All parts add up to the step, and so do the floors."""
     step = parts.pop("step")
     assert sum(part["seconds"] for part in parts.values()) == pytest.approx(step["seconds"], rel=1e-9)
     assert sum(part["share"] for part in parts.values()) == pytest.approx(1)
     known = [part["floor_seconds"] for part in parts.values() if part["floor_seconds"]]
     assert step["floor_seconds"] == pytest.approx(sum(known))
-    return max(parts, key=lambda name: parts[name]["seconds"])
 
 
-def test_a_wide_vocabulary_makes_the_head_the_largest_part(profiled: Profiled) -> None:
-    parts = profiled(width=64)
-    assert largest(parts) == Part.HEAD
-    assert parts[Part.HEAD]["share"] > 0.4
+def places(trace: Trace) -> dict[str, set[Part]]:
+    """The parts in which each operator of the steps is found."""
+    found: dict[str, set[Part]] = defaultdict(set)
+    for span in trace.spans:
+        if trace.in_a_step(span.begin):
+            found[span.name].add(span.part)
+    return found
+
+
+def test_each_operator_of_real_steps_is_in_its_part(profiled: Profiled, tmp_path: Path) -> None:
+    parts = profiled(width=64, layers=2)
+    check_sums(parts)
     assert parts[Part.HEAD]["flops"] == 6 * 50304 * 64 * 64
-
-
-def test_wide_blocks_make_their_matrix_products_the_largest_part(profiled: Profiled) -> None:
-    parts = profiled(vocab_size=256, width=384, context=128, heads=8)
-    assert largest(parts) == Part.PRODUCTS
-    assert parts[Part.PRODUCTS]["flops"] == 6 * 12 * 384**2 * 256
-
-
-def test_a_long_context_makes_attention_the_largest_part(profiled: Profiled) -> None:
-    parts = profiled(vocab_size=256, context=768, layers=4)
-    assert largest(parts) == Part.ATTENTION
+    assert parts[Part.PRODUCTS]["flops"] == 6 * 2 * 12 * 64**2 * 64
+    trace = read_trace(tmp_path / "rank_0.json.gz")
+    found = places(trace)
+    assert found["aten::addmm"] == {Part.PRODUCTS}
+    assert found["aten::mm"] == {Part.PRODUCTS, Part.HEAD}
+    assert found["aten::native_layer_norm"] == {Part.BLOCKS, Part.HEAD}
+    assert found["aten::gelu"] == found["aten::gelu_backward"] == {Part.BLOCKS}
+    assert found["aten::embedding"] == {Part.EMBEDDING}
+    assert found["aten::_fused_adamw_"] == {Part.OPTIMIZER}
+    for direction in ("", "_backward"):
+        assert found[f"aten::_scaled_dot_product_flash_attention_for_cpu{direction}"] == {Part.ATTENTION}
+    assert BETWEEN_STEPS in {span.name for span in trace.spans}
+    assert BETWEEN_STEPS not in found
 
 
 @pytest.mark.slow
-def test_compiled_blocks_are_profiled_as_they_run(profiled: Profiled) -> None:
-    """They are not compiled again, and their products and attention still have lines of their own."""
+def test_compiled_parts_are_profiled_as_they_run(profiled: Profiled, tmp_path: Path) -> None:
+    """They are not compiled again. Products and attention keep their parts, and the graphs are where they belong."""
     counters.clear()
     parts = profiled({"compile": True}, vocab_size=256, width=128, context=128, layers=2)
     assert counters["stats"]["unique_graphs"] > 0
-    largest(parts)
-    for part in (Part.PRODUCTS, Part.ATTENTION, Part.BLOCKS):
-        assert parts[part]["seconds"] > 0
+    check_sums(parts)
+    found = places(read_trace(tmp_path / "rank_0.json.gz"))
+    assert found["aten::mm"] == {Part.PRODUCTS, Part.HEAD}
+    assert found["aten::_scaled_dot_product_flash_attention_for_cpu"] == {Part.ATTENTION}
+    graphs = [parts for name, parts in found.items() if name.startswith("## Call CompiledFxGraph")]
+    # Of the blocks, those of forward and backward; those of the last LayerNorm and of the softmax.
+    assert all(len(parts) == 1 for parts in graphs)
+    assert set.union(*graphs) == {Part.BLOCKS, Part.HEAD}
+    assert found["CompiledFunctionBackward"] == {Part.BLOCKS, Part.HEAD}
 
 
 def test_the_files_show_the_same_steps(profiled: Profiled, tmp_path: Path) -> None:
@@ -81,8 +97,21 @@ def test_the_files_show_the_same_steps(profiled: Profiled, tmp_path: Path) -> No
     assert (shown.step, shown.encoded_image_string) == (4, (tmp_path / "memory.png").read_bytes())
     (table,) = board.Tensors("profile/parts/text_summary")
     assert b"| blocks, matrix products |" in table.tensor_proto.string_val[0]
-    # A second profile of the same steps replaces the first.
+    found = json.loads((tmp_path / "parts.json").read_text())
+    assert (found["device"], found["ranks"], found["steps"], found["batch_sequences"]) == ("cpu", 1, [3, 4], [2, 2])
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["config"]["model"]["width"] == 32
+
+
+def test_a_second_profile_replaces_the_first(profiled: Profiled, tmp_path: Path) -> None:
+    """The first one was of more ranks, and was killed while one of them wrote."""
+    for old in ("rank_7.json.gz", "parts.json", "events.out.tfevents.1"):
+        (tmp_path / old).write_text("old")
+    (tmp_path / ".rank_7_x").mkdir()
+    (tmp_path / ".rank_7_x" / "trace.json").write_text("old")
     profiled(vocab_size=256)
+    left = [path.name for path in tmp_path.iterdir() if "tfevents" not in path.name]
+    assert sorted(left) == ["memory.png", "parts.json", "parts.txt", "rank_0.json.gz"]
     assert len(list(tmp_path.glob("events.*"))) == 1
 
 
@@ -104,7 +133,7 @@ def test_the_engine_is_left_as_it_was() -> None:
 
 def test_the_picture_shows_the_memory_at_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     phases = [(0, 600, ranges.MICRO_BATCH), (0, 300, ranges.FORWARD), (700, 900, ranges.UPDATE)]
-    trace = Trace(0, 1000, 1, [], True, phases, [(100, 2**20, 4 * 2**20), (500, 3 * 2**20, 4 * 2**20), (501, 0, 0)])
+    trace = Trace([(0, 1000)], [], True, phases, [(100, 2**20, 4 * 2**20), (500, 3 * 2**20, 4 * 2**20), (501, 0, 0)])
     edges = np.linspace(0, 1000, 11)
     allocated, reserved = memory_picture.fullest(trace, edges)
     assert (allocated / 2**20).tolist() == [1, 1, 1, 1, 3, 3, 0, 0, 0, 0]

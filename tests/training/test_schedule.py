@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megagpt.config import Config
 from megagpt.config_file import build_config, load_config
-from megagpt.training.schedule import batch_sequences, learning_rate, step_count
+from megagpt.training.schedule import batch_sequences, learning_rate, step_count, steps_to_profile
 
 
 def run(**sections: Any) -> Config:
@@ -95,3 +95,19 @@ def test_ramp_grows_linearly_and_steps_add_up(start: int, more: int, ramp: int, 
         seen = min(config.total_sequences, seen + batch)
         steps += 1
     assert step_count(config) == steps
+
+
+@pytest.mark.parametrize(
+    ("text", "taken", "compiled", "left", "said"),
+    [("", 0, True, range(0), ""), ("1-4", 0, False, range(1, 5), ""), ("5-8", 6, False, range(7, 9), ""),
+     ("3-4", 0, True, range(3, 5), ""), ("1-4", 0, True, range(3, 5), "are left out: profiled: 3 to 4"),
+     ("5-8", 5, True, range(8, 9), "are left out: profiled: 8 to 8"), ("1-2", 0, True, range(0), "no profile"),
+     ("5-8", 8, True, range(0), "lie before step 8, from which this run resumes: no profile")],
+)  # fmt: skip
+def test_steps_that_compile_are_not_profiled(
+    text: str, taken: int, compiled: bool, left: range, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert steps_to_profile(text, taken, compiled) == left
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert bool(said) == bool(printed)
