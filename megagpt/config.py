@@ -104,7 +104,7 @@ class TrainConfig:
     """Longest time that a rank may spend without a step, a validation batch or a sampled token. After that, the stacks
     of all ranks are written to the run's folder, and the run ends with code 3, resumable. Same form as `time_limit`."""
     profile_steps: Free[Steps] = ""
-    """Steps that are profiled, the first and the last of them, such as 100-103: a trace of each rank, the step's time
+    """Steps that are profiled, at most 20, the first and the last of them, such as 100-103: traces, the step's time
     by part, the memory over time; in profile/ in the run's folder. Empty: none."""
     device: Free[Literal["auto", "cpu", "cuda"]] = "auto"
     """auto: cuda if there is a GPU."""

@@ -160,9 +160,8 @@ class StepProfiler:
             raise ValueError("the profiler did not start")
         rank = self._engine.world.rank
         self._folder.mkdir(parents=True, exist_ok=True)
-        # Not in the system's temporary folder, which may be in memory: an uncompressed trace is large.
-        with tempfile.TemporaryDirectory(dir=self._folder, prefix=f".rank_{rank}_") as scratch:
-            written, packed = Path(scratch, "trace.json"), Path(scratch, "trace.json.gz")
+        with tempfile.TemporaryDirectory(dir=_scratch_folder(), prefix="megagpt_profile_") as scratch:
+            written = Path(scratch, "trace.json")
             finished.export_chrome_trace(str(written))
             trace = read_trace(written)
             if self._on_gpu and not trace.on_gpu:
@@ -171,9 +170,11 @@ class StepProfiler:
                 counts = f"the trace has {len(trace.steps)} of {len(self._steps)} steps"
                 raise ValueError(f"{counts}: the profiler's buffers were full; profile fewer steps")
             if rank < _KEPT:
-                with written.open("rb") as source, gzip.open(packed, "wb", compresslevel=_COMPRESSION) as target:
+                packed = self._folder / f"rank_{rank}.json.gz"
+                unfinished = packed.with_name(packed.name + ".tmp")
+                with written.open("rb") as source, gzip.open(unfinished, "wb", compresslevel=_COMPRESSION) as target:
                     shutil.copyfileobj(source, target)
-                packed.replace(self._folder / f"rank_{rank}.json.gz")
+                unfinished.replace(packed)
         return trace
 
     def _report(self, trace: Trace, shortest: Collectives, notes: list[str]) -> None:
@@ -203,6 +204,12 @@ class StepProfiler:
             self.problem = f"{self._folder}: no complete profile: {first_line(error)}"
             if not self._must_succeed:
                 warn(f"[rank {self._engine.world.rank}] {self.problem}")
+
+
+def _scratch_folder() -> str | None:
+    """A folder of this node for an uncompressed trace: TMPDIR if it is set, else /var/tmp, because /tmp is often in
+    memory, and traces of many ranks would load a shared file system; None: tempfile's choice."""
+    return "/var/tmp" if "TMPDIR" not in os.environ and os.access("/var/tmp", os.W_OK) else None
 
 
 def _synchronize(world: World) -> None:

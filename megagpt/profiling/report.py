@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import platform
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,14 @@ from megagpt.hardware import device_name
 from megagpt.profiling.table import Table
 from megagpt.world import World
 
-# Files of a profile, and folders of traces that were not finished.
-_FILES = ("rank_*.json.gz", ".rank_*", "parts.txt", "parts.json", "memory.png", "events.out.tfevents.*")
+# Files of a profile, among them traces that were not finished.
+_FILES = ("rank_*.json.gz", "rank_*.json.gz.tmp", "parts.txt", "parts.json", "memory.png", "events.out.tfevents.*")
 
 
 def remove_report(folder: Path) -> None:
     """Remove an earlier profile, which may be of more ranks. Raises OSError."""
     for old in (path for pattern in _FILES for path in folder.glob(pattern)):
-        if old.is_dir():
-            shutil.rmtree(old)
-        else:
-            old.unlink()
+        old.unlink()
 
 
 def circumstances(config: Config, world: World, steps: range, batches: Sequence[int]) -> dict[str, Any]:
