@@ -1,5 +1,5 @@
 """The memory over the profiled steps, as a picture: one column of pixels for each stretch of time, as high as its
-fullest moment, in the colour of what the step was doing."""
+fullest moment, in the colour of the host's activity then."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from megagpt.profiling.trace import Trace
 # Size of the picture and its margins (pixels).
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 1200, 480, 90, 20, 60, 50
 _UPDATE, _BETWEEN = "update", "between steps"
-# What the step does -> its colour, from the palette of Okabe and Ito, which colour-blind people can tell apart.
+# Activity of the host -> its colour, from the palette of Okabe and Ito, which colour-blind people can tell apart.
 _COLOURS = {"forward": "#56B4E9", "backward": "#0072B2", _UPDATE: "#E69F00", _BETWEEN: "#999999"}
 _RESERVED, _INK, _GRID = "#D55E00", "#222222", "#DDDDDD"
 _TICKS = 5
@@ -65,7 +65,7 @@ def fullest(trace: Trace, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def activities(trace: Trace, edges: np.ndarray) -> list[str]:
-    """What the host was doing in the middle of each stretch."""
+    """The host's activity in the middle of each stretch."""
     names = [_BETWEEN] * (len(edges) - 1)
     middles = (edges[:-1] + edges[1:]) / 2
     # A forward pass lies inside its micro-batch; the rest of that is the backward pass.

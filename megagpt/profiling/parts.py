@@ -27,7 +27,7 @@ class Part(enum.StrEnum):
 
 
 class Region(enum.Enum):
-    """Where in the step an operator comes from."""
+    """The place in the step that an operator comes from."""
 
     NONE = enum.auto()
     DATA = enum.auto()
@@ -40,7 +40,7 @@ class Region(enum.Enum):
 
 
 class Kind(enum.Enum):
-    """What an operator does."""
+    """The kinds of work of an operator."""
 
     OTHER = enum.auto()
     PRODUCT = enum.auto()

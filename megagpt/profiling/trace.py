@@ -67,7 +67,7 @@ class Trace:
     spans: list[Span]
     on_gpu: bool
     phases: list[tuple[int, int, str]] = field(default_factory=list)
-    """Begin, end (ns) and name of each range of `ranges.py` on the host."""
+    """Start and end (ns) and name of each range of `ranges.py` on the host."""
     memory: list[tuple[int, int, int]] = field(default_factory=list)
     """Time (ns), and bytes that PyTorch had then allocated and reserved on the device."""
 

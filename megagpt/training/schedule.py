@@ -54,7 +54,7 @@ def steps_to_profile(text: str, taken: int, compiled: bool) -> range:
     if not left or left.start >= first:
         return left
     kept = range(first, steps.stop)
-    result = f"profiled: {kept[0]} to {kept[-1]}" if kept else "no profile"
+    result = f"step {kept[0]} is the first that is profiled" if kept else "no profile"
     say(f"train.profile_steps {text}: the first two steps after a start compile the model, and are left out: {result}")
     return kept
 
