@@ -53,9 +53,8 @@ def checkpoint_activations(model: GPT, mode: ActivationCheckpointing) -> None:
 def _policy(kept: frozenset[Any], last_inner: int, context: Any, operator: Any, *arguments: Any, **_: Any) -> Any:
     """Whether to keep an operator's output. `last_inner`: inner dimension of the block's last product, whose output
     nobody reads again; 0: somebody does."""
-    # mm(a, b), addmm(bias, a, b), _scaled_mm(a, b, ...)
-    first = {_aten.addmm.default: 1, _aten.mm.default: 0, _aten._scaled_mm.default: 0}.get(operator)
-    ends_block = first is not None and arguments[first].shape[1] == last_inner
+    # In float8 it is no addmm: operators behind it run again, so without its output the product would, too.
+    ends_block = operator is _aten.addmm.default and arguments[1].shape[1] == last_inner
     return CheckpointPolicy.MUST_SAVE if operator in kept and not ends_block else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -2,6 +2,7 @@
 and the head's softmax. Nothing between them is compiled, because the sharding engines gather weights there."""
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -39,16 +40,16 @@ def _problem(device: torch.device) -> str:
     return ""
 
 
-def compile_model(model: GPT, device: torch.device) -> None:
-    """Compile the model's parts, in place, for the device that it will run on. Shapes are static: all micro-batches
-    have the same."""
+def compile_model(model: GPT, device: torch.device, options: dict[str, Any]) -> None:
+    """Compile the model's parts, in place, for the device that it will run on, with these options for the blocks.
+    Shapes are static: all micro-batches have the same."""
     import torch._dynamo  # here, because it takes a second, and most runs on a CPU do without
 
     # Otherwise a block is cut where one of DDP's buckets ends, and results are written out at each cut.
     torch._dynamo.config.optimize_ddp = False
     compiled = partial(torch.compile, dynamic=False)
     for block in model.blocks:
-        block.forward = compiled(block.forward)
+        block.forward = compiled(block.forward, options=options or None)
     model.final_norm.forward = compiled(model.final_norm.forward)  # type: ignore[method-assign]
     model.softmax = compiled(softmax_cross_entropy_to_compile_)
     if device.type != "cpu":  # the compiler knows no sparse gradients

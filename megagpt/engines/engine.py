@@ -28,7 +28,7 @@ from megagpt.engines.activation_checkpointing import checkpoint_activations
 from megagpt.engines.clock import StepClock
 from megagpt.engines.compilation import compile_model, is_compiled
 from megagpt.engines.flat_shard import FlatShard
-from megagpt.engines.float8 import convert_linears
+from megagpt.engines.float8 import compile_options, convert_linears
 from megagpt.engines.loss_scale import LossScale, loss_scale
 from megagpt.models.attention import attention_kernels
 from megagpt.models.gpt import GPT
@@ -235,7 +235,7 @@ def prepare_model(model: GPT, config: Config, device: torch.device, compiled: bo
     convert_linears(model, config, device, compiled)
     checkpoint_activations(model, config.train.activation_checkpointing)
     if compiled:
-        compile_model(model, device)
+        compile_model(model, device, compile_options(config))
     clock = StepClock(model, device)
     # Inside the model, so that no engine's own wrapping can switch it off.
     model.forward = autocast(config, device)(model.forward)  # type: ignore[method-assign]

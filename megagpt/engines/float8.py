@@ -7,6 +7,7 @@ the largest of the format. Everything else is as in bf16: results, attention, em
 import dataclasses
 import logging
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,12 +62,12 @@ def convert_linears(model: GPT, config: Config, device: torch.device, compiled: 
         slow = "each product's rounding then takes passes of its own over memory"
         say(f"train.float8 {scaling} is slow without compiled blocks: {slow}; set train.compile=true")
     _convert(model.blocks, _load(scaling), scaling)
-    if scaling == "rowwise":
-        # Otherwise a compiled backward pass, which computes some operands again, may not round them as the forward pass
-        # did: then their scales do not fit, as torchtitan found (pytorch/pytorch#150859).
-        import torch._inductor.config
 
-        torch._inductor.config.emulate_precision_casts = True
+
+def compile_options(config: Config) -> dict[str, Any]:
+    """Options of torch.compile. Without this one, a compiled backward pass, which computes some operands again, may not
+    round them as the forward pass did: then their scales do not fit, as torchtitan found (pytorch/pytorch#150859)."""
+    return {"emulate_precision_casts": True} if config.train.float8 == "rowwise" else {}
 
 
 def _load(scaling: str) -> ModuleType:

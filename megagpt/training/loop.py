@@ -107,13 +107,15 @@ def _step(run: Run, before: Position, batches: Generator[Batch], speed: Speed, s
         since = seconds_since_start()
         values = {"seconds_to_first_step": since, "incarnation": run.lease.incarnation.number}
         run.reporter.event(Event.RESUMED, at, values, f"first step {since:.1f} s after the process began")
-    if first:
+    if not first:
+        run.reserve.took(step=took)
+    else:
+        run.reserve.took(first_step=0 if run.engine.compiled else took)
         if run.engine.compiled:
             say(f"the first step took {duration(took)}, compiling included")
         # All that lives now stays: Python's collector need not look at it again and again, which would hold a rank up.
         gc.collect()
         gc.freeze()
-    run.reserve.took(**{"first_step" if first else "step": 0 if first and run.engine.compiled else took})
     if at.step == run.start.step + 2:
         run.say_bound()
     if at.last or not config.log.every_tokens or crossed(config.log.every_tokens, before.tokens, at.tokens):

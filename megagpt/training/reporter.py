@@ -54,6 +54,10 @@ class Reporter:
         else is called, so that a GPU need not wait for it between two steps."""
         self._step = (at, values)
 
+    def forget_step(self) -> None:
+        """Leave the last step's numbers unwritten: the log belongs to a newer incarnation."""
+        self._step = None
+
     def write_step(self) -> None:
         """Write the numbers of the last step, if they are not written yet. A step is taken again after a kill, so they
         are not forced to the disk. Raises ExpectedError if the disk refuses them."""

@@ -113,6 +113,7 @@ class Run:
         error of a save in the background."""
         stopping, failed, superseded = self.raised
         if superseded:
+            self.reporter.forget_step()
             raise Superseded(f"{self.folder}: a newer incarnation has taken this run over; this one ends")
         if failed:
             self.saver.finish()

@@ -1,6 +1,7 @@
 """TensorBoard shows each point of a run once, the losses in one chart, and texts as they are."""
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from megagpt.engines.clock import StepTimes
 from megagpt.engines.engine import Engine
 from megagpt.errors import ExitCode, UserError
 from megagpt.position import Position
-from megagpt.run_log import Event
+from megagpt.run_log import Event, RunLog
 from megagpt.training import loop, reporter
 from megagpt.training.markdown import samples_as_markdown, table, verbatim
 from megagpt.training.reporter import Reporter
@@ -94,6 +95,45 @@ def test_a_kill_behind_a_validation_leaves_its_point(tmp_path: Path) -> None:
     assert charts(tmp_path) == {"loss/validation_loss": [(5, 3.5)]}
     assert charts(tmp_path / "validation") == {"loss/by_tokens": [(640, 3.5)]}
     reporter.close()
+
+
+NUMBERS = {"loss": 3.0, "lr": 1e-3, "gradient_norm": 0.5, "tokens_per_second": 10.0, "mfu": None}
+
+
+@pytest.mark.parametrize("writes", ["write_step", "event", "text", "flush", "close"])
+def test_a_steps_line_is_written_by_whatever_comes_next(writes: str, tmp_path: Path) -> None:
+    """Before what comes next: the log is in the order of the run."""
+    reporter, at = (
+        Reporter(tmp_path, Position(0, 0, 32, 80), 2560, resumed=False, is_main=True),
+        Position(20, 5, 32, 80),
+    )
+    reporter.step(at, NUMBERS)
+    assert not metrics(tmp_path)
+    calls: dict[str, tuple[Any, ...]] = {"event": (Event.STOPPED, at, {"reason": "test"}), "text": (at, "samples", "x")}
+    getattr(reporter, writes)(*calls.get(writes, ()))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["step", *(["stopped"] if writes == "event" else [])]
+    if writes != "close":
+        reporter.close()
+    assert len(metrics(tmp_path)) == 1
+
+
+def test_a_displaced_run_leaves_its_last_line_out(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path, Position(0, 0, 32, 80), 2560, resumed=False, is_main=True)
+    reporter.step(Position(20, 5, 32, 80), NUMBERS)
+    reporter.forget_step()
+    reporter.close()
+    assert not metrics(tmp_path)
+
+
+def test_a_disk_that_is_full_at_the_end_closes_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hook = threading.excepthook
+    reporter = Reporter(tmp_path, Position(0, 0, 32, 80), 2560, resumed=False, is_main=True)
+    reporter.step(Position(20, 5, 32, 80), NUMBERS)
+    monkeypatch.setattr(RunLog, "append", MagicMock(side_effect=UserError("disk full")))
+    with pytest.raises(UserError, match="disk full"):
+        reporter.close()
+    assert threading.excepthook == hook
 
 
 def test_a_full_disk_ends_the_run_with_one_line(tiny: Tiny, refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ class Simulated:
         self.start = Position(0, 0, 1, sum(steps))
         self.ending, self.world, self.reporter, self.config = (MagicMock() for _ in range(4))
         self.guard = MagicMock(in_a_row=0)
+        self.profiler = MagicMock(**{"end.return_value": False})
         self.folder, self.last_held = Path("run"), dict[str, int]()
 
     def resume(self) -> None:
