@@ -81,6 +81,7 @@ def test_a_row_that_the_kernel_kills_is_out_of_memory(
 ) -> None:
     """Linux kills a process that takes more memory than there is: in plain's steps, and after megagpt's."""
     monkeypatch.setattr(bench, "measure", killed_in_plain)
+    monkeypatch.setattr(processes, "enter", lambda environment, *streams: os.environ.update(environment))
     fork = partial(processes.run_ranks, 1)
     monkeypatch.setattr(bench, "run_ranks", lambda ranks, *work, method: fork(*work, method="fork"))
     assert main([*BENCH, "--against", "plain", "--rounds", "1", "--steps", "1"]) == 0
@@ -126,7 +127,7 @@ def test_a_later_failure_is_in_the_table(monkeypatch: pytest.MonkeyPatch, capsys
 
 @pytest.mark.parametrize("auto", [True, False])
 def test_rows_say_whether_they_were_compiled(
-    auto: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    auto: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """In a process that finds no compiler: megagpt's engine and the plain loop ask the same function."""
     untimed(monkeypatch)
@@ -139,12 +140,11 @@ def test_rows_say_whether_they_were_compiled(
     monkeypatch.setattr(engine, "is_compiled", asked)
     monkeypatch.setattr(steps, "is_compiled", asked if auto else lambda config, world: True)
     monkeypatch.setattr(steps.torch, "compile", lambda function, dynamic: function)
-    assert main([*BENCH, "--against", "plain", "--json", "-"]) == 0
+    assert main([*BENCH, "--against", "plain", "--json", str(tmp_path / "found")]) == 0
+    assert [row["compile"] for row in json.loads((tmp_path / "found").read_text())["rows"]] == [False, not auto]
     out, err = capsys.readouterr()
-    assert [row["compile"] for row in json.loads(out)["rows"]] == [False, not auto]
-    lines = err.splitlines()
-    assert lines.count(f"  {say_once}") == (2 if auto else 1), "once for each row, not for each round"
-    title, _, head, own, plain = lines[-5:]
+    assert err.splitlines().count(f"  {say_once}") == (2 if auto else 1), "once for each row, not for each round"
+    title, _, head, own, plain = out.splitlines()[-5:]
     if auto:
         assert "compile off (the default here)" in title
         assert "compile" not in head

@@ -89,17 +89,16 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 def _measure(row: Row, lines: list[str]) -> Iterator[list[str] | Measured]:
     config, train = row.config, row.config.train
-    # The listener is inside, because the error that ends the process is not among the lines.
-    with join(train.device, tune_allocator=row.tuned_allocator) as world, overheard(lines.append):
+    with join(train.device, tune_allocator=row.tuned_allocator) as world:
         device = world.device
-        step, compiled = _step(row, world)
-        seconds = time_steps(step, device, row.steps)
+        with overheard(lines.append):
+            step, compiled = _step(row, world)
+            seconds = time_steps(step, device, row.steps)
         found = Measured(
             seconds, peak_memory(device), compiled, None, peak_flops(device, train.precision, config.log.peak_tflops),
             device_name(device), torch.get_num_threads(), torch.__version__,
         )  # fmt: skip
         yield lines
-        lines.clear()
         yield found
         if train.float8 != "none":
             return
