@@ -25,8 +25,8 @@ ON_GPU, ON_CPU = ["--device", "cuda"], ["--device", "cpu"]
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Setting]]:
-    """Replaces processes by a machine with memory for a number of sequences, whose micro-batches take the given seconds.
-    Gives the settings in the order in which they are measured."""
+    """Replaces processes by a machine with memory for a number of sequences, where a micro-batch takes the given
+    seconds. Gives the settings in the order in which they are measured."""
 
     def machine(seconds: Times, room: int, full: str | Exception = "out of memory") -> list[Setting]:
         tried: list[Setting] = []
@@ -148,11 +148,11 @@ def test_words_after_sweep_are_no_axes(measured: Callable[..., list[Setting]]) -
         (["compile", "--compile"], ["--sweep compile tries every value: leave out --compile"]),
         (
             ["activation_checkpointing", "train.activation_checkpointing=full"],
-            ["leave out the override of train.activation_check"],
+            ["leave out the override of train."],
         ),
         (
             ["batch", "--accumulation", "3"],
-            ["--accumulation 3: a step of 3 micro-batches", "from 2 to 16; or leave out"],
+            ["--accumulation 3: a step of 3 micro-batches", "go from 2 to 16; or"],
         ),
         (["batch", "--against", "plain"], ["--sweep measures megagpt in many settings: leave out --against"]),
     ],
