@@ -186,7 +186,8 @@ def test_the_others_are_compiled_as_a_whole(
     untimed(monkeypatch)
 
     def others_only(ranks: int, function: Any, row: steps.Row, method: str) -> Iterator[Any]:
-        return iter([found([1.0])]) if row.implementation == "megagpt" else function(row)
+        own = found([1.0], compiled=row.config.train.compile is True)
+        return iter([own]) if row.implementation == "megagpt" else function(row)
 
     monkeypatch.setattr(bench, "run_ranks", others_only)
     counter = CompileCounter()
