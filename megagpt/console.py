@@ -5,12 +5,14 @@ import io
 import os
 import select
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
 # Where `say` prints in this process: the stream's name, which is empty on a silent rank, and a prefix.
 _voice = ("stdout", "")
+# Also gets each line that this process prints.
+_listener: Callable[[str], object] | None = None
 
 
 def prepare_streams() -> None:
@@ -66,6 +68,8 @@ def warn(text: str) -> None:
 
 
 def _print(text: str, name: str) -> None:
+    if _listener is not None:
+        _listener(text)
     stream = getattr(sys, name)
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
@@ -85,6 +89,17 @@ def voice(silent: bool = False, to_stderr: bool = False, prefix: str = "") -> It
         yield
     finally:
         _voice = before
+
+
+@contextlib.contextmanager
+def overheard(listener: Callable[[str], object]) -> Iterator[None]:
+    """Give each line that this process prints to a function, too, for the duration of the block."""
+    global _listener
+    before, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = before
 
 
 def duration(seconds: float) -> str:

@@ -40,6 +40,10 @@ class NonFiniteError(UserError):
     """A weight or a logit is NaN or infinite."""
 
 
+class Killed(UserError):
+    """A rank died of SIGKILL: of the kernel's, because memory was full, or of somebody's."""
+
+
 class TransientError(ExpectedError):
     """A disk or a network failed for a while: a retry may succeed without any change."""
 

@@ -57,7 +57,7 @@ _PEAKS = {
 _BANDWIDTHS = {
     "GB300": 8.0, "GB200": 8.0, "B300": 8.0, "B200": 8.0,
     "GH200 144G": 4.9, "GH200": 4.0,
-    "H200": 4.8, "H100 PCIe": 2.0, "H100 NVL": 3.9, "H100": 3.35, "H800 PCIe": 2.0, "H800": 3.35,
+    "H200 NVL": 4.8, "H200": 4.8, "H100 PCIe": 2.0, "H100 NVL": 3.9, "H100": 3.35, "H800 PCIe": 2.0, "H800": 3.35,
     "H20 3e": 4.8, "H20": 4.0,
     "A100 80GB PCIe": 1.935, "A100 80GB": 2.039, "A100": 1.555,
     "A800 80GB PCIe": 1.935, "A800 80GB": 2.039, "A800": 1.555,
@@ -67,8 +67,9 @@ _BANDWIDTHS = {
     "V100": 0.9, "T4": 0.32,
     "MI300X": 5.3, "MI325X": 6.0,
 }  # fmt: skip
-# Words of other variants, which have the name of a card above in their own: a slice of a card, a laptop's chip.
-_VARIANTS = {"mig", "laptop", "max", "d", "ti"}
+# Words of other variants, which have the name of a card above in their own: a slice of a card, a laptop's chip, a card
+# made for one computer centre. A word that an entry has itself is none.
+_VARIANT = re.compile(r"mig|grid|\d+[abcq]\d?|laptop|max|d|ti|nvl|fhhl|64gb")
 # Memory of the largest of them, a B300 (GB).
 LARGEST_GPU_GB = 288.0
 
@@ -99,5 +100,7 @@ def memory_bandwidth(device: torch.device) -> float | None:
 def _entry(table: Mapping[str, T], device: torch.device) -> T | None:
     """The device's entry, by the words of its name: an "NVIDIA RTX A1000" is no A100."""
     words = set(re.findall(r"\w+", device_name(device).lower()))
-    found = [entry for key, entry in table.items() if words.issuperset(key.lower().split())]
-    return found[0] if found and not words & _VARIANTS else None
+    for key, entry in table.items():
+        if words.issuperset(own := key.lower().split()):
+            return None if any(map(_VARIANT.fullmatch, words.difference(own))) else entry
+    return None

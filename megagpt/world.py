@@ -123,14 +123,14 @@ def join(
     device: str = "auto", tune_allocator: bool = True, hang_timeout: float = 0, asked: Asked = never
 ) -> Iterator[World]:
     """Join the process group that the launcher describes, and leave it at the end. `say` prints on the main rank only.
-    `tune_allocator` lets a process on a CPU keep the memory that it frees. An error on any rank ends all of them within
-    seconds, printed once, with the rank. `hang_timeout`: seconds after which a Watchdog ends ranks that hang; the
-    process group waits longer than that. `asked` ends the wait for peers. Raises UserError for an incomplete or
-    impossible environment; Interrupted or Stopped if a signal came before the peers."""
+    `tune_allocator`: a process on a CPU keeps the memory that it frees, and a GPU's allocator extends its segments. An
+    error on any rank ends all of them within seconds, printed once, with the rank. `hang_timeout`: seconds after which
+    a Watchdog ends ranks that hang; the process group waits longer than that. `asked` ends the wait for peers. Raises
+    UserError for an incomplete or impossible environment; Interrupted or Stopped if a signal came before the peers."""
     info = launchers.find_rank(os.environ)
     raise_file_limit()
     try:
-        world = World(info.rank, info.size, info.local_rank, choose_device(device, info.local_rank))
+        world = World(info.rank, info.size, info.local_rank, choose_device(device, info.local_rank, tune_allocator))
     except UserError as error:
         fail_together(error, asked)
     if world.device.type == "cpu" and tune_allocator:
@@ -213,12 +213,13 @@ def check_device(name: str, option: str) -> None:
         raise UserError(f"{option} is cuda, but PyTorch sees no GPU here; use {option}=cpu")
 
 
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device that `train.device` means for a rank, set up for this process. Raises UserError if there is none for
-    it."""
+def choose_device(name: str, local_rank: int, tune_allocator: bool = True) -> torch.device:
+    """The device that `train.device` means for a rank, set up for this process. `tune_allocator`: whether a GPU's
+    allocator extends its segments. Raises UserError if there is no device for the rank."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    use_expandable_segments()
+    if tune_allocator:
+        use_expandable_segments()
     check_device(name, "train.device")
     count = torch.cuda.device_count()
     index = 0 if count == 1 and launchers.sees_one_gpu(os.environ) else local_rank

@@ -1,8 +1,7 @@
-"""`megagpt bench`: what its steps compute, which numbers it shows and when, what it refuses; what `parity` refuses."""
+"""`megagpt bench`: its steps' results, its numbers, and what it refuses; what `parity` refuses."""
 
 import json
 import re
-import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounter
 
 from megagpt.cli import main
 from megagpt.errors import UserError
-from megagpt.measure import bench, matrix_rate, processes, steps
+from megagpt.measure import bench, matrix_rate, steps
 from megagpt.measure.plain import PlainGPT, plain_loss, plain_optimizer, plain_step
 from megagpt.models.presets import ModelConfig
 from tests.conftest import Refusal
@@ -72,8 +70,8 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix_rate, "time_call", lambda call, device: [call(), 0.001][1])
 
 
-def found(seconds: list[float], matrix_seconds: float = 0.5) -> steps.Measured:
-    return steps.Measured(seconds, 2**30, matrix_seconds, 1e9, "some device", 1, torch.__version__)
+def found(seconds: list[float], matrix_seconds: float | None = 0.5, compiled: bool = False) -> steps.Measured:
+    return steps.Measured(seconds, 2**30, compiled, matrix_seconds, 1e9, "some device", 1, torch.__version__)
 
 
 def test_rows_are_shown_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,7 +86,7 @@ def test_rows_are_shown_as_they_come(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main([*BENCH, "--against", "plain", "--steps", "1", "--rounds", "1"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "round 1 of 1: megagpt fp32 ..."
-    assert lines[1].startswith("  s/step 1.0000, median 2.0000, tok/s 32, ")
+    assert lines[1].startswith("  best s 1.0000, median s 2.0000, tok/s 32, ")
     assert lines[2:4] == ["round 1 of 1: plain fp32 ...", "  broken on purpose"]
     assert lines[4] == "megagpt: error: plain fp32: broken on purpose"
 
@@ -125,6 +123,7 @@ def test_numbers_follow_from_the_step_that_counts(
     matrix_rate = tokens * 6 * (12 * 32 * 32 + 512 * 32) / matrix
     assert own["matrix_flops_per_second"] == matrix_rate
     assert own["of_matrix_rate"] == pytest.approx(tokens * per_token / step / matrix_rate)
+    assert own["products_share"] == matrix / step
     assert own["against"] == (
         {"plain": 3.0, "transformers": 2.0} if device == "cpu" else {"plain": 2, "transformers": 3}
     )
@@ -137,8 +136,8 @@ def test_numbers_follow_from_the_step_that_counts(
     *lines, title, says, head, own_line, _, _ = err.splitlines()
     assert "some device, 1 threads" in title
     assert f"are those of the {counts} step" in says
-    assert "of matrix rate" in head
-    assert f"{own['of_matrix_rate']:.1%}" in own_line
+    assert "products' share" in head
+    assert f"{matrix / step:.1%}" in own_line
     shown = [lines[i + 1] for i in range(0, len(lines), 2)][-3:]
     for line, table_line in zip(shown, err.splitlines()[-3:], strict=True):
         for cell in table_line.split()[2:]:
@@ -172,7 +171,7 @@ def test_a_step_is_all_its_micro_batches(monkeypatch: pytest.MonkeyPatch, capsys
     assert main([*BENCH, "--accumulation", "3", "--against", "plain", "--rounds", "1"]) == 0
     title, _, head, *rows = capsys.readouterr().out.splitlines()
     assert "3 x 2 x 16 tokens a step" in title
-    assert head.split()[:5] == ["implementation", "precision", "s/step", "median", "tok/s"]
+    assert head.split()[:7] == ["implementation", "precision", "best", "s", "median", "s", "tok/s"]
     assert [row.split()[:5] for row in rows] == [
         [name, "fp32", "0.2500", "0.5000", "384"] for name in ("megagpt", "plain")
     ]
@@ -187,7 +186,8 @@ def test_the_others_are_compiled_as_a_whole(
     untimed(monkeypatch)
 
     def others_only(ranks: int, function: Any, row: steps.Row, method: str) -> Iterator[Any]:
-        return iter([found([1.0])]) if row.implementation == "megagpt" else function(row)
+        own = found([1.0], compiled=row.config.train.compile is True)
+        return iter([own]) if row.implementation == "megagpt" else function(row)
 
     monkeypatch.setattr(bench, "run_ranks", others_only)
     counter = CompileCounter()
@@ -201,55 +201,11 @@ def test_the_others_are_compiled_as_a_whole(
     assert counter.frame_count == graphs
 
 
-def too_large(*arguments: Any, **more: Any) -> None:
-    """Raises the real error of a CPU's allocator, as a compiler wraps it."""
-    try:
-        torch.empty(2**60)
-    except RuntimeError as cause:
-        raise BackendCompilerFailed(too_large, cause, None) from cause
-
-
-def test_memory_that_runs_out_ends_a_row_only(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    untimed(monkeypatch)
-    monkeypatch.setattr(steps, "plain_step", too_large)
-    assert main([*BENCH, "--against", "plain", "--rounds", "2"]) == 0
-    out, err = capsys.readouterr()
-    own, plain = out.splitlines()[-2:]
-    assert own.split()[2] == "0.2500"
-    assert plain.split() == ["plain", "fp32", "out", "of", "memory"]
-    assert err.count("plain fp32 ...\n  out of memory\n") == 1, "not tried again"
-
-
-@pytest.mark.parametrize(
-    ("error", "full"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."), True),
-        (torch.AcceleratorError("CUDA error: out of memory"), True),
-        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
-        (MemoryError(), True),
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
-        (UserError("the file is full"), False),
-    ],
-)
-def test_full_memory_is_told_from_other_errors(error: Exception, full: bool) -> None:
-    assert steps.is_out_of_memory(error) == full
-
-
-def test_other_errors_are_not_taken_for_full_memory(monkeypatch: pytest.MonkeyPatch, refusal: Refusal) -> None:
-    untimed(monkeypatch)
-    monkeypatch.setattr(steps, "plain_step", lambda *arguments, **more: [][1])
-    with pytest.raises(IndexError):
-        main([*BENCH, "--against", "plain", "--rounds", "1"])
-
-
-def test_a_process_that_the_kernel_ends_is_named(tmp_path: Path) -> None:
-    """Linux kills a process that takes more memory than there is. Its last line is not the reason."""
-    (tmp_path / "1").write_text("a warning\n")
-    found = processes._reason(tmp_path, [1, -signal.SIGKILL])
-    assert found == "[rank 1 of 2] died of SIGKILL (out of memory, if nobody sent it)"
-    assert processes._reason(tmp_path, [0, 1]) == "a warning"
+def test_bench_refuses_several_ranks(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    refusal(BENCH, "bench measures one rank, and the launcher has started 2: start it without torchrun or srun")
 
 
 def test_bench_says_if_no_row_could_be_measured(
@@ -269,6 +225,11 @@ def test_bench_refuses_a_place_for_its_json_at_once(refusal: Refusal, tmp_path: 
 def test_bench_refuses_to_compare_unequal_work(refusal: Refusal) -> None:
     for override in ("model.dropout=0.1", "model.attention=banded"):
         refusal([*BENCH, "--against", "plain", override], "--against plain", "leave out")
+    refusal([*BENCH, "--against", "transformers", "model.attention=banded"], "--against transformers", "leave out")
+    for override in ("train.residual=bf16", "train.float8=rowwise"):
+        command = [word if word not in ("fp32", "cpu") else {"fp32": "bf16", "cpu": "auto"}[word] for word in BENCH]
+        advice = "unequal numerics; leave out this override, or --against"
+        refusal([*command, "--against", "transformers", override], override.partition("=")[0], advice)
 
 
 def test_the_json_has_the_documented_keys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,4 +251,4 @@ def test_the_json_has_the_documented_keys(monkeypatch: pytest.MonkeyPatch, capsy
         assert sorted(row) == sorted(keys)
     assert report.keys() <= set(re.findall(r"`(\w+)`", top))
     assert report["rows"][0]["failure"] == "out of memory"
-    assert {report["rows"][0][key] for key in ("best_seconds", "mfu", "of_matrix_rate", "peak_memory_bytes")} == {None}
+    assert {report["rows"][0][key] for key in ("best_seconds", "mfu", "products_share", "compile")} == {None}

@@ -112,6 +112,12 @@ def test_a_gpus_segments_expand_from_its_first_use(gpus: Any, monkeypatch: pytes
     assert seen == [["expandable_segments:True", None]]
 
 
+def test_a_process_may_keep_the_allocators_defaults(gpus: Any) -> None:
+    gpus(1)
+    choose_device("cuda", 0, tune_allocator=False)
+    assert allocator() == [None, None]
+
+
 @pytest.mark.parametrize("name", ALLOCATOR)
 @pytest.mark.parametrize("value", ["", "max_split_size_mb:512"])
 def test_the_users_settings_of_the_allocator_stay(

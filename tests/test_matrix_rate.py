@@ -116,34 +116,46 @@ class Event:
 
 
 @pytest.mark.parametrize(
-    ("device", "asked", "all_steps", "measured"),
-    [("cpu", None, 7, 5), ("cpu", 3, 5, 3), ("cuda", None, 60, 50), ("cuda", 3, 13, 3)],
+    ("device", "asked", "first", "all_steps", "measured"),
+    [
+        ("cpu", None, 1.0, 7, 5),
+        ("cpu", 3, 1.0, 5, 3),
+        ("cuda", None, 8.0, 10 + 1 + 1 + 50, 50),  # the eleventh step takes 88 s
+        ("cuda", 3, 1.0, 10 + 1 + 1 + 3, 3),  # 11 s
+        ("cuda", 3, 0.1, 10 + 8 + 1 + 3, 3),  # 1.1 s + 1.2 s + ... + 1.8 s
+    ],
 )
-def test_a_gpu_warms_up_longer(
-    device: str, asked: int | None, all_steps: int, measured: int, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_warms_up_by_time_after_its_first_steps(
+    device: str, asked: int | None, first: float, all_steps: int, measured: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each step is longer than the one before, by as much."""
     taken, waited = [], []
 
     def step() -> None:
         taken.append(1)
-        Event.now += len(taken)
+        Event.now += first * len(taken)
 
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: Event.now)
     seconds = timing.time_steps(step, torch.device(device), asked)
     assert len(taken) == all_steps
-    assert seconds == [all_steps - measured + i + 1 for i in range(measured)]
-    assert len(waited) == (1 if device == "cuda" else 0), "the host waits once, at the end"
+    assert seconds == pytest.approx([first * (all_steps - measured + i + 1) for i in range(measured)])
+    warmed = all_steps - measured - 10 - 1
+    waits = 1 + warmed + 1 if device == "cuda" else 0
+    assert len(waited) == waits, "the host waits during the warm-up by time, and once at the end"
 
 
 @pytest.mark.parametrize(("device", "counts"), [("cpu", 1.0), ("cuda", 3.0)])
 def test_a_gpus_median_and_a_cpus_best_time_count(device: str, counts: float, monkeypatch: pytest.MonkeyPatch) -> None:
     assert timing.typical([3.0, 1.0, 9.0], device) == counts
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    ticks = iter([0.0, 9.0] + [t for i in range(10) for t in (0.0, (3.0, 1.0, 9.0, 3.0)[i % 4])])
+    warmup = [0.0, 0.1, 0.6] if device == "cuda" else []  # one more call, until half a second is over
+    ticks = iter(warmup + [0.0, 9.0] + [t for i in range(10) for t in (0.0, (3.0, 1.0, 9.0, 3.0)[i % 4])])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
-    assert timing.time_call(lambda: None, torch.device(device)) == counts
+    calls: list[int] = []
+    assert timing.time_call(lambda: calls.append(1), torch.device(device)) == counts
+    assert len(calls) == (1 + 1 + 1 + 10 if device == "cuda" else 1 + 1 + 3)
 
 
 def test_short_calls_are_timed_in_long_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

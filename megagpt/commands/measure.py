@@ -8,10 +8,11 @@ from megagpt.errors import UserError
 
 
 def register(add: Add) -> None:
-    sub = add("bench", _bench, "Measure training steps: tokens/s, MFU, peak memory; compare other implementations.")
+    sub = add("bench", _bench, "Measure training steps of one rank: tokens/s, MFU, memory; compare implementations.")
     add_words(sub, "PRESET", "a preset, such as gpt2-124m, and overrides, such as engine.stage=3")
     sub.add_argument("--batch", type=count, default=4, help="sequences in a micro-batch (4)")
-    sub.add_argument("--accumulation", type=count, default=1, help="micro-batches in a step (1)")
+    text = "micro-batches in a step (1; with --sweep of batches 8 of the smallest, so that batches double three times)"
+    sub.add_argument("--accumulation", type=count, help=text)
     sub.add_argument("--context", type=count, help="tokens in a sequence (the preset's)")
     text = "may be given more than once (fp32 and bf16; with --sweep bf16)"
     sub.add_argument("--precision", action="append", choices=("fp32", "bf16", "fp16"), help=text)
@@ -20,13 +21,14 @@ def register(add: Add) -> None:
     engines = ("ddp", "fsdp", "zero")
     sub.add_argument("--engine", choices=engines, default="ddp", help="engine of megagpt's own row (ddp)")
     sub.add_argument("--against", default="", help="comma-separated: plain, transformers")
-    text = "give the others megagpt's CPU allocator setting too"
+    text = "give the others megagpt's settings of the allocator, too"
     sub.add_argument("--same-allocator", action="store_true", help=text)
-    sub.add_argument("--steps", type=count, help="measured steps in each round (5; on a GPU 50, after 10 to warm up)")
+    text = "measured steps in each round (5; on a GPU 50, after 10 and 10 seconds more to warm up)"
+    sub.add_argument("--steps", type=count, help=text)
     text = "number of rounds, alternating between rows (2; with --sweep 1)"
     sub.add_argument("--rounds", type=count, help=text)
-    text = "measure megagpt with all of batch,compile,recompute or the named ones: batches that double until memory is"
-    text += " full, with and without torch.compile, and each activation checkpointing"
+    text = "measure megagpt along all of batch,compile,activation_checkpointing or the named ones: micro-batches that"
+    text += " double while a step keeps its tokens, without and with torch.compile, each activation checkpointing"
     sub.add_argument("--sweep", nargs="?", const="", metavar="AXES", help=text)
     text = "also write every measured number to this file; - for stdout, and the table to stderr"
     sub.add_argument("--json", default="", metavar="FILE", help=text)

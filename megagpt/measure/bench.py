@@ -3,18 +3,21 @@ settings. The rows alternate, so that a machine that is slower for a while is sl
 
 import argparse
 import itertools
+import os
+import time
 from typing import Any
 
 import torch
 
+from megagpt import launchers
 from megagpt.config import Config
 from megagpt.config_file import build_config, override
-from megagpt.console import warn
-from megagpt.errors import UserError
+from megagpt.console import duration, warn
+from megagpt.errors import Killed, UserError
 from megagpt.measure.processes import run_ranks
 from megagpt.measure.report import Entry, Report, check_json
-from megagpt.measure.steps import OUT_OF_MEMORY, Row, measure
-from megagpt.measure.sweep import chosen_axes, describe, ends, first_settings
+from megagpt.measure.steps import OUT_OF_MEMORY, Measured, Row, measure
+from megagpt.measure.sweep import ACCUMULATION, batches, check_batches, chosen_axes, describe, ends, first_settings
 
 IMPLEMENTATIONS = ("megagpt", "plain", "transformers")
 # Config keys that bench's own arguments decide -> these arguments.
@@ -34,14 +37,19 @@ _ARGUMENTS = {
 def bench(arguments: argparse.Namespace) -> int:
     """Print a table of the rows, and each of them as it comes. Memory that runs out ends a row, any other error all of
     them; in a sweep, no error ends more than its row. Raises UserError for an impossible model, batch or
-    implementation, for an override of a key that an argument decides, and if no row could be measured."""
+    implementation, for an override of a key that an argument decides, on several ranks, and if no row could be
+    measured."""
+    if (size := launchers.find_rank(os.environ).size) > 1:
+        advice = "start it without torchrun or srun; a run's metrics.jsonl has the tokens/s of all its ranks"
+        raise UserError(f"bench measures one rank, and the launcher has started {size}: {advice}")
     against = [name for name in dict.fromkeys(arguments.against.split(",")) if name]
     for name in against:
         if name not in IMPLEMENTATIONS[1:]:
             raise UserError(f"--against {name!r}: valid: {', '.join(IMPLEMENTATIONS[1:])}")
     check_json(arguments.json)
     on_gpu = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
-    report = Report("cuda" if on_gpu else "cpu", arguments.json, arguments.sweep is not None, arguments.compile is None)
+    sweeps, default = arguments.sweep is not None, arguments.compile is None
+    report = Report("cuda" if on_gpu else "cpu", arguments.json, sweeps, default, arguments.overrides)
     if arguments.sweep is None:
         _compare(arguments, against, report)
     else:
@@ -58,10 +66,10 @@ def bench(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace, against: list[str], report: Report) -> None:
     """The rows of each precision and implementation, in turn."""
+    arguments.accumulation = arguments.accumulation or 1
     for precision in dict.fromkeys(arguments.precision or ("fp32", "bf16")):
         config = _config(arguments, precision)
-        if "plain" in against and (config.model.dropout or config.model.attention != "dense"):
-            raise UserError("--against plain has dense attention and no dropout: leave out these overrides, or plain")
+        _check_equal_work(against, config)
         for name in ("megagpt", *against):
             tuned = name == "megagpt" or arguments.same_allocator
             report.entries.append(Entry(Row(name, config, arguments.steps, tuned)))
@@ -73,22 +81,47 @@ def _compare(arguments: argparse.Namespace, against: list[str], report: Report) 
                 raise UserError(f"{entry.row}: {entry.failure}")
 
 
+def _check_equal_work(against: list[str], config: Config) -> None:
+    """Raises UserError if some implementation would compute something else than megagpt."""
+    model, train = config.model, config.train
+    if "plain" in against and (model.dropout or model.attention != "dense"):
+        raise UserError("--against plain has dense attention and no dropout: leave out these overrides, or plain")
+    if "transformers" in against and model.attention != "dense":
+        raise UserError("--against transformers has dense attention: leave out this override, or transformers")
+    for key, value, theirs in (("residual", train.residual, "fp32"), ("float8", train.float8, "none")):
+        if against and value != theirs:
+            text = f"train.{key} is {value}, and the others compute with {theirs}: unequal numerics"
+            raise UserError(f"--against {','.join(against)}: {text}; leave out this override, or --against")
+
+
 def _sweep(arguments: argparse.Namespace, report: Report) -> None:
     """Lines of growing batches, one for each combination of the other axes. Further rounds repeat the rows of the
     first one."""
     axes = chosen_axes(arguments, [key for text in arguments.overrides for key in _keys(text)])
     precisions, rounds = dict.fromkeys(arguments.precision or ("bf16",)), arguments.rounds or 1
-    warn(describe(axes, arguments.batch, report.device_type))
+    arguments.accumulation = arguments.accumulation or (ACCUMULATION if "batch" in axes else 1)
+    check_batches(axes, arguments)
+    sizes = batches(axes, arguments)
+    warn(describe(axes, sizes, report.device_type))
+    rows = rounds * len(precisions) * len(list(first_settings(axes, arguments.batch))) * len(sizes)
     for precision, setting in itertools.product(precisions, first_settings(axes, arguments.batch)):
         line: list[Entry] = []
-        while not line or ("batch" in axes and not ends(line, report)):
+        for batch in sizes:
+            if line and ends(line, report):
+                break
+            setting = setting._replace(batch=batch)
             config = _config(setting.applied(arguments), precision)
             row = Row("megagpt", config, arguments.steps, tuned_allocator=True)
             overrides = [*setting.overrides(), *([f"train.precision={precision}"] if len(precisions) > 1 else [])]
             line.append(Entry(row, str(setting), overrides))
             report.entries.append(line[-1])
+            start = time.monotonic()
             _run(line[-1], report, 1, rounds)
-            setting = setting._replace(batch=2 * setting.batch)
+            if sum(len(entry.rounds) for entry in report.entries) == 1 and line[-1].rounds:
+                took = time.monotonic() - start
+                compiler = ", and the compiler's time comes on top" if "compile" in axes else ""
+                text = f"this row took {duration(took)}; at most {rows} rows like it take {duration(took * rows)}"
+                warn(f"  {text}{compiler}")
     for turn in range(2, rounds + 1):
         for entry in report.entries:
             _run(entry, report, turn, rounds)
@@ -99,14 +132,28 @@ def _run(entry: Entry, report: Report, turn: int, rounds: int) -> None:
     if entry.failure:
         return
     warn(f"round {turn} of {rounds}: {entry} ...")
+    measured: Measured | None = None
+    failure = ""
     try:
-        (found,) = run_ranks(1, measure, entry.row, method="spawn")
+        for found in run_ranks(1, measure, entry.row, method="spawn"):
+            if isinstance(found, Measured):
+                measured = found
+            elif isinstance(found, str):
+                failure = found
+            else:
+                entry.hear(found)
+    except Killed as error:
+        # The kernel, as far as one can know: a CPU's row takes the host's memory.
+        entry.hear([str(error)])
+        failure = OUT_OF_MEMORY if report.device_type == "cpu" else str(error)
     except UserError as error:
-        found = str(error)
-    if isinstance(found, str):
-        entry.failure = found
+        failure = str(error)
+    if measured is None:
+        entry.failure = failure
     else:
-        entry.rounds.append(found)
+        entry.rounds.append(measured)
+        if failure:
+            entry.hear([f"its matrix products were not timed: {failure}"])
     report.show(entry)
 
 

@@ -1,5 +1,5 @@
-"""The machine's own matrix rate: that of the matrix products of a training step, each timed alone. The step's share of
-this rate says how much is left to gain, and moves less from machine to machine than the step's speed. Attention's
+"""The machine's own matrix rate: that of the matrix products of a training step, each timed alone. Their share of the
+step's time says how much is left to gain, and moves less from machine to machine than the step's speed. Attention's
 products are not among them: they are part of its kernel."""
 
 from typing import NamedTuple

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from megagpt.errors import Reported, UserError
+from megagpt.errors import Killed, Reported, UserError
 from megagpt.failures import failure, leave_record, read_record
 from megagpt.measure.cases import Case
 
@@ -44,7 +44,7 @@ def run_cases(kind: str, cases: Sequence[Case], progress: Callable[[], object] =
 def run_ranks(ranks: int, function: Function, *arguments: Any, method: str = "forkserver") -> Iterator[Any]:
     """Call `function(*arguments)` on every rank of a new world; yields what rank 0's call yields. `method`:
     "forkserver" starts fast, from a process that has imported everything; "spawn" gives fresh processes, which share no
-    memory with it. Raises UserError with the reason of the rank that failed first."""
+    memory with it. Raises UserError with the reason of the rank that failed first: Killed if it died of SIGKILL."""
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(PRELOADED)
@@ -71,7 +71,7 @@ def run_ranks(ranks: int, function: Function, *arguments: Any, method: str = "fo
                     process.join()
         codes = [process.exitcode for process in processes]
         if any(codes):
-            raise UserError(_reason(Path(folder), codes))
+            raise _error(Path(folder), codes)
 
 
 def free_port() -> int:
@@ -111,17 +111,17 @@ def _rank(variables: dict[str, str], log: Path, sender: Connection | None, funct
         sys.exit(1)
 
 
-def _reason(folder: Path, codes: Sequence[int | None]) -> str:
-    """Why the ranks failed: the record of the first rank that failed, else the kernel, which kills one that takes too
-    much memory, else the last line that a rank printed."""
+def _error(folder: Path, codes: Sequence[int | None]) -> UserError:
+    """The reason why the ranks failed: the record of the first rank that failed, else the kernel, which kills one that
+    takes too much memory, else the last line that a rank printed."""
     records = [record for path in sorted(folder.glob("*.error.json")) if (record := read_record(path)) is not None]
     for record in sorted(records, key=lambda record: not record.first):
-        return f"[rank {record.rank} of {len(codes)}] {record.reason}"
+        return UserError(f"[rank {record.rank} of {len(codes)}] {record.reason}")
     if -signal.SIGKILL in codes:
         rank = codes.index(-signal.SIGKILL)
-        return f"[rank {rank} of {len(codes)}] died of SIGKILL (out of memory, if nobody sent it)"
+        return Killed(f"[rank {rank} of {len(codes)}] died of SIGKILL (out of memory, if nobody sent it)")
     for rank in range(len(codes)):
         path = folder / str(rank)
         if path.exists() and (lines := path.read_text(errors="replace").split("\n")[:-1]):
-            return lines[-1]
-    return f"exit codes {codes}"
+            return UserError(lines[-1])
+    return UserError(f"exit codes {codes}")

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megagpt import __version__
-from megagpt.config import compiles
 from megagpt.console import warn
 from megagpt.errors import UserError
 from megagpt.files import named_path, now, write_atomic
@@ -27,11 +26,13 @@ class Entry:
     row: Row
     setting: str = ""
     """In a sweep, the values of its axes."""
-    overrides: Sequence[str] = ()
+    setting_overrides: Sequence[str] = ()
     """The same as overrides of a config."""
     rounds: list[Measured] = field(default_factory=list)
     failure: str = ""
     """Why there are no more rounds."""
+    heard: list[str] = field(default_factory=list)
+    """Lines that its processes printed for people."""
 
     def __str__(self) -> str:
         return f"{self.row}, {self.setting}" if self.setting else str(self.row)
@@ -39,6 +40,27 @@ class Entry:
     @property
     def seconds(self) -> list[float]:
         return [s for measured in self.rounds for s in measured.seconds]
+
+    @property
+    def matrix_seconds(self) -> list[float]:
+        """Of a step's matrix products, for each round in which they were timed."""
+        found = [measured.matrix_seconds for measured in self.rounds]
+        return [self.row.config.accumulation(1) * seconds for seconds in found if seconds is not None]
+
+    @property
+    def compiled(self) -> bool | None:
+        """Whether its steps ran in compiled graphs. Before any has run: as its config says, None for auto."""
+        if self.rounds:
+            return self.rounds[0].compiled
+        wanted = self.row.config.train.compile
+        return wanted if isinstance(wanted, bool) else None
+
+    def hear(self, lines: Sequence[str]) -> None:
+        """Print lines of its processes, each of them once."""
+        for line in lines:
+            if line not in self.heard:
+                self.heard.append(line)
+                warn(f"  {line}")
 
 
 @dataclass
@@ -51,6 +73,8 @@ class Report:
     sweeps: bool
     """Whether the rows differ in batch, compilation and activation checkpointing."""
     compile_by_default: bool
+    overrides: Sequence[str]
+    """Those of the command: every row of megagpt has them."""
     entries: list[Entry] = field(default_factory=list)
 
     def show(self, entry: Entry) -> None:
@@ -73,7 +97,7 @@ class Report:
             out(line)
         if self.sweeps:
             best = self._best()
-            out(f"best: {self.tokens_per_second(best):,.0f} tok/s with {' '.join(best.overrides)}")
+            out(f"best: {self.tokens_per_second(best):,.0f} tok/s with {' '.join(best.setting_overrides)}")
         if self.json == "-":
             sys.stdout.write(self._json().decode())
 
@@ -89,30 +113,29 @@ class Report:
         row, rounds = entry.row, entry.rounds
         config, train = row.config, row.config.train
         own = row.implementation == "megagpt"
-        accumulation = config.accumulation(1)
-        flops = matrix_flops(config.model, train.micro_batch * config.model.context)
         values: dict[str, Any] = {
             "implementation": row.implementation,
             "engine": config.engine.name if own else None,
             "precision": train.precision,
-            "compile": compiles(config.train.compile, self.device_type),
+            "residual": train.residual if own else "fp32",
+            "float8": train.float8 if own else "none",
+            "compile": entry.compiled,
             "activation_checkpointing": train.activation_checkpointing if own else "none",
             "tuned_allocator": row.tuned_allocator,
             "micro_batch": train.micro_batch,
-            "accumulation": accumulation,
+            "accumulation": config.accumulation(1),
             "tokens_per_step": train.batch_tokens,
             "flops_per_step": train.batch_tokens * config.model.flops_per_token,
-            "matrix_flops_per_step": accumulation * flops,
-            "overrides": list(entry.overrides),
+            "matrix_flops_per_step": matrix_flops(config.model, train.batch_tokens),
+            "overrides": [*self.overrides, *entry.setting_overrides],
             "failure": entry.failure or None,
             "seconds": [measured.seconds for measured in rounds],
-            "matrix_seconds": [accumulation * measured.matrix_seconds for measured in rounds],
+            "matrix_seconds": entry.matrix_seconds,
             **dict.fromkeys(_DERIVED),
         }
         if rounds:
             seconds = self.typical(entry)
             rate = values["flops_per_step"] / seconds
-            matrix_rate = values["matrix_flops_per_step"] / typical(values["matrix_seconds"], self.device_type)
             peak = rounds[0].peak_flops
             against = self._against(entry)
             values |= {
@@ -122,12 +145,16 @@ class Report:
                 "flops_per_second": rate,
                 "peak_flops_per_second": peak,
                 "mfu": rate / peak if peak else None,
-                "matrix_flops_per_second": matrix_rate,
-                "of_matrix_rate": rate / matrix_rate,
                 "peak_memory_bytes": max(measured.memory for measured in rounds),
                 "against": against or None,
                 "vs_best_other": min(against.values(), default=None),
             }
+            if entry.matrix_seconds:
+                products = typical(entry.matrix_seconds, self.device_type)
+                matrix_rate = values["matrix_flops_per_step"] / products
+                values["products_share"] = products / seconds
+                values["matrix_flops_per_second"] = matrix_rate
+                values["of_matrix_rate"] = rate / matrix_rate
         return values
 
     def _against(self, entry: Entry) -> dict[str, float]:
@@ -146,18 +173,20 @@ class Report:
         if self.sweeps:
             accumulated = f"{n['accumulation']} x " if n["accumulation"] > 1 else ""
             cells["batch"] = f"{accumulated}{n['micro_batch']}"
-            cells["compile"] = "on" if n["compile"] else "off"
-            cells["recompute"] = str(n["activation_checkpointing"])
+        if self.sweeps or len(self._compiled()) > 1:
+            cells["compile"] = _SWITCH[n["compile"]]
+        if self.sweeps:
+            cells["activation checkpointing"] = str(n["activation_checkpointing"])
         if not entry.rounds:
-            return {**cells, "s/step": entry.failure}
+            return {**cells, "best s": entry.failure}
         return {
             **cells,
-            "s/step": f"{n['best_seconds']:.4f}",
-            "median": f"{n['median_seconds']:.4f}",
+            "best s": f"{n['best_seconds']:.4f}",
+            "median s": f"{n['median_seconds']:.4f}",
             "tok/s": f"{n['tokens_per_second']:,.0f}",
             "TFLOP/s": f"{n['flops_per_second'] / 1e12:.3f}",
             "MFU": f"{n['mfu']:.1%}" if n["mfu"] else "n/a",
-            "of matrix rate": f"{n['of_matrix_rate']:.1%}",
+            "products' share": f"{n['products_share']:.1%}" if n["products_share"] else "n/a",
             "peak GiB": f"{n['peak_memory_bytes'] / 2**30:.2f}",
             "vs best other": f"{n['vs_best_other']:.2f}x" if n["vs_best_other"] else "",
         }
@@ -165,21 +194,25 @@ class Report:
     def _best(self) -> Entry:
         return max((entry for entry in self.entries if entry.rounds), key=self.tokens_per_second)
 
+    def _compiled(self) -> set[bool | None]:
+        return {entry.compiled for entry in self.entries if entry.rounds}
+
     def _title(self) -> list[str]:
         config = self.entries[0].row.config
         measured = next(measured for entry in self.entries for measured in entry.rounds)
         model, train, accumulation = config.model, config.train, config.accumulation(1)
         accumulated = f"{accumulation} x " if accumulation > 1 else ""
         batch = "" if self.sweeps else f"{accumulated}{train.micro_batch} x {model.context} tokens a step, "
-        compiled = "on" if compiles(config.train.compile, self.device_type) else "off"
-        default = " (the default here)" if self.compile_by_default else ""
-        where = f"{measured.device}, {measured.threads} threads, torch {measured.torch_version}"
-        counts = statistic(self.device_type)
-        counted = f"s/step is the best step; speeds, shares and ratios are those of the {counts} step"
+        where = f"one rank, {measured.device}, {measured.threads} threads, torch {measured.torch_version}"
+        compiled = ""
+        if not self.sweeps and len(self._compiled()) == 1:
+            default = " (the default here)" if self.compile_by_default else ""
+            compiled = f", compile {_SWITCH[measured.compiled]}{default}"
+        overrides = f", with {' '.join(self.overrides)}" if self.overrides else ""
+        counted = f"speeds, shares and ratios are those of the {statistic(self.device_type)} step"
         reason = ", because a GPU is faster in its first seconds than its power limit allows for long"
         return [
-            f"{model.preset}: {model.parameters:,} parameters, {batch}{where}"
-            + ("" if self.sweeps else f", compile {compiled}{default}"),
+            f"{model.preset}: {model.parameters:,} parameters, {batch}{where}{compiled}{overrides}",
             counted + (reason if self.device_type == "cuda" else ""),
         ]
 
@@ -189,6 +222,7 @@ class Report:
         if not any(row.get("vs best other") for row in rows):
             heads.remove("vs best other")
         failed = [not entry.rounds for entry in self.entries]
+        later = [f"  then {entry.failure}" if entry.rounds and entry.failure else "" for entry in self.entries]
         lines = [heads, *([row.get(head, "") for head in heads] for row in rows)]
         # A failure may be a long sentence, and has its line to itself.
         full = [line for line, fails in zip(lines, (False, *failed), strict=True) if not fails]
@@ -198,7 +232,8 @@ class Report:
                 cell.ljust(width) if i < _LEFT_ALIGNED else cell.rjust(width)
                 for i, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
-            for line in lines
+            + failure
+            for line, failure in zip(lines, ("", *later), strict=True)
         ]
 
     def _json(self) -> bytes:
@@ -218,7 +253,7 @@ class Report:
                 "flops_per_token": config.model.flops_per_token,
             },
             "rows": [self.numbers(entry) for entry in self.entries],
-            "best_overrides": list(self._best().overrides) if self.sweeps and measured else None,
+            "best_overrides": list(self._best().setting_overrides) if self.sweeps and measured else None,
         }
         return (json.dumps(tree, indent=1) + "\n").encode()
 
@@ -226,8 +261,9 @@ class Report:
 # Keys of the JSON file's rows that follow from the measured ones.
 _DERIVED = (
     "best_seconds", "median_seconds", "tokens_per_second", "flops_per_second", "peak_flops_per_second", "mfu",
-    "matrix_flops_per_second", "of_matrix_rate", "peak_memory_bytes", "against", "vs_best_other",
+    "products_share", "matrix_flops_per_second", "of_matrix_rate", "peak_memory_bytes", "against", "vs_best_other",
 )  # fmt: skip
+_SWITCH = {True: "on", False: "off", None: ""}
 
 
 def check_json(name: str) -> None:

@@ -3,7 +3,7 @@ process of their own, so that its peak memory is theirs, too."""
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from megagpt.config import Config, compiles
+from megagpt.config import Config
+from megagpt.console import overheard
 from megagpt.data.loader import Batch
+from megagpt.engines.compilation import is_compiled
 from megagpt.engines.engine import DTYPES, build_engine, build_optimizer
 from megagpt.errors import UserError
 from megagpt.hardware import device_name, peak_flops
@@ -37,7 +39,7 @@ class Row(NamedTuple):
     steps: int | None
     """Measured ones; None: as many as the device needs."""
     tuned_allocator: bool
-    """Whether a CPU process keeps freed memory, as megagpt's own processes always do."""
+    """Whether a CPU process keeps freed memory and a GPU's segments expand, as in megagpt's own processes."""
 
     def __str__(self) -> str:
         return f"{self.implementation} {self.config.train.precision}"
@@ -45,14 +47,17 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """What a process found."""
+    """Findings of a process."""
 
     seconds: list[float]
     """Of each measured step."""
     memory: int
     """Peak in bytes."""
-    matrix_seconds: float
-    """Of a micro-batch's matrix products, each timed alone, in the row's precision."""
+    compiled: bool
+    """Whether the steps ran in compiled graphs."""
+    matrix_seconds: float | None
+    """Of a micro-batch's matrix products, each timed alone, in the row's precision. None before they are timed, if they
+    do not fit in memory, and for products in float8, which are not timed."""
     peak_flops: float | None
     """FLOP/s of the device's data sheet; None if unknown."""
     device: str
@@ -60,15 +65,17 @@ class Measured:
     torch_version: str
 
 
-def measure(row: Row) -> Iterator[Measured | str]:
-    """Yields what the row's process finds: the measurement, or OUT_OF_MEMORY."""
+def measure(row: Row) -> Iterator[list[str] | Measured | str]:
+    """Yields the lines that the row's process printed for people, its steps, and these once more with the products'
+    time; or OUT_OF_MEMORY where memory ended."""
+    lines: list[str] = []
     try:
-        found: Measured | str = _measure(row)
+        yield from _measure(row, lines)
     except Exception as error:
+        yield lines
         if not is_out_of_memory(error):
             raise
-        found = OUT_OF_MEMORY
-    yield found
+        yield OUT_OF_MEMORY
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -80,25 +87,31 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return any(part in str(error) for part in _OUT_OF_MEMORY) or is_out_of_memory(error.__cause__)
 
 
-def _measure(row: Row) -> Measured:
-    config = row.config
-    with join(config.train.device, tune_allocator=row.tuned_allocator) as world:
+def _measure(row: Row, lines: list[str]) -> Iterator[list[str] | Measured]:
+    config, train = row.config, row.config.train
+    with join(train.device, tune_allocator=row.tuned_allocator) as world:
         device = world.device
-        seconds = time_steps(_step(row, world), device, row.steps)
-        memory = peak_memory(device)
+        with overheard(lines.append):
+            step, compiled = _step(row, world)
+            seconds = time_steps(step, device, row.steps)
+        found = Measured(
+            seconds, peak_memory(device), compiled, None, peak_flops(device, train.precision, config.log.peak_tflops),
+            device_name(device), torch.get_num_threads(), torch.__version__,
+        )  # fmt: skip
+        yield lines
+        yield found
+        if train.float8 != "none":
+            return
+        del step
         gc.collect()  # the products need room for their own operands
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        tokens = config.train.micro_batch * config.model.context
-        return Measured(
-            seconds, memory, matrix_seconds(config.model, tokens, DTYPES[config.train.precision], device),
-            peak_flops(device, config.train.precision, config.log.peak_tflops), device_name(device),
-            torch.get_num_threads(), torch.__version__,
-        )  # fmt: skip
+        tokens = train.micro_batch * config.model.context
+        yield replace(found, matrix_seconds=matrix_seconds(config.model, tokens, DTYPES[train.precision], device))
 
 
-def _step(row: Row, world: World) -> Callable[[], object]:
-    """One optimizer step, ready to be called again and again."""
+def _step(row: Row, world: World) -> tuple[Callable[[], object], bool]:
+    """One optimizer step, ready to be called again and again, and whether it is compiled."""
     config, device = row.config, world.device
     generator = torch.Generator().manual_seed(0)
     shape = (config.batch_sequences, config.model.context + 1)
@@ -108,7 +121,8 @@ def _step(row: Row, world: World) -> Callable[[], object]:
     if row.implementation == "megagpt":
         pieces = zip(tokens.chunk(accumulation), targets.chunk(accumulation), strict=True)
         batch = Batch(list(pieces), len(rows), targets.numel())
-        return partial(build_engine(config, world).train_step, batch, 1e-4)
+        engine = build_engine(config, world)
+        return partial(engine.train_step, batch, 1e-4), engine.compiled
     if device.type == "cuda":
         # PyTorch's defaults, which users of these loops have; megagpt sums in fp32.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
@@ -116,11 +130,13 @@ def _step(row: Row, world: World) -> Callable[[], object]:
     build = {"plain": PlainGPT, "transformers": _transformers}[row.implementation]
     model = build(config.model).to(device)
     dtype = DTYPES[config.train.precision]
-    loss_of = torch.compile(plain_loss, dynamic=False) if compiles(config.train.compile, device.type) else plain_loss
-    return partial(
+    compiled = is_compiled(config, world)
+    loss_of = torch.compile(plain_loss, dynamic=False) if compiled else plain_loss
+    step = partial(
         plain_step, model, build_optimizer(model, config), tokens, targets, config.optimizer.clip_norm, dtype,
         micro_batches=accumulation, loss_of=loss_of, scaler=GradScaler(device.type, enabled=dtype == torch.float16),
     )  # fmt: skip
+    return step, compiled
 
 
 def _transformers(config: ModelConfig) -> nn.Module:

@@ -10,9 +10,10 @@ from megagpt.errors import UserError
 from megagpt.measure.report import Entry, Report
 from megagpt.process_memory import free_memory
 
-AXES = ("batch", "compile", "recompute")
-# What decides an axis instead -> the axis.
-_COMPILE, _RECOMPUTE = "--compile or --no-compile", "train.activation_checkpointing"
+AXES = ("batch", "compile", "activation_checkpointing")
+# Micro-batches of the smallest size in a step, if the user gives no number: batches then double three times.
+ACCUMULATION = 8
+_CHECKPOINTING = "train.activation_checkpointing"
 _MODES = ("none", "selective", "full")
 
 
@@ -21,28 +22,30 @@ class Setting(NamedTuple):
 
     batch: int
     compile: bool | None
-    recompute: str | None
+    activation_checkpointing: str | None
 
     def __str__(self) -> str:
         compiled = None if self.compile is None else f"compile {'on' if self.compile else 'off'}"
-        recompute = None if self.recompute is None else f"recompute {self.recompute}"
-        return ", ".join(filter(None, (f"batch {self.batch}", compiled, recompute)))
+        mode = self.activation_checkpointing
+        checkpointing = None if mode is None else f"activation checkpointing {mode}"
+        return ", ".join(filter(None, (f"batch {self.batch}", compiled, checkpointing)))
 
     def overrides(self) -> list[str]:
         """The setting as overrides of a config."""
         compiled = None if self.compile is None else f"train.compile={str(self.compile).lower()}"
-        recompute = None if self.recompute is None else f"{_RECOMPUTE}={self.recompute}"
-        return [text for text in (f"train.micro_batch={self.batch}", compiled, recompute) if text]
+        mode = self.activation_checkpointing
+        checkpointing = None if mode is None else f"{_CHECKPOINTING}={mode}"
+        return [text for text in (f"train.micro_batch={self.batch}", compiled, checkpointing) if text]
 
     def applied(self, arguments: argparse.Namespace) -> argparse.Namespace:
         """bench's arguments with the setting in them. Larger batches take fewer micro-batches, so that a step keeps its
-        tokens, as in a run, until it is a single micro-batch."""
+        tokens, as in a run."""
         values = {**vars(arguments), "batch": self.batch}
-        values["accumulation"] = max(1, arguments.accumulation * arguments.batch // self.batch)
+        values["accumulation"] = arguments.accumulation * arguments.batch // self.batch
         if self.compile is not None:
             values["compile"] = self.compile
-        if self.recompute is not None:
-            values["overrides"] = [*arguments.overrides, f"{_RECOMPUTE}={self.recompute}"]
+        if self.activation_checkpointing is not None:
+            values["overrides"] = [*arguments.overrides, f"{_CHECKPOINTING}={self.activation_checkpointing}"]
         return argparse.Namespace(**values)
 
 
@@ -51,9 +54,9 @@ def chosen_axes(arguments: argparse.Namespace, overridden: Collection[str]) -> l
     Raises UserError for an axis that does not exist, and for one that another argument decides."""
     decided = {}
     if arguments.compile is not None:
-        decided["compile"] = _COMPILE
-    if _RECOMPUTE in overridden:
-        decided["recompute"] = f"the override of {_RECOMPUTE}"
+        decided["compile"] = "--compile or --no-compile"
+    if _CHECKPOINTING in overridden:
+        decided["activation_checkpointing"] = f"the override of {_CHECKPOINTING}"
     if not arguments.sweep:
         return [axis for axis in AXES if axis not in decided]
     axes = [name for name in arguments.sweep.split(",") if name]
@@ -67,16 +70,33 @@ def chosen_axes(arguments: argparse.Namespace, overridden: Collection[str]) -> l
     return axes
 
 
-def describe(axes: Sequence[str], batch: int, device_type: str) -> str:
-    """What the sweep will do, in one line."""
+def check_batches(axes: Collection[str], arguments: argparse.Namespace) -> None:
+    """Raises UserError if a step cannot be made of larger micro-batches."""
+    if "batch" in axes and arguments.accumulation % 2:
+        way = f"give an even number: with {ACCUMULATION}, batches go from {arguments.batch} to "
+        way += f"{ACCUMULATION * arguments.batch}; or leave out the axis batch"
+        reason = f"a step of {arguments.accumulation} micro-batches cannot be made of ones twice as large"
+        raise UserError(f"--accumulation {arguments.accumulation}: {reason}; {way}")
+
+
+def batches(axes: Collection[str], arguments: argparse.Namespace) -> list[int]:
+    """Micro-batches of a line: they double as long as they make up a step of the same tokens."""
+    sizes, left = [arguments.batch], arguments.accumulation
+    while "batch" in axes and left % 2 == 0:
+        sizes, left = [*sizes, 2 * sizes[-1]], left // 2
+    return sizes
+
+
+def describe(axes: Sequence[str], sizes: Sequence[int], device_type: str) -> str:
+    """The sweep's plan, in one line."""
     parts = []
     if "batch" in axes:
         end = "memory is full" if device_type == "cuda" else "one is no faster than half of it, or would not fit"
-        parts.append(f"batches of {batch}, {2 * batch}, {4 * batch}, ... until {end}")
+        parts.append(f"batches of {', '.join(map(str, sizes))} in steps of the same tokens, or until {end}")
     if "compile" in axes:
         slow = "" if device_type == "cuda" else ", which takes a minute or more to start here"
         parts.append(f"without and with torch.compile{slow}")
-    if "recompute" in axes:
+    if "activation_checkpointing" in axes:
         parts.append(f"activation checkpointing {', '.join(_MODES)}")
     return f"sweep on the {'GPU' if device_type == 'cuda' else 'CPU'}: {'; '.join(parts)}"
 
@@ -84,7 +104,7 @@ def describe(axes: Sequence[str], batch: int, device_type: str) -> str:
 def first_settings(axes: Sequence[str], batch: int) -> Iterator[Setting]:
     """The first setting of each line of growing batches."""
     compiled = (False, True) if "compile" in axes else (None,)
-    for setting in itertools.product(compiled, _MODES if "recompute" in axes else (None,)):
+    for setting in itertools.product(compiled, _MODES if "activation_checkpointing" in axes else (None,)):
         yield Setting(batch, *setting)
 
 
