@@ -77,7 +77,7 @@ def _value(scalar: Any) -> Any:
         return error
     except MemoryError:
         raise
-    except Exception:
+    except Exception:  # not a text: it becomes a bad row, which names its type
         return TypeError(str(scalar.type))
 
 

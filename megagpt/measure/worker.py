@@ -105,9 +105,9 @@ def memory_config(case: Case) -> Config:
 
 
 def memory(case: Case, world: World) -> dict[str, Any]:
-    """Bytes by kind that this rank's tensors hold at the fullest point of a step outside its passes; for a timed case
-    also `seconds`, the median time of a step. Counts the storages of all live tensors of the process, not what the
-    engine says it holds."""
+    """Bytes by kind that this rank's tensors hold at the fullest point of the second step outside its passes; for a
+    timed case also `seconds`, the median time of a step. Counts the storages of all live tensors of the process, not
+    what the engine says it holds."""
     before = _live_storages()
     gc.freeze()  # what lives before is not looked at again: there is more of it than of anything else
     try:

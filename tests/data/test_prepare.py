@@ -129,6 +129,16 @@ def test_prepare_and_verify_run_on_the_command_line(tmp_path: Path, capsys: pyte
     assert "--workers" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("inline")
+@pytest.mark.parametrize(("count", "said"), [(1, ": 1 document, "), (2, ": 2 documents, ")])
+def test_prepared_documents_are_counted(
+    count: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_corpus(tmp_path / "a.jsonl", ["one", "two"][:count])
+    assert main(["prepare", str(corpus), "--out", str(tmp_path / "out"), "--val-fraction", "0"]) == 0
+    assert said in capsys.readouterr().out
+
+
 # --- a folder that holds something -----------------------------------------------------------------------------------
 
 
