@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megagpt.checkpoints.checkpoint import OpenCheckpoint
@@ -91,6 +91,12 @@ class Run:
     profiler: StepProfiler
     raised: tuple[bool, ...] = (False, False, False)
     """The `flags` that some rank raised in the last step."""
+    validation_compiles: bool = field(init=False)
+    """Whether the next validation compiles; only the first one does. Its graphs are not those of a step, as they keep
+    nothing for gradients."""
+
+    def __post_init__(self) -> None:
+        self.validation_compiles = self.engine.compiled and self.validation_sequences > 0
 
     def batches(self) -> Generator[Batch]:
         """This rank's share of every remaining batch, read ahead."""
@@ -247,6 +253,10 @@ def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:
             load(found, engine)
             meta = found.meta
             say(f"resuming at {meta.tokens_seen:,} tokens, saved by {meta.engine} on {meta.world_size} rank(s)")
+            if meta.compiled not in (None, engine.compiled):
+                now, before = ("compiled", "not compiled") if engine.compiled else ("not compiled", "compiled")
+                changed = f"blocks are {now} from here on, and were {before} before (train.compile)"
+                say(f"{changed}: losses may differ in the last digits")
             break
         except CorruptError as error:
             quarantine(found, error, engine.world)
