@@ -177,7 +177,7 @@ def test_selective_repeats_neither_products_nor_scales(emulated: None) -> None:
 def test_compiled_blocks_keep_the_numbers(
     scaling: Scaling, emulated: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each block in one graph, without Inductor's C++; the head as it is, because its compiled form rounds elsewhere."""
+    """Each block in one graph, without Inductor's C++; the head as it is, as its compiled form rounds elsewhere."""
     expected = curve(scaling, "selective")
     assert f"train.float8 {scaling} is slow without compiled blocks" in capsys.readouterr().out
     torch._dynamo.reset()
