@@ -192,7 +192,7 @@ def open_run(
         say("\n".join(describe(config, train_data, held_out)))
     rates = world.from_main(lambda: find_rates(config, world.device)) if config.train.profile_steps else None
     say("building the model")
-    engine = build_engine(config, world)
+    engine = build_engine(config, world, initialized=False)
     fingerprints = [stream.fingerprint for stream in train_data.streams]
     seek = functools.partial(choose, folder, config, fingerprints, allowed, world, resume_at)
     # The run is claimed when it is known that it can resume here, and before anything of it is read.
@@ -209,8 +209,10 @@ def open_run(
             meta = found.meta
             step = meta.step if meta.step is not None else step_count(saved_config(found), meta.tokens_seen)
             start = position(config, meta.sequences_seen, step)
-        elif resume:
-            say(f"{folder}: no checkpoint was completed; starting from the first token")
+        else:
+            engine.initialize()
+            if resume:
+                say(f"{folder}: no checkpoint was completed; starting from the first token")
         ending.reached = start.tokens
         newer = _abandon_newer(folder, start, world) if resume_at is not None else []
         world.barrier()
