@@ -3,6 +3,7 @@
 Batches are a function of the sequences alone; whole batches are dealt to the ranks; each sequence's numbers come from
 one rank, and its tokens are summed in float64 in their order."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +33,10 @@ class Score(NamedTuple):
     """Whether greedy decoding writes all of them."""
 
 
+Scores = list[list[Score]]
+"""The scores of groups, sequence by sequence."""
+
+
 class Progress:
     """Called by `score` after each round of forward passes; this one shows nothing and never interrupts."""
 
@@ -45,7 +50,7 @@ class Progress:
 
 def score(
     model: Model, groups: Sequence[Group], world: World, batch_tokens: int = 0, progress: Progress | None = None
-) -> list[list[Score]] | None:
+) -> Scores | None:
     """The score of each sequence of each group, on every rank; None if `progress` interrupted it. Every rank calls it
     with the same groups, and the model equally often. `batch_tokens`: tokens of a batch; 0: BATCH_TOKENS. Raises
     NonFiniteError, on every rank, if a log-likelihood is not finite."""
@@ -79,7 +84,7 @@ def score(
     sums, wrong = found.tolist()
     lengths = [len(tokens.ids) - tokens.first for group in groups for tokens in group]
     flat = [Score(a, n, not b) for a, n, b in zip(sums, lengths, wrong, strict=True)]
-    return [flat[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [flat[a:b] for a, b in itertools.pairwise(offsets)]
 
 
 def _add(found: Tensor, batch: Sequence[Pack], values: Tensor) -> None:
