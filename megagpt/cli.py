@@ -1,5 +1,6 @@
 """The command line: its parser, and how errors end it."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -45,6 +46,8 @@ def _run(argv: Sequence[str] | None) -> int:
 def make_parser() -> Parser:
     parser = Parser("megagpt", description="The GPT-2 and GPT-3 papers, executable.")
     parser.add_argument("--version", action="version", version=f"megagpt {__version__}")
+    # `deepspeed --module megagpt` passes it beside LOCAL_RANK, which is used instead.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     add = adder(parser.add_subparsers(title="commands", required=True, metavar="COMMAND"))
     for module in (train, launch, sample, evaluate, exchange, checkpoint, data, plan, measure):
         module.register(add)

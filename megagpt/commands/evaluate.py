@@ -44,8 +44,6 @@ def register(add: Add) -> None:
     text = "tokens of a forward pass (512 on a CPU, 16384 on a GPU); other values change last bits, not printed digits"
     sub.add_argument("--batch-tokens", type=count, default=0, metavar="N", help=text)
     add_device(sub)
-    # The deepspeed launcher passes it beside LOCAL_RANK, which is used instead.
-    sub.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
 
 
 def _shots(text: str) -> int:
