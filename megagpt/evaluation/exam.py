@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megagpt.config import Config
 from megagpt.errors import NonFiniteError, UserError
 from megagpt.evaluation.known import known_scores
 from megagpt.evaluation.results import Result, Value, accuracy, perplexity, values_of
@@ -14,7 +15,7 @@ from megagpt.evaluation.scoring import Model, Progress, Scores, score
 from megagpt.evaluation.sequences import Group, fitted, pair
 from megagpt.evaluation.shots import Prompt, draw, prompt
 from megagpt.evaluation.task import SCORES, Item, Task, TextTask
-from megagpt.evaluation.tasks import TEXT
+from megagpt.evaluation.tasks import TEXT, find_tasks
 from megagpt.evaluation.texts import text_values, windows
 from megagpt.files import named_path
 from megagpt.world import World
@@ -65,6 +66,18 @@ def prepare(task: Task | TextTask, settings: Settings, positions: int) -> Exam:
     if isinstance(task, TextTask):
         return _prepare_text(task, settings, positions)
     return _prepare_task(task, settings, positions)
+
+
+def exams_of(config: Config) -> list[Exam]:
+    """The exams that a run is to hold, of `evaluation` in its config. Raises UserError as `prepare` does."""
+    asked = config.evaluation
+    if not asked.tasks:
+        return []
+    settings = Settings(asked.data, asked.shots, limit=asked.limit)
+    try:
+        return [prepare(task, settings, config.model.context) for task in find_tasks(asked.tasks)]
+    except UserError as error:
+        raise UserError(f"evaluation.tasks: {error}") from None
 
 
 # --- questions --------------------------------------------------------------------------------------------------------

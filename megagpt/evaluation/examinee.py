@@ -14,6 +14,7 @@ from megagpt.checkpoints.loading import load_model, read_weights, saved_config
 from megagpt.config import Config, EngineConfig, TrainConfig
 from megagpt.data.tokenizer import VOCAB_SIZE
 from megagpt.engines.engine import DTYPES, Engine, build_engine
+from megagpt.engines.gathering import full_precision
 from megagpt.errors import UserError
 from megagpt.evaluation.scoring import Model
 from megagpt.files import named_path
@@ -87,6 +88,20 @@ def filled(found: Examinee, world: World, engine: str, precision: str) -> Engine
         shard.flat.copy_(read(name).flatten()[start : start + shard.flat.numel()])
     built.state_loaded(built.scalars())
     return built
+
+
+@contextlib.contextmanager
+def examined(engine: Engine) -> Iterator[Model]:
+    """The model of a run that trains, in the precision of `evaluation.precision`, without gradients. Every rank enters,
+    and calls the model equally often."""
+    train, precision = engine.config.train, engine.config.evaluation.precision
+    with exact_products():
+        if train.precision == precision == "fp32":  # then its residual stream and its linear layers are fp32, too
+            with engine.evaluation(any_shape=True) as model:
+                yield model
+        else:
+            with full_precision(engine, DTYPES[precision]) as model:
+                yield model
 
 
 def _reader(found: Examinee) -> Callable[[str], Tensor]:

@@ -103,7 +103,9 @@ def test_a_row_of_each_schema_is_scored_as_transformers_does(
     write(tmp_path / file, [row])
     (result,), (found,) = evaluate(folder, tmp_path, task)
     expected = [theirs(*pair) for pair in pairs]
-    assert [option["log_likelihood"] for option in found["options"]] == pytest.approx([e[0] for e in expected], abs=1e-4)
+    assert [option["log_likelihood"] for option in found["options"]] == pytest.approx(
+        [e[0] for e in expected], abs=1e-4
+    )
     assert [option["greedy"] for option in found["options"]] == [e[1] for e in expected]
     assert found["gold"] == gold
     assert [value["name"] for value in result["values"]] == list(TASKS[task].scores)  # type: ignore[union-attr]
@@ -171,7 +173,9 @@ def test_a_limit_takes_the_same_rows_in_every_run(folder: Path, tmp_path: Path) 
     assert [line["row"] for line in few] == sorted(line["row"] for line in few)
     for line in few:
         whole = every[line["row"]]["options"]
-        assert [o["log_likelihood"] for o in line["options"]] == pytest.approx([o["log_likelihood"] for o in whole], abs=1e-4)
+        assert [o["log_likelihood"] for o in line["options"]] == pytest.approx(
+            [o["log_likelihood"] for o in whole], abs=1e-4
+        )
     _, more = evaluate(folder, tmp_path, "hellaswag", "--limit", "9")
     assert {line["row"] for line in few} < {line["row"] for line in more}
 
