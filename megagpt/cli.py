@@ -1,10 +1,11 @@
 """The command line: its parser, and how errors end it."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 
 from megagpt import __version__, console
-from megagpt.commands import checkpoint, data, exchange, launch, measure, plan, sample, train
+from megagpt.commands import checkpoint, data, evaluate, exchange, launch, measure, plan, sample, train
 from megagpt.commands.options import Command, Parser, adder, parse
 from megagpt.errors import ExitCode, ExpectedError, Reported, expected
 
@@ -45,7 +46,9 @@ def _run(argv: Sequence[str] | None) -> int:
 def make_parser() -> Parser:
     parser = Parser("megagpt", description="The GPT-2 and GPT-3 papers, executable.")
     parser.add_argument("--version", action="version", version=f"megagpt {__version__}")
+    # `deepspeed --module megagpt` passes it beside LOCAL_RANK, which is used instead.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     add = adder(parser.add_subparsers(title="commands", required=True, metavar="COMMAND"))
-    for module in (train, launch, sample, exchange, checkpoint, data, plan, measure):
+    for module in (train, launch, sample, evaluate, exchange, checkpoint, data, plan, measure):
         module.register(add)
     return parser

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megagpt.config_marks import Data, ForFSDP, ForZero, Free, Recipe, Was
-from megagpt.config_types import ActivationCheckpointing, Compile, PathText, RunName, Seconds, Spikes, Steps
+from megagpt.config_types import ActivationCheckpointing, Compile, Names, PathText, RunName, Seconds, Spikes, Steps
 from megagpt.errors import UserError
 from megagpt.models.presets import SECTION, ModelConfig, near_divisors
 
@@ -182,6 +182,24 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True, config=SECTION)
+class EvaluationConfig:
+    """Exams of the model while it trains."""
+
+    tasks: Free[Names] = ()
+    """Exams, such as [hellaswag, lambada]; `megagpt evaluate RUN --tasks list` shows all. Empty: none."""
+    every_tokens: Free[int] = Field(default=131_072_000, ge=0)
+    """Interval in tokens; 0: only at the end. The default is 250 steps of 0.5M tokens."""
+    limit: Free[int] = Field(default=0, ge=0)
+    """Rows of each exam, the same ones in every run; 0: all."""
+    shots: Free[int] = Field(default=0, ge=0)
+    """Solved examples in front of each row."""
+    data: Free[PathText] = ""
+    """Folder of the exams' rows; empty: they come from the Hugging Face hub."""
+    precision: Free[Literal["fp32", "bf16"]] = "fp32"
+    """Number format of matrix products in exams, whatever `train.precision` is. Weights are the optimizer's, fp32."""
+
+
+@dataclass(frozen=True, config=SECTION)
 class SamplingConfig:
     """Text drawn from the model while it trains."""
 
@@ -244,6 +262,7 @@ class Config:
     schedule: ScheduleConfig = ScheduleConfig()
     engine: EngineConfig = Field(default_factory=EngineConfig)
     validation: ValidationConfig = ValidationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -4,7 +4,7 @@ import math
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, PlainValidator
 
 from megagpt.config_marks import Values
 
@@ -113,6 +113,14 @@ def _check_steps(value: Any) -> str:
     return f"{first}-{last}" if last > first else f"{first}"
 
 
+def _split_names(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise ValueError(f"{value!r} is not a list of names, such as [hellaswag, lambada]")
+
+
 RunName = Annotated[str, AfterValidator(_check_name)]
 PathText = Annotated[str, AfterValidator(_check_path)]
 Seconds = Annotated[float, PlainValidator(_check_seconds), Values("seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")]
@@ -121,3 +129,4 @@ ActivationCheckpointing = Annotated[_Modes, PlainValidator(_check_activation_che
 Compile = Annotated[bool | str, PlainValidator(_check_compile), Values("auto | true | false")]
 Steps = Annotated[str, PlainValidator(_check_steps), Values(_STEPS_WORDS)]
 Spikes = Annotated[str | dict[str, Any], PlainValidator(_check_spikes), Values(_SPIKE_WORDS)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_names), Values("[name, name, ...]")]

@@ -21,6 +21,8 @@ class Event(enum.StrEnum):
 
     STEP = "step"
     VALIDATION = "validation"
+    EXAM = "exam"
+    """Scores of exams: `exam/TASK`, `exam/TASK_stderr`, `exam/TASK_items`."""
     SAMPLES = "samples"
     CHECKPOINT = "checkpoint"
     """A checkpoint is complete."""

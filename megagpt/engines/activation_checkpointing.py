@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from megagpt.config_types import ActivationCheckpointing
 from megagpt.models.attention import KeyValueCache
 from megagpt.models.gpt import GPT
+from megagpt.models.packing import Packing
 
 _aten = torch.ops.aten
 # Operators whose outputs `selective` keeps: matrix products and attention's kernels. All others are cheap to repeat.
@@ -28,7 +29,7 @@ _ATTENTION = [
     _aten._scaled_dot_product_cudnn_attention.default,
 ]
 
-Forward = Callable[[Tensor, KeyValueCache | None], Tensor]
+Forward = Callable[[Tensor, KeyValueCache | Packing | None], Tensor]
 
 
 def checkpoint_activations(model: GPT, mode: ActivationCheckpointing) -> None:
@@ -60,7 +61,7 @@ def _policy(kept: frozenset[Any], last_inner: int, context: Any, operator: Any, 
 
 def _checkpointed(forward: Forward, settings: dict[str, Any]) -> Forward:
     @functools.wraps(forward)
-    def checkpointed(x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def checkpointed(x: Tensor, cache: KeyValueCache | Packing | None = None) -> Tensor:
         if cache is not None or not torch.is_grad_enabled():
             return forward(x, cache)
         return checkpoint(forward, x, None, **settings)

@@ -78,6 +78,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
 
 
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of each query to the keys that the mask, bool (B, 1, T, T), lets it see; q, k, v: (B, H, T, D)."""
+    # cuDNN would plan each shape by itself.
+    kernels = contextlib.nullcontext() if q.device.type == "cpu" else sdpa_kernel(_MASKED_KERNELS)
+    with kernels:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 def banded_attention(q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float) -> Tensor:
     """Attention of each query i to keys i - window < j <= i; all (B, H, T, D). Queries are cut into blocks of `window`;
     each sees its own block and the one before: O(T window), not O(T^2). Heads count as rows of the batch and blocks as

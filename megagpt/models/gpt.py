@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megagpt.models.attention import KeyValueCache, banded_attention, causal_attention
+from megagpt.models.attention import KeyValueCache, banded_attention, causal_attention, packed_attention
+from megagpt.models.likelihood import token_likelihoods
 from megagpt.models.loss import Softmax, linear_cross_entropy, softmax_cross_entropy_
+from megagpt.models.packing import Packing
 from megagpt.models.presets import ModelConfig
 
 
@@ -23,13 +25,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | Packing | None = None) -> Tensor:
         B, T, C = x.shape
         # Split before the heads are told apart: then the backward pass writes the three gradients side by side, once.
         q, k, v = (y.view(B, T, self.heads, C // self.heads).transpose(1, 2) for y in self.qkv(x).split(C, dim=2))
         # each (B, H, T, D)
         dropout = self.dropout if self.training else 0.0
-        if cache is not None:
+        if isinstance(cache, Packing):
+            y = packed_attention(q, k, v, cache.mask(self.window))
+        elif cache is not None:
             mask = cache.mask(T, self.window)
             k, v = cache.append(self.layer, k, v)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -70,7 +74,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | Packing | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -101,21 +105,35 @@ class GPT(nn.Module):
         self.softmax: Softmax = softmax_cross_entropy_
         """An engine may replace these two by compiled ones."""
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        """Loss or logits of `tokens`, int (B, T). With `targets`, int (B, T), -100 for "not counted": the SUM of the
-        token losses, fp32, in nats. Without: logits (B, T, vocab_size); with a `cache`, logits of the last position
-        only, (B, 1, vocab_size)."""
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """Loss, logits or log-likelihoods of `tokens`, int (B, T). With `targets`, int (B, T), -100 for "not counted":
+        the SUM of the token losses, fp32, in nats. Without: logits (B, T, vocab_size); with a `cache`, logits of the
+        last position only, (B, 1, vocab_size). With a `packing` of N places and `targets`, int (N,): those of
+        `token_likelihoods`, float64 (2, N); the head runs at these places only."""
         T = tokens.shape[1]
-        positions = cache.positions(T) if cache is not None else torch.arange(T, device=tokens.device)
+        if packing is not None:
+            positions = packing.positions
+        else:
+            positions = cache.positions(T) if cache is not None else torch.arange(T, device=tokens.device)
         head = self.token_embedding.weight  # tied: (V, C)
         x = self.embed(tokens, positions, head, self.position_embedding.weight, self.residual_dtype)
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, cache)
-        if cache is not None:
+            x = block(x, cache if packing is None else packing)
+        if packing is not None:
+            x = x.flatten(0, 1)[packing.places]
+        elif cache is not None:
             cache.length += T
             x = x[:, -1:]
         x = self.final_norm(x)
         if targets is None:
             return F.linear(x, head)[..., : self.config.vocab_size]
+        if packing is not None:
+            return token_likelihoods(x, head, targets, self.config.vocab_size)
         return linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), self.config.vocab_size, self.softmax)

@@ -33,6 +33,18 @@ _PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}
 _LOSSES = {"train": (Event.STEP, "loss"), "validation": (Event.VALIDATION, "validation_loss")}
 
 
+# Start of the names of exams' values.
+_EXAM = "exam/"
+
+
+def _tag(name: str) -> str:
+    """The chart of a value."""
+    if name.startswith(_EXAM):
+        task = name.removeprefix(_EXAM)
+        return f"{'system/exam_' if task.endswith(('_items', '_stderr')) else 'exams/'}{task}"
+    return f"{_PANEL_OF.get(name, 'system')}/{name}"
+
+
 class Board:
     """Writes a run's events. They go on across incarnations as one curve: if the run resumes, those past `start` are
     purged, because they will be written again. Only the main rank has one. Its methods raise OSError."""
@@ -55,7 +67,7 @@ class Board:
         shown = {"tokens_seen": at.tokens, **values} if event == Event.STEP else values
         for name, value in shown.items():
             if isinstance(value, int | float):
-                self._writer("").add_scalar(f"{_PANEL_OF.get(name, 'system')}/{name}", value, at.step)
+                self._writer("").add_scalar(_tag(name), value, at.step)
         self._losses(event, at.tokens, values)
 
     def text(self, name: str, markdown: str, step: int) -> None:

@@ -178,8 +178,8 @@ def _stopped(run: Run, at: Position, stop: StopRequest) -> Outcome:
     reasons = [reason for reason in run.world.gather_objects(stop.reason) if reason]
     reason = reasons[0] if reasons else "a signal"
     if reason == TIME_LIMIT and at == run.start:
-        due = f"a validation or samples that are due at {at.tokens:,} tokens: it would never get past them"
-        ways = "raise train.time_limit, or lower validation.tokens or sampling.samples"
+        due = f"a validation, exams or samples that are due at {at.tokens:,} tokens: it would never get past them"
+        ways = "raise train.time_limit, or lower validation.tokens, evaluation.limit or sampling.samples"
         limit = run.config.train.time_limit
         raise UserError(f"train.time_limit {limit:g} s ends this run before {due}; {ways}")
     text = f"stopped by {reason}; resume with: {resume_command(run.folder)}"

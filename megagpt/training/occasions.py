@@ -1,4 +1,4 @@
-"""The work besides training that is due at token intervals: saves, validations, samples.
+"""The work besides training that is due at token intervals: saves, validations, exams, samples.
 
 The run log tells when each was last done, and the loop asks between steps which ones are due. So work that a stop or a
 kill interrupted is done after the resume, at the same tokens as in the uninterrupted run."""
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from megagpt.console import say
 from megagpt.data.tokenizer import gpt2
 from megagpt.errors import NonFiniteError
+from megagpt.evaluation.examinee import examined
+from megagpt.evaluation.report import ShownProgress
 from megagpt.evaluation.validation import unigram_loss, validation_loss
 from megagpt.generation import generate
 from megagpt.position import Position
@@ -60,6 +62,8 @@ def occasions(run: Run) -> tuple[Occasion, ...]:
     config, last, found = run.config, run.last_held, [_saves(run)]
     if run.validation_sequences:
         found.append(Occasion(_validate(run), (config.validation.every_tokens,), last.get(Event.VALIDATION, 0)))
+    if run.exams:
+        found.append(Occasion(_examine(run), (config.evaluation.every_tokens,), last.get(Event.EXAM, 0)))
     if config.sampling.samples:
         found.append(Occasion(_sample(run), (config.sampling.every_tokens,), last.get(Event.SAMPLES, 0)))
     return tuple(found)
@@ -113,6 +117,38 @@ def _validate(run: Run) -> Work:
             text = f"validation loss {loss:.4f} over {tokens:,} held-out tokens ({known})"
             run.reporter.event(Event.VALIDATION, at, values, text)
         return loss is not None
+
+    return work
+
+
+def _examine(run: Run) -> Work:
+    def work(at: Position, stop: StopRequest) -> bool:
+        values: dict[str, float | None] = {}
+        texts = []
+        with examined(run.engine) as model:
+            for exam in run.exams:
+
+                def interrupted(name: str = exam.name) -> bool:
+                    run.watchdog.phase(f"exam {name}")
+                    return run.agree_to_stop(stop)
+
+                progress = ShownProgress(exam.name, len(exam.groups), run.world.is_main, interrupted)
+                try:
+                    with contextlib.closing(progress):
+                        held = exam.hold(model, run.world, progress)
+                except NonFiniteError as error:  # the steps decide whether the run ends
+                    texts.append(f"no score of {error}")
+                    continue
+                if held is None:
+                    return False
+                result, _ = held
+                headline = result.values[0]
+                values[f"exam/{exam.name}"] = headline.value
+                values[f"exam/{exam.name}_stderr"] = headline.standard_error
+                values[f"exam/{exam.name}_items"] = result.items
+                texts.append(f"{exam.name} {headline.text} ({headline.name}, {result.items:,} items)")
+        run.reporter.event(Event.EXAM, at, values, f"exams: {'; '.join(texts)}")
+        return True
 
     return work
 

@@ -34,6 +34,7 @@ from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.engines.float8 import check_float8
 from megagpt.errors import UserError
+from megagpt.evaluation.exam import Exam, exams_of
 from megagpt.incarnations import Lease, Superseded
 from megagpt.launchers import torchrun_passes_sigterm_on, torchrun_waits_longer
 from megagpt.position import Position, position
@@ -75,6 +76,7 @@ class Run:
     train_data: Corpus
     validation_data: Corpus
     validation_sequences: int
+    exams: list[Exam]
     start: Position
     """The position at which this incarnation begins."""
     resumed: bool
@@ -190,6 +192,9 @@ def open_run(
     validation_data = validation_corpus(held_out)
     if world.is_main:
         say("\n".join(describe(config, train_data, held_out)))
+    if config.evaluation.tasks:
+        say(f"reading exams: {', '.join(config.evaluation.tasks)}")
+    exams = exams_of(config)
     rates = world.from_main(lambda: find_rates(config, world.device)) if config.train.profile_steps else None
     say("building the model")
     engine = build_engine(config, world, initialized=False)
@@ -232,7 +237,7 @@ def open_run(
         log = config.log
         yield Run(
             config, world, folder, engine, train_data, validation_data,
-            validation_sequences(validation_data, config.validation.tokens), start, resume,
+            validation_sequences(validation_data, config.validation.tokens), exams, start, resume,
             world.from_main(lambda: {event: line["tokens_seen"] for event, line in newest(folder).items()}),
             lease, saver, watchdog, reporter,
             Guard(config.train, found.meta if found else None),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 class Speed:
     """Times the steps from the end of one to the end of the next, so that whatever the loop does between them counts:
-    the wait for data, the agreement of the ranks, logging. Only saves, validations and samples are left out."""
+    the wait for data, the agreement of the ranks, logging. Only saves, validations, exams and samples are left out."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()

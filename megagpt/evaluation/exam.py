@@ -1,0 +1,224 @@
+"""Exams: rows from files become groups of token sequences, and the groups' scores become an exam's values."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megagpt.config import Config
+from megagpt.errors import NonFiniteError, UserError
+from megagpt.evaluation.known import known_scores
+from megagpt.evaluation.results import Result, Value, accuracy, perplexity, values_of
+from megagpt.evaluation.rows import checksum, find_files, is_rows, is_there, read_rows, read_text
+from megagpt.evaluation.scoring import Model, Progress, Scores, score
+from megagpt.evaluation.sequences import Group, fitted, pair
+from megagpt.evaluation.shots import Prompt, draw, prompt
+from megagpt.evaluation.task import SCORES, Item, Task, TextTask
+from megagpt.evaluation.tasks import TEXT, find_tasks
+from megagpt.evaluation.texts import text_values, windows
+from megagpt.files import named_path
+from megagpt.world import World
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How exams are held."""
+
+    data: str = ""
+    """Folder of exam rows; empty: the Hugging Face hub."""
+    shots: int = 0
+    """Examples in front of each row; -1: as many as in GPT-3's few-shot setting."""
+    shots_from: str = ""
+    """File of rows that examples are drawn from; empty: the task's training rows."""
+    limit: int = 0
+    """Rows of each task, drawn by a constant seed; of a text, its first windows. 0: all."""
+    seed: int = 0
+    """Decides which examples are drawn."""
+    stride: int = 0
+    """Tokens that each window of a text scores after the first; 0: as many as the model has positions."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """A task that is ready to be held: everything about it but the model's answers."""
+
+    name: str
+    groups: list[Group]
+    result: Callable[[Scores], Result]
+    rows: Callable[[Scores], Iterator[dict[str, Any]]]
+    """Of each row: texts, log-likelihoods, right answer."""
+
+    def hold(
+        self, model: Model, world: World, progress: Progress | None = None, batch_tokens: int = 0
+    ) -> tuple[Result, Scores] | None:
+        """The result and the scores behind it, on every rank; None if it was interrupted. Raises NonFiniteError."""
+        try:
+            found = score(model, self.groups, world, batch_tokens, progress)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{self.name}: {error}") from None
+        return None if found is None else (self.result(found), found)
+
+
+def prepare(task: Task | TextTask, settings: Settings, positions: int) -> Exam:
+    """Read a task's rows for a model of that many positions. Raises UserError for files that are missing or damaged,
+    and for settings that do not fit them."""
+    if isinstance(task, TextTask):
+        return _prepare_text(task, settings, positions)
+    return _prepare_task(task, settings, positions)
+
+
+def exams_of(config: Config) -> list[Exam]:
+    """The exams that a run is to hold, of `evaluation` in its config. Raises UserError as `prepare` does."""
+    asked = config.evaluation
+    if not asked.tasks:
+        return []
+    settings = Settings(asked.data, asked.shots, limit=asked.limit)
+    try:
+        return [prepare(task, settings, config.model.context) for task in find_tasks(asked.tasks)]
+    except UserError as error:
+        raise UserError(f"evaluation.tasks: {error}") from None
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+def _prepare_task(task: Task, settings: Settings, positions: int) -> Exam:
+    shots = task.paper_shots if settings.shots < 0 else settings.shots
+    files = find_files(task.source, settings.data)
+    rows = read_rows(files)
+    whole = task.items(rows, shots)
+    chosen = _limited(len(whole), settings.limit)
+    pool, pool_files = _pool(task, settings, shots, whole) if shots else ([], [])
+    prompts: list[Prompt] = []
+    for i in chosen:
+        try:
+            examples = draw(pool, whole[i], shots, f"{settings.seed}/{task.name}/{i}") if shots else []
+        except UserError as error:
+            raise UserError(f"{task.name}: {error}") from None
+        prompts.append(prompt(task, whole[i], examples, positions, rows[i].place))
+    items, groups = [whole[i] for i in chosen], [p.group for p in prompts]
+    extra = _Unconditional(task, items, positions) if "unconditional" in task.scores else None
+    details = {
+        "files": [str(path) for path in files], "sha256": checksum(files), "first_prompt": prompts[0].context,
+        "shots_from": [str(path) for path in pool_files], "seed": settings.seed, "instruction": task.instruction,
+    }  # fmt: skip
+
+    def result(scores: Scores) -> Result:
+        own = scores[: len(items)]
+        without = extra.of_rows(scores[len(items) :]) if extra else []
+        values = []
+        for name in task.scores:
+            found = values_of(name, items, own, without)
+            value, error = perplexity(found) if "perplexity" in name else accuracy(found)
+            values.append(Value(name, SCORES[name], value, error, known_scores(task.name, name, shots)))
+        text = task.shot_text if shots and task.shot_text else task.text
+        cut = sum(any(tokens.cut for tokens in group) for group in groups)
+        dropped = sum(p.dropped for p in prompts)
+        return Result(task.name, values, len(items), len(whole), shots, text, cut, dropped, details)
+
+    def told(scores: Scores) -> Iterator[dict[str, Any]]:
+        without = extra.of_rows(scores[len(items) :]) if extra else [[] for _ in items]
+        for i, asked, answers, others in zip(chosen, items, scores, without, strict=False):
+            yield {
+                "task": task.name, "row": i, "place": rows[i].place, "gold": asked.gold,
+                "options": [
+                    {"context": context, "continuation": continuation, **answer._asdict(),
+                     **({"unconditional": others[k].log_likelihood} if others else {})}
+                    for k, ((context, continuation), answer) in enumerate(zip(asked.pairs, answers, strict=True))
+                ],
+            }  # fmt: skip
+
+    return Exam(task.name, groups + (extra.groups if extra else []), result, told)
+
+
+def _limited(rows: int, limit: int) -> list[int]:
+    """Indices of the rows that are asked, in order. The draw is the same in every run, so limits are comparable; files
+    are often sorted, so their first rows would not be typical."""
+    order = list(range(rows))
+    if 0 < limit < rows:
+        random.Random("limit").shuffle(order)
+        order = sorted(order[:limit])
+    return order
+
+
+def _pool(task: Task, settings: Settings, shots: int, own: list[Item]) -> tuple[list[Item], list[Path]]:
+    """The rows that examples are drawn from, and their files."""
+    train = task.source.training()
+    if settings.shots_from:
+        files = [named_path(settings.shots_from)]
+        if not files[0].is_file():
+            raise UserError(f"--shots-from {settings.shots_from}: no such file")
+    elif train is None:  # the paper draws from the exam itself where there is nothing else
+        return own, []
+    elif settings.data and not is_there(train, settings.data):
+        names = " or ".join(f"{name}.jsonl" for name in train.names)
+        ways = f"put {names} there, or name a file with --shots-from"
+        raise UserError(f"{task.name}: {settings.data} has no training rows to draw {shots} shots from; {ways}")
+    else:
+        files = find_files(train, settings.data)
+    return task.items(read_rows(files), shots), files
+
+
+class _Unconditional:
+    """The options of all rows without their question, each pair of texts scored once."""
+
+    def __init__(self, task: Task, items: Sequence[Item], positions: int) -> None:
+        self.groups: list[Group] = []
+        self._items = items
+        self._places: dict[str, tuple[int, int]] = {}
+        for item in items:
+            new = [text for text in dict.fromkeys(text for _, text in item.pairs) if text not in self._places]
+            if new:
+                self._places |= {text: (len(self.groups), i) for i, text in enumerate(new)}
+                self.groups.append([fitted(pair(task.unconditional, text), positions, task.name) for text in new])
+
+    def of_rows(self, scores: Scores) -> Scores:
+        """The score of each option of each row."""
+        found = []
+        for item in self._items:
+            places = [self._places[text] for _, text in item.pairs]
+            found.append([scores[group][i] for group, i in places])
+        return found
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def _prepare_text(task: TextTask, settings: Settings, positions: int) -> Exam:
+    if settings.shots > 0:
+        raise UserError(f"{task.name} is a text, which takes no shots; leave --shots or this task out")
+    if settings.stride > positions:
+        raise UserError(f"--stride {settings.stride} is more than the model's {positions} positions; lower it")
+    if task.name.startswith(TEXT):
+        files = [_text_file(task.name)]
+        texts = task.documents(read_rows(files)) if is_rows(files[0]) else [read_text(files[0])]
+    else:
+        files = find_files(task.source, settings.data)
+        texts = task.documents(read_rows(files))
+    published = [text for text in texts if text.strip()]
+    if not published:
+        raise UserError(f"{files[0]}: holds no text")
+    stride = settings.stride or positions
+    cut = windows(published, [task.detokenized(text) for text in published], positions, stride)
+    groups = cut.groups[: settings.limit or None]
+    how = f"windows of {positions} tokens, stride {stride}, detokenizer {task.detokenizer}"
+    details = {"files": [str(path) for path in files], "sha256": checksum(files), "stride": stride}
+
+    def result(scores: Scores) -> Result:
+        values = text_values(task.name, [row[0] for row in scores], cut, how)
+        text = f"{'each document' if task.by_document else 'one text'}, {how}"
+        return Result(task.name, values, len(groups), len(cut.groups), 0, text, details=details)
+
+    def told(scores: Scores) -> Iterator[dict[str, Any]]:
+        for i, (answer,) in enumerate(scores):
+            yield {"task": task.name, "window": i, **answer._asdict()}
+
+    return Exam(task.name, groups, result, told)
+
+
+def _text_file(name: str) -> Path:
+    path = named_path(name.removeprefix(TEXT))
+    if not path.is_file():
+        raise UserError(f"{name}: no such file")
+    return path

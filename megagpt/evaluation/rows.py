@@ -1,0 +1,237 @@
+"""Rows of exams: their files, and the checked values of one row.
+
+The files of a task have the names that its `Source` lists, with one of several endings; they lie in the folder that the
+user names, or come from the Hugging Face hub."""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megagpt.data.compression import COMPRESSIONS, opened
+from megagpt.data.readers import endings_of
+from megagpt.errors import UserError, first_line
+from megagpt.files import is_lfs_pointer, named_path
+
+_KINDS = (".jsonl", ".json", ".ndjson", ".parquet", ".txt", ".raw", ".tokens")
+_TEXTS = (".txt", ".raw", ".tokens")
+_LISTED = 8  # keys that a message names
+
+
+class Source(NamedTuple):
+    """The files of a task's rows. In paths on the hub, `*` stands for the numbers of a file's parts."""
+
+    repository: str
+    """Data set on the hub."""
+    path: str
+    """Its file of the exam's rows."""
+    names: tuple[str, ...]
+    """Names of such a file elsewhere, without ending."""
+    train: str = ""
+    """The data set's file of rows to draw examples from; empty: there is none."""
+    train_names: tuple[str, ...] = ()
+
+    def training(self) -> "Source | None":
+        """The source of rows to draw examples from."""
+        return Source(self.repository, self.train, self.train_names) if self.train else None
+
+
+class Row(NamedTuple):
+    """One row of a file."""
+
+    values: dict[str, Any]
+    place: str
+    """For messages: file and line, or file and row."""
+
+    def text(self, key: str) -> str:
+        return self._checked(key, self.values.get(key), str, "text")
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts."""
+        found = list(self._checked(key, self.values.get(key), list, "a list of texts"))
+        if not found or not all(isinstance(text, str) for text in found):
+            raise self.problem(f"{key!r} is {found!r:.60}, not a list of texts")
+        return found
+
+    def choices(self) -> tuple[list[str], list[str]]:
+        """Texts and labels of `choices`, which is a struct of lists, or a list of structs."""
+        value = self.values.get("choices")
+        if isinstance(value, list):
+            value = {key: [c.get(key) if isinstance(c, dict) else c for c in value] for key in ("text", "label")}
+        inner = Row(self._checked("choices", value, dict, "options with text and label"), self.place)
+        texts, labels = inner.texts("text"), inner.texts("label")
+        if len(texts) != len(labels):
+            raise self.problem(f"'choices' has {len(texts)} texts and {len(labels)} labels")
+        return texts, labels
+
+    def label(self, key: str, count: int, first: int = 0) -> int:
+        """Which of `count` options the label names, from 0; a whole number or its digits, counted from `first`."""
+        value = self.values.get(key)
+        number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+        if isinstance(number, int) and not isinstance(number, bool) and first <= number < first + count:
+            return number - first
+        hidden = "; labels of a test split are hidden: take the validation split" if value in ("", -1, None) else ""
+        raise self.problem(f"{key!r} is {value!r:.40}, not one of {first} to {first + count - 1}{hidden}")
+
+    def number(self, key: str) -> int:
+        return self._checked(key, self.values.get(key), int, "a whole number")
+
+    def _checked(self, key: str, value: Any, kind: type, words: str) -> Any:
+        if key not in self.values:
+            raise self.problem(f"no key {key!r}")
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise self.problem(f"{key!r} is {value!r:.60}, not {words}")
+        return value
+
+    def problem(self, text: str) -> UserError:
+        return UserError(f"{self.place}: {text}; fix or remove the row, or fetch the file again")
+
+
+def find_files(source: Source, data: str) -> list[Path]:
+    """The files of a source, in order: in the folder `data`, or from the hub if that is empty. Raises UserError with
+    the names that were looked for."""
+    if not data:
+        return hub_files(source)
+    if found := _local(source, _folder(data)):
+        return found
+    names = ", ".join(f"{name}.jsonl" for name in source.names)
+    tried = f"{names}, {source.repository}/{source.path}"
+    raise UserError(f"{data}: looked for {tried}; found none; .json, .parquet, .gz and .zst will do, too")
+
+
+def is_there(source: Source, data: str) -> bool:
+    """Whether the folder `data` has the source's files."""
+    return bool(_local(source, _folder(data)))
+
+
+def hub_files(source: Source) -> list[Path]:
+    """The files of a source in the hub's cache."""
+    # The hub's files come in here: everything else takes paths.
+    asked = f"{source.repository}, {source.path}"
+    raise UserError(f"no folder of exam rows was named, for {asked}; name the folder of the file: --data DIR")
+
+
+def _folder(data: str) -> Path:
+    folder = named_path(data)
+    if not folder.is_dir():
+        raise UserError(f"{data}: {'no folder, but a file' if folder.exists() else 'no such folder'} (of exam rows)")
+    return folder
+
+
+def _local(source: Source, folder: Path) -> list[Path]:
+    for name in source.names:
+        for kind in _KINDS:
+            for compression in ("", *COMPRESSIONS):
+                path = folder / f"{name}{kind}{compression}"
+                if path.is_file() and not (compression and kind == ".parquet"):
+                    return [path]
+    # A copy of the data set's own folder.
+    for place in (folder / source.repository, folder / source.repository.rpartition("/")[2], folder):
+        if found := sorted(path for path in place.glob(source.path) if path.is_file()):
+            return found
+    return []
+
+
+def read_rows(paths: list[Path]) -> list[Row]:
+    """The rows of files, in order. Raises UserError for one that is damaged, with its place, and if there is none."""
+    rows = [row for path in paths for row in _read(path)]
+    if not rows:
+        raise UserError(f"{paths[0]}: holds no row; fetch it again")
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """The whole text of a file. Raises UserError if it is not UTF-8."""
+    with opened(path) as (data, _):
+        try:
+            return data.read().decode()
+        except UnicodeDecodeError as error:
+            problem = f"byte {error.start} is not UTF-8"
+            raise UserError(f"{path}: {problem}; convert the file to UTF-8") from None
+
+
+def is_rows(path: Path) -> bool:
+    """Whether the ending is that of rows, not of one text."""
+    return endings_of(path)[0] in _KINDS and not _is_text(path)
+
+
+def _is_text(path: Path) -> bool:
+    return endings_of(path)[0] in _TEXTS
+
+
+def checksum(paths: list[Path]) -> str:
+    """SHA-256 over the bytes of the files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Iterator[Row]:
+    if is_lfs_pointer(path):
+        raise UserError(f"{path}: Git LFS's pointer to the file, not the file; fetch it with `git lfs pull`")
+    kind, _ = endings_of(path)
+    if kind == ".parquet":
+        yield from _parquet(path)
+    elif _is_text(path):
+        yield Row({"text": read_text(path)}, str(path))
+    elif kind == ".json":
+        text = read_text(path)
+        yield from _array(path, text) if text.lstrip("\ufeff \t\r\n").startswith("[") else _lines(path)
+    elif kind in _KINDS:
+        yield from _lines(path)
+    else:
+        kinds = f"{' '.join(_KINDS)}, all but .parquet also with {' '.join(COMPRESSIONS)}"
+        raise UserError(f"{path}: unknown kind of file; exam rows come as {kinds}")
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    with opened(path) as (data, _):
+        for number, line in enumerate(data, start=1):
+            if line.strip():
+                yield _row(line.removeprefix(codecs.BOM_UTF8), f"{path} line {number}")
+
+
+def _row(line: bytes, place: str) -> Row:
+    try:
+        value = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON ({first_line(error)}); fix the line, or fetch the file again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: {value!r:.40} is not an object with keys; fix the line, or fetch the file again")
+    return Row(value, place)
+
+
+def _array(path: Path, text: str) -> Iterator[Row]:
+    try:
+        values = json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({first_line(error)}); fix it, or fetch the file again") from None
+    for number, value in enumerate(values, start=1):
+        place = f"{path} row {number}"
+        if not isinstance(value, dict):
+            raise UserError(f"{place}: {value!r:.40} is not an object with keys; fix the row, or fetch the file again")
+        yield Row(value, place)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        values = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's
+        raise UserError(f"{path}: corrupt, or not a parquet file: {first_line(error)}; fetch it again") from None
+    for number, value in enumerate(values, start=1):
+        yield Row(value, f"{path} row {number}")
+
+
+def unknown_schema(row: Row, known: list[tuple[str, ...]]) -> UserError:
+    """The error for a row that has none of the sets of keys that a task reads."""
+    found = ", ".join(list(row.values)[:_LISTED]) or "none"
+    wanted = ", or ".join(" + ".join(keys) for keys in known)
+    return UserError(f"{row.place}: unknown schema: found the keys {found}; looked for {wanted}")

@@ -1,0 +1,104 @@
+"""The parts of an exam's declaration: its items, its scores, where its rows come from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from megagpt.evaluation.rows import Row, Source, unknown_schema
+
+SCORES = {
+    "mean_token": "the option with the highest mean log-likelihood per token",
+    "mean_byte": "the option with the highest mean log-likelihood per byte",
+    "mean_char": "the option with the highest mean log-likelihood per character (acc_norm)",
+    "sum": "the option with the highest log-likelihood",
+    "unconditional": "the option with the highest log-likelihood, minus that of the option without its question",
+    "greedy": "each token of the answer is the likeliest one",
+    "last_token": "the last token of the answer is the likeliest one",
+    "perplexity": "perplexity of the last word",
+    "last_token_perplexity": "perplexity of the last token of the last word",
+}
+"""Name of a score -> how it is computed."""
+LAST_TOKEN = ("last_token", "last_token_perplexity")
+"""Scores of the last token alone; the tokens before it are context."""
+
+
+class Item(NamedTuple):
+    """One row of an exam."""
+
+    pairs: tuple[tuple[str, str], ...]
+    """Context and continuation of each option; one pair if there are no options."""
+    gold: int = 0
+    """Index of the right option."""
+
+    @property
+    def solved(self) -> str:
+        """The row with its right answer, as an example for others."""
+        return "".join(self.pairs[self.gold])
+
+
+def options(context: str, texts: list[str], gold: int) -> Item:
+    """A question: each option continues the context, after one space."""
+    return Item(tuple((context, f" {text}") for text in texts), gold)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One exam."""
+
+    name: str
+    source: Source
+    schemas: dict[tuple[str, ...], Callable[[Row], Item]]
+    """Keys that a row must have -> how such a row is read. The first that fits is taken."""
+    scores: tuple[str, ...]
+    """Names in SCORES; the first is the headline."""
+    text: str
+    """What the model reads, for people."""
+    paper_shots: int = 0
+    """Examples in GPT-3's few-shot setting; 0: the paper names none."""
+    shot_schemas: dict[tuple[str, ...], Callable[[Row], Item]] = field(default_factory=dict)
+    """How rows are read if there are shots; empty: in the same way."""
+    shot_text: str = ""
+    """What the model reads with shots, if that differs."""
+    instruction: str = ""
+    """Text before the first example, or before the row if there is none."""
+    separator: str = "\n\n"
+    """Text between two examples."""
+    unconditional: str = "Answer:"
+    """The context of an option without its question."""
+
+    def items(self, rows: list[Row], shots: int = 0) -> list[Item]:
+        """The items of rows. Raises UserError for one that cannot be read, with its place."""
+        return [self._item(row, self.shot_schemas if shots and self.shot_schemas else self.schemas) for row in rows]
+
+    def _item(self, row: Row, schemas: dict[tuple[str, ...], Callable[[Row], Item]]) -> Item:
+        for keys, read in schemas.items():
+            if row.values.keys() >= set(keys):
+                return read(row)
+        raise unknown_schema(row, list(schemas))
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """The perplexity of a text."""
+
+    name: str
+    source: Source
+    detokenized: Callable[[str], str]
+    detokenizer: str
+    """Its name, for people."""
+    by_document: bool = False
+    """Whether each row is a text of its own; otherwise all rows are one text."""
+    columns: tuple[str, ...] = ("text",)
+    """Keys that may hold the text."""
+    paper_shots: int = 0
+
+    def documents(self, rows: list[Row]) -> list[str]:
+        """The texts as they are in the files, before they are detokenized."""
+        texts = []
+        for row in rows:
+            key = next((key for key in self.columns if key in row.values), None)
+            if key is None:
+                raise unknown_schema(row, [(key,) for key in self.columns])
+            text = row.text(key)
+            texts.append(f" {text.strip()} \n" if key == "sentence" else text)  # as in the files of lines
+        return texts if self.by_document else ["".join(texts)]

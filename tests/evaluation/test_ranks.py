@@ -1,0 +1,95 @@
+"""The same bits on 1, 2 and 4 ranks of one thread each, whole or sharded; and the launchers."""
+
+import hashlib
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megagpt.evaluation.exam import Settings, prepare
+from megagpt.evaluation.examinee import find_model, opened
+from megagpt.evaluation.scoring import Scores
+from megagpt.evaluation.tasks import find_tasks
+from megagpt.world import join
+from tests.evaluation.conftest import POSITIONS, hellaswag, sentence, write
+from tests.processes import free_port, run_launcher, run_ranks, torchrun_command
+
+pytestmark = pytest.mark.slow
+TASKS = ["hellaswag", "winogrande", "arc_easy", "lambada", "copa"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of five exams; no batch count of theirs divides by 2 or 4."""
+    folder, g = tmp_path_factory.mktemp("rows"), random.Random(1)
+    write(folder / "hellaswag.jsonl", hellaswag(37))
+    write(folder / "winogrande.jsonl", [
+        {"sentence": f"{sentence(g, 1, 9)} _ {sentence(g, 1, 9)}", "option1": "cat", "option2": "a dog", "answer": "1"}
+        for _ in range(11)
+    ])  # fmt: skip
+    write(folder / "arc_easy.jsonl", [
+        {"query": f"Question: {sentence(g, 1, 9)}", "choices": [sentence(g, 1, 3) for _ in range(4)], "gold": 1}
+        for _ in range(11)
+    ])  # fmt: skip
+    write(folder / "lambada.jsonl", [{"text": sentence(g, 3, 70)} for _ in range(21)])
+    copa = [
+        {"premise": sentence(g, 1, 9), "choice1": "Cats", "choice2": sentence(g, 1, 9), "question": "cause", "label": 0}
+        for _ in range(9)
+    ]
+    write(folder / "copa.jsonl", copa)
+    write(folder / "copa_train.jsonl", copa)
+    return folder
+
+
+def of_a_rank(folder: str, data: str, engines: list[str]) -> list[dict[str, Any]]:
+    """For each engine: the digest of all scores, the calls of the model, the values."""
+    with join("cpu") as world:
+        found, results = find_model(folder, world), []
+        for engine in engines:
+            with opened(found, world, engine, "fp32") as model:
+                calls = 0
+
+                def counted(*arguments: Any, model: Any = model, **named: Any) -> Any:
+                    nonlocal calls
+                    calls += 1
+                    return model(*arguments, **named)
+
+                every: list[Scores] = []
+                values: list[str] = []
+                for task in find_tasks(TASKS):
+                    shots = 2 if task.name == "copa" else 0
+                    held = prepare(task, Settings(data, shots=shots), POSITIONS).hold(counted, world, batch_tokens=150)
+                    assert held is not None
+                    values += [value.text for value in held[0].values]
+                    every.append(held[1])
+            digest = hashlib.sha256(repr(every).encode()).hexdigest()
+            results.append({"digest": digest, "calls": calls, "values": values})
+        return results
+
+
+def test_any_number_of_ranks_and_any_engine_have_the_same_bits(folder: Path, data: Path) -> None:
+    ((one,),) = run_ranks(1, of_a_rank, str(folder), str(data), ["ddp"])
+    for ranks in (2, 4):
+        found = run_ranks(ranks, of_a_rank, str(folder), str(data), ["ddp", "fsdp", "zero"])
+        for i, engine in enumerate(("ddp", "fsdp", "zero")):
+            assert {results[i]["digest"] for results in found} == {one["digest"]}, (ranks, engine)
+            assert all(results[i]["values"] == one["values"] for results in found)
+            calls = {results[i]["calls"] for results in found}
+            assert len(calls) == 1, "ranks take equally many forward passes"
+            assert one["calls"] / ranks <= calls.pop() <= one["calls"] / ranks + len(TASKS)
+
+
+def test_launchers_print_the_table_once(folder: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    arguments = ["evaluate", str(folder), "--tasks", "copa", "--data", str(data), "--json", str(out)]
+    deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--module"]
+    deepspeed += ["--master_port", str(free_port())]
+    for command in ([*torchrun_command(2), "-m"], deepspeed):
+        out.unlink(missing_ok=True)
+        done = run_launcher([*command, "megagpt", *arguments], tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("mean_token  ") == 1, done.stdout
+        assert json.loads(out.read_text())["ranks"] == 2
