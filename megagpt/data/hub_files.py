@@ -5,6 +5,7 @@ file, git's SHA-1 of a small one. Both are checked here, each time a file is ask
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import sys
@@ -40,11 +41,12 @@ def hub_file(repo: str, path: str, revision: str, kind: Kind = "model", bring: S
     found = found or _fetch(repo, path, revision, kind, bring)
     if (wrong := _difference(found)) is None:
         return found
-    warn(f"{found}: {wrong}; fetching it again")
+    corrupt = found
     try:
         found = _fetch(repo, path, commit_of(found), kind, bring, again=True)
     except ExpectedError as error:
-        raise UserError(f"{found}: {wrong}, and it cannot be fetched again: {error}") from None
+        raise UserError(f"{corrupt}: corrupt, {wrong}; {error}") from None
+    warn(f"{corrupt}: was corrupt, {wrong}; it was fetched again")
     if (wrong := _difference(found)) is None:
         return found
     _forget(found)
@@ -124,7 +126,7 @@ def _fetch(repo: str, path: str, revision: str, kind: Kind, bring: Sequence[str]
         return Path(found)
 
     try:
-        return asked(repo, path, revision, kind, bring, ask)
+        return asked(repo, f"an intact {path}" if again else path, revision, kind, bring, ask)
     except ExpectedError:
         # A branch or a tag, as it was when the hub was last reached.
         if not is_commit(revision) and not again and (found := cached(repo, path, revision, kind)):
@@ -225,7 +227,10 @@ class _Lines(tqdm):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         options.pop("name", None)
-        super().__init__(*arguments, **{**options, "disable": False, "mininterval": _PLAIN_SECONDS})
+        name = str(options.pop("desc", "")).rpartition("/")[2]
+        # The bar itself goes nowhere.
+        plain = {"desc": name, "file": io.StringIO(), "disable": False, "mininterval": _PLAIN_SECONDS}
+        super().__init__(*arguments, **{**options, **plain})
 
     def display(self, *arguments: object, **options: object) -> None:
         if 0 < self.n < (self.total or 0):
