@@ -89,8 +89,9 @@ def cached(repo: str, path: str, revision: str, kind: Kind = "model") -> Path | 
 
 
 def asked(repo: str, what: str, revision: str, kind: Kind, bring: Sequence[str], ask: Callable[[], T]) -> T:
-    """The hub's answer, after a few attempts if it or the network fails. `what`: a noun, for the message. Raises
-    UserError with what to do: no such name, no access, a full disk, no network; TransientError if the hub is down."""
+    """The hub's answer, after a few attempts if it or the network fails. `what`: a noun, for the message. `bring`: as
+    of `hub_file`; if it is empty, nothing that is brought would help. Raises UserError with what to do: no such name,
+    no access, a full disk, no network; TransientError if the hub is down."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for pause in (*_PAUSES, None):
@@ -172,9 +173,11 @@ def _without_network(error: Exception, repo: str, what: str, revision: str, kind
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    cache, folder = constants.HF_HUB_CACHE, f"{kind}s--{repo.replace('/', '--')}"
     off = isinstance(error, OfflineModeIsEnabled)
     reason = "HF_HUB_OFFLINE is set" if off else f"the Hugging Face hub cannot be reached ({first_line(error)})"
+    if not bring:
+        return f"{repo}: {what}: {reason}"
+    cache, folder = constants.HF_HUB_CACHE, f"{kind}s--{repo.replace('/', '--')}"
     kind_option = "" if kind == "model" else f" --repo-type {kind}"
     command = f"hf download {repo}{kind_option} --revision {revision} {' '.join(bring)}"
     copy = f"copy the folder {folder} of its cache (~/.cache/huggingface/hub, or $HF_HOME/hub) into {cache}"

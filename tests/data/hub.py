@@ -227,6 +227,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.released.wait(60)
             if fault == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.rfile.close()  # it holds the connection open
+                self.connection.close()
             return
         self.reply(status, data, headers)
 
