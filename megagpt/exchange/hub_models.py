@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megagpt.console import warn
 from megagpt.data.hub_files import cached, commit_of, hub_file, hub_names, is_commit
-from megagpt.errors import ExpectedError, UserError, did_you_mean
+from megagpt.errors import ExpectedError, UserError
 from megagpt.exchange.tokenizer_files import TOKENIZER_FILES
 from megagpt.models.hf_files import WEIGHTS_AND_INDEX, read_mapping
 from megagpt.models.huggingface import read_config
@@ -41,8 +41,7 @@ def hub_name(name: str) -> HubName:
     found = _NAME.fullmatch(SHORT_NAMES.get(base, base))
     if found is None or (at and not revision):
         form = "a model on the Hugging Face hub is OWNER/NAME or OWNER/NAME@REVISION"
-        short = f"OpenAI's have short names, {did_you_mean(base, SHORT_NAMES)}"
-        raise UserError(f"{name}: no such folder here; {form}; {short}")
+        raise UserError(f"{name}: no such folder here; {form}; OpenAI's are {', '.join(SHORT_NAMES)}")
     return HubName(found[1], revision or _COMMITS.get(found[1], "main"))
 
 

@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megagpt import world as joining
 from megagpt.console import overheard
@@ -45,17 +46,17 @@ def _commands(commands: Sequence[Sequence[str]]) -> int:
     return 0
 
 
-def opened(folder: str, variables: dict[str, dict[str, str]], hosts: list[str]) -> tuple[float, str]:
-    """On each rank: a value of the model's weights, and its label. The main rank notes a line about others for which
-    it waits."""
+def opened(names: list[str], variables: dict[str, dict[str, str]], hosts: list[str], waiting: Path) -> list[Any]:
+    """On each rank: the label and the sum of the embedding of each model. The main rank notes a line about others for
+    which it waits."""
     platform.node = lambda: hosts[int(os.environ["RANK"])]  # type: ignore[assignment]
     os.environ.update(variables[platform.node()])
     joining._SILENT_SECONDS = 0.5
 
     def note(line: str) -> None:
         if line.startswith("waiting for"):
-            Path(folder, "waiting").write_text(line)
+            waiting.write_text(line)
 
     with overheard(note), joining.join("cpu") as world:
-        model = open_model("gpt2", world)
-        return model.load().token_embedding.weight.sum().item(), model.label
+        models = [open_model(name, world) for name in names]
+        return [(model.label, model.load().token_embedding.weight.sum().item()) for model in models]

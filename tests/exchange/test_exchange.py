@@ -267,7 +267,7 @@ def test_a_name_without_a_model_says_what_was_looked_for(tmp_path: Path, refusal
         str(tmp_path): ["neither config.json (a transformers folder) nor checkpoints/ (a run)"],
         str(tmp_path / "file"): ["a file, not a model's folder"],
         str(tmp_path / "nowhere"): ["no such folder here", "OWNER/NAME"],
-        "gpt2-xxl": ["no such folder here", "did you mean gpt2-xl"],
+        "gpt2-xxl": ["no such folder here", "OpenAI's are gpt2, gpt2-medium, gpt2-large, gpt2-xl"],
         "gpt2@": ["OWNER/NAME@REVISION"],
         "": ["a name is empty"],
     }

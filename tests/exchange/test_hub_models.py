@@ -315,14 +315,21 @@ def test_one_rank_of_each_host_fetches(hub: Hub, folder: Path, tmp_path: Path) -
     thread = threading.Thread(target=release)
     thread.start()
     try:
-        results = run_ranks(4, opened, str(tmp_path), homes, ["near", "near", "far", "far"])
+        results = run_ranks(4, opened, ["gpt2", str(folder)], homes, ["near", "near", "far", "far"], said)
     finally:
         ended.set()
         thread.join()
-    ((total, label),) = set(results)
-    assert (total, label) == (
-        pytest.approx(load_file(folder / WEIGHTS)["transformer.wte.weight"].sum().item()),
-        f"{GPT2}@{COMMIT}",
-    )
+    total = pytest.approx(load_file(folder / WEIGHTS)["transformer.wte.weight"].sum().item())
+    assert results == [[(f"{GPT2}@{COMMIT}", total), (str(folder), total)]] * 4
     assert said.read_text() == f"waiting for rank 2 on far, which fetches {GPT2}"
     assert len([path for path in hub.requests if path.startswith("GET") and path.endswith(WEIGHTS)]) == 1
+
+
+@pytest.mark.slow
+def test_a_failed_fetch_is_told_once_and_ends_all(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both hosts fail, and the second rank of each waits."""
+    hub.gated = "Ask the owner."
+    hosts = {host: hub.environment(tmp_path / host) for host in ("near", "far")}
+    with pytest.raises(AssertionError, match="Reported"):
+        run_ranks(4, opened, ["gpt2"], hosts, ["near", "near", "far", "far"], tmp_path / "waiting")
+    assert capsys.readouterr().out.count("accept its terms at") == 1
