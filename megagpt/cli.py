@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from megagpt import __version__, console
-from megagpt.commands import checkpoint, data, exchange, launch, measure, plan, sample, train
+from megagpt.commands import checkpoint, data, exchange, launch, measure, plan, report, sample, train
 from megagpt.commands.options import Command, Parser, adder, parse
 from megagpt.errors import ExitCode, ExpectedError, Reported, expected
 
@@ -46,6 +46,6 @@ def make_parser() -> Parser:
     parser = Parser("megagpt", description="The GPT-2 and GPT-3 papers, executable.")
     parser.add_argument("--version", action="version", version=f"megagpt {__version__}")
     add = adder(parser.add_subparsers(title="commands", required=True, metavar="COMMAND"))
-    for module in (train, launch, sample, exchange, checkpoint, data, plan, measure):
+    for module in (train, launch, sample, report, exchange, checkpoint, data, plan, measure):
         module.register(add)
     return parser
