@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,7 +205,10 @@ def image(figure: Figure, kind: str) -> bytes:
     """The figure as the bytes of a PNG or an SVG file; the same figure gives the same bytes. Called inside `themed`."""
     buffer = io.BytesIO()
     quiet: dict[str, Any] = {"metadata": {"Date": None}} if kind == "svg" else {}
-    figure.savefig(buffer, format=kind, dpi=150, **quiet)
+    with warnings.catch_warnings():
+        # A letter that the font lacks is a box in a PNG; in an SVG the viewer's fonts have it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format=kind, dpi=150, **quiet)
     return buffer.getvalue()
 
 

@@ -166,10 +166,11 @@ def _picture(text: str, draw: Callable[..., None], *arguments: Any) -> Picture:
         figure, axes = figures.one_panel()
         draw(axes, LIGHT, *arguments)
         light = figures.image(figure, "svg")
-    addresses = (
-        f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}" for svg in (light, figures.in_dark(light))
-    )
-    return Picture(*addresses, text)
+    return Picture(_address(light), _address(figures.in_dark(light)), text)
+
+
+def _address(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
 def _exams(record: Record) -> list[dict[str, Any]]:
