@@ -220,9 +220,9 @@ def _events(record: Record) -> list[str]:
     """Sentences about what did not go as usual."""
     kinds: dict[str, list[str]] = {}
     for line in record.notable:
-        text = str(line.get("reason") or line.get("text") or line["event"].replace("_", " "))
-        at = f"at {amount(float(line['tokens_seen']))} tokens"
-        kinds.setdefault(line["event"], []).append(f"{line['event'].replace('_', ' ')} {at}: {text}")
+        text = line.get("reason") or line.get("text")
+        what = f"{line['event'].replace('_', ' ')} at {amount(float(line['tokens_seen']))} tokens"
+        kinds.setdefault(line["event"], []).append(f"{what}: {text}" if text else what)
     found = []
     for texts in kinds.values():
         found += texts[:_EVENTS]
