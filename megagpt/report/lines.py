@@ -78,11 +78,12 @@ def loss_curves(records: Sequence[Record], wanted: str, axis: Axis) -> list[Refe
 
 
 def exam_references(record: Record, task: str) -> list[Reference]:
-    """Zero-shot scores of the task in its headline's convention, firm and unsure: of the GPT-2 and the GPT-3 whose
-    sizes are nearest. A score of another text is left out if there is one of the task's own."""
-    found = []
+    """Scores of the task in its headline's convention, with as many shots as the run's exams have: firm and unsure ones
+    of the GPT-2 and the GPT-3 whose sizes are nearest. A score of another text is left out if there is one of the
+    task's own."""
+    shots, found = getattr(getattr(record.config, "evaluation", None), "shots", 0), []
     for gpt2 in (True, False):
-        nearest = _nearest(record, [r for r in references(task, shots=0) if r.is_gpt2 is gpt2])
+        nearest = _nearest(record, [r for r in references(task, shots=shots) if r.is_gpt2 is gpt2])
         found += [r for r in nearest if r.same_text] or nearest
     return found
 
