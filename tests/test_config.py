@@ -16,7 +16,6 @@ from megagpt.config_keys import Key, all_keys, keys_marked
 from megagpt.config_marks import Change, For, mark_of
 from megagpt.errors import UserError
 from megagpt.models.presets import PRESETS, ModelConfig, near_divisors
-from megagpt.references.losses import corpus_named
 from tests.processes import REPOSITORY
 
 FILES = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -61,32 +60,6 @@ def test_preset_files_hold_the_papers_recipe(file: Path) -> None:
     else:
         assert config.train.tokens == 19073 * 524288
         assert config.schedule.warmup_tokens == 715 * 524288
-
-
-@pytest.mark.parametrize(
-    ("name", "steps", "warmup", "floor"), [("gpt2_124m_40b", 76_292, 715, 0.1), ("gpt2_124m_fineweb", 19_560, 700, 0.0)]
-)
-def test_public_runs_of_124m_have_files(name: str, steps: int, warmup: int, floor: float) -> None:
-    """build-nanogpt's of four passes, and the one whose log is llm.c's curve; all else is that of gpt2_124m."""
-    config, usual = load_config(name), load_config("gpt2_124m")
-    assert config.train.tokens == config.schedule.decay_end_tokens == steps * 524_288
-    assert (config.schedule.warmup_tokens, config.schedule.floor_ratio) == (warmup * 524_288, floor)
-    schedule = dataclasses.replace(usual.schedule, **{
-        key: getattr(config.schedule, key) for key in ("warmup_tokens", "decay_end_tokens", "floor_ratio")
-    })  # fmt: skip
-    train = dataclasses.replace(usual.train, tokens=config.train.tokens)
-    rest = dataclasses.replace(usual, run=config.run, data=config.data, train=train, schedule=schedule)
-    assert config == rest
-    assert (config.data == usual.data) == (name == "gpt2_124m_40b")
-
-
-def test_the_curve_of_llm_c_is_as_long_as_its_config() -> None:
-    config = load_config("gpt2_124m_fineweb")
-    corpus = corpus_named(source.path for source in config.data.sources)
-    assert corpus is not None
-    assert corpus.curve is not None
-    assert corpus.curve.tokens[-1] == config.train.tokens
-    assert corpus.curve.tokens[1] == config.validation.every_tokens
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)

@@ -47,9 +47,7 @@ def _price(text: str) -> float:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from megagpt.files import named_path
-
-    target = named_path(arguments.out)
+    target = _target(arguments.out)
     kind = target.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
         raise UserError(f"--out {arguments.out}: the picture is a .png or an .svg file; give it such a name")
@@ -83,11 +81,9 @@ def _wanted_exams(words: str, taken: list[str]) -> list[str] | None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from megagpt.files import named_path
-
     record = _record(arguments.run)
     _check_installed("report")
-    target = named_path(arguments.out) if arguments.out else arguments.run / "report.html"
+    target = _target(arguments.out or str(arguments.run / "report.html"))
 
     from megagpt.report.page import page
 
@@ -106,6 +102,18 @@ def _check_installed(command: str) -> None:
     missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{command} needs {' and '.join(missing)}: install it with pip install 'megagpt[report]'")
+
+
+def _target(name: str) -> Path:
+    """The file to write. Raises UserError before any work if it cannot be one."""
+    from megagpt.files import named_path
+
+    target = named_path(name)
+    if target.is_dir():
+        raise UserError(f"{target}: cannot be written: it is a folder; name a file with --out")
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: cannot be written: there is no folder {target.parent}; make it, or change --out")
+    return target
 
 
 def _write(target: Path, data: bytes) -> None:

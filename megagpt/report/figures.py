@@ -96,16 +96,25 @@ def exam_names(records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(task for record in records for task in record.exams))
 
 
+def names(records: Sequence[Record]) -> list[str]:
+    """The runs' names; their folders if two runs have the same name."""
+    found = [record.name for record in records]
+    return found if len(set(found)) == len(found) else [str(record.folder) for record in records]
+
+
 def one_panel() -> tuple[Figure, Axes]:
     figure = Figure(figsize=_PANEL, layout="constrained")
     return figure, figure.subplots()
 
 
-def draw_losses(axes: Axes, theme: Theme, records: Sequence[Record], axis: Axis, wanted: str) -> None:
-    """Validation losses; behind them the training losses, with the range of the steps if there is one run only."""
+def draw_losses(
+    axes: Axes, theme: Theme, records: Sequence[Record], axis: Axis, wanted: str, restarts: Sequence[int] = ()
+) -> None:
+    """Validation losses; behind them the training losses, with the range of the steps if there is one run only.
+    `restarts`: positions in tokens that get a mark."""
     alone = len(records) == 1
     curves: list[tuple[np.ndarray, np.ndarray]] = []
-    for record, colour in zip(records, _colours(theme), strict=False):
+    for record, name, colour in zip(records, names(records), _colours(theme), strict=False):
         steps = binned(record.tokens, record.steps["loss"])
         along = record.along(axis, steps.tokens)
         curves.append((along, steps.mean))
@@ -116,15 +125,19 @@ def draw_losses(axes: Axes, theme: Theme, records: Sequence[Record], axis: Axis,
         if alone and len(along):
             line.set_label("training")
         elif not points.tokens:
-            line.set_label(f"{record.name}: no validation yet" if len(along) else f"{record.name}: no step yet")
+            line.set_label(f"{name}: no validation yet" if len(along) else f"{name}: no step yet")
         if points.tokens:
             along, shown = _points(record, points, axis)
             curves.append((along, shown))
-            label = f"{'validation' if alone else record.name}: {shown[-1]:.4f} at {amount(points.tokens[-1])} tokens"
+            label = f"{'validation' if alone else name}: {shown[-1]:.4f} at {amount(points.tokens[-1])} tokens"
             marks: dict[str, Any] = {"marker": "o", "markersize": 3} if len(shown) <= _MARKED else {}
             axes.plot(along, shown, color=colour, label=label, **marks)
     references = _draw_loss_references(axes, theme, records, axis, wanted)
     _limit(axes, curves, references)
+    if restarts:
+        places, where = records[0].along(axis, restarts), axes.get_xaxis_transform()
+        signs: dict[str, Any] = {"marker": "^", "markersize": 7, "linestyle": "none", "clip_on": False}
+        axes.plot(places, np.zeros(len(places)), transform=where, color=theme.reference, label="a restart", **signs)
     title = "Loss" if alone else "Validation loss (pale: training loss)"
     _finish(axes, title, axis, "nats per token")
 
@@ -146,14 +159,14 @@ def _draw_loss_references(axes: Axes, theme: Theme, records: Sequence[Record], a
 def draw_exam(axes: Axes, theme: Theme, records: Sequence[Record], task: str, axis: Axis) -> None:
     """A task's scores, each with one standard error to both sides."""
     in_view: list[float] = []
-    for record, colour in zip(records, _colours(theme), strict=False):
+    for record, name, colour in zip(records, names(records), _colours(theme), strict=False):
         points = record.exams.get(task)
         if points is None:
             continue
         along, shown = _points(record, points, axis)
         errors = np.array([points.errors[i] for i in some(range(len(points.values)), _MOST_POINTS)])
         axes.fill_between(along, shown - errors, shown + errors, color=colour, alpha=0.2, linewidth=0)
-        label = f"{record.name if len(records) > 1 else 'this run'}: {score(shown[-1])}"
+        label = f"{name if len(records) > 1 else 'this run'}: {score(shown[-1])}"
         axes.plot(along, shown, color=colour, label=label, marker="o" if len(shown) <= _MARKED else "", markersize=3)
         in_view += [value for value in shown if math.isfinite(value)]
     levels = exam_levels(records, task)

@@ -61,7 +61,7 @@ def page(record: Record, axis: Axis, wanted: str, dollars_per_gpu_hour: float | 
     return environment.get_template("page.html").render(
         name=record.name, summary=summary(record), state=status.state, state_text=_state(status, chapters),
         facts=_facts(record, status, cost, dollars_per_gpu_hour),
-        curves=_curves(record, axis, wanted), exams=_exams(record),
+        curves=_curves(record, axis, wanted, [c.from_tokens for c in chapters[1:]]), exams=_exams(record),
         corpus=corpus.name if corpus else "", curve=corpus.curve if corpus else None,
         references=_all_references(record, loss_references(record, corpus)),
         samples=_samples(record), speed=_speed(record, axis), speed_rows=_speed_rows(record),
@@ -111,14 +111,14 @@ def _loss(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "not finite"
 
 
-def _curves(record: Record, axis: Axis, wanted: str) -> list[Picture]:
+def _curves(record: Record, axis: Axis, wanted: str, restarts: list[int]) -> list[Picture]:
     pictures = []
     if len(record.tokens) or record.validation.tokens:
         last = (
             f" The last validation loss is {_loss(record.validation.values[-1])}." if record.validation.values else ""
         )
         text = f"Loss against {axis}, with reference lines.{last}"
-        pictures.append(_picture(text, figures.draw_losses, [record], axis, wanted))
+        pictures.append(_picture(text, figures.draw_losses, [record], axis, wanted, restarts))
     for task, points in record.exams.items():
         text = f"{task} against {axis}, with reference lines. The last score is {score(points.values[-1])}."
         pictures.append(_picture(text, figures.draw_exam, [record], task, axis))

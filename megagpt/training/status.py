@@ -165,7 +165,8 @@ def _next(run: Path, config: Config, state: str, found: list[Incarnation]) -> di
     resume = {"resume with": resume_command(run)}
     if state == "finished":
         sample = f'megagpt sample {name} --prompt "The meaning of life is"'
-        return {"sample with": sample, "export with": f"megagpt export {name} --to {name}/export", **watch}
+        export, show = f"megagpt export {name} --to {name}/export", f"megagpt report {name}"
+        return {"sample with": sample, "export with": export, "show with": show, **watch}
     start = found[-1].start() if found else {}
     if state in ("starting", "running", "silent") and start:
         stop = _stop(start)

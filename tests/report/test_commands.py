@@ -85,7 +85,9 @@ def test_a_file_that_cannot_be_written_is_refused(run: Logged, tmp_path: Path, r
     for target in (tmp_path / "missing" / "a.png", tmp_path / "folder.png"):
         (tmp_path / "folder.png").mkdir(exist_ok=True)
         refusal(["plot", str(run.folder), "--out", str(target)], str(target), "cannot be written", "--out")
-    refusal(["report", str(run.folder), "--out", str(tmp_path)], str(tmp_path), "cannot be written", "--out")
+    refusal(["report", str(run.folder), "--out", str(tmp_path)], str(tmp_path), "it is a folder", "--out")
+    (tmp_path / "a.html.tmp").mkdir()  # what a disk without space or rights would refuse
+    refusal(["report", str(run.folder), "--out", str(tmp_path / "a.html")], "a.html: cannot be written", "--out")
 
 
 @pytest.mark.parametrize("price", ["free", "0", "-1", "nan", "inf"])

@@ -120,6 +120,21 @@ def test_several_runs_share_a_picture(run: Logged, tmp_path: Path) -> None:
     assert legend(lambada)[0] == "_second $x^2$: 20.00%"
 
 
+def test_runs_of_the_same_name_are_told_apart(run: Logged, tmp_path: Path) -> None:
+    twin = Logged(tmp_path / "elsewhere", "first")
+    twin.steps(500)
+    found = legend(panels([read_record(run.folder), read_record(twin.save().folder)])[0])
+    assert found[:2] == [f"{run.folder}: 3.2530 at 524M tokens", f"{twin.folder}: no validation yet"]
+
+
+def test_restarts_are_marked(run: Logged) -> None:
+    record = read_record(run.folder)
+    with themed(LIGHT):
+        _, axes = figures.one_panel()
+        figures.draw_losses(axes, LIGHT, [record], "hours", "auto", restarts=[250 * STEP_TOKENS, 500 * STEP_TOKENS])
+    assert line(axes, "a restart")[0] == pytest.approx([0.25, 0.5])
+
+
 def test_the_steep_beginning_is_out_of_view(run: Logged) -> None:
     axes = panels([read_record(run.folder)], wanted="none")[0]
     low, high = axes.get_ylim()

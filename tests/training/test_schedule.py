@@ -42,14 +42,6 @@ def test_gpt2_matches_the_public_reproduction_step_by_step() -> None:
         assert learning_rate(config, it * 524288) == pytest.approx(published(it), rel=1e-9)
 
 
-def test_the_fineweb_run_has_the_rates_of_llm_cs_log() -> None:
-    """Lines such as `s:699 trl:4.8484 lr:0.000600`: the rate of a step, from 0, to six decimals."""
-    config = load_config("gpt2_124m_fineweb")
-    logged = {0: 0.000001, 1: 0.000002, 698: 0.000599, 699: 0.000600, 10_000: 0.000306, 15_000: 0.000082, 19_559: 0.0}
-    for step, rate in logged.items():
-        assert learning_rate(config, (step + 1) * 524288) == pytest.approx(rate, abs=5.1e-7), step
-
-
 def test_wsd_and_constant_are_the_closed_form() -> None:
     schedule = {"warmup_tokens": 100, "decay_start_tokens": 600, "decay_end_tokens": 1000, "floor_ratio": 0.0}
     train = {"tokens": 1200, "batch_tokens": 8}
