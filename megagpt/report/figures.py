@@ -136,7 +136,7 @@ def draw_losses(
     _limit(axes, curves, references)
     if restarts:
         places, where = records[0].along(axis, restarts), axes.get_xaxis_transform()
-        signs: dict[str, Any] = {"marker": "^", "markersize": 7, "linestyle": "none", "clip_on": False}
+        signs: dict[str, Any] = {"marker": "^", "markersize": 7, "linestyle": "none", "clip_on": False, "zorder": 5}
         axes.plot(places, np.zeros(len(places)), transform=where, color=theme.reference, label="a restart", **signs)
     title = "Loss" if alone else "Validation loss (pale: training loss)"
     _finish(axes, title, axis, "nats per token")
@@ -180,22 +180,14 @@ def draw_exam(axes: Axes, theme: Theme, records: Sequence[Record], task: str, ax
 
 
 def draw_quantity(
-    axes: Axes,
-    theme: Theme,
-    record: Record,
-    column: str,
-    axis: Axis,
-    title: str,
-    unit: float = 1,
-    percent: bool = False,
+    axes: Axes, theme: Theme, record: Record, column: str, axis: Axis, title: str, unit: float, percent: bool
 ) -> None:
-    """A column of the steps: its mean over short stretches, and its range."""
+    """A column of the steps in a unit: its mean over short stretches, and its range. `percent`: it is a share."""
     found = binned(record.tokens, record.steps[column] / unit)
     along, colour = record.along(axis, found.tokens), theme.runs[0]
     low, high = _usual(found)
-    axes.fill_between(
-        along, found.low.clip(low, high), found.high.clip(low, high), color=colour, alpha=0.2, linewidth=0
-    )
+    shade = found.low.clip(low, high), found.high.clip(low, high)
+    axes.fill_between(along, *shade, color=colour, alpha=0.2, linewidth=0)
     axes.plot(along, found.mean, color=colour)
     axes.set_ylim(bottom=0, top=high * 1.08 if high > 0 else None)
     if percent:
