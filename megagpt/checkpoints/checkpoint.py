@@ -63,6 +63,8 @@ class CheckpointMeta:
     """Fingerprint of each source; None for imported weights."""
     scalars: dict[str, Any]
     """The engine's state that is not a tensor: `updates`, `loss_scale`."""
+    compiled: bool | None = None
+    """Whether blocks were compiled, which changes last digits; None: not stored."""
     milestone: bool = False
     skipped_updates: int = 0
     skipped_in_a_row: int = 0

@@ -251,7 +251,7 @@ def meta_of(engine: Engine, at: Position, data: list[str], milestone: bool, **co
     return CheckpointMeta(
         tokens_seen=at.tokens, sequences_seen=at.sequences, step=at.step, engine=engine.config.engine.name,
         world_size=engine.world.size, config=asdict(engine.config), data=data,
-        scalars=engine.scalars(), milestone=milestone, **counters,
+        scalars=engine.scalars(), compiled=engine.compiled, milestone=milestone, **counters,
     )  # fmt: skip
 
 

@@ -39,6 +39,8 @@ def encoded(batches: Iterable[DocumentBatch], workers: int | None) -> Iterator[t
     failure: ExpectedError | None = None
     source = iter(batches)
     try:
+        with _without_interrupts():
+            pool.submit(int)  # no work: a process starts while the first documents are read
         while True:
             try:
                 batch = next(source, None)

@@ -10,7 +10,6 @@ from megagpt.config import Config
 from megagpt.engines.engine import Replica, build_optimizer, prepare_model
 from megagpt.engines.native import NativeEngine
 from megagpt.models.gpt import GPT
-from megagpt.models.initialization import initialize
 from megagpt.world import World
 
 
@@ -23,13 +22,13 @@ class DDPEngine(NativeEngine):
         with torch.device("meta"):
             model = GPT(config.model)
         self.model = model.to_empty(device=world.device)
-        initialize(self.model, config.model, config.run.seed)
         self.optimizer = build_optimizer(self.model, config)
         self.clock = prepare_model(self.model, config, world.device, self.compiled)
         self.wrapped: nn.Module = self.model
         if world.size > 1:
-            # Buckets share memory with the gradients, which saves a copy.
-            self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            # Buckets share memory with the gradients, which saves a copy. Every rank gives the weights their values
+            # by itself, so rank 0 need not send its own.
+            self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True, init_sync=False)
 
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         local = not last and isinstance(self.wrapped, DistributedDataParallel)

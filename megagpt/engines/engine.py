@@ -71,7 +71,7 @@ class Replica:
 
 
 class Engine(abc.ABC):
-    """One model across the ranks."""
+    """One model across the ranks. Its weights are undefined until `initialize` or a load."""
 
     model: GPT
     """The model itself, without the library's wrapper."""
@@ -182,6 +182,10 @@ class Engine(abc.ABC):
     def _state_loaded(self, updates: int) -> None:
         """Derive again what the engine derives from the state, and set Adam's count of updates."""
 
+    @abc.abstractmethod
+    def initialize(self) -> None:
+        """Set the weights to their initial values, and both moments and the count of updates to zero."""
+
     def _initialize(self, name: str, weight: FlatShard) -> None:
         """Set the range of a weight that this rank holds to its initial values."""
         config, start, stop = self.config, weight.start, weight.start + weight.flat.numel()
@@ -216,9 +220,13 @@ class Engine(abc.ABC):
             self.model.train()
 
 
-def build_engine(config: Config, world: World) -> Engine:
-    """The engine that the config names, with initial weights. Raises UserError for what cannot run here."""
-    return pkgutil.resolve_name(ENGINES[config.engine.name])(config, world)
+def build_engine(config: Config, world: World, initialized: bool = True) -> Engine:
+    """The engine that the config names, with initial weights unless a checkpoint is about to be loaded: they take
+    seconds to draw. Raises UserError for what cannot run here."""
+    engine: Engine = pkgutil.resolve_name(ENGINES[config.engine.name])(config, world)
+    if initialized:
+        engine.initialize()
+    return engine
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:

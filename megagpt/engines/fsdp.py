@@ -15,7 +15,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from megagpt.config import Config
 from megagpt.engines.engine import DTYPES, Replica, build_optimizer, prepare_model
-from megagpt.engines.native import NativeEngine, held
+from megagpt.engines.native import NativeEngine
 from megagpt.models.gpt import GPT
 from megagpt.world import World
 
@@ -42,8 +42,6 @@ class FSDPEngine(NativeEngine):
             again = engine.reshard_after_forward and module is not self.model
             fully_shard(module, mesh=over, mp_policy=policy, offload_policy=offload, reshard_after_forward=again)
         self.model.to_empty(device="cpu" if on_host else device)
-        for name, parameter in self.model.named_parameters():
-            self._initialize(name, held(parameter.detach()))
         self.optimizer = build_optimizer(self.model, config)
 
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:

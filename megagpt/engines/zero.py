@@ -52,14 +52,6 @@ class ZeroEngine(Engine):
             shards = _SwappedWeights if config.engine.nvme_path else _PartitionedWeights
         self._shards = shards(self._engine.optimizer, self.model)
         self.optimizer = self._engine.optimizer.optimizer
-        state = self.state()
-        for key, shard in state.items():
-            kind, _, name = key.partition(".")
-            if kind == "model":
-                self._initialize(name, shard)
-            else:
-                shard.flat.zero_()
-        self._state_loaded(0)
 
     def _build(self, deepspeed: Any) -> GPT:
         config = self.config
@@ -100,6 +92,15 @@ class ZeroEngine(Engine):
             for name, parameter in self.model.named_parameters()
             for moment in (None, *MOMENTS)
         }
+
+    def initialize(self) -> None:
+        for key, shard in self.state().items():
+            kind, _, name = key.partition(".")
+            if kind == "model":
+                self._initialize(name, shard)
+            else:
+                shard.flat.zero_()
+        self._state_loaded(0)
 
     def _state_loaded(self, updates: int) -> None:
         self._shards.publish()

@@ -67,8 +67,7 @@ def bench(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace, against: list[str], report: Report) -> None:
     """The rows of each precision and implementation, in turn."""
     arguments.accumulation = arguments.accumulation or 1
-    for precision in dict.fromkeys(arguments.precision or ("fp32", "bf16")):
-        config = _config(arguments, precision)
+    for config in _configs(arguments):
         _check_equal_work(against, config)
         for name in ("megagpt", *against):
             tuned = name == "megagpt" or arguments.same_allocator
@@ -155,6 +154,21 @@ def _run(entry: Entry, report: Report, turn: int, rounds: int) -> None:
         if failure:
             entry.hear([f"its matrix products were not timed: {failure}"])
     report.show(entry)
+
+
+def _configs(arguments: argparse.Namespace) -> list[Config]:
+    """One for each of --precision; without it, for fp32 and bf16, as far as the overrides allow them."""
+    if arguments.precision:
+        return [_config(arguments, precision) for precision in dict.fromkeys(arguments.precision)]
+    configs, problems = [], []
+    for precision in ("fp32", "bf16"):
+        try:
+            configs.append(_config(arguments, precision))
+        except UserError as error:
+            problems.append(error)
+    if not configs:
+        raise problems[0]
+    return configs
 
 
 def _config(arguments: argparse.Namespace, precision: str) -> Config:

@@ -113,6 +113,7 @@ def _step(run: Run, before: Position, batches: Generator[Batch], speed: Speed, s
         run.reserve.took(first_step=0 if run.engine.compiled else took)
         if run.engine.compiled:
             say(f"the first step took {duration(took)}, compiling included")
+            run.reserve.compiling(took if run.validation_compiles else 0)
         # All that lives now stays: Python's collector need not look at it again and again, which would hold a rank up.
         gc.collect()
         gc.freeze()

@@ -3,12 +3,14 @@
 The run log tells when each was last done, and the loop asks between steps which ones are due. So work that a stop or a
 kill interrupted is done after the resume, at the same tokens as in the uninterrupted run."""
 
+import contextlib
 import functools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megagpt.console import say
 from megagpt.data.tokenizer import gpt2
 from megagpt.errors import NonFiniteError
 from megagpt.evaluation.validation import unigram_loss, validation_loss
@@ -87,11 +89,22 @@ def _validate(run: Run) -> Work:
         return unigram_loss(run.train_data, run.validation_data, sequences)
 
     def work(at: Position, stop: StopRequest) -> bool:
-        def interrupted() -> bool:
-            run.watchdog.phase("validation")
-            return run.agree_to_stop(stop)
+        first_batch = contextlib.ExitStack()
 
-        loss = validation_loss(run.engine, run.validation_data, sequences, interrupted)
+        def interrupted() -> bool:
+            first_batch.close()
+            run.watchdog.phase("validation")
+            if run.agree_to_stop(stop):
+                return True
+            if run.validation_compiles:
+                run.validation_compiles = False
+                say("first validation, which compiles the model without gradients: it may take minutes")
+                first_batch.enter_context(run.watchdog.patient("validation, compiling"))
+                first_batch.callback(run.reserve.compiling, 0)
+            return False
+
+        with first_batch:
+            loss = validation_loss(run.engine, run.validation_data, sequences, interrupted)
         if at.last and loss is not None and math.isfinite(loss) and not run.guard.in_a_row:
             run.saver.proved(at.tokens)  # no step will follow that could
         if loss is not None and run.world.is_main:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megagpt.checkpoints.checkpoint import OpenCheckpoint
@@ -91,6 +91,12 @@ class Run:
     profiler: StepProfiler
     raised: tuple[bool, ...] = (False, False, False)
     """The `flags` that some rank raised in the last step."""
+    validation_compiles: bool = field(init=False)
+    """Whether the next validation compiles; only the first one does. Its graphs are not those of a step, as they keep
+    nothing for gradients."""
+
+    def __post_init__(self) -> None:
+        self.validation_compiles = self.engine.compiled and self.validation_sequences > 0
 
     def batches(self) -> Generator[Batch]:
         """This rank's share of every remaining batch, read ahead."""
@@ -186,7 +192,7 @@ def open_run(
         say("\n".join(describe(config, train_data, held_out)))
     rates = world.from_main(lambda: find_rates(config, world.device)) if config.train.profile_steps else None
     say("building the model")
-    engine = build_engine(config, world)
+    engine = build_engine(config, world, initialized=False)
     fingerprints = [stream.fingerprint for stream in train_data.streams]
     seek = functools.partial(choose, folder, config, fingerprints, allowed, world, resume_at)
     # The run is claimed when it is known that it can resume here, and before anything of it is read.
@@ -203,8 +209,10 @@ def open_run(
             meta = found.meta
             step = meta.step if meta.step is not None else step_count(saved_config(found), meta.tokens_seen)
             start = position(config, meta.sequences_seen, step)
-        elif resume:
-            say(f"{folder}: no checkpoint was completed; starting from the first token")
+        else:
+            engine.initialize()
+            if resume:
+                say(f"{folder}: no checkpoint was completed; starting from the first token")
         ending.reached = start.tokens
         newer = _abandon_newer(folder, start, world) if resume_at is not None else []
         world.barrier()
@@ -247,6 +255,10 @@ def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:
             load(found, engine)
             meta = found.meta
             say(f"resuming at {meta.tokens_seen:,} tokens, saved by {meta.engine} on {meta.world_size} rank(s)")
+            if meta.compiled not in (None, engine.compiled):
+                now, before = ("compiled", "not compiled") if engine.compiled else ("not compiled", "compiled")
+                changed = f"blocks are {now} from here on, and were {before} before (train.compile)"
+                say(f"{changed}: losses may differ in the last digits")
             break
         except CorruptError as error:
             quarantine(found, error, engine.world)

@@ -12,13 +12,14 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from megagpt.config import Config
 from megagpt.config_types import ActivationCheckpointing
-from megagpt.engines import float8
+from megagpt.engines import compilation, float8
 from megagpt.engines.activation_checkpointing import checkpoint_activations
 from megagpt.engines.engine import build_engine, build_optimizer
 from megagpt.engines.float8 import convert_linears
 from megagpt.measure.cases import LR, Case, Curve, difference, share
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
+from megagpt.models.loss import softmax_cross_entropy_
 from megagpt.world import World
 from tests.engines.test_activation_checkpointing import Count
 
@@ -176,10 +177,11 @@ def test_selective_repeats_neither_products_nor_scales(emulated: None) -> None:
 def test_compiled_blocks_keep_the_numbers(
     scaling: Scaling, emulated: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each block in one graph, without Inductor's C++."""
+    """Each block in one graph, without Inductor's C++; the head as it is, as its compiled form rounds elsewhere."""
     expected = curve(scaling, "selective")
     assert f"train.float8 {scaling} is slow without compiled blocks" in capsys.readouterr().out
     torch._dynamo.reset()
+    monkeypatch.setattr(compilation, "softmax_cross_entropy_to_compile_", softmax_cross_entropy_)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
     found = curve(scaling, "selective", compiled=True)
     assert "is slow" not in capsys.readouterr().out

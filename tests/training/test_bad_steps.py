@@ -5,6 +5,7 @@ import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import yaml
 from megagpt.checkpoints.folder import list_checkpoints, renamed
 from megagpt.cli import main
 from megagpt.config import SkipConfig, TrainConfig
-from megagpt.data.loader import Corpus
+from megagpt.data.loader import Batch, Corpus
 from megagpt.engines.engine import Engine, StepResult
 from megagpt.engines.loss_scale import LossScale
 from megagpt.run_log import Event
@@ -157,15 +158,15 @@ def jump_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     weights and moments stay as they were."""
     usual, count = Engine.train_step, 0
 
-    def train_step(self: Engine, batch: object, lr: float, is_spike: object = None) -> StepResult:
+    def train_step(self: Engine, batch: Batch, *arguments: Any) -> StepResult:
         nonlocal count
         count += 1
         if count != step:
-            return usual(self, batch, lr, is_spike)  # type: ignore[arg-type]
-        for _, targets in batch.micro_batches:  # type: ignore[attr-defined]
+            return usual(self, batch, *arguments)
+        for _, targets in batch.micro_batches:
             targets.copy_(torch.arange(targets.numel()).view_as(targets) + 40_000)
         before = {key: shard.flat.clone() for key, shard in self.state().items()}
-        result = usual(self, batch, lr, is_spike)  # type: ignore[arg-type]
+        result = usual(self, batch, *arguments)
         assert all(torch.equal(before[key], shard.flat) for key, shard in self.state().items())
         return result
 

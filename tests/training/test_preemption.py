@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -204,6 +205,18 @@ def test_the_printed_bound_is_the_time_that_is_kept(
     (seconds,) = kept
     assert seconds > 0
     assert f"ends this run within about {seconds:.1f} s" in capsys.readouterr().out
+
+
+def test_the_bound_counts_a_validation_that_compiles() -> None:
+    """Until it has compiled: 2 saves of 1 s, a step of 2 s, and the longest of a step, samples and compiling."""
+    reserve = Reserve(SimpleNamespace(expected_seconds=1.0))  # type: ignore[arg-type]
+    reserve.took(step=2, samples=5)
+    reserve.compiling(60)
+    assert reserve.seconds == 60 + 2 + 2
+    assert "a first validation, compiling included (60.00 s), one step (2.00 s)" in reserve.sentence(0)
+    reserve.compiling(0)
+    assert reserve.seconds == 5 + 2 + 2
+    assert "samples (5.00 s), one step (2.00 s)" in reserve.sentence(0)
 
 
 @pytest.mark.slow

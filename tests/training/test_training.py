@@ -19,6 +19,7 @@ from megagpt.incarnations import list_incarnations
 from megagpt.measure.plain import plain_optimizer, plain_step
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
+from megagpt.training.watchdog import Watchdog
 from tests.conftest import Tiny, metrics
 from tests.processes import environment, start_ranks, torchrun_command
 from tests.runs import LOSS, PATIENCE, assert_same_curve, logs, losses, wait_for_steps
@@ -110,14 +111,29 @@ def test_bf16_and_dropout_stay_near_the_fp32_curve(tiny: Tiny, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_compiled_block_gives_the_same_losses(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_block_gives_the_same_losses(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """By the compiler's C++, one block of it, which takes a minute; the engines' wrapping is tried without it."""
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # processes that would each import PyTorch
-    config = str(tiny(model={"layers": 1}))
+    waits: list[str] = []
+    patient = Watchdog.patient
+    monkeypatch.setattr(Watchdog, "patient", lambda self, text: waits.append(text) or patient(self, text))
+    config = str(tiny(model={"layers": 1}, checkpoint={"every_tokens": 640}))
     assert train(config, "run.name=eager") == 0
+    assert not [text for text in waits if "compiling" in text]
     assert train(config, "run.name=compiled", "train.compile=true", "validation.every_tokens=640") == 0
     eager, compiled = losses(tmp_path / "runs" / "eager"), losses(tmp_path / "runs" / "compiled")
     assert compiled == pytest.approx(eager, abs=5e-6)
+    assert [text for text in waits if "compiling" in text] == ["step 1, compiling", "validation, compiling"]
+    assert capsys.readouterr().out.count("first validation, which compiles the model") == 1
+    # A checkpoint tells whether its run was compiled, as that changes the last digits.
+    run = tmp_path / "runs" / "compiled"
+    assert [c.open().meta.compiled for c in list_checkpoints(run)] == [True] * len(list_checkpoints(run))
+    assert train("--resume", str(run), "--at", "1920", "train.compile=false") == 0
+    changed = "blocks are not compiled from here on, and were compiled before (train.compile)"
+    assert f"{changed}: losses may differ in the last digits" in capsys.readouterr().out
+    assert list_checkpoints(run)[-1].open().meta.compiled is False
 
 
 # --- resuming ---
