@@ -20,7 +20,7 @@ from megagpt.report import figures
 from megagpt.report.facts import data_rows, recipe_rows, summary, visible
 from megagpt.report.figures import LIGHT, amount, score
 from megagpt.report.history import Bill, Chapter, bill, read_history
-from megagpt.report.lines import corpus_of, exam_references, loss_references
+from megagpt.report.lines import corpus_of, exam_references, loss_curves, loss_references
 from megagpt.report.record import Axis, Record, some
 from megagpt.training.status import Status, read_status
 
@@ -53,16 +53,16 @@ def page(record: Record, axis: Axis, wanted: str, dollars_per_gpu_hour: float | 
     """The page's HTML. `wanted`: the references, as of `lines.corpus_of`, which raises UserError."""
     status, chapters = read_status(record.folder, record.config), read_history(record.folder, record)
     corpus = corpus_of(record, wanted)
-    cost = bill(chapters, dollars_per_gpu_hour)
+    cost, drawn = bill(chapters, dollars_per_gpu_hour), loss_curves([record], wanted, axis)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=visible,
     )  # fmt: skip
     return environment.get_template("page.html").render(
-        name=record.name, summary=summary(record), state=status.state, state_text=_state(status, chapters),
+        name=record.name, summary=summary(record), machines=_machines(chapters), state=_state(status, chapters),
         facts=_facts(record, status, cost, dollars_per_gpu_hour),
         curves=_curves(record, axis, wanted, [c.from_tokens for c in chapters[1:]]), exams=_exams(record),
-        corpus=corpus.name if corpus else "", curve=corpus.curve if corpus else None,
+        corpus=corpus.name if corpus else "", curve=corpus.curve if corpus and drawn else None,
         references=_all_references(record, loss_references(record, corpus)),
         samples=_samples(record), speed=_speed(record, axis), speed_rows=_speed_rows(record),
         data=data_rows(record), recipe=recipe_rows(record.config), chapters=chapters,
@@ -79,6 +79,12 @@ def _state(status: Status, chapters: list[Chapter]) -> str:
     if not status.total_tokens:
         return status.text
     return f"{status.text}; {status.progress:.1%} of {amount(status.total_tokens)} tokens"
+
+
+def _machines(chapters: list[Chapter]) -> str:
+    """The devices in the order in which they were first used."""
+    found = dict.fromkeys(f"{c.ranks} x {c.device}" for c in chapters if c.ranks)
+    return f"It ran on {', then on '.join(found)}." if found else ""
 
 
 def _facts(record: Record, status: Status, cost: Bill, price: float | None) -> list[tuple[str, str, str]]:
@@ -104,6 +110,8 @@ def _facts(record: Record, status: Status, cost: Bill, price: float | None) -> l
         facts.append(("GPU-hours", f"{cost.gpu_hours:,.1f}", f"{least}with saves and restarts"))
     if cost.dollars is not None and price is not None:
         facts.append(("cost", f"${cost.dollars:,.2f}", f"{least}at ${price:,.2f} a GPU-hour"))
+    elif price is not None:
+        facts.append(("cost", "none", "no GPU is on record"))
     return facts
 
 

@@ -83,6 +83,7 @@ def test_it_says_what_was_trained_on_what_where_and_at_what_cost(run: Logged) ->
     assert found.of("h1") == ["first"]
     model = "A GPT of 124,439,808 parameters (gpt2-124m, 12 layers, width 768, 12 heads, context 1,024)"
     assert f"{model}, trained on 524M tokens of HuggingFaceFW/fineweb, sample-10BT." in found.text
+    assert f"It ran on 8 x {H100}." in found.text
     assert "finished on 2026-11-20" in found.text
     for fact in ("3.2531", "29.75%", "24.0", "$48.00", "3:00:00", "4.48e17"):
         assert fact in found.of("b") or f"0{fact}" in found.of("b"), fact
@@ -99,6 +100,15 @@ def test_exams_stand_beside_the_references(run: Logged) -> None:
     )  # fmt: skip
     assert "winogrande 52.00% ± 1.40% 1,267 524M GPT-3 125M: 52.00% (unsure)" in rows
     assert any(row.startswith("loss GPT-2 124M 3.4250") and "llm.c, dev/vislog.ipynb" in row for row in rows)
+
+
+def test_the_source_of_the_reference_curve_is_told_if_it_is_drawn(run: Logged, tmp_path: Path) -> None:
+    assert "records/track_1_short/2024-10-13_llmc" in shown(run.folder).text
+    larger = Logged(tmp_path, "larger", "model.preset=gpt2-355m", "data.sources=[{path: data/fineweb_10bt}]")
+    larger.steps(10)
+    text = shown(larger.save().folder).text
+    assert "The grey curve" not in text
+    assert "3.0831" in text
 
 
 def test_it_needs_no_network_and_no_script(run: Logged) -> None:
@@ -171,6 +181,17 @@ def test_a_run_of_version_0_1_has_a_page(tmp_path: Path) -> None:
     assert "stopped (SIGTERM); 50.0% of 2.56k tokens" in found.text
     assert "1 x cpu on vm" in found.text
     assert "The newest checkpoint is that of 1.28k tokens." in found.text
+
+
+def test_a_price_without_gpus_is_said_to_have_no_effect(tmp_path: Path) -> None:
+    run = Logged(tmp_path, "run")
+    run.steps(10)
+    run.incarnation(1, 0, 1, "finished", "the last token", device="cpu", world_size=2)
+    run.incarnation(2, 1, 2, "finished", "the last token", device="cpu", world_size=4)
+    text = shown(run.save().folder, price=2.0).text
+    assert "It ran on 2 x cpu, then on 4 x cpu." in text
+    assert "no GPU is on record" in text
+    assert "GPU-hours" not in text
 
 
 def test_an_unfinished_run_says_how_far_it_is(tmp_path: Path) -> None:
