@@ -4,6 +4,7 @@ import unicodedata
 from typing import Any
 
 from megagpt.config import Config
+from megagpt.exchange.importing import origin
 from megagpt.incarnations import list_incarnations
 from megagpt.report.figures import amount, power
 from megagpt.report.lines import texts_of
@@ -29,13 +30,15 @@ def _visible(character: str) -> str:
 
 
 def summary(record: Record) -> str:
-    """One sentence: which model was trained on what."""
-    model, seen = record.config.model, int(record.tokens[-1]) if len(record.tokens) else 0
+    """Which model was trained on what, from which weights on."""
+    model, seen = record.config.model, record.reached
     counts = f"{_count(model.layers, 'layer')}, width {model.width:,}, {_count(model.heads, 'head')}"
     shape = f"{counts}, context {model.context:,}"
     name = f"{model.preset}, " if model.preset else ""
     trained = f"trained on {amount(seen)} tokens of" if seen else "to be trained on"
-    return f"A GPT of {model.parameters:,} parameters ({name}{shape}), {trained} {'; '.join(texts_of(record))}."
+    text = f"A GPT of {model.parameters:,} parameters ({name}{shape}), {trained} {'; '.join(texts_of(record))}."
+    folder = origin(record.folder).get("folder")
+    return f"{text} Its first weights were those of {folder}." if folder else text
 
 
 def _count(number: int, what: str) -> str:
@@ -47,7 +50,6 @@ def data_rows(record: Record) -> list[dict[str, str]]:
     sources = record.config.data.sources
     noted = _noted_texts(record)
     names = texts_of(record)
-    seen = float(record.tokens[-1]) if len(record.tokens) else 0.0
     total, rows = sum(source.weight for source in sources), []
     for i, source in enumerate(sources):
         share, facts = source.weight / total, noted[i] if len(noted) == len(sources) else {}
@@ -56,7 +58,7 @@ def data_rows(record: Record) -> list[dict[str, str]]:
         rows.append({
             "text": names[i] if len(names) == len(sources) else source.path, "folder": source.path,
             "share": f"{share:.1%}", "tokens": amount(tokens) if known else "unknown",
-            "passes": f"{seen * share / tokens:.2f}" if known else "unknown",
+            "passes": f"{record.reached * share / tokens:.2f}" if known else "unknown",
         })  # fmt: skip
     return rows
 

@@ -258,11 +258,8 @@ def _points(record: Record, points: Points, axis: Axis) -> tuple[np.ndarray, np.
 
 def _planned_end(record: Record, axis: Axis) -> float:
     """The place at which the run will end; less while most of it is still to come, so that its own curve shows."""
-    if not len(record.tokens):
-        return 0.0
-    reached = record.tokens[-1]
-    times = min(_AHEAD, max(1.0, record.config.train.tokens / reached)) if reached else 1.0
-    return float(record.along(axis, record.tokens[-1:])[0] * times)
+    times = min(_AHEAD, max(1.0, record.config.train.tokens / max(1, record.reached)))
+    return float(record.along(axis, [record.reached])[0] * times)
 
 
 def _limit(axes: Axes, curves: list[tuple[np.ndarray, np.ndarray]], levels: list[float]) -> None:

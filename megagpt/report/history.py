@@ -88,7 +88,7 @@ def _chapter(
         if gone is None:
             reason = "or killed: its process cannot be seen from this machine"
         ended = _time(last_sign_of_life(run))
-        reached = int(record.tokens[-1]) if len(record.tokens) else None
+        reached = record.reached
     hosts = start.get("hosts") or ({start["host"]: 0} if start.get("host") else {})
     versions = [f"{name} {start[name]}" for name in ("megagpt", "torch", "python") if start.get(name)]
     return Chapter(

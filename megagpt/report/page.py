@@ -59,8 +59,8 @@ def page(record: Record, axis: Axis, wanted: str, dollars_per_gpu_hour: float | 
         trim_blocks=True, lstrip_blocks=True, finalize=visible,
     )  # fmt: skip
     return environment.get_template("page.html").render(
-        name=record.name, summary=summary(record), machines=_machines(chapters), state=_state(status, chapters),
-        facts=_facts(record, status, cost, dollars_per_gpu_hour),
+        name=record.name, summary=summary(record), machines=_machines(chapters), state=_state(record, status, chapters),
+        facts=_facts(record, cost, dollars_per_gpu_hour),
         curves=_curves(record, axis, wanted, [c.from_tokens for c in chapters[1:]]), exams=_exams(record),
         corpus=corpus.name if corpus else "", curve=corpus.curve if corpus and drawn else None,
         references=_all_references(record, loss_references(record, corpus)),
@@ -72,13 +72,11 @@ def page(record: Record, axis: Axis, wanted: str, dollars_per_gpu_hour: float | 
     )  # fmt: skip
 
 
-def _state(status: Status, chapters: list[Chapter]) -> str:
+def _state(record: Record, status: Status, chapters: list[Chapter]) -> str:
     if status.state == "finished":
         ended = chapters[-1].ended if chapters else None
         return "finished" + (f" on {ended:%Y-%m-%d}" if ended else "")
-    if not status.total_tokens:
-        return status.text
-    return f"{status.text}; {status.progress:.1%} of {amount(status.total_tokens)} tokens"
+    return f"{status.text}; {record.reached / status.total_tokens:.1%} of {amount(status.total_tokens)} tokens"
 
 
 def _machines(chapters: list[Chapter]) -> str:
@@ -87,7 +85,7 @@ def _machines(chapters: list[Chapter]) -> str:
     return f"It ran on {', then on '.join(found)}." if found else ""
 
 
-def _facts(record: Record, status: Status, cost: Bill, price: float | None) -> list[tuple[str, str, str]]:
+def _facts(record: Record, cost: Bill, price: float | None) -> list[tuple[str, str, str]]:
     """The numbers at the top: name, value, note."""
     facts = []
     if record.validation.values:
@@ -97,15 +95,14 @@ def _facts(record: Record, status: Status, cost: Bill, price: float | None) -> l
         facts.append(("training loss", _loss(record.steps["loss"][-1]), "of the last step"))
     for task, points in list(record.exams.items())[:2]:
         facts.append((task, score(points.values[-1]), f"at {amount(points.tokens[-1])} tokens"))
-    done = f"step {status.step:,}" if status.step is not None else "no step yet"
-    facts.append(("tokens", amount(status.tokens_seen), done))
-    flops = status.tokens_seen * record.config.model.flops_per_token
-    facts.append(("compute", figures.power(flops), "FLOPs"))
+    step = record.steps["step"][-1] if len(record.tokens) else math.nan
+    facts.append(("tokens", amount(record.reached), f"step {step:,.0f}" if math.isfinite(step) else "no step yet"))
+    facts.append(("compute", figures.power(record.along("flops", [record.reached])[0]), "FLOPs"))
     if len(record.tokens):
         facts.append(("training", duration(record.training_seconds[-1]), "of steps alone"))
     least = "" if cost.complete else "at least "
     if cost.elapsed:
-        facts.append(("elapsed", duration(cost.elapsed), f"{least}with saves and restarts"))
+        facts.append(("run time", duration(cost.elapsed), f"{least}with saves and restarts"))
     if cost.gpu_hours:
         facts.append(("GPU-hours", f"{cost.gpu_hours:,.1f}", f"{least}with saves and restarts"))
     if cost.dollars is not None and price is not None:

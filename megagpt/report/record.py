@@ -71,6 +71,11 @@ class Record:
         return self.steps["tokens_seen"]
 
     @property
+    def reached(self) -> int:
+        """Tokens seen."""
+        return int(self.tokens[-1]) if len(self.tokens) else 0
+
+    @property
     def training_seconds(self) -> np.ndarray:
         """The time that the steps took up to each logged one. Saves, validations, samples, exams and what lay between
         two incarnations are left out, and so are steps that were taken again."""

@@ -183,6 +183,22 @@ def test_a_run_of_version_0_1_has_a_page(tmp_path: Path) -> None:
     assert "The newest checkpoint is that of 1.28k tokens." in found.text
 
 
+def test_an_imported_run_names_its_first_weights(tmp_path: Path) -> None:
+    run = Logged(tmp_path, "run")
+    (run.folder / "imported.json").write_text('{"folder": "/models/gpt2", "imported": "2026-11-20T10:00:00+00:00"}')
+    assert "Its first weights were those of /models/gpt2." in shown(run.folder).text
+
+
+def test_a_long_event_at_the_end_hides_no_step(tmp_path: Path) -> None:
+    """`megagpt status` reads the end of the log only."""
+    run = Logged(tmp_path, "run")
+    run.steps(1000)
+    run.write("samples", 1000, samples=["x" * 300_000])
+    text = shown(run.save().folder).text
+    assert "step 1,000" in text
+    assert "5.2% of 10B tokens" in text
+
+
 def test_a_price_without_gpus_is_said_to_have_no_effect(tmp_path: Path) -> None:
     run = Logged(tmp_path, "run")
     run.steps(10)
