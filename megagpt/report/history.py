@@ -8,7 +8,7 @@ from typing import Any
 
 from megagpt.incarnations import Incarnation, list_incarnations
 from megagpt.report.record import Record, number
-from megagpt.training.run_folder import has_ended, last_sign_of_life
+from megagpt.training.run_folder import has_ended, last_written
 
 _CPU = "cpu"
 
@@ -87,7 +87,7 @@ def _chapter(
         reason = "it left no record of its end" if gone else ""
         if gone is None:
             reason = "or killed: its process cannot be seen from this machine"
-        ended = _time(last_sign_of_life(run))
+        ended = _time(last_written(run))
         reached = record.reached
     hosts = start.get("hosts") or ({start["host"]: 0} if start.get("host") else {})
     versions = [f"{name} {start[name]}" for name in ("megagpt", "torch", "python") if start.get(name)]

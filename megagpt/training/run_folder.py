@@ -30,6 +30,8 @@ from megagpt.launchers import job_number, slurm_job, torchrun_name
 from megagpt.run_log import Event, log_path, read
 from megagpt.training.markdown import table, verbatim
 
+# Bytes at the end of the log in which its last lines are.
+_TAIL_BYTES = 2**18
 # Largest difference between two readings of the time at which one process began (s): the clock may have been set.
 _CLOCK_STEP_SECONDS = 60.0
 
@@ -80,7 +82,7 @@ def claim_run(run: Path, engine: Engine, streams: Sequence[TokenStream], from_to
     weights = (source.weight for source in engine.config.data.sources)
 
     def leave() -> int:
-        last_sign = last_sign_of_life(run)
+        seen = last_written(run)
         run.mkdir(parents=True, exist_ok=True)
         write_atomic(run / "config.yaml", to_yaml(engine.config).encode())
         if settings := engine.settings():
@@ -93,7 +95,7 @@ def claim_run(run: Path, engine: Engine, streams: Sequence[TokenStream], from_to
             "world_size": engine.world.size, "from_tokens": from_tokens,
             "data": dict(zip((stream.fingerprint for stream in streams), weights, strict=True)),
             "texts": [{"folder": s.name, "text": text_of(Path(s.name)), "tokens": s.tokens} for s in streams],
-            "hosts": hosts, "previous_seen": iso(last_sign) if last_sign else None,
+            "hosts": hosts, "previous_seen": iso(seen) if seen else None,
             "process": this_process(),
         }  # fmt: skip
         return claim(run, facts).number
@@ -105,6 +107,13 @@ def last_sign_of_life(run: Path) -> float | None:
     """The time at which the newest incarnation last wrote (s since 1970); None if nothing was ever written."""
     paths = [log_path(run), *(run / "incarnations").glob("*"), *(run / "incarnations").glob(".fence-*")]
     return max((path.stat().st_mtime for path in paths if path.exists()), default=None)
+
+
+def last_written(run: Path) -> float | None:
+    """The time of the log's last line (s since 1970). Unlike a file's own time it survives a copy of the run; that is
+    taken if there is no such line."""
+    times = [line["time"] for line in read(run, _TAIL_BYTES) if isinstance(line.get("time"), int)]
+    return float(max(times)) if times else last_sign_of_life(run)
 
 
 def iso(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """How long a run took, on which machines, and why each incarnation ended, against sums by hand."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from megagpt.report.history import bill, read_history
 from megagpt.report.record import read_record
 from megagpt.training.run_folder import this_process
-from tests.report.logged import H100, Logged, hours
+from tests.report.logged import BEGAN, H100, Logged, hours
 
 
 @pytest.fixture
@@ -59,17 +60,28 @@ def test_cpus_cost_nothing(tmp_path: Path) -> None:
     assert (found.gpu_hours, found.dollars, found.elapsed) == (0.0, None, 7200)
 
 
-def test_the_last_incarnation_lasts_to_its_last_sign_of_life(tmp_path: Path) -> None:
+def test_the_last_incarnation_lasts_to_its_last_line(tmp_path: Path) -> None:
+    """Its time survives a copy of the run, which changes that of the file."""
     run = Logged(tmp_path, "run")
     run.steps(10)
     run.incarnation(1, 0)
+    run.lines[-1]["time"] = int(BEGAN.timestamp()) + 1800
     (chapter,) = read_history(run.folder, read_record(run.save().folder))
     assert chapter.outcome == "running"
     assert "cannot be seen" in chapter.reason
     assert chapter.to_tokens == 10 * 524_288
-    written = (run.folder / "metrics.jsonl").stat().st_mtime
-    assert chapter.ended is not None
-    assert chapter.ended.timestamp() == pytest.approx(written, abs=1)
+    assert chapter.seconds == 1800
+
+
+def test_a_log_without_times_has_that_of_its_file(tmp_path: Path) -> None:
+    run = Logged(tmp_path, "run")
+    run.steps(10)
+    run.incarnation(1, 0)
+    then = BEGAN.timestamp() + 3600
+    for path in (run.save().folder / "metrics.jsonl", *(run.folder / "incarnations").iterdir()):
+        os.utime(path, (then, then))
+    (chapter,) = read_history(run.folder, read_record(run.folder))
+    assert chapter.seconds == 3600
 
 
 def test_a_process_that_runs_here_is_seen(tmp_path: Path) -> None:
