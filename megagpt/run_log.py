@@ -1,11 +1,13 @@
 """A run's log, RUN/metrics.jsonl: one line of JSON for each event. All writing and reading of it is here. Each line has
-`event`, `step` and `tokens_seen`; the event's own values follow. When a run resumes, the lines past its checkpoint are
-dropped, because they will be written again: the log reads as if the run had never stopped."""
+`event`, `step`, `tokens_seen` and, since version 0.2, `time` (s since 1970); the event's own values follow. When a run
+resumes, the lines past its checkpoint are dropped, because they will be written again: the log reads as if the run had
+never stopped."""
 
 import contextlib
 import enum
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +88,7 @@ class RunLog:
     def append(self, event: Event, step: int, tokens: int, values: Line) -> None:
         """Write a line. `None` becomes null; a number that is not finite, which JSON lacks, becomes its name. Raises
         ExpectedError if the disk refuses it."""
-        line = {"event": event, "step": step, "tokens_seen": tokens}
+        line: Line = {"event": event, "step": step, "tokens_seen": tokens, "time": int(time.time())}
         line |= {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
         with self.disk_errors():
             self._file.write(json.dumps(line) + "\n")

@@ -205,7 +205,7 @@ def open_run(
     if found is not None:
         _check_length(config, found)
     tokens = found.meta.tokens_seen if found else 0
-    lease = Lease(claim_run(folder, engine, fingerprints, tokens))
+    lease = Lease(claim_run(folder, engine, train_data.streams, tokens))
     ending = Ending(lease.incarnation, world, tokens)
     with ending.recording(), contextlib.ExitStack() as stack:
         found = _load(found, seek, engine)

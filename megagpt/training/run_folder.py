@@ -1,11 +1,15 @@
 """A run's folder: its path, its config, and the facts that each incarnation leaves there."""
 
+import collections
 import contextlib
+import datetime
 import json
+import math
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,8 @@ import torch
 import megagpt
 from megagpt.config import Config
 from megagpt.config_file import to_yaml
+from megagpt.data.provenance import text_of
+from megagpt.data.token_stream import TokenStream
 from megagpt.engines.engine import Engine
 from megagpt.errors import UserError
 from megagpt.files import write_atomic
@@ -24,6 +30,8 @@ from megagpt.launchers import job_number, slurm_job, torchrun_name
 from megagpt.run_log import Event, log_path, read
 from megagpt.training.markdown import table, verbatim
 
+# Bytes at the end of the log in which its last lines are.
+_TAIL_BYTES = 2**18
 # Largest difference between two readings of the time at which one process began (s): the clock may have been set.
 _CLOCK_STEP_SECONDS = 60.0
 
@@ -66,12 +74,15 @@ def went_back(run: Path, tokens: int) -> bool:
     return command is not None and any(line.get("command") == command for line in back)
 
 
-def claim_run(run: Path, engine: Engine, fingerprints: list[str], from_tokens: int) -> Incarnation:
+def claim_run(run: Path, engine: Engine, streams: Sequence[TokenStream], from_tokens: int) -> Incarnation:
     """Begin the run's next incarnation: the main rank leaves the resolved config and the facts of this process group.
-    `fingerprints`: those of the sources, in the config's order.
+    `streams`: the sources' training text, in the config's order.
     Every rank calls it. Raises OSError."""
+    hosts = collections.Counter(engine.world.hosts())
+    weights = (source.weight for source in engine.config.data.sources)
 
     def leave() -> int:
+        seen = last_written(run)
         run.mkdir(parents=True, exist_ok=True)
         write_atomic(run / "config.yaml", to_yaml(engine.config).encode())
         if settings := engine.settings():
@@ -82,12 +93,32 @@ def claim_run(run: Path, engine: Engine, fingerprints: list[str], from_tokens: i
             "python": platform.python_version(), "megagpt": megagpt.__version__,
             "torch": torch.__version__, "engine": engine.describe(), "device": device_name(engine.world.device),
             "world_size": engine.world.size, "from_tokens": from_tokens,
-            "data": dict(zip(fingerprints, (s.weight for s in engine.config.data.sources), strict=True)),
+            "data": dict(zip((stream.fingerprint for stream in streams), weights, strict=True)),
+            "texts": [{"folder": s.name, "text": text_of(Path(s.name)), "tokens": s.tokens} for s in streams],
+            "hosts": hosts, "previous_seen": iso(seen) if seen else None,
             "process": this_process(),
         }  # fmt: skip
         return claim(run, facts).number
 
     return Incarnation(run, engine.world.from_main(leave))
+
+
+def last_sign_of_life(run: Path) -> float | None:
+    """The time at which the newest incarnation last wrote (s since 1970); None if nothing was ever written."""
+    paths = [log_path(run), *(run / "incarnations").glob("*"), *(run / "incarnations").glob(".fence-*")]
+    return max((path.stat().st_mtime for path in paths if path.exists()), default=None)
+
+
+def last_written(run: Path) -> float | None:
+    """The time of the log's last line (s since 1970). Unlike a file's own time it survives a copy of the run; that is
+    taken if there is no such line."""
+    times = [line["time"] for line in read(run, _TAIL_BYTES) if isinstance(line.get("time"), int)]
+    return float(max(times)) if times else last_sign_of_life(run)
+
+
+def iso(seconds: float) -> str:
+    """A time in seconds since 1970 as files store it: ISO 8601, UTC, whole seconds."""
+    return datetime.datetime.fromtimestamp(math.floor(seconds), datetime.UTC).isoformat()
 
 
 def this_process() -> dict[str, Any]:

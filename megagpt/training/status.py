@@ -2,7 +2,6 @@
 
 import datetime
 import itertools
-import math
 import shlex
 import statistics
 import time
@@ -20,7 +19,7 @@ from megagpt.errors import ExpectedError, UserError
 from megagpt.incarnations import Incarnation, list_incarnations
 from megagpt.launchers import job_number
 from megagpt.run_log import Event, Line, log_path, read
-from megagpt.training.run_folder import has_ended, resume_command
+from megagpt.training.run_folder import has_ended, iso, last_sign_of_life, resume_command
 
 # Number of last steps whose median speed is shown.
 _STEPS = 100
@@ -68,7 +67,7 @@ def read_status(run: Path, config: Config) -> Status:
     lines = list(read(run, _TAIL_BYTES))
     steps = [line for line in lines if line["event"] == Event.STEP]
     found = list_incarnations(run)
-    sign = _last_sign_of_life(run, found)
+    sign = last_sign_of_life(run)
     state, text = _state(run, found, steps, sign)
     validations = [line["validation_loss"] for line in lines if line["event"] == Event.VALIDATION]
     last, total = steps[-1] if steps else {}, config.total_sequences * config.model.context
@@ -78,7 +77,7 @@ def read_status(run: Path, config: Config) -> Status:
     return Status(
         str(run), state, text, _next(run, config, state, found), tokens, total, last.get("step"),
         last.get("loss"), validations[-1] if validations else None, speed,
-        max(0, total - tokens) / speed if speed else None, _iso(sign) if sign else None,
+        max(0, total - tokens) / speed if speed else None, iso(sign) if sign else None,
         _facts(newest) if newest else None, len(found),
     )  # fmt: skip
 
@@ -135,12 +134,6 @@ def table(found: list[Status]) -> Iterator[str]:
         yield f"{s.run:{width}}  {s.state:10}  {s.progress:6.1%}  {s.tokens_seen:17,}  {loss:>7}  {left}".rstrip()
 
 
-def _last_sign_of_life(run: Path, found: list[Incarnation]) -> float | None:
-    """The time at which the newest incarnation last wrote; None if nothing was ever written."""
-    paths = [log_path(run), *(run / "incarnations").glob("*"), *(run / "incarnations").glob(".fence-*")]
-    return max((path.stat().st_mtime for path in paths if path.exists()), default=None)
-
-
 def _state(run: Path, found: list[Incarnation], steps: list[Line], sign: float | None) -> tuple[str, str]:
     """The state and its text."""
     if not found:
@@ -172,7 +165,8 @@ def _next(run: Path, config: Config, state: str, found: list[Incarnation]) -> di
     resume = {"resume with": resume_command(run)}
     if state == "finished":
         sample = f'megagpt sample {name} --prompt "The meaning of life is"'
-        return {"sample with": sample, "export with": f"megagpt export {name} --to {name}/export", **watch}
+        export, show = f"megagpt export {name} --to {name}/export", f"megagpt report {name}"
+        return {"sample with": sample, "export with": export, "show with": show, **watch}
     start = found[-1].start() if found else {}
     if state in ("starting", "running", "silent") and start:
         stop = _stop(start)
@@ -206,7 +200,3 @@ def _checkpoint(status: Status) -> str:
     tokens, path = status.checkpoint["tokens"], status.checkpoint["path"]
     unproven = "" if status.checkpoint["proven"] else ", unproven (no later step was finite yet)"
     return f"{tokens:,} tokens, saved {duration(max(0.0, ago))} ago{unproven}: {path}"
-
-
-def _iso(seconds: float) -> str:
-    return datetime.datetime.fromtimestamp(math.floor(seconds), datetime.UTC).isoformat()

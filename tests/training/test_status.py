@@ -309,10 +309,10 @@ def test_a_finished_run_and_its_next_steps(tiny: Tiny, tmp_path: Path, capsys: C
     checkpoint = folder / "checkpoints" / "000000000002560"
     assert re.fullmatch(rf"checkpoint   2,560 tokens, saved \d\d:\d\d ago: {re.escape(str(checkpoint))}", lines[3])
     assert lines[4] == "incarnations 1"
-    advice = {line[:13].strip(): shlex.split(line[13:]) for line in lines[-3:]}
-    assert list(advice) == ["sample with", "export with", "watch with"]
+    advice = {line[:13].strip(): shlex.split(line[13:]) for line in lines[-4:]}
+    assert list(advice) == ["sample with", "export with", "show with", "watch with"]
     assert advice["watch with"] == ["tensorboard", "--logdir", str(folder.parent)]
-    for command in ("sample with", "export with"):
+    for command in ("sample with", "export with", "show with"):
         assert main(advice[command][1:]) == 0
 
     # A newest checkpoint that no later step proved, and one that a kill left incomplete.

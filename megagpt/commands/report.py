@@ -1,0 +1,127 @@
+"""plot, report: pictures of runs, and the page that shows one to others."""
+
+import argparse
+import importlib.util
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megagpt.commands.options import Add, Parser
+from megagpt.errors import UserError, did_you_mean, first_line
+
+if TYPE_CHECKING:
+    from megagpt.report.record import Record
+
+_AXES = ("tokens", "flops", "hours")
+
+
+def register(add: Add) -> None:
+    sub = add("plot", _plot, "Draw runs' validation losses and exams with reference lines, as one PNG or SVG picture.")
+    sub.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder; several share the picture")
+    _add_shared(sub, "curves.png", "the picture, .png or .svg")
+    sub.add_argument("--exams", metavar="TASK,...", default="", help="draw these exams only (all that were taken)")
+    sub.add_argument("--dark", action="store_true", help="light lines on a dark ground")
+
+    sub = add("report", _report, "Write one HTML page that shows a run to others; it needs no network.")
+    sub.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    _add_shared(sub, "", "the page (RUN/report.html)")
+    text = "price of a GPU for an hour: the page then says what the run has cost"
+    sub.add_argument("--dollars-per-gpu-hour", metavar="PRICE", type=_price, help=text)
+
+
+def _add_shared(sub: Parser, out: str, what: str) -> None:
+    sub.add_argument("--x", choices=_AXES, default="tokens", help="horizontal axis; hours are of the steps (tokens)")
+    sub.add_argument("--out", metavar="FILE", default=out, help=what + (f" ({out})" if out else ""))
+    text = "whose losses to draw: fineweb-edu, fineweb, none, or auto, by the names of the run's texts (auto)"
+    sub.add_argument("--references", metavar="TEXT", default="auto", help=text)
+
+
+def _price(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a price above 0, such as 2.5")
+    return value
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    target = _target(arguments.out)
+    kind = target.suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise UserError(f"--out {arguments.out}: the picture is a .png or an .svg file; give it such a name")
+    _check_installed("plot")
+    records = [_record(run) for run in arguments.runs]
+    if all(record.is_empty for record in records):
+        listed = ", ".join(map(str, arguments.runs))
+        raise UserError(f"{listed}: nothing to draw: no step is logged yet; wait for the first ones")
+
+    from megagpt.report import figures
+
+    tasks = _wanted_exams(arguments.exams, figures.exam_names(records))
+    theme = figures.DARK if arguments.dark else figures.LIGHT
+    with figures.themed(theme):
+        figure = figures.all_panels(records, arguments.x, arguments.references, theme, tasks)
+        data = figures.image(figure, kind)
+    _write(target, data)
+    return 0
+
+
+def _wanted_exams(words: str, taken: list[str]) -> list[str] | None:
+    """The exams to draw; None: all. Raises UserError for one that no run has taken."""
+    if not words:
+        return None
+    wanted = [word.strip() for word in words.split(",") if word.strip()]
+    for word in wanted:
+        if word not in taken:
+            way = did_you_mean(word, taken) if taken else "none was taken; leave --exams out"
+            raise UserError(f"--exams {word}: no run has taken it: {way}")
+    return wanted
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    record = _record(arguments.run)
+    _check_installed("report")
+    target = _target(arguments.out or str(arguments.run / "report.html"))
+
+    from megagpt.report.page import page
+
+    text = page(record, arguments.x, arguments.references, arguments.dollars_per_gpu_hour)
+    _write(target, text.encode("utf-8", errors="backslashreplace"))
+    return 0
+
+
+def _record(run: Path) -> "Record":
+    from megagpt.report.record import read_record
+
+    return read_record(run)
+
+
+def _check_installed(command: str) -> None:
+    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{command} needs {' and '.join(missing)}: install it with pip install 'megagpt[report]'")
+
+
+def _target(name: str) -> Path:
+    """The file to write. Raises UserError before any work if it cannot be one."""
+    from megagpt.files import named_path
+
+    target = named_path(name)
+    if target.is_dir():
+        raise UserError(f"{target}: cannot be written: it is a folder; name a file with --out")
+    if not target.parent.is_dir():
+        raise UserError(f"{target}: cannot be written: there is no folder {target.parent}; make it, or change --out")
+    return target
+
+
+def _write(target: Path, data: bytes) -> None:
+    """Write the file and name it. Raises UserError if that is not possible."""
+    from megagpt.files import write_atomic
+
+    try:
+        write_atomic(target, data)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({first_line(error)}); name another file with --out") from None
+    print(f"wrote {target}")

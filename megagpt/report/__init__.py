@@ -1,0 +1,1 @@
+"""Pictures of runs, and the page that shows one to others."""
