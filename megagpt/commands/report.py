@@ -95,6 +95,8 @@ def _report(arguments: argparse.Namespace) -> int:
 def _record(run: Path) -> "Record":
     from megagpt.report.record import read_record
 
+    if not (run / "config.yaml").is_file() and (inside := sorted(run.glob("*/config.yaml"))):
+        raise UserError(f"{run}: not a run's folder, but one that holds runs; name a run, such as {inside[0].parent}")
     return read_record(run)
 
 

@@ -58,6 +58,11 @@ def test_a_folder_that_is_no_run_is_refused(command: str, tmp_path: Path, refusa
     refusal([command, str(tmp_path / "missing")], "not a run's folder")
 
 
+def test_a_folder_of_runs_names_one(run: Logged, tmp_path: Path, refusal: Refusal) -> None:
+    line = refusal(["plot", str(tmp_path)], f"{tmp_path}: not a run's folder, but one that holds runs")
+    assert line.endswith(f"such as {run.folder}\n")
+
+
 def test_a_corrupt_config_is_refused(run: Logged, refusal: Refusal) -> None:
     (run.folder / "config.yaml").write_text("model: {layers: 1, widht: 2}")
     refusal(["report", str(run.folder)], "config.yaml", "widht")
