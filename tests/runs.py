@@ -39,6 +39,7 @@ def shrunk(corpus: Path) -> list[str]:
         "train.tokens=192", "train.batch_tokens=64", "train.batch_ramp_start=0", "train.batch_ramp_tokens=0",
         "train.device=cpu", "train.precision=fp32", "schedule.warmup_tokens=64", "optimizer.lr=1e-2",
         f"data.sources=[{{path: {corpus}}}]", "validation.tokens=64", "sampling.samples=1", "sampling.max_tokens=2",
+        "evaluation.tasks=[]",
     ]  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def exam_references(record: Record, task: str) -> list[Reference]:
     """Scores of the task in its headline's convention, with as many shots as the run's exams have: firm and unsure ones
     of the GPT-2 and the GPT-3 whose sizes are nearest. A score of another text is left out if there is one of the
     task's own."""
-    shots, found = getattr(getattr(record.config, "evaluation", None), "shots", 0), []
+    shots, found = record.config.evaluation.shots, []
     for gpt2 in (True, False):
         nearest = _nearest(record, [r for r in references(task, shots=shots) if r.is_gpt2 is gpt2])
         found += [r for r in nearest if r.same_text] or nearest
