@@ -108,7 +108,7 @@ def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: 
     from megagpt.evaluation.examinee import opened
     from megagpt.evaluation.report import ShownProgress, table
     from megagpt.exchange.named import open_model
-    from megagpt.files import now
+    from megagpt.files import now, write_atomic
 
     found = open_model(arguments.model, world)
     a = arguments
@@ -134,7 +134,7 @@ def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: 
     if arguments.json and world.is_main:
         facts = {"model": found.label, "parameters": found.config.parameters, "written": now(), **_facts(arguments)}
         values = {**facts, "ranks": world.size, "results": [result.as_json() for result in results]}
-        Path(arguments.json).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_atomic(Path(arguments.json), (json.dumps(values, indent=1) + "\n").encode())
 
 
 def _facts(arguments: argparse.Namespace) -> dict[str, Any]:

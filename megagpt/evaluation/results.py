@@ -25,11 +25,11 @@ class Value:
     @property
     def text(self) -> str:
         """Accuracies to 4 decimals, perplexities to 5 digits: what neither batches nor threads change."""
-        error = "" if self.standard_error is None else f" ± {self._digits(self.standard_error)}"
-        return f"{self._digits(self.value)}{error}"
-
-    def _digits(self, number: float) -> str:
-        return f"{number:.5g}" if "perplexity" in self.name or self.name.startswith("bits") else f"{number:.4f}"
+        if "perplexity" in self.name or self.name.startswith("bits"):
+            value, error = f"{self.value:#.5g}", f"{self.standard_error or 0:.2g}"
+        else:
+            value, error = f"{self.value:.4f}", f"{self.standard_error or 0:.4f}"
+        return value if self.standard_error is None else f"{value} ± {error}"
 
 
 @dataclass(frozen=True)
