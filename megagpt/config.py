@@ -196,7 +196,7 @@ class EvaluationConfig:
     data: Free[PathText] = ""
     """Folder of the exams' rows; empty: they come from the Hugging Face hub."""
     precision: Free[Literal["fp32", "bf16"]] = "fp32"
-    """Number format of matrix products in exams, whatever `train.precision` is. Weights are the optimizer's, in fp32."""
+    """Number format of matrix products in exams, whatever `train.precision` is. Weights are the optimizer's, fp32."""
 
 
 @dataclass(frozen=True, config=SECTION)

@@ -90,7 +90,7 @@ def choice(name: str, item: Item, scores: Sequence[Score], without: Sequence[Sco
         case "mean_token":
             return best([total / score.tokens for total, score in zip(sums, scores, strict=True)])
         case "mean_byte":
-            return best([total / len(text.encode()) for total, text in zip(sums, texts, strict=True)])
+            return best([total / len(text.encode("utf-8", "replace")) for total, text in zip(sums, texts, strict=True)])
         case "mean_char":
             return best([total / len(text) for total, text in zip(sums, texts, strict=True)])
         case "unconditional":

@@ -15,28 +15,10 @@ from megagpt.data.tokenizer import END_OF_TEXT, gpt2
 from tests.models.folders import randomize
 
 POSITIONS = 48
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sits",
-    "runs",
-    "under",
-    "over",
-    "old",
-    "new",
-    "tree",
-    "house",
-    "and",
-    "but",
-    "slowly",
-    "gladly",
-    "red",
-    "Zanzibar",
-    "42",
-    "isn't",
-]
+WORDS = (
+    "the", "a", "cat", "dog", "sits", "runs", "under", "over", "old", "new", "tree", "house", "and", "but", "slowly",
+    "gladly", "red", "Zanzibar", "42", "isn't",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

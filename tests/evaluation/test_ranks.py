@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, g = tmp_path_factory.mktemp("rows"), random.Random(1)
     write(folder / "hellaswag.jsonl", hellaswag(37))
     write(folder / "winogrande.jsonl", [
-        {"sentence": f"{sentence(g, 1, 9)} _ {sentence(g, 1, 9)}", "option1": "cat", "option2": "the old dog", "answer": "1"}
+        {"sentence": f"{sentence(g, 1, 9)} _ {sentence(g, 1, 9)}", "option1": "cat", "option2": "a dog", "answer": "1"}
         for _ in range(11)
     ])  # fmt: skip
     write(folder / "arc_easy.jsonl", [

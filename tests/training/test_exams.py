@@ -1,0 +1,208 @@
+"""Exams while a run trains: they change nothing of it, and their scores are those of `megagpt evaluate`."""
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megagpt.checkpoints.folder import list_checkpoints
+from megagpt.cli import main
+from megagpt.config_file import build_config
+from megagpt.engines.engine import build_engine
+from megagpt.errors import ExitCode, NonFiniteError
+from megagpt.evaluation import exam
+from megagpt.evaluation.examinee import examined
+from megagpt.evaluation.scoring import score
+from megagpt.evaluation.sequences import Group, Tokens
+from megagpt.measure.cases import ENGINE_CASES, LR, Case, rows, share
+from megagpt.training import occasions
+from megagpt.world import World, join
+from tests.conftest import Refusal, Tiny, metrics
+from tests.evaluation.conftest import hellaswag, write
+from tests.processes import run_ranks
+from tests.runs import charts, losses
+
+Groups = list[Group]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    write(tmp_path / "exams" / "hellaswag.jsonl", hellaswag(12, longest=4))
+    write(tmp_path / "exams" / "lambada.jsonl", [{"text": f"the cat saw {i} and a dog"} for i in range(5)])
+    return tmp_path / "exams"
+
+
+def with_exams(data: Path, every: int = 640, **more: Any) -> dict[str, Any]:
+    return {"tasks": ["hellaswag", "lambada"], "every_tokens": every, "data": str(data), **more}
+
+
+def test_scores_go_everywhere_and_are_those_of_the_command(
+    tiny: Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(tiny(evaluation=with_exams(data, limit=7), checkpoint={"every_tokens": 640, "keep_last": 9}))
+    assert main(["train", config]) == 0
+    run = tmp_path / "runs" / "tiny"
+    lines = metrics(run, "exam")
+    assert [line["tokens_seen"] for line in lines] == [640, 1280, 1920, 2560]
+    assert set(lines[0]) == {
+        "event", "step", "tokens_seen",
+        *(f"exam/{task}{end}" for task in ("hellaswag", "lambada") for end in ("", "_stderr", "_items")),
+    }  # fmt: skip
+    assert [line["exam/hellaswag_items"] for line in lines] == [7] * 4
+    printed = capsys.readouterr().out
+    assert f"exams: hellaswag {lines[0]['exam/hellaswag']:.4f} ± " in printed
+    assert "(mean_token, 7 items); lambada 0.0000" in printed
+    points = charts(run)["exams/hellaswag"]
+    assert [(step, pytest.approx(value)) for step, value in points] == [(n["step"], n["exam/hellaswag"]) for n in lines]
+    for checkpoint, line in zip(list_checkpoints(run), lines, strict=True):
+        out = tmp_path / "out.json"
+        command = ["evaluate", str(checkpoint.path), "--tasks", "hellaswag", "--data", str(data), "--limit", "7"]
+        assert main([*command, "--json", str(out)]) == 0
+        value = json.loads(out.read_text())["results"][0]["values"][0]
+        assert (value["value"], value["standard_error"]) == (line["exam/hellaswag"], line["exam/hellaswag_stderr"])
+
+
+def test_a_run_with_exams_is_the_run_without_them(tiny: Tiny, data: Path, tmp_path: Path) -> None:
+    """With dropout, whose draws exams must not disturb."""
+    model = {"dropout": 0.1}
+    assert main(["train", str(tiny(model=model)), "run.name=without"]) == 0
+    assert main(["train", str(tiny(model=model, evaluation=with_exams(data, every=128))), "run.name=with"]) == 0
+    runs = [tmp_path / "runs" / name for name in ("without", "with")]
+    assert losses(runs[0]) == losses(runs[1])
+    assert len(metrics(runs[1], "exam")) == 20
+    files = [sorted(list_checkpoints(run)[-1].path.glob("*.distcp")) for run in runs]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+
+
+def test_what_is_missing_or_unknown_ends_the_run_at_its_start(tiny: Tiny, tmp_path: Path, refusal: Refusal) -> None:
+    (tmp_path / "exams").mkdir()
+    config = str(tiny(evaluation=with_exams(tmp_path / "exams")))
+    refusal(["train", config], "evaluation.tasks: ", str(tmp_path / "exams"), "hellaswag_val.jsonl")
+    refusal(["train", config, "evaluation.tasks=helaswag"], "evaluation.tasks: task 'helaswag'", "did you mean hella")
+    refusal(["train", config, "evaluation.tasks=3"], "evaluation.tasks")
+    write(tmp_path / "exams" / "piqa.jsonl", [{"query": "q", "choices": ["a", "cat " * 40], "gold": 0}])
+    refusal(["train", config, "evaluation.tasks=piqa"], "evaluation.tasks: ", "piqa.jsonl line 1", "no room")
+    refusal(["train", config, "evaluation.tasks=piqa", "evaluation.shots=2"], "evaluation.tasks: piqa", "training rows")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_stop_in_an_exam_is_obeyed_and_the_exam_held_after_the_resume(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = str(tiny(evaluation=with_exams(data), checkpoint={"every_tokens": 640}))
+    assert main(["train", config, "run.name=whole"]) == 0
+    usual, calls = exam.score, 0
+
+    def signalled(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # in the second exam of the second time
+            os.kill(os.getpid(), signal.SIGTERM)
+        return usual(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exam, "score", signalled)
+        assert main(["train", config, "run.name=cut"]) == ExitCode.STOPPED
+    cut = tmp_path / "runs" / "cut"
+    assert [line["tokens_seen"] for line in metrics(cut, "exam")] == [640]
+    assert main(["train", "--resume", str(cut)]) == 0
+    assert metrics(cut, "exam") == metrics(tmp_path / "runs" / "whole", "exam")
+
+
+def test_scores_that_are_not_finite_do_not_end_the_run(
+    tiny: Tiny, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise NonFiniteError("a log-likelihood is NaN")
+
+    monkeypatch.setattr(exam, "score", refuse)
+    assert main(["train", str(tiny(evaluation=with_exams(data, every=0), train={"tokens": 256}))]) == 0
+    assert "no score of hellaswag: a log-likelihood is NaN; no score of lambada" in capsys.readouterr().out
+    (line,) = metrics(tmp_path / "runs" / "tiny", "exam")
+    assert not any(key.startswith("exam/") for key in line)
+
+
+def test_exams_are_signs_of_life(tiny: Tiny, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases = []
+    usual = occasions.examined
+
+    def watched(engine: Any) -> Any:
+        return usual(engine)
+
+    monkeypatch.setattr(occasions, "examined", watched)
+    monkeypatch.setattr("megagpt.training.watchdog.Watchdog.phase", lambda self, text: phases.append(text))
+    assert main(["train", str(tiny(evaluation=with_exams(data, every=0), train={"tokens": 256}))]) == 0
+    assert "exam hellaswag" in phases
+    assert "exam lambada" in phases
+
+
+# --- under each engine ---
+
+
+def groups() -> Groups:
+    """Of the cases' small vocabulary."""
+    found = rows(99).tolist()
+    return [[Tokens(row[: 9 + i], 4), Tokens([*row[:4], 7, 8, i], 4)] for i, row in enumerate(found)]
+
+
+def on_engines(precision: str, names: list[str]) -> list[tuple[str, list[Any]]]:
+    """For each engine: the digest of the state after two steps with exams around them, or without; and the scores."""
+    with join("cpu") as world:
+        return [of_engine(Case(ENGINE_CASES[name].engine, world.size, precision=precision), world) for name in names]
+
+
+def of_engine(case: Case, world: World) -> tuple[str, list[Any]]:
+    digests, scores = [], []
+    for examines in (False, True):
+        engine = build_engine(case.config(), world)
+        for step in range(2):
+            result = engine.train_step(share(step, world.rank, case), LR)
+            if examines:
+                before = torch.get_rng_state()
+                with examined(engine) as model:
+                    scores.append(score(model, groups(), world, batch_tokens=64))
+                assert torch.equal(torch.get_rng_state(), before)
+        flats = [shard.flat.numpy().tobytes() for shard in engine.state().values()]
+        digests.append(hashlib.sha256(b"".join(flats)).hexdigest() + str(result))
+    assert digests[0] == digests[1], "exams change the training"
+    return digests[0], scores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_engine_trains_and_scores_the_same(precision: str) -> None:
+    """In bf16, too, exams are fp32: the scores of two engines differ by what their training differs."""
+    names = ["ddp", "fsdp", "zero-1", "zero-2", "zero-3"]
+    first, second = run_ranks(2, on_engines, precision, names)
+    for name, one, other in zip(names, first, second, strict=True):
+        assert one[1] == other[1], f"{name}: ranks have other scores"
+        for ours, reference in zip(one[1], first[0][1], strict=True):
+            for group, expected in zip(ours, reference, strict=True):
+                for a, b in zip(group, expected, strict=True):
+                    tolerance = 1e-4 if precision == "fp32" else 2e-2
+                    assert a.log_likelihood == pytest.approx(b.log_likelihood, abs=tolerance), name
+
+
+def test_exams_of_a_bf16_run_are_fp32() -> None:
+    """The scores are those of the fp32 weights, by a model that never saw bf16."""
+    config = build_config(
+        {"model": {"layers": 2, "width": 32, "heads": 2, "context": 32, "vocab_size": 500},
+         "train": {"precision": "bf16", "residual": "bf16", "device": "cpu"}}, "test",
+    )  # fmt: skip
+    engine, world = build_engine(config, World.alone()), World.alone()
+    with examined(engine) as model:
+        found = score(model, groups(), world)
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        from megagpt.models.gpt import GPT
+
+        plain = GPT(config.model).eval()
+        plain.load_state_dict(engine.model.state_dict())
+        assert score(plain, groups(), world) == found
+    with engine.evaluation() as rounded:
+        assert score(rounded, groups(), world) != found
