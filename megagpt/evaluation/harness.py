@@ -46,7 +46,7 @@ class _Prompt(NamedTuple):
     """Of the draws."""
 
 
-class HarnessModel(TemplateLM):  # type: ignore[misc]
+class HarnessModel(TemplateLM):
     """A model as lm-evaluation-harness asks it. Every rank makes one, and gets all answers."""
 
     def __init__(
