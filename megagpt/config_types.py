@@ -114,7 +114,11 @@ def _check_steps(value: Any) -> str:
 
 
 def _split_names(value: Any) -> Any:
-    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+    if isinstance(value, list | tuple) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    raise ValueError(f"{value!r} is not a list of names, such as [hellaswag, lambada]")
 
 
 RunName = Annotated[str, AfterValidator(_check_name)]

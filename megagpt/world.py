@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import os
 import platform
 import threading
@@ -22,6 +23,9 @@ from megagpt.process_memory import keep_freed_memory, use_expandable_segments
 from megagpt.rendezvous import FIND_SECONDS, TIMEOUT, Asked, arrive, connect, count_in, keep, never, raise_file_limit
 
 _REMEMBERED_COLLECTIVES = 2000
+# Seconds between two looks for peers that work alone, and between two lines about them.
+_LOOK_SECONDS, _SILENT_SECONDS = 0.5, 30.0
+_calls = itertools.count()  # of `once_per_host`, in the same order on every rank
 T = TypeVar("T")
 
 
@@ -112,6 +116,29 @@ class World:
     def hosts(self) -> list[str]:
         """The machine of each rank."""
         return self.gather_objects(self.host)
+
+    def once_per_host(self, function: Callable[[], T], what: str) -> T:
+        """Call the function on the first rank of each machine; every rank returns its machine's result. It may take
+        longer than a collective: the main rank says for whom the others wait. `what`: a verb with its object, such as
+        "fetches a file". An error is raised on the rank that has it, and `join` ends its peers."""
+        if self.size == 1:
+            return function()
+        assert self.store is not None, "a world of several ranks has been joined"
+        hosts = self.hosts()
+        firsts = {host: rank for rank, host in reversed(list(enumerate(hosts)))}
+        key, result, last_line = f"megagpt/once/{next(_calls)}", None, time.monotonic()
+        if firsts[self.host] == self.rank:
+            result = function()
+            self.store.set(f"{key}/{self.rank}", "")
+            if self.store.add(key, 1) == len(firsts):
+                self.store.set(f"{key}/all", "")
+        while not self.store.check([f"{key}/all"]):
+            if self.is_main and time.monotonic() - last_line > _SILENT_SECONDS:
+                late = next(rank for rank in firsts.values() if not self.store.check([f"{key}/{rank}"]))
+                console.say(f"waiting for rank {late} on {hosts[late]}, which {what}")
+                last_line = time.monotonic()
+            time.sleep(_LOOK_SECONDS)
+        return self.gather_objects(result)[firsts[self.host]]  # type: ignore[return-value]
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megagpt.checkpoints.checkpoint import INDEX, Checkpoint, CheckpointMeta, OpenCheckpoint
 from megagpt.checkpoints.compatibility import Allowed, check
-from megagpt.checkpoints.folder import at_tokens, find_checkpoint, list_checkpoints, renamed
+from megagpt.checkpoints.folder import at_tokens, list_checkpoints, renamed
 from megagpt.checkpoints.saving import hush
 from megagpt.checkpoints.storage import CorruptError, Reader
 from megagpt.config import Config, compiles
@@ -21,8 +21,6 @@ from megagpt.console import say
 from megagpt.engines.engine import Engine
 from megagpt.errors import ExpectedError, UserError, first_line
 from megagpt.models.finite import check_finite
-from megagpt.models.gpt import GPT
-from megagpt.models.huggingface import is_pretrained, load_pretrained
 from megagpt.world import World
 
 
@@ -132,20 +130,6 @@ def read_weights(found: OpenCheckpoint, shapes: dict[str, tuple[int, ...]]) -> d
     _read(found, state, no_dist=True)
     way = "take an older checkpoint (megagpt checkpoint list)"
     return {name: check_finite(state[f"model.{name}"], name, found.path, way) for name in shapes}
-
-
-def load_model(folder: Path) -> GPT:
-    """The model, fp32 on the CPU, of a run, of a checkpoint, or of a `transformers` GPT-2 folder. Raises UserError."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    if is_pretrained(folder):
-        return load_pretrained(folder)
-    found = find_checkpoint(folder)
-    with torch.device("meta"):
-        model = GPT(saved_config(found).model)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    model.load_state_dict(read_weights(found, shapes), assign=True)
-    return model
 
 
 def saved_config(found: OpenCheckpoint) -> Config:

@@ -14,7 +14,7 @@ from megagpt.commands.evaluate_harness import (
     facts,
     refuse_without_harness,
 )  # fmt: skip
-from megagpt.commands.options import Add, add_device, count
+from megagpt.commands.options import Add, add_device, add_model, count
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _DEFAULT = "hellaswag,lambada,piqa,arc_easy,arc_challenge,winogrande"
 
 def register(add: Add) -> None:
     sub = add("evaluate", _evaluate, "Hold exams: HellaSwag, LAMBADA, ... Works under torchrun and deepspeed too.")
-    sub.add_argument("model", metavar="MODEL", help="a run, one of its checkpoints, or a transformers GPT-2 folder")
+    add_model(sub)
     text = f"names with commas, also text:FILE; `list` shows all (those in --data, or {_DEFAULT})"
     sub.add_argument("--tasks", help=text)
     text = "solved examples in front of each row; paper: as many as in GPT-3's few-shot setting (0)"
@@ -111,14 +111,15 @@ def _tasks(names: list[str], data: str) -> "list[Task | TextTask]":
 def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: "World") -> None:
     from megagpt.console import say
     from megagpt.evaluation.exam import Settings, prepare
-    from megagpt.evaluation.examinee import find_model, opened
+    from megagpt.evaluation.examinee import opened
     from megagpt.evaluation.report import ShownProgress, table
+    from megagpt.exchange.named import open_model
 
-    found = find_model(arguments.model, world)
+    found = open_model(arguments.model, world)
     a = arguments
     settings = Settings(a.data, a.shots, a.shots_from, a.limit, a.seed, a.stride)
     say(f"reading {len(tasks)} exam(s): {', '.join(task.name for task in tasks)}")
-    exams: list[Exam] = [prepare(task, settings, found.config.context) for task in tasks]
+    exams: list[Exam] = [prepare(task, settings, found.config.context, world) for task in tasks]
     how = f"{arguments.precision}, {world.size} x {world.device.type}"
     say(f"loading {found.label}: {found.config.parameters:,} parameters, {how}")
     results = []

@@ -9,8 +9,8 @@ from megagpt.errors import UserError
 
 if TYPE_CHECKING:
     from megagpt.commands.options import Parser
-    from megagpt.evaluation.examinee import Examinee
     from megagpt.evaluation.harness_tasks import Asked
+    from megagpt.exchange.named import NamedModel
     from megagpt.world import World
 
 # Options that only our own exams have, and what the harness has instead.
@@ -34,9 +34,7 @@ def refuse_without_harness(arguments: argparse.Namespace) -> None:
     """Raises UserError for options that need --harness."""
     for option in ("include_path", "download"):
         if getattr(arguments, option):
-            raise UserError(
-                f"--{option.replace('_', '-')} is for lm-evaluation-harness; add --harness, or leave it out"
-            )
+            raise UserError(f"--{option.replace('_', '-')} is for the tasks of --harness; add that, or leave it out")
 
 
 def evaluate_by_harness(arguments: argparse.Namespace) -> int:
@@ -79,12 +77,13 @@ def _asked(arguments: argparse.Namespace) -> "Asked":
 
 def _hold(arguments: argparse.Namespace, asked: "Asked", world: "World") -> None:
     from megagpt.console import say
-    from megagpt.evaluation.examinee import find_model, opened
+    from megagpt.evaluation.examinee import opened
     from megagpt.evaluation.harness_exams import hold
     from megagpt.evaluation.harness_tasks import load_tasks
     from megagpt.evaluation.report import table
+    from megagpt.exchange.named import open_model
 
-    found = find_model(arguments.model, world)
+    found = open_model(arguments.model, world)
     say("importing lm-evaluation-harness: some seconds")
     tasks = load_tasks(asked, world)
     how = f"{arguments.precision}, {world.size} x {world.device.type}"
@@ -112,7 +111,7 @@ def check_writable(name: str | None, option: str) -> None:
         raise UserError(f"{option} {name}: {problem}; name a file in a folder that exists")
 
 
-def facts(arguments: argparse.Namespace, found: "Examinee", world: "World") -> dict[str, Any]:
+def facts(arguments: argparse.Namespace, found: "NamedModel", world: "World") -> dict[str, Any]:
     """What --json says beside the results."""
     import torch
 

@@ -2,10 +2,9 @@
 
 import argparse
 import codecs
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megagpt.commands.options import Add, add_device
+from megagpt.commands.options import Add, add_device, add_model
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def register(add: Add) -> None:
-    sub = add("sample", _sample, "Continue prompts with a run's newest checkpoint or a transformers GPT-2 folder.")
-    sub.add_argument("model", metavar="RUN_OR_FOLDER", help="a run, one of its checkpoints, or a GPT-2 folder")
+    sub = add("sample", _sample, "Continue prompts with a run's newest checkpoint, or with OpenAI's GPT-2.")
+    add_model(sub)
     sub.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     sub.add_argument("--samples", type=int, default=1, help="continuations of each prompt (1)")
     sub.add_argument("--max-tokens", type=int, default=64, help="new tokens in each (64)")
@@ -28,9 +27,9 @@ def register(add: Add) -> None:
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from megagpt.checkpoints.loading import load_model
     from megagpt.console import warn
-    from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
+    from megagpt.data.tokenizer import gpt2
+    from megagpt.exchange.named import open_model
     from megagpt.generation import generate
     from megagpt.process_memory import keep_freed_memory
     from megagpt.world import World, check_device
@@ -49,10 +48,8 @@ def _sample(arguments: argparse.Namespace) -> int:
     world = World.alone(arguments.device)
     if world.device.type == "cpu":
         keep_freed_memory()
-    model = load_model(Path(arguments.model)).to(world.device).eval()
+    model = open_model(arguments.model).load().to(world.device).eval()
     context = model.config.context
-    if model.config.vocab_size < VOCAB_SIZE:
-        raise UserError(f"{arguments.model}: a vocabulary of {model.config.vocab_size} is not GPT-2's {VOCAB_SIZE}")
     texts = [p for p in arguments.prompt or ["Hello, I'm a language model,"] for _ in range(arguments.samples)]
     prompts = []
     for text in texts:

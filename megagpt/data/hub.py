@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 from megagpt.data.documents import Batch, Cursor, DocumentBatch, Source
+from megagpt.data.hub_files import asked
 from megagpt.data.tables import as_row, texts_of
-from megagpt.errors import UserError, first_line
+from megagpt.errors import ExpectedError, UserError, first_line
 
 
 def hub_source(name: str, text_key: str, subset: str | None, split: str, revision: str | None = None) -> Source:
@@ -13,14 +14,20 @@ def hub_source(name: str, text_key: str, subset: str | None, split: str, revisio
     import huggingface_hub
 
     datasets.utils.logging.set_verbosity_error()
+
+    def newest() -> str | None:
+        return huggingface_hub.HfApi().dataset_info(name, revision=revision or "main").sha
+
     try:
         # One commit for the whole preparation, even if the data set changes during an interruption.
-        commit = huggingface_hub.HfApi().dataset_info(name, revision=revision or "main").sha
+        commit = asked(name, "its commit", revision or "main", "dataset", (), newest)
+    except ExpectedError as error:
+        raise type(error)(f"no file or folder {name} here; on the Hugging Face hub: {error}") from None
+    try:
         stream = datasets.load_dataset(name, subset, split=split, streaming=True, revision=commit)
     except Exception as error:
         place = f"the Hugging Face hub (subset {subset!r}, split {split!r})"
-        problem = f"neither a file or folder here, nor readable from {place}: {first_line(error)}"
-        raise UserError(f"{name}: {problem}") from None
+        raise UserError(f"{name}: not readable from {place}: {first_line(error)}") from None
 
     def batches(cursor: Cursor | None) -> Iterator[DocumentBatch]:
         batch = Batch()

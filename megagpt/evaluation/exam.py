@@ -60,22 +60,22 @@ class Exam:
         return None if found is None else (self.result(found), found)
 
 
-def prepare(task: Task | TextTask, settings: Settings, positions: int) -> Exam:
-    """Read a task's rows for a model of that many positions. Raises UserError for files that are missing or damaged,
-    and for settings that do not fit them."""
+def prepare(task: Task | TextTask, settings: Settings, positions: int, world: World) -> Exam:
+    """Read a task's rows for a model of that many positions. Every rank calls it. Raises UserError for files that are
+    missing or damaged, and for settings that do not fit them."""
     if isinstance(task, TextTask):
-        return _prepare_text(task, settings, positions)
-    return _prepare_task(task, settings, positions)
+        return _prepare_text(task, settings, positions, world)
+    return _prepare_task(task, settings, positions, world)
 
 
-def exams_of(config: Config) -> list[Exam]:
+def exams_of(config: Config, world: World) -> list[Exam]:
     """The exams that a run is to hold, of `evaluation` in its config. Raises UserError as `prepare` does."""
     asked = config.evaluation
     if not asked.tasks:
         return []
     settings = Settings(asked.data, asked.shots, limit=asked.limit)
     try:
-        return [prepare(task, settings, config.model.context) for task in find_tasks(asked.tasks)]
+        return [prepare(task, settings, config.model.context, world) for task in find_tasks(asked.tasks)]
     except UserError as error:
         raise UserError(f"evaluation.tasks: {error}") from None
 
@@ -83,13 +83,13 @@ def exams_of(config: Config) -> list[Exam]:
 # --- questions --------------------------------------------------------------------------------------------------------
 
 
-def _prepare_task(task: Task, settings: Settings, positions: int) -> Exam:
+def _prepare_task(task: Task, settings: Settings, positions: int, world: World) -> Exam:
     shots = task.paper_shots if settings.shots < 0 else settings.shots
-    files = find_files(task.source, settings.data)
+    files = find_files(task.source, settings.data, world)
     rows = read_rows(files)
     whole = task.items(rows, shots)
     chosen = _limited(len(whole), settings.limit)
-    pool, pool_files = _pool(task, settings, shots, whole) if shots else ([], [])
+    pool, pool_files = _pool(task, settings, shots, whole, world) if shots else ([], [])
     prompts: list[Prompt] = []
     for i in chosen:
         try:
@@ -142,7 +142,7 @@ def _limited(rows: int, limit: int) -> list[int]:
     return order
 
 
-def _pool(task: Task, settings: Settings, shots: int, own: list[Item]) -> tuple[list[Item], list[Path]]:
+def _pool(task: Task, settings: Settings, shots: int, own: list[Item], world: World) -> tuple[list[Item], list[Path]]:
     """The rows that examples are drawn from, and their files."""
     train = task.source.training()
     if settings.shots_from:
@@ -156,7 +156,7 @@ def _pool(task: Task, settings: Settings, shots: int, own: list[Item]) -> tuple[
         ways = f"put {names} there, or name a file with --shots-from"
         raise UserError(f"{task.name}: {settings.data} has no training rows to draw {shots} shots from; {ways}")
     else:
-        files = find_files(train, settings.data)
+        files = find_files(train, settings.data, world)
     return task.items(read_rows(files), shots), files
 
 
@@ -185,7 +185,7 @@ class _Unconditional:
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
-def _prepare_text(task: TextTask, settings: Settings, positions: int) -> Exam:
+def _prepare_text(task: TextTask, settings: Settings, positions: int, world: World) -> Exam:
     if settings.shots > 0:
         raise UserError(f"{task.name} is a text, which takes no shots; leave --shots or this task out")
     if settings.stride > positions:
@@ -194,7 +194,7 @@ def _prepare_text(task: TextTask, settings: Settings, positions: int) -> Exam:
         files = [_text_file(task.name)]
         texts = task.documents(read_rows(files)) if is_rows(files[0]) else [read_text(files[0])]
     else:
-        files = find_files(task.source, settings.data)
+        files = find_files(task.source, settings.data, world)
         texts = task.documents(read_rows(files))
     published = [text for text in texts if text.strip()]
     if not published:

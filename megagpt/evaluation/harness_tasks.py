@@ -109,9 +109,7 @@ def _not_loaded(name: str, error: Exception, download: bool) -> UserError:
     remote = ("ConnectionError", "OfflineModeIsEnabled", "DatasetNotFoundError", "LocalEntryNotFoundError")
     if type(error).__name__ in remote or "offline" in str(error).lower():
         if not download:
-            way = (
-                "are not in the Hugging Face cache of this machine, and nothing is fetched unless asked; add --download"
-            )
+            way = "are not in the Hugging Face cache, and nothing is fetched without --download; add it"
             return UserError(f"task {name}: its rows {way} ({first_line(error)})")
         way = "check the network, or run this once where there is one and copy the cache (HF_HOME)"
         return UserError(f"task {name}: its rows cannot be fetched: {first_line(error)}; {way}")

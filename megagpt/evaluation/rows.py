@@ -4,6 +4,7 @@ The files of a task have the names that its `Source` lists, with one of several 
 user names, or come from the Hugging Face hub."""
 
 import codecs
+import fnmatch
 import hashlib
 import json
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megagpt.data.compression import COMPRESSIONS, opened
+from megagpt.data.hub_files import asked, hub_file
 from megagpt.data.readers import endings_of
-from megagpt.errors import UserError, first_line
+from megagpt.errors import ExpectedError, UserError, first_line
 from megagpt.files import is_lfs_pointer, named_path
+from megagpt.world import World
 
 _KINDS = (".jsonl", ".json", ".ndjson", ".parquet", ".txt", ".raw", ".tokens")
 _TEXTS = (".txt", ".raw", ".tokens")
@@ -89,11 +92,11 @@ class Row(NamedTuple):
         return UserError(f"{self.place}: {text}; fix or remove the row, or fetch the file again")
 
 
-def find_files(source: Source, data: str) -> list[Path]:
-    """The files of a source, in order: in the folder `data`, or from the hub if that is empty. Raises UserError with
-    the names that were looked for."""
+def find_files(source: Source, data: str, world: World) -> list[Path]:
+    """The files of a source, in order: in the folder `data`, or from the hub if that is empty. Every rank calls it.
+    Raises UserError with the names that were looked for."""
     if not data:
-        return hub_files(source)
+        return world.once_per_host(lambda: hub_files(source), f"fetches {source.repository}")
     if found := _local(source, _folder(data)):
         return found
     names = ", ".join(f"{name}.jsonl" for name in source.names)
@@ -107,10 +110,38 @@ def is_there(source: Source, data: str) -> bool:
 
 
 def hub_files(source: Source) -> list[Path]:
-    """The files of a source in the hub's cache."""
-    # The hub's files come in here: everything else takes paths.
-    asked = f"{source.repository}, {source.path}"
-    raise UserError(f"no folder of exam rows was named, for {asked}; name the folder of the file: --data DIR")
+    """The files of a source in the hub's cache, fetched if they are not there, all of one commit: the newest of the
+    branch main, or the one that came into the cache last if the hub cannot be reached. Raises UserError, and
+    TransientError if the hub is down."""
+    from huggingface_hub import HfApi
+
+    repository, bring = source.repository, (f"--include '{source.path}'",)
+
+    def ask() -> tuple[str, list[str]]:
+        found = HfApi().dataset_info(repository)
+        return found.sha or "main", [file.rfilename for file in found.siblings or []]
+
+    try:
+        commit, names = asked(repository, source.path, "main", "dataset", bring, ask)
+    except ExpectedError:
+        if found := _cached(source):
+            return found
+        raise
+    wanted = sorted(name for name in names if fnmatch.fnmatchcase(name, source.path))
+    if not wanted:
+        there = ", ".join(sorted(names)[:_LISTED]) or "nothing"
+        way = "bring the rows as a file, and name its folder with --data (or evaluation.data)"
+        raise UserError(f"{repository}: has no file {source.path} at {commit}; it has: {there}; {way}")
+    return [hub_file(repository, name, commit, "dataset", bring) for name in wanted]
+
+
+def _cached(source: Source) -> list[Path]:
+    """The source's files of the commit that came into the hub's cache last."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{source.repository.replace('/', '--')}"
+    commits = sorted(folder.glob("snapshots/*"), key=lambda path: path.stat().st_mtime)
+    return next((found for commit in reversed(commits) if (found := sorted(commit.glob(source.path)))), [])
 
 
 def _folder(data: str) -> Path:

@@ -1,15 +1,14 @@
-"""A run's checkpoint as a folder that `transformers` loads: model, tokenizer, generation settings, model card."""
+"""A model as a folder that `transformers` loads: weights, tokenizer, generation settings, model card."""
 
-import functools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from megagpt.checkpoints.checkpoint import CheckpointMeta, OpenCheckpoint
-from megagpt.checkpoints.loading import read_weights, saved_config
 from megagpt.data.tokenizer import VOCAB_SIZE
 from megagpt.exchange.importing import origin
+from megagpt.exchange.named import NamedModel
 from megagpt.exchange.tokenizer_files import tokenizer_files
 from megagpt.incarnations import Incarnation, list_incarnations
 from megagpt.models.hf_layout import end_of_text
@@ -18,17 +17,18 @@ from megagpt.models.presets import ModelConfig
 from megagpt.run_log import Event, newest, read
 
 
-def export_checkpoint(checkpoint: OpenCheckpoint, folder: str | Path, shard_bytes: int, dtype: str) -> None:
+def export_model(model: NamedModel, folder: str | Path, shard_bytes: int, dtype: str) -> None:
     """Write the folder, one safetensors file in memory at a time, with weights in `dtype` ("fp32", "bf16", "fp16").
-    Raises UserError if `transformers` has no such model, the checkpoint is incomplete or corrupt, or the folder is not
+    Raises UserError if `transformers` has no such model, the weights are incomplete or corrupt, or the folder is not
     empty; NonFiniteError if a weight is not finite, or not in `dtype`."""
-    model = saved_config(checkpoint).model
+    config = model.config
+    card = _card(model.checkpoint, config, dtype) if model.checkpoint else _card_without_run(model, dtype)
     files = {
-        **tokenizer_files(model.context),
-        "generation_config.json": json.dumps(_generation(model), indent=2) + "\n",
-        "README.md": _card(checkpoint, model, dtype),
+        **tokenizer_files(config.context),
+        "generation_config.json": json.dumps(_generation(config), indent=2) + "\n",
+        "README.md": card,
     }
-    export(folder, model, functools.partial(read_weights, checkpoint), files, shard_bytes, dtype)
+    export(folder, config, model.read, files, shard_bytes, dtype)
 
 
 def _generation(model: ModelConfig) -> dict[str, Any]:
@@ -52,14 +52,34 @@ def _card(checkpoint: OpenCheckpoint, m: ModelConfig, dtype: str) -> str:
         ("trained on", f"{meta.tokens_seen:,} of {train['tokens']:,} tokens in {meta.scalars['updates']:,} updates"),
         *_sources(meta, folder),
         ("validation loss", "not measured" if loss is None else f"{float(loss):.4f} nats per token"),
-        ("parameters", f"{m.parameters:,}, stored in {dtype}"),
-        ("shape", f"{m.layers} layers, width {m.width}, {m.heads} heads, context {m.context}, dropout {m.dropout:g}"),
+        *_shape(m, dtype),
         ("batch", f"{train['batch_tokens']:,} tokens"),
         ("AdamW", f"peak learning rate {adam['lr']:g}, betas {adam['beta1']:g} and {adam['beta2']:g}, {decay}"),
         ("precision", _precision(train)),
         ("saved by", f"{meta.engine} on {meta.world_size} rank(s), {meta.saved}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in meta.versions.items())),
     ]
+    return _page(run["name"], summary, rows)
+
+
+def _card_without_run(model: NamedModel, dtype: str) -> str:
+    """Of weights that were trained elsewhere."""
+    if model.hub is not None:
+        name, link = model.hub.repo, f"https://huggingface.co/{model.hub.repo}"
+        weights = f"`{name}` at commit `{model.hub.revision}`"
+        summary = f"The weights of [{name}]({link}), rewritten by megagpt. Its own card has its licence."
+    else:
+        name, weights = model.folder.resolve().name, f"`{model.folder.resolve()}`"
+        summary = f"The weights of another folder for `transformers`, `{name}`, rewritten by megagpt."
+    return _page(name, summary, [("weights", weights), *_shape(model.config, dtype)])
+
+
+def _shape(m: ModelConfig, dtype: str) -> list[tuple[str, str]]:
+    shape = f"{m.layers} layers, width {m.width}, {m.heads} heads, context {m.context}, dropout {m.dropout:g}"
+    return [("parameters", f"{m.parameters:,}, stored in {dtype}"), ("shape", shape)]
+
+
+def _page(title: str, summary: str, rows: list[tuple[str, str]]) -> str:
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     return f"""---
 library_name: transformers
@@ -67,7 +87,7 @@ pipeline_tag: text-generation
 tags: [gpt2, megagpt]
 ---
 
-# {run["name"]}
+# {title}
 
 {summary}
 
@@ -93,12 +113,17 @@ def _origin(meta: CheckpointMeta, run: Path) -> tuple[str, str]:
     """A sentence about the model, and its initial weights."""
     whence = origin(run)
     if whence or meta.engine == "import":
-        start = f"`{whence['folder']}`, imported {whence['imported']}" if whence else "imported, of unknown origin"
+        start = f"{_weights(whence)}, imported {whence['imported']}" if whence else "imported, of unknown origin"
         since = "trained further with it" if meta.tokens_seen else "not trained since"
         return f"A GPT-2 that was imported by megagpt and {since}.", start
     if _began_here(run):
         return "A GPT-2 trained from scratch with megagpt.", "random"
     return "A GPT-2 trained with megagpt.", "not recorded"
+
+
+def _weights(whence: dict[str, Any]) -> str:
+    hub = whence.get("hub")  # imports of version 0.1, and of folders, lack it
+    return f"`{hub['repo']}` at commit `{hub['commit']}`" if hub else f"`{whence['folder']}`"
 
 
 def _began_here(run: Path) -> bool:

@@ -1,17 +1,23 @@
-"""GPT-2's tokenizer as the files that `transformers` reads, made from the rank table."""
+"""GPT-2's tokenizer as the files that `transformers` reads, made from the rank table; whether a folder's tokenizer is
+GPT-2's."""
 
 import functools
 import itertools
 import json
+from pathlib import Path
+from typing import Any
 
 from megagpt.data.tokenizer import END_OF_TEXT, gpt2
+from megagpt.errors import UserError
+from megagpt.models.hf_files import read_mapping
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 _END = "<|endoftext|>"
 
 
 def tokenizer_files(context: int) -> dict[str, str]:
-    """File name -> content: tokenizer.json, vocab.json, merges.txt, tokenizer_config.json."""
-    vocab = {_spelled(token): rank for token, rank in gpt2()._mergeable_ranks.items()} | {_END: END_OF_TEXT}
+    """File name -> content, for each of TOKENIZER_FILES."""
+    vocab = _vocabulary()
     merges = [f"{_spelled(a)} {_spelled(b)}" for a, b in _merges()]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     end = {
@@ -39,6 +45,33 @@ def tokenizer_files(context: int) -> dict[str, str]:
         "merges.txt": "#version: 0.2\n" + "\n".join(merges) + "\n",
         "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
     }
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises UserError if a folder has a tokenizer that is not GPT-2's: its model, whose shape may be the same, means
+    other text by the same ids. Tokens that were added behind GPT-2's are no difference."""
+    if (folder / "vocab.json").is_file():
+        path = folder / "vocab.json"
+        theirs: Any = read_mapping(path)
+    elif (folder / "tokenizer.json").is_file():
+        path = folder / "tokenizer.json"
+        model = read_mapping(path).get("model")
+        theirs = model.get("vocab") if isinstance(model, dict) else None
+    else:
+        return
+    theirs = theirs if isinstance(theirs, dict) else {}
+    # End-of-text may be listed apart from the vocabulary.
+    ours = _vocabulary()
+    differing = [token for token, rank in ours.items() if theirs.get(token, END_OF_TEXT) != rank]
+    if differing:
+        first = differing[0]
+        ids = f"token {first!r} is {theirs.get(first, 'missing')} in it, {ours[first]} in GPT-2's"
+        problem = f"another tokenizer than GPT-2's, which is the only one here: {ids}"
+        raise UserError(f"{path}: {problem}; {len(differing):,} differ in all; choose a model with GPT-2's tokenizer")
+
+
+def _vocabulary() -> dict[str, int]:
+    return {_spelled(token): rank for token, rank in gpt2()._mergeable_ranks.items()} | {_END: END_OF_TEXT}
 
 
 @functools.cache

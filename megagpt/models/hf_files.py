@@ -15,11 +15,11 @@ from torch import Tensor
 from megagpt.errors import UserError, first_line
 from megagpt.files import is_lfs_pointer
 
-# In the order in which `transformers` looks for them.
-_SINGLE_AND_INDEX = (
+WEIGHTS_AND_INDEX = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+"""One file and the index of several, in the order in which `transformers` looks for them."""
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,14 +60,14 @@ class TensorFiles:
 
     def _find(self) -> dict[str, Path]:
         """Key -> file."""
-        for single, index in _SINGLE_AND_INDEX:
+        for single, index in WEIGHTS_AND_INDEX:
             if (self.folder / single).exists():
                 return dict.fromkeys(self._keys(self.folder / single), self.folder / single)
             if (self.folder / index).exists():
                 with readable(self.folder / index) as path:
                     weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
                     return {key: self.folder / file for key, file in weight_map.items()}
-        names = " or ".join(single for single, _ in _SINGLE_AND_INDEX)
+        names = " or ".join(single for single, _ in WEIGHTS_AND_INDEX)
         raise UserError(f"{self.folder}: holds no {names}, nor an index of several: fetch or convert the weights")
 
     def _keys(self, path: Path) -> list[str]:

@@ -188,7 +188,7 @@ def open_run(
         say("\n".join(describe(config, train_data, held_out)))
     if config.evaluation.tasks:
         say(f"reading exams: {', '.join(config.evaluation.tasks)}")
-    exams = exams_of(config)
+    exams = exams_of(config, world)
     rates = world.from_main(lambda: find_rates(config, world.device)) if config.train.profile_steps else None
     say("building the model")
     engine = build_engine(config, world)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,13 +69,8 @@ def data_files() -> dict[str, bytes]:
 @pytest.fixture
 def hub(data_files: dict[str, bytes]) -> Iterator[Hub]:
     other = {"data/other/0.parquet": parquet(["not asked for", "neither"])}
-    with Hub({"README.md": README.encode(), **data_files, **other}) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+    with Hub({"README.md": README.encode(), **data_files, **other}).running() as server:
         yield server
-        server.release()
-        server.shutdown()
-        thread.join()
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -122,7 +116,7 @@ print(json.dumps([[batch.documents for batch in batches], rests]))
 
 def environment_of(hub: Hub, home: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    return kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "no_proxy": "*", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return kept | hub.environment(home)
 
 
 def start(hub: Hub, home: Path, out: Path, *options: str, name: str = REPOSITORY) -> subprocess.Popen[str]:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from megagpt.evaluation.exam import Settings, prepare
-from megagpt.evaluation.examinee import find_model, opened
+from megagpt.evaluation.examinee import opened
 from megagpt.evaluation.scoring import Scores
 from megagpt.evaluation.tasks import find_tasks
+from megagpt.exchange.named import open_model
 from megagpt.world import join
 from tests.evaluation.conftest import POSITIONS, hellaswag, sentence, write
 from tests.processes import free_port, run_launcher, run_ranks, torchrun_command
@@ -47,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def of_a_rank(folder: str, data: str, engines: list[str]) -> list[dict[str, Any]]:
     """For each engine: the digest of all scores, the calls of the model, the values."""
     with join("cpu") as world:
-        found, results = find_model(folder, world), []
+        found, results = open_model(folder, world), []
         for engine in engines:
             with opened(found, world, engine, "fp32") as model:
                 calls = 0
@@ -61,7 +62,9 @@ def of_a_rank(folder: str, data: str, engines: list[str]) -> list[dict[str, Any]
                 values: list[str] = []
                 for task in find_tasks(TASKS):
                     shots = 2 if task.name == "copa" else 0
-                    held = prepare(task, Settings(data, shots=shots), POSITIONS).hold(counted, world, batch_tokens=150)
+                    held = prepare(task, Settings(data, shots=shots), POSITIONS, world).hold(
+                        counted, world, batch_tokens=150
+                    )
                     assert held is not None
                     values += [value.text for value in held[0].values]
                     every.append(held[1])

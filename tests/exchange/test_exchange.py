@@ -23,7 +23,7 @@ from megagpt.exchange.tokenizer_files import tokenizer_files
 from megagpt.models.gpt import GPT
 from megagpt.models.huggingface import export
 from megagpt.models.presets import ModelConfig
-from tests.conftest import Tiny, metrics, write_tiny
+from tests.conftest import Refusal, Tiny, metrics, write_tiny
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +223,54 @@ def test_the_export_of_banded_attention_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="banded"):
         export(tmp_path / "out", config, lambda shapes: {})
     assert not (tmp_path / "out").exists()
+
+
+def test_another_run_is_imported(run: Path, tmp_path: Path, corpus: Path) -> None:
+    """Or one of its checkpoints, whose weights differ."""
+    config, checkpoints = str(write_tiny(tmp_path, corpus)), list_checkpoints(run)
+    for source, name, which in ((run, "newest", -1), (checkpoints[0].path, "first", 0)):
+        assert main(["import", str(source), config, f"run.name={name}"]) == 0
+        tuned = tmp_path / "runs" / name
+        shapes = {"blocks.1.mlp.up.weight": (128, 32)}
+        (ours,) = read_weights(list_checkpoints(tuned)[0].open(), shapes).values()
+        (wanted,) = read_weights(checkpoints[which].open(), shapes).values()
+        assert torch.equal(ours, wanted)
+        assert json.loads((tuned / "imported.json").read_text())["folder"] == str(checkpoints[which].path)
+
+
+def test_a_folder_is_exported_in_another_format(theirs: GPT2LMHeadModel, tmp_path: Path) -> None:
+    assert main(["export", str(tmp_path / "theirs"), "--to", str(tmp_path / "out"), "--dtype", "bf16"]) == 0
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
+    for (name, ours), (_, wanted) in zip(back.named_parameters(), theirs.named_parameters(), strict=True):
+        assert torch.equal(ours, wanted.bfloat16()), name
+    assert f"`{tmp_path / 'theirs'}`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_folder_with_another_tokenizer_is_refused(
+    theirs: GPT2LMHeadModel, tmp_path: Path, tokenizer: Any, refusal: Refusal
+) -> None:
+    """GPT-2's own is accepted in each form, and with tokens added behind it."""
+    folder, vocab = tmp_path / "theirs", tokenizer_files(32)["vocab.json"]
+    tokenizer.add_tokens(["<|pad|>"])
+    tokenizer.save_pretrained(folder)
+    command = ["sample", str(folder), "--max-tokens", "1"]
+    assert main(command) == 0
+    (folder / "vocab.json").write_text(vocab)
+    assert main(command) == 0
+    (folder / "vocab.json").write_text(json.dumps(json.loads(vocab) | {"Ġthe": 257, "Ġa": 262}))
+    refusal(command, "vocab.json: another tokenizer than GPT-2's", "'Ġa' is 262 in it, 257 in GPT-2's", "2 differ")
+
+
+def test_a_name_without_a_model_says_what_was_looked_for(tmp_path: Path, refusal: Refusal) -> None:
+    (tmp_path / "file").write_text("text")
+    cases = {
+        str(tmp_path): ["neither config.json (a transformers folder) nor checkpoints/ (a run)"],
+        str(tmp_path / "file"): ["a file, not a model's folder"],
+        str(tmp_path / "nowhere"): ["no such folder here", "OWNER/NAME"],
+        "gpt2-xxl": ["no such folder here", "OpenAI's are gpt2, gpt2-medium, gpt2-large, gpt2-xl"],
+        "gpt2@": ["OWNER/NAME@REVISION"],
+        "": ["a name is empty"],
+    }
+    for command in (["sample"], ["export", "--to", str(tmp_path / "out")], ["import", "quickstart.yaml"]):
+        for name, words in cases.items():
+            refusal([command[0], name, *command[1:]], *words)

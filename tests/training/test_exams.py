@@ -1,6 +1,7 @@
 """Exams while a run trains: they change nothing of it, and their scores are those of `megagpt evaluate`."""
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -152,7 +153,7 @@ def groups() -> Groups:
 
 
 def on_engines(precision: str, names: list[str]) -> list[tuple[str, list[Any]]]:
-    """For each engine: the digest of the state after two steps with exams around them, or without; and the scores."""
+    """For each engine: the digest of the state after three steps with exams before them, or without; and the scores."""
     with join("cpu") as world:
         return [of_engine(Case(ENGINE_CASES[name].engine, world.size, precision=precision), world) for name in names]
 
@@ -161,13 +162,13 @@ def of_engine(case: Case, world: World) -> tuple[str, list[Any]]:
     digests, scores = [], []
     for examines in (False, True):
         engine = build_engine(case.config(), world)
-        for step in range(2):
-            result = engine.train_step(share(step, world.rank, case), LR)
+        for step in range(3):
             if examines:
                 before = torch.get_rng_state()
                 with examined(engine) as model:
                     scores.append(score(model, groups(), world, batch_tokens=64))
                 assert torch.equal(torch.get_rng_state(), before)
+            result = engine.train_step(share(step, world.rank, case), LR)
         flats = [shard.flat.numpy().tobytes() for shard in engine.state().values()]
         digests.append(hashlib.sha256(b"".join(flats)).hexdigest() + str(result))
     assert digests[0] == digests[1], "exams change the training"
@@ -177,16 +178,19 @@ def of_engine(case: Case, world: World) -> tuple[str, list[Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_engine_trains_and_scores_the_same(precision: str) -> None:
-    """In bf16, too, exams are fp32: the scores of two engines differ by what their training differs."""
+    """In bf16, too, exams are fp32: before the first step all engines have the same bits; later, the scores of two
+    engines differ by what their training differs."""
     names = ["ddp", "fsdp", "zero-1", "zero-2", "zero-3"]
     first, second = run_ranks(2, on_engines, precision, names)
     for name, one, other in zip(names, first, second, strict=True):
         assert one[1] == other[1], f"{name}: ranks have other scores"
-        for ours, reference in zip(one[1], first[0][1], strict=True):
-            for group, expected in zip(ours, reference, strict=True):
-                for a, b in zip(group, expected, strict=True):
-                    tolerance = 1e-4 if precision == "fp32" else 2e-2
-                    assert a.log_likelihood == pytest.approx(b.log_likelihood, abs=tolerance), name
+        start, *later = one[1]
+        assert start == first[0][1][0], name
+        assert start != later[0] != later[1], "nothing was learned"
+        for ours, reference in zip(later, first[0][1][1:], strict=True):
+            pairs = zip(itertools.chain(*ours), itertools.chain(*reference), strict=True)
+            tolerance = 1e-4 if precision == "fp32" else 0.2
+            assert all(abs(a.log_likelihood - b.log_likelihood) < tolerance for a, b in pairs), name
 
 
 def test_exams_of_a_bf16_run_are_fp32() -> None:

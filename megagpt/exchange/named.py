@@ -1,0 +1,102 @@
+"""A model by its name: a run, one of its checkpoints, a folder of `transformers`, or one on the Hugging Face hub."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megagpt.checkpoints.checkpoint import OpenCheckpoint
+from megagpt.checkpoints.folder import checkpoints_folder, find_checkpoint, is_checkpoint
+from megagpt.checkpoints.loading import read_weights, saved_config
+from megagpt.data.tokenizer import VOCAB_SIZE
+from megagpt.errors import UserError
+from megagpt.exchange.hub_models import SHORT_NAMES, HubName, fetch, hub_name, resolve
+from megagpt.exchange.tokenizer_files import check_tokenizer
+from megagpt.files import named_path
+from megagpt.models.gpt import GPT
+from megagpt.models.huggingface import Pretrained, is_pretrained, parameter_shapes
+from megagpt.models.presets import ModelConfig
+from megagpt.world import World
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that was found; its weights are still on the disk."""
+
+    label: str
+    """The name for people and for results: the path, with the position of a run's checkpoint, or OWNER/NAME@COMMIT."""
+    kind: Literal["run", "checkpoint", "folder", "hub"]
+    folder: Path
+    """The folder of the weights: of one checkpoint, or one that `transformers` reads."""
+    config: ModelConfig
+    source: OpenCheckpoint | Pretrained
+    """A checkpoint for a run and a checkpoint; else the folder's files."""
+    hub: HubName | None = None
+    """Repository and commit of a model on the hub."""
+
+    @property
+    def checkpoint(self) -> OpenCheckpoint | None:
+        return self.source if isinstance(self.source, OpenCheckpoint) else None
+
+    def read(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Parameters by our name, fp32 on the CPU, the vocabulary padded to our shape. Raises UserError for one that is
+        missing or of another shape, and NonFiniteError."""
+        if isinstance(self.source, OpenCheckpoint):
+            return read_weights(self.source, shapes)
+        return {name: self.source.read(name) for name in shapes}
+
+    def load(self) -> GPT:
+        """The model, fp32 on the CPU. Raises as `read` does."""
+        with torch.device("meta"):
+            model = GPT(self.config)
+        model.load_state_dict(self.read(parameter_shapes(self.config)), assign=True)
+        return model
+
+
+def open_model(name: str, world: World | None = None) -> NamedModel:
+    """The model of that name: a folder here, else a model on the hub, whose files are fetched if the hub's cache lacks
+    them. `world`: its ranks, all of which call it; one on each machine fetches, and all get the same weights. Raises
+    UserError if there is none, if it is no GPT-2, or if its vocabulary or tokenizer is not GPT-2's."""
+    world = world or World.alone()
+    path = named_path(name)
+    if path.is_dir():
+        found = _in_folder(name, path, world)
+    elif path.exists():
+        raise UserError(f"{name}: a file, not a model's folder; name the folder that it is in")
+    else:
+        found = _on_hub(name, world)
+    if found.config.vocab_size < VOCAB_SIZE:
+        raise UserError(f"{name}: its vocabulary of {found.config.vocab_size} is not GPT-2's {VOCAB_SIZE}")
+    if found.checkpoint is None:
+        check_tokenizer(found.folder)
+    return found
+
+
+def _in_folder(name: str, path: Path, world: World) -> NamedModel:
+    if is_pretrained(path):
+        source = Pretrained(path)
+        return NamedModel(name, "folder", path, source.config, source)
+    one = is_checkpoint(path)
+    if not one and not checkpoints_folder(path).is_dir() and not (path / "config.yaml").exists():
+        parts = "neither config.json (a transformers folder) nor checkpoints/ (a run), and is no checkpoint of a run"
+        short = f"; OpenAI's model of that name is {SHORT_NAMES[name]}" if name in SHORT_NAMES else ""
+        raise UserError(f"{name}: a folder without a model: it has {parts}{short}")
+    # File systems may show ranks different states of a run that goes on.
+    found = world.from_main(lambda: find_checkpoint(path))
+    label = name if one else f"{name} at {found.meta.tokens_seen:,} tokens"
+    return NamedModel(label, "checkpoint" if one else "run", found.path, saved_config(found).model, found)
+
+
+def _on_hub(name: str, world: World) -> NamedModel:
+    wanted = hub_name(name)
+    try:
+        hub = world.from_main(lambda: resolve(wanted))
+        folder = world.once_per_host(lambda: fetch(hub), f"fetches {hub.repo}")
+    except UserError as error:
+        if name.partition("@")[0] in SHORT_NAMES or "@" in name:
+            raise
+        raise type(error)(f"no folder {name} here; on the Hugging Face hub: {error}") from None
+    source = Pretrained(folder)
+    return NamedModel(f"{hub.repo}@{hub.revision}", "hub", folder, source.config, source, hub)

@@ -1,0 +1,98 @@
+"""Single files of a data set on the Hugging Face hub, by the real client against a small hub on this machine."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megagpt.data.hub_files import hub_file, hub_names
+from megagpt.errors import UserError
+from tests.data.hub import Hub, etag
+from tests.processes import run_ranks
+from tests.runs import PATIENCE
+
+PATH = "data/deep/validation.bin"
+ROWS = {PATH: b"rows" * 100, "data/other.jsonl": b"{}\n"}
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub(ROWS).running() as server:
+        yield server
+
+
+def answers(variables: dict[str, str], calls: list[tuple[str, str, str]]) -> list[str]:
+    """What `hub_file` gives for (repository, path, revision): the path in the cache, or the error."""
+    os.environ.update(variables)  # before the client is first imported
+    found = []
+    for repo, path, revision in calls:
+        try:
+            found.append(str(hub_file(repo, path, revision, "dataset")))
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def listed(variables: dict[str, str], repo: str, commit: str) -> list[str]:
+    os.environ.update(variables)
+    return hub_names(repo, commit, "dataset")
+
+
+def asked(variables: dict[str, str], *calls: tuple[str, str, str]) -> list[str]:
+    (found,) = run_ranks(1, answers, variables, list(calls))
+    return found
+
+
+def test_a_file_is_fetched_once_and_proved(hub: Hub, tmp_path: Path) -> None:
+    """A later commit does not change what an earlier one gives."""
+    variables, first = hub.environment(tmp_path), hub.commit
+    call = (hub.repository, PATH, first)
+    (path, again, branch) = asked(variables, call, call, (hub.repository, PATH, "main"))
+    assert path == again == branch
+    assert f"/{first}/" in path
+    assert Path(path).read_bytes() == ROWS[PATH]
+    assert Path(path).resolve().name == etag(PATH, ROWS[PATH])
+    assert len([request for request in hub.requests if request.startswith("GET")]) == 1
+    hub.revise({PATH: b"new rows"})
+    (old, new) = asked(variables, call, (hub.repository, PATH, "main"))
+    assert (Path(old).read_bytes(), Path(new).read_bytes()) == (ROWS[PATH], b"new rows")
+    assert run_ranks(1, listed, variables, hub.repository, first) == [sorted(ROWS)]
+
+
+def test_what_is_missing_is_named(hub: Hub, tmp_path: Path) -> None:
+    file, repo, revision, name = asked(
+        hub.environment(tmp_path),
+        (hub.repository, "data/no.parquet", hub.commit),
+        ("some/nothing", PATH, "main"),
+        (hub.repository, PATH, "v7"),
+        ("a/b/c", PATH, "main"),
+    )
+    assert file == f"{hub.repository}: has no file data/no.parquet at {hub.commit}"
+    assert "some/nothing: the Hugging Face hub has no data set of that name that you may see" in repo
+    assert "has no revision 'v7'" in revision
+    assert "a/b/c: no name of a repository" in name
+    hub.gated = "Ask the owner."
+    (gated,) = asked(hub.environment(tmp_path), (hub.repository, PATH, "main"))
+    assert f"accept its terms at {hub.url}/datasets/{hub.repository}, then log in" in gated
+    assert "Ask the owner." in gated
+
+
+@pytest.mark.slow
+def test_the_advice_without_a_network_brings_a_file(hub: Hub, tmp_path: Path) -> None:
+    offline = hub.environment(tmp_path / "here") | {"HF_HUB_OFFLINE": "1"}
+    call = (hub.repository, PATH, hub.commit)
+    (advice,) = asked(offline, call)
+    assert advice.startswith(f"{hub.repository}: {PATH} is not in the cache here, and HF_HUB_OFFLINE is set")
+    words = shlex.split(advice.split("`")[1])
+    words[0] = str(Path(sys.executable).parent / words[0])
+    there = os.environ | hub.environment(tmp_path / "there")
+    subprocess.run(words, env=there, capture_output=True, check=True, timeout=PATIENCE)
+    brought, cache = advice.partition("copy the folder ")[2].split()[0], Path(advice.rpartition(") into ")[2])
+    shutil.copytree(tmp_path / "there" / "hub" / brought, cache / brought, symlinks=True)
+    (path,) = asked(offline, call)
+    assert Path(path).read_bytes() == ROWS[PATH]
