@@ -259,3 +259,21 @@ def test_an_unknown_task_is_answered_with_the_nearest(
     command = ["evaluate", str(folder), "--harness", "--include-path", str(data), "--tasks"]
     refusal([*command, "hellaswog"], "has no task 'hellaswog'", "did you mean hellaswag?")
     refusal([*command, "piqa,zzz*"], "has no task 'zzz*'", "--harness --tasks list")
+
+
+def test_rows_among_their_own_examples_are_said(
+    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"validation": data / "piqa.jsonl"}
+    harness_data.declare(tmp_path, "leaky", f"{data}/piqa.yaml", files, training_split=None)
+    options = ["--harness", "--include-path", str(tmp_path), "--include-path", str(data), "--shots", "3"]
+    _, rows = evaluate(folder, tmp_path, *options, "--tasks", "leaky,piqa")
+
+    def leaks(task: str) -> int:
+        prompts = [(row["doc"]["goal"], row["arguments"][0][0]) for row in rows if row["task"] == task]
+        return sum(prompt.count(goal) > 1 for goal, prompt in prompts)
+
+    assert leaks("leaky") > 0
+    assert leaks("piqa") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "a row may show its own answer" in line]
+    assert [line.split(":")[0] for line in said] == ["leaky"]
