@@ -38,13 +38,16 @@ def refuse_without_harness(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_by_harness(arguments: argparse.Namespace) -> int:
+    from megagpt.console import voice
     from megagpt.evaluation.harness_tasks import all_names, check_installed
     from megagpt.world import check_device, fail_together, join
 
     try:
         check_installed()
         if arguments.tasks == "list":
-            print("\n".join(all_names(arguments.include_path)))
+            with voice(to_stderr=True):
+                names = all_names(arguments.include_path)
+            print("\n".join(names))
             return 0
         check_device(arguments.device, "--device")
         asked = _asked(arguments)
