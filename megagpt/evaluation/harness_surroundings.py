@@ -68,8 +68,12 @@ def _same_random_state(world: World) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet(world: World) -> Iterator[None]:
     """Inside, the main rank prints to stderr, without the harness's remarks below an error; the others nothing."""
+    import datasets
     import lm_eval.utils
 
+    bars = datasets.are_progress_bars_disabled()
+    if not (world.is_main and sys.stderr.isatty()):
+        datasets.disable_progress_bars()
     lm_eval.utils.setup_logging(logging.ERROR)
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"  # the bootstrap would fork this process, with its threads and peers
@@ -82,6 +86,8 @@ def _quiet(world: World) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stdout(out))
             yield
     finally:
+        if not bars:
+            datasets.enable_progress_bars()
         os.environ.pop("DISABLE_MULTIPROC")
         if before is not None:
             os.environ["DISABLE_MULTIPROC"] = before

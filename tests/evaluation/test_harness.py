@@ -27,7 +27,7 @@ from megagpt.evaluation.harness_exams import hold
 from megagpt.evaluation.harness_tasks import Asked, load_tasks
 from megagpt.exchange.named import open_model
 from megagpt.exchange.tokenizer_files import tokenizer_files
-from megagpt.world import join
+from megagpt.world import World, join
 from tests.conftest import Refusal
 from tests.evaluation import harness_data
 from tests.evaluation.conftest import POSITIONS, WORDS, read_lines, write
@@ -192,39 +192,45 @@ def _declare_greedy(folder: Path, model: Any) -> None:
     )  # fmt: skip
 
 
-def of_a_rank(folder: str, data: str, cache: str, engines: list[str]) -> list[Any]:
-    """Under each engine: the calls of the model, and on the main rank all values and answers."""
+def answers_of(world: World, folder: str, data: str, engine: str) -> tuple[int, str]:
+    """The calls of the model, and on the main rank all values and answers."""
+    asked = Asked(["hellaswag", "wikitext", "reversed_words"], [data])
+    found, tasks, calls = open_model(folder, world), load_tasks(asked, world), 0
+    with opened(found, world, engine, "fp32") as model:
+
+        def counted(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+
+        model.register_forward_hook(counted)  # type: ignore[attr-defined]
+        held = hold(tasks, asked, model, found.config, world, engine != "ddp", 150)  # type: ignore[arg-type]
+    values = None if held is None else [[result.as_json() for result in held.results], held.rows]
+    return calls, json.dumps(values, sort_keys=True)
+
+
+def of_a_rank(folder: str, data: str, cache: str) -> list[tuple[int, str]]:
     datasets.config.HF_DATASETS_CACHE = cache
     with join("cpu") as world:
-        asked = Asked(["hellaswag", "wikitext", "reversed_words"], [data])
-        found, answers = open_model(folder, world), []
-        for engine in engines:
-            tasks = load_tasks(asked, world)
-            with opened(found, world, engine, "fp32") as model:
-                calls = 0
-
-                def counted(*_: object) -> None:
-                    nonlocal calls
-                    calls += 1
-
-                model.register_forward_hook(counted)  # type: ignore[attr-defined]
-                held = hold(tasks, asked, model, found.config, world, engine != "ddp", 150)  # type: ignore[arg-type]
-            values = None if held is None else [[result.as_json() for result in held.results], held.rows]
-            answers.append((calls, json.dumps(values, sort_keys=True)))
-        return answers
+        return [answers_of(world, folder, data, engine) for engine in ("ddp", "fsdp")]
 
 
 def test_ranks_have_the_same_answers(folder: Path, data: Path, tmp_path: Path) -> None:
-    (((_, one),),) = run_ranks(1, of_a_rank, str(folder), str(data), str(tmp_path), ["ddp"])
+    calls, one = answers_of(World.alone("cpu"), str(folder), str(data), "ddp")
     assert '"filtered_resps"' in one
-    first, second = run_ranks(2, of_a_rank, str(folder), str(data), str(tmp_path), ["ddp", "fsdp"])
-    assert [values for _, values in first] == [one] * 2
-    assert [values for _, values in second] == ["null"] * 2
-    assert [calls for calls, _ in first[1:]] == [calls for calls, _ in second[1:]]
+    first, second = run_ranks(2, of_a_rank, str(folder), str(data), str(tmp_path))
+    assert [values for _, values in first] == [one, one]
+    assert [values for _, values in second] == ["null", "null"]
+    assert first[0][0] < calls, "each of them does a part"
+    assert first[1][0] == second[1][0], "sharded weights are gathered in step"
 
 
 def test_what_the_harness_refuses_is_one_line(
-    folder: Path, data: Path, tmp_path: Path, refusal: Refusal, no_network: list[Any]
+    folder: Path,
+    data: Path,
+    tmp_path: Path,
+    refusal: Refusal,
+    no_network: list[Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     include = f"{harness_data.tasks()}/piqa/piqa.yaml"
     (tmp_path / "absent.yaml").write_text(f"include: {include}\ntask: absent\n")
@@ -237,15 +243,21 @@ def test_what_the_harness_refuses_is_one_line(
         tmp_path, "beams", f"{data}/reversed_words.yaml", {"test": data / "reversed_words.jsonl"},
         generation_kwargs={"until": [], "num_beams": 4},
     )  # fmt: skip
-    for tasks, options, parts in (
-        ("absent", [], ["task absent: its rows are not in the Hugging Face cache", "add --download"]),
-        ("lost", [], ["task lost cannot be loaded", "lost.jsonl"]),
-        ("long", [], ["long asks for max_gen_toks: 48, and the model has 48 positions", "lower it"]),
-        ("beams", [], ["beams: its generation_kwargs ask for num_beams: 4"]),
-        ("piqa", ["--shots", "13"], ["fewer rows to draw examples from than --shots asks for; lower it"]),
-    ):
-        folders = ["--include-path", str(tmp_path), "--include-path", str(data)]
-        refusal(["evaluate", str(folder), "--harness", "--tasks", tasks, *folders, *options], *parts)
+    command = ["evaluate", str(folder), "--harness", "--include-path", str(tmp_path), "--include-path", str(data)]
+    for task, parts in {
+        "absent": ["task absent: its rows are not in the Hugging Face cache", "without --download; add it"],
+        "lost": ["task lost cannot be loaded", "lost.jsonl"],
+    }.items():
+        refusal([*command, "--tasks", task], *parts)
+    for task, part in {
+        "long": "long asks for max_gen_toks: 48, and the model has 48 positions: no room is left for a prompt; lower it",
+        "beams": "beams: its generation_kwargs ask for num_beams: 4",
+        "piqa": "fewer rows to draw examples from than --shots asks for; lower it",
+    }.items():  # behind the harness's own lines
+        assert main([*command, "--tasks", task, "--shots", "13" if task == "piqa" else "0"]) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("megagpt: error: ")
+        assert part in line
     assert no_network == []
 
 
