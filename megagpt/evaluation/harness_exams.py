@@ -1,5 +1,7 @@
 """Exams of lm-evaluation-harness: held by it with our model, as results like those of our own exams."""
 
+import contextlib
+import sys
 import traceback
 from typing import Any, NamedTuple
 
@@ -47,7 +49,8 @@ def hold(
 
     asks = HarnessModel(model, config, world, sharded, batch_tokens)
     options: dict[str, Any] = {} if asked.seed is None else {"fewshot_random_seed": asked.seed}
-    with surroundings(world, asked.download):
+    # The harness prints remarks to stdout.
+    with surroundings(world, asked.download), contextlib.redirect_stdout(sys.stderr):
         try:
             whole = simple_evaluate(
                 model=asks, tasks=tasks, task_manager=TaskManager(include_defaults=False), num_fewshot=asked.shots,

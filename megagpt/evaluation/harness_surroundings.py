@@ -25,7 +25,7 @@ _SWITCHES = [
 @contextlib.contextmanager
 def surroundings(world: World, download: bool) -> Iterator[None]:
     """For each call of the harness. Nothing is fetched unless `download`; afterwards the random generators are as
-    before; on the main rank its lines go to stderr, and those of other ranks nowhere."""
+    before; ranks other than the main one print nothing."""
     with _network(download), _same_random_state(world), _quiet(world):
         yield
 
@@ -67,7 +67,7 @@ def _same_random_state(world: World) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(world: World) -> Iterator[None]:
-    """Inside, the main rank prints to stderr, without the harness's remarks below an error; the others nothing."""
+    """Inside, the main rank prints no remarks of the harness, but its errors; the others print nothing."""
     import datasets
     import lm_eval.utils
 
@@ -79,11 +79,10 @@ def _quiet(world: World) -> Iterator[None]:
     os.environ["DISABLE_MULTIPROC"] = "1"  # the bootstrap would fork this process, with its threads and peers
     try:
         with contextlib.ExitStack() as stack:
-            out: Any = sys.stderr
             if not world.is_main:
-                out = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123
-                stack.enter_context(contextlib.redirect_stderr(out))
-            stack.enter_context(contextlib.redirect_stdout(out))
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
             yield
     finally:
         if not bars:

@@ -250,7 +250,7 @@ def test_what_the_harness_refuses_is_one_line(
     }.items():
         refusal([*command, "--tasks", task], *parts)
     for task, part in {
-        "long": "long asks for max_gen_toks: 48, and the model has 48 positions: no room is left for a prompt; lower it",
+        "long": "long: asks for max_gen_toks: 48, and the model has 48 positions: no room is left for a prompt",
         "beams": "beams: its generation_kwargs ask for num_beams: 4",
         "piqa": "fewer rows to draw examples from than --shots asks for; lower it",
     }.items():  # behind the harness's own lines
@@ -282,8 +282,8 @@ def test_rows_among_their_own_examples_are_said(
     _, rows = evaluate(folder, tmp_path, *options, "--tasks", "leaky,piqa")
 
     def leaks(task: str) -> int:
-        prompts = [(row["doc"]["goal"], row["arguments"][0][0]) for row in rows if row["task"] == task]
-        return sum(prompt.count(goal) > 1 for goal, prompt in prompts)
+        prompts = [(row["doc"]["goal"], "\n\n" + row["arguments"][0][0]) for row in rows if row["task"] == task]
+        return sum(prompt.count(f"\n\nQuestion: {goal}\n") > 1 for goal, prompt in prompts)
 
     assert leaks("leaky") > 0
     assert leaks("piqa") == 0
