@@ -134,8 +134,9 @@ class World:
                 self.store.set(f"{key}/all", "")
         while not self.store.check([f"{key}/all"]):
             if self.is_main and time.monotonic() - last_line > _SILENT_SECONDS:
-                late = next(rank for rank in firsts.values() if not self.store.check([f"{key}/{rank}"]))
-                console.say(f"waiting for rank {late} on {hosts[late]}, which {what}")
+                late = [rank for rank in firsts.values() if not self.store.check([f"{key}/{rank}"])]
+                for rank in late[:1]:  # none, if the last one has just ended
+                    console.say(f"waiting for rank {rank} on {hosts[rank]}, which {what}")
                 last_line = time.monotonic()
             time.sleep(_LOOK_SECONDS)
         return self.gather_objects(result)[firsts[self.host]]  # type: ignore[return-value]

@@ -114,6 +114,7 @@ def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: 
     from megagpt.evaluation.examinee import opened
     from megagpt.evaluation.report import ShownProgress, table
     from megagpt.exchange.named import open_model
+    from megagpt.files import write_atomic
 
     found = open_model(arguments.model, world)
     a = arguments
@@ -138,7 +139,7 @@ def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: 
     say("\n".join(["", *table(results, found.config)]))
     if arguments.json and world.is_main:
         values = {**facts(arguments, found, world), "results": [result.as_json() for result in results]}
-        Path(arguments.json).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        write_atomic(Path(arguments.json), (json.dumps(values, indent=1) + "\n").encode())
 
 
 @contextlib.contextmanager

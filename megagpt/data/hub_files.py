@@ -122,9 +122,8 @@ def _fetch(repo: str, path: str, revision: str, kind: Kind, bring: Sequence[str]
         large = (known.size or 0) >= _LARGE and (again or not cached(repo, path, known.commit_hash or revision, kind))
         if large:
             warn(f"fetching {repo}: {path}, {(known.size or 0) / 1e6:,.0f} MB, into {constants.HF_HUB_CACHE}")
-        bar: dict[str, Any] = {} if sys.stderr.isatty() else {"tqdm_class": _Lines}
-        found = hf_hub_download(repo, path, repo_type=kind, revision=revision, force_download=again, **bar)
-        return Path(found)
+        options: dict[str, Any] = {"repo_type": kind, "revision": revision, "tqdm_class": _Progress}
+        return Path(hf_hub_download(repo, path, force_download=again, **options))
 
     try:
         return asked(repo, f"an intact {path}" if again else path, revision, kind, bring, ask)
@@ -225,19 +224,22 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-class _Lines(tqdm):
-    """The client's bar as lines of a log."""
+class _Progress(tqdm):
+    """A large file's bar on a terminal, lines in a log."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        from huggingface_hub import constants
+
         options.pop("name", None)
-        name = str(options.pop("desc", "")).rpartition("/")[2]
-        # The bar itself goes nowhere.
-        plain = {"desc": name, "file": io.StringIO(), "disable": False, "mininterval": _PLAIN_SECONDS}
-        super().__init__(*arguments, **{**options, **plain})
+        options["desc"] = str(options.get("desc", "")).rpartition("/")[2]
+        options["disable"] = (options.get("total") or 0) < _LARGE or constants.HF_HUB_DISABLE_PROGRESS_BARS is True
+        self._plain = not sys.stderr.isatty()
+        if self._plain:  # the bar itself goes nowhere
+            options |= {"file": io.StringIO(), "mininterval": _PLAIN_SECONDS}
+        super().__init__(*arguments, **options)
 
-    def display(self, *arguments: object, **options: object) -> None:
-        if 0 < self.n < (self.total or 0):
+    def display(self, *arguments: Any, **options: Any) -> None:
+        if not self._plain:
+            super().display(*arguments, **options)
+        elif 0 < self.n < (self.total or 0):
             warn(str(self))
-
-    def clear(self, *arguments: object, **options: object) -> None:
-        pass

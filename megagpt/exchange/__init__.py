@@ -1,1 +1,1 @@
-"""Runs to and from the format of `transformers`."""
+"""Models by their names; runs to and from the format of `transformers`."""

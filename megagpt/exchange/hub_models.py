@@ -11,7 +11,7 @@ from megagpt.exchange.tokenizer_files import TOKENIZER_FILES
 from megagpt.models.hf_files import WEIGHTS_AND_INDEX, read_mapping
 from megagpt.models.huggingface import read_config
 
-# OpenAI's releases: the commit of each when this was written. They have not changed since 2024.
+# OpenAI's releases, each at the commit that its branch main had in 2026: scores of one name are those of one file.
 _COMMITS = {
     "openai-community/gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
     "openai-community/gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",

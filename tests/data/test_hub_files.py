@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megagpt.data import hub_files
 from megagpt.data.hub_files import hub_file, hub_names
 from megagpt.errors import UserError
 from tests.data.hub import Hub, etag
@@ -96,3 +97,17 @@ def test_the_advice_without_a_network_brings_a_file(hub: Hub, tmp_path: Path) ->
     shutil.copytree(tmp_path / "there" / "hub" / brought, cache / brought, symlinks=True)
     (path,) = asked(offline, call)
     assert Path(path).read_bytes() == ROWS[PATH]
+
+
+def test_a_log_gets_lines_about_large_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hub_files, "_PLAIN_SECONDS", 0)
+    for total in (4_000_000, 800):
+        with hub_files._Progress(total=total, desc="https://a.host/folder/rows.bin", unit="B", unit_scale=True) as bar:
+            bar.update(total // 4)
+            bar.update(total - total // 4)
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("rows.bin:  25%")
+    assert "1.00M/4.00M" in err
