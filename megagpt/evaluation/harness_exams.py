@@ -102,8 +102,8 @@ def _result(name: str, whole: dict[str, Any], samples: list[dict[str, Any]], cut
 def _shares_rows(config: dict[str, Any]) -> bool:
     """Whether shots come from the split that is asked, without the row itself being left out, as the harness does it
     in a test split only."""
-    split = config.get("fewshot_split") or config.get("training_split") or config.get("validation_split")
-    return not config.get("test_split") and split == config.get("validation_split")
+    split = config.get("fewshot_split")
+    return split is not None and not config.get("test_split") and split == config.get("validation_split")
 
 
 def plain(value: Any) -> Any:

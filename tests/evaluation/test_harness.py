@@ -277,7 +277,7 @@ def test_rows_among_their_own_examples_are_said(
     folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {"validation": data / "piqa.jsonl"}
-    harness_data.declare(tmp_path, "leaky", f"{data}/piqa.yaml", files, training_split=None)
+    harness_data.declare(tmp_path, "leaky", f"{data}/piqa.yaml", files, training_split=None, fewshot_split="validation")
     options = ["--harness", "--include-path", str(tmp_path), "--include-path", str(data), "--shots", "3"]
     _, rows = evaluate(folder, tmp_path, *options, "--tasks", "leaky,piqa")
 
