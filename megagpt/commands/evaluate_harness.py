@@ -85,6 +85,7 @@ def _hold(arguments: argparse.Namespace, asked: "Asked", world: "World") -> None
     from megagpt.evaluation.harness_tasks import load_tasks
     from megagpt.evaluation.report import table
     from megagpt.exchange.named import open_model
+    from megagpt.files import write_atomic
 
     found = open_model(arguments.model, world)
     say("importing lm-evaluation-harness: some seconds")
@@ -98,10 +99,9 @@ def _hold(arguments: argparse.Namespace, asked: "Asked", world: "World") -> None
         return
     say("\n".join(["", *table(held.results, found.config)]))
     if arguments.json:
-        values = {**facts(arguments, found, world), "results": [result.as_json() for result in held.results]}
-        Path(arguments.json).write_text(
-            json.dumps({**values, "harness": held.whole}, indent=1) + "\n", encoding="utf-8"
-        )
+        results = [result.as_json() for result in held.results]
+        values = {**facts(arguments, found, world), "results": results, "harness": held.whole}
+        write_atomic(Path(arguments.json), (json.dumps(values, indent=1) + "\n").encode())
     if arguments.rows:
         with Path(arguments.rows).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in held.rows)
