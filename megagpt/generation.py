@@ -31,14 +31,16 @@ def generate(
     seed: int = 0,
     first_row: int = 0,
     on_token: Callable[[int, int], None] = lambda row, token: None,
+    is_over: Callable[[list[int]], bool] = lambda new: False,
     decide: Decide = lambda draw: draw(),
 ) -> list[list[int]]:
     """Continue each prompt by at most `max_tokens` tokens, ending before end-of-text; returns the new tokens only. A
     row's draws depend on the seed and the row's number alone, which counts from `first_row`, so other prompts do not
     change them. When a row fills the context, the window slides: the row continues from its last context // 2 tokens.
-    `on_token(row, token)` is called for each new token. Ranks that generate together pass `World.from_main` as
-    `decide`: all of them go on with the main rank's tokens, so they call a sharded model equally often, even if their
-    logits differ by a bit. Raises UserError if a prompt is empty or too long, NonFiniteError if logits are not finite.
+    `on_token(row, token)` is called for each new token. A row also ends if `is_over` is true of its new tokens. Ranks
+    that generate together pass `World.from_main` as `decide`: all of them go on with the main rank's tokens, so they
+    call a sharded model equally often, even if their logits differ by a bit. Raises UserError if a prompt is empty or
+    too long, NonFiniteError if logits are not finite.
     """
     for row, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= config.context:
@@ -70,6 +72,7 @@ def generate(
             if alive[row]:
                 new[row].append(token)
                 on_token(row, token)
+                alive[row] = not is_over(new[row])
         if not any(alive):
             break
         tokens = drawn[:, None].to(device)

@@ -5,8 +5,15 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
+from megagpt.commands.evaluate_harness import (
+    add_harness,
+    check_writable,
+    evaluate_by_harness,
+    facts,
+    refuse_without_harness,
+)  # fmt: skip
 from megagpt.commands.options import Add, add_device, add_model, count
 from megagpt.errors import UserError
 
@@ -25,14 +32,14 @@ def register(add: Add) -> None:
     text = f"names with commas, also text:FILE; `list` shows all (those in --data, or {_DEFAULT})"
     sub.add_argument("--tasks", help=text)
     text = "solved examples in front of each row; paper: as many as in GPT-3's few-shot setting (0)"
-    sub.add_argument("--shots", type=_shots, default=0, metavar="K", help=text)
+    sub.add_argument("--shots", type=_shots, metavar="K", help=text)
     text = "file of rows that the examples are drawn from (the task's training rows)"
     sub.add_argument("--shots-from", metavar="FILE", default="", help=text)
     text = "folder of exam rows; without it they come from the Hugging Face hub"
     sub.add_argument("--data", metavar="DIR", default="", help=text)
     text = "rows of each task, drawn by a constant seed; of a text, its first windows (all)"
     sub.add_argument("--limit", type=count, default=0, metavar="N", help=text)
-    sub.add_argument("--seed", type=lambda text: count(text, least=0), default=0, help="decides the examples (0)")
+    sub.add_argument("--seed", type=lambda text: count(text, least=0), help="decides the examples (0)")
     text = "of texts: tokens that each window scores behind the ones before (the model's context)"
     sub.add_argument("--stride", type=count, default=0, metavar="TOKENS", help=text)
     sub.add_argument("--json", metavar="FILE", help="write the results, with all references")
@@ -44,6 +51,7 @@ def register(add: Add) -> None:
     text = "tokens of a forward pass (512 on a CPU, 16384 on a GPU); other values change last bits, not printed digits"
     sub.add_argument("--batch-tokens", type=count, default=0, metavar="N", help=text)
     add_device(sub)
+    add_harness(sub)
 
 
 def _shots(text: str) -> int:
@@ -53,14 +61,18 @@ def _shots(text: str) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from megagpt.world import check_device, fail_together, join
 
+    if arguments.harness:
+        return evaluate_by_harness(arguments)
+    arguments.shots, arguments.seed = arguments.shots or 0, arguments.seed or 0
     if arguments.tasks == "list":
         return _list()
     try:
         check_device(arguments.device, "--device")
+        refuse_without_harness(arguments)
         names = arguments.tasks.split(",") if arguments.tasks is not None else []
         tasks = _tasks([name.strip() for name in names], arguments.data)
         for option in ("json", "rows"):
-            _check_writable(getattr(arguments, option), f"--{option}")
+            check_writable(getattr(arguments, option), f"--{option}")
     except UserError as error:
         fail_together(error)
     with join(arguments.device) as world:
@@ -96,19 +108,13 @@ def _tasks(names: list[str], data: str) -> "list[Task | TextTask]":
     return found
 
 
-def _check_writable(name: str | None, option: str) -> None:
-    if name is not None and (Path(name).is_dir() or not Path(name).parent.is_dir()):
-        problem = "is a folder" if Path(name).is_dir() else f"{Path(name).parent} is no folder"
-        raise UserError(f"{option} {name}: {problem}; name a file in a folder that exists")
-
-
 def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: "World") -> None:
     from megagpt.console import say
     from megagpt.evaluation.exam import Settings, prepare
     from megagpt.evaluation.examinee import opened
     from megagpt.evaluation.report import ShownProgress, table
     from megagpt.exchange.named import open_model
-    from megagpt.files import now, write_atomic
+    from megagpt.files import write_atomic
 
     found = open_model(arguments.model, world)
     a = arguments
@@ -132,19 +138,8 @@ def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: 
                 rows.writelines(json.dumps(line) + "\n" for line in exam.rows(scores))
     say("\n".join(["", *table(results, found.config)]))
     if arguments.json and world.is_main:
-        facts = {"model": found.label, "parameters": found.config.parameters, "written": now(), **_facts(arguments)}
-        values = {**facts, "ranks": world.size, "results": [result.as_json() for result in results]}
+        values = {**facts(arguments, found, world), "results": [result.as_json() for result in results]}
         write_atomic(Path(arguments.json), (json.dumps(values, indent=1) + "\n").encode())
-
-
-def _facts(arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from megagpt import __version__
-
-    versions = {"megagpt": __version__, "torch": torch.__version__}
-    chosen = ("precision", "engine", "shots", "limit", "seed")
-    return {"versions": versions, **{name: getattr(arguments, name) for name in chosen}}
 
 
 @contextlib.contextmanager
