@@ -51,7 +51,7 @@ def test_scores_go_everywhere_and_are_those_of_the_command(
     lines = metrics(run, "exam")
     assert [line["tokens_seen"] for line in lines] == [640, 1280, 1920, 2560]
     assert set(lines[0]) == {
-        "event", "step", "tokens_seen",
+        "event", "time", "step", "tokens_seen",
         *(f"exam/{task}{end}" for task in ("hellaswag", "lambada") for end in ("", "_stderr", "_items")),
     }  # fmt: skip
     assert [line["exam/hellaswag_items"] for line in lines] == [7] * 4
