@@ -30,7 +30,7 @@ class Chapter:
     versions: str
     from_tokens: int
     to_tokens: int | None
-    """The position that it reached, of which a kill may have lost the last part."""
+    """The position that it reached; None if nothing tells: a killed incarnation's last steps are taken again."""
     outcome: str
     """finished, stopped, failed, killed or running."""
     reason: str
@@ -39,7 +39,7 @@ class Chapter:
     def seconds(self) -> float | None:
         if self.began is None or self.ended is None:
             return None
-        return max(0.0, (self.ended - self.began).total_seconds())
+        return (self.ended - self.began).total_seconds()
 
     @property
     def gpu_hours(self) -> float | None:
@@ -72,7 +72,8 @@ def _chapter(
     run: Path, record: Record, incarnation: Incarnation, start: dict[str, Any], follower: dict[str, Any] | None
 ) -> Chapter:
     """`follower`: the facts of the next incarnation, if there is one."""
-    end = incarnation.ended()
+    end, began = incarnation.ended(), _time(start.get("started"))
+    from_tokens = _whole(start.get("from_tokens")) or 0
     ended = _time(end.get("ended"))
     reached = _whole(end.get("tokens_seen"))
     if end:
@@ -80,7 +81,6 @@ def _chapter(
     elif follower is not None:
         outcome, reason = "killed", "it left no record of its end"
         ended = _time(follower.get("previous_seen"))
-        reached = _whole(follower.get("from_tokens"))
     else:
         gone = has_ended(start)
         outcome = "killed" if gone else "running"
@@ -88,23 +88,25 @@ def _chapter(
         if gone is None:
             reason = "or killed: its process cannot be seen from this machine"
         ended = _time(last_written(run))
-        reached = record.reached
+        reached = max(record.reached, from_tokens)
+    if began and ended and ended < began:  # it wrote nothing: the last line is of an earlier incarnation
+        ended = None
     hosts = start.get("hosts") or ({start["host"]: 0} if start.get("host") else {})
     versions = [f"{name} {start[name]}" for name in ("megagpt", "torch", "python") if start.get(name)]
     return Chapter(
-        incarnation.number, _time(start.get("started")), ended, hosts if isinstance(hosts, dict) else {},
+        incarnation.number, began, ended, hosts if isinstance(hosts, dict) else {},
         str(start.get("device") or "unknown device"), _whole(start.get("world_size")) or 0,
         str(start.get("engine") or start.get("note") or "?"), ", ".join(versions),
-        _whole(start.get("from_tokens")) or 0, reached, outcome, reason,
+        from_tokens, reached, outcome, reason,
     )  # fmt: skip
 
 
 def _time(value: Any) -> datetime.datetime | None:
-    if isinstance(value, float):
-        return datetime.datetime.fromtimestamp(value, datetime.UTC)
     try:
+        if isinstance(value, float):
+            return datetime.datetime.fromtimestamp(value, datetime.UTC)
         found = datetime.datetime.fromisoformat(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, OSError):
         return None
     return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
 
@@ -122,7 +124,7 @@ class Bill:
     """Seconds of all incarnations whose time is known."""
     gpu_hours: float
     dollars: float | None
-    """None without a price, and without GPUs."""
+    """None without a price, and without GPUs; 0 if no GPU's time is known."""
     complete: bool
     """Whether the time of every incarnation is known; else the numbers are lower bounds."""
 
@@ -131,5 +133,6 @@ def bill(chapters: list[Chapter], dollars_per_gpu_hour: float | None = None) -> 
     """All incarnations together, with what kills and failures have lost."""
     hours = sum(chapter.gpu_hours or 0.0 for chapter in chapters)
     elapsed = sum(chapter.seconds or 0.0 for chapter in chapters)
-    dollars = hours * dollars_per_gpu_hour if dollars_per_gpu_hour is not None and hours else None
+    has_gpus = any(chapter.gpu_hours != 0 for chapter in chapters)
+    dollars = hours * dollars_per_gpu_hour if dollars_per_gpu_hour is not None and has_gpus else None
     return Bill(elapsed, hours, dollars, all(chapter.seconds is not None for chapter in chapters))

@@ -30,8 +30,8 @@ from megagpt.launchers import job_number, slurm_job, torchrun_name
 from megagpt.run_log import Event, log_path, read
 from megagpt.training.markdown import table, verbatim
 
-# Bytes at the end of the log in which its last lines are.
-_TAIL_BYTES = 2**18
+# Bytes at the end of the log in which its last lines are: a few hundred steps.
+TAIL_BYTES = 2**18
 # Largest difference between two readings of the time at which one process began (s): the clock may have been set.
 _CLOCK_STEP_SECONDS = 60.0
 
@@ -110,10 +110,10 @@ def last_sign_of_life(run: Path) -> float | None:
 
 
 def last_written(run: Path) -> float | None:
-    """The time of the log's last line (s since 1970). Unlike a file's own time it survives a copy of the run; that is
-    taken if there is no such line."""
-    times = [line["time"] for line in read(run, _TAIL_BYTES) if isinstance(line.get("time"), int)]
-    return float(max(times)) if times else last_sign_of_life(run)
+    """The time of the log's last line (s since 1970); None if no line has one: those of version 0.1 have none, and that
+    of the file is the day of a copy."""
+    times = [line["time"] for line in read(run, TAIL_BYTES) if isinstance(line.get("time"), int)]
+    return float(max(times)) if times else None
 
 
 def iso(seconds: float) -> str:

@@ -19,14 +19,12 @@ from megagpt.errors import ExpectedError, UserError
 from megagpt.incarnations import Incarnation, list_incarnations
 from megagpt.launchers import job_number
 from megagpt.run_log import Event, Line, log_path, read
-from megagpt.training.run_folder import has_ended, iso, last_sign_of_life, resume_command
+from megagpt.training.run_folder import TAIL_BYTES, has_ended, iso, last_sign_of_life, resume_command
 
 # Number of last steps whose median speed is shown.
 _STEPS = 100
 # A run is silent if its log has no new line for this many steps and this many seconds.
 _SILENT_LINES, _SILENT_SECONDS = 10, 60.0
-# Bytes at the end of the log that are read: a few hundred steps.
-_TAIL_BYTES = 2**18
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Status:
 
 def read_status(run: Path, config: Config) -> Status:
     """The status of a run with this config."""
-    lines = list(read(run, _TAIL_BYTES))
+    lines = list(read(run, TAIL_BYTES))
     steps = [line for line in lines if line["event"] == Event.STEP]
     found = list_incarnations(run)
     sign = last_sign_of_life(run)

@@ -1,6 +1,5 @@
 """How long a run took, on which machines, and why each incarnation ended, against sums by hand."""
 
-import os
 import platform
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def test_each_incarnation_has_its_time_its_machines_and_its_end(restarted: Logge
     assert [c.seconds for c in chapters] == [3600, 7200, 1800, 3600]
     assert [c.outcome for c in chapters] == ["killed", "stopped", "failed", "finished"]
     assert [c.reason for c in chapters][1:3] == ["SIGUSR1", "CUDA error"]
-    assert [(c.from_tokens, c.to_tokens) for c in chapters[:2]] == [(0, 100), (100, 900)]
+    assert [(c.from_tokens, c.to_tokens) for c in chapters[:2]] == [(0, None), (100, 900)]
     assert chapters[0].machines == f"8 x {H100} on n1"
     assert chapters[3].machines == f"16 x {H100} on n3, n4"
 
@@ -73,15 +72,30 @@ def test_the_last_incarnation_lasts_to_its_last_line(tmp_path: Path) -> None:
     assert chapter.seconds == 1800
 
 
-def test_a_log_without_times_has_that_of_its_file(tmp_path: Path) -> None:
+def test_a_log_without_times_leaves_its_end_unknown(tmp_path: Path) -> None:
+    """The time of its file may be that of a copy."""
     run = Logged(tmp_path, "run")
     run.steps(10)
     run.incarnation(1, 0)
-    then = BEGAN.timestamp() + 3600
-    for path in (run.save().folder / "metrics.jsonl", *(run.folder / "incarnations").iterdir()):
-        os.utime(path, (then, then))
-    (chapter,) = read_history(run.folder, read_record(run.folder))
-    assert chapter.seconds == 3600
+    chapters = read_history(run.folder, read_record(run.save().folder))
+    assert (chapters[0].to_tokens, chapters[0].seconds) == (10 * 524_288, None)
+    found = bill(chapters, 2.5)
+    assert (found.gpu_hours, found.dollars, found.complete) == (0.0, 0.0, False)
+
+
+def test_an_incarnation_that_wrote_no_line_took_unknown_time(tmp_path: Path) -> None:
+    """The run's last line is that of the incarnation before it."""
+    run = Logged(tmp_path, "run")
+    run.steps(10)
+    run.lines[-1]["time"] = int(BEGAN.timestamp()) + 1800
+    run.incarnation(1, 0)
+    run.incarnation(2, 1, previous_seen=hours(0.5), from_tokens=700)
+    run.incarnation(3, 3, previous_seen=hours(0.5), from_tokens=500)
+    chapters = read_history(run.folder, read_record(run.save().folder))
+    assert [c.seconds for c in chapters] == [1800, None, None]
+    assert [c.to_tokens for c in chapters] == [None, None, 10 * 524_288]
+    found = bill(chapters, 2.5)
+    assert (found.gpu_hours, found.dollars, found.complete) == (4.0, 10.0, False)
 
 
 def test_a_process_that_runs_here_is_seen(tmp_path: Path) -> None:
