@@ -7,7 +7,7 @@ from typing import Any
 
 from megagpt.checkpoints.checkpoint import CheckpointMeta, OpenCheckpoint
 from megagpt.data.tokenizer import VOCAB_SIZE
-from megagpt.exchange.importing import origin
+from megagpt.exchange.importing import first_weights, origin
 from megagpt.exchange.named import NamedModel
 from megagpt.exchange.tokenizer_files import tokenizer_files
 from megagpt.incarnations import Incarnation, list_incarnations
@@ -113,17 +113,12 @@ def _origin(meta: CheckpointMeta, run: Path) -> tuple[str, str]:
     """A sentence about the model, and its initial weights."""
     whence = origin(run)
     if whence or meta.engine == "import":
-        start = f"{_weights(whence)}, imported {whence['imported']}" if whence else "imported, of unknown origin"
+        start = f"{first_weights(whence, '`')}, imported {whence['imported']}" if whence else "imported, of unknown origin"
         since = "trained further with it" if meta.tokens_seen else "not trained since"
         return f"A GPT-2 that was imported by megagpt and {since}.", start
     if _began_here(run):
         return "A GPT-2 trained from scratch with megagpt.", "random"
     return "A GPT-2 trained with megagpt.", "not recorded"
-
-
-def _weights(whence: dict[str, Any]) -> str:
-    hub = whence.get("hub")  # imports of version 0.1, and of folders, lack it
-    return f"`{hub['repo']}` at commit `{hub['commit']}`" if hub else f"`{whence['folder']}`"
 
 
 def _began_here(run: Path) -> bool:
@@ -141,7 +136,7 @@ def _sources(meta: CheckpointMeta, run: Path) -> list[tuple[str, str]]:
     weights, fingerprints = [source["weight"] for source in sources], meta.data or []
     if len(fingerprints) != len(sources):
         fingerprints = ["not recorded"] * len(sources)
-    same = _was_all_data(dict(zip(fingerprints, weights, strict=True)), meta.tokens_seen, run)
+    same = was_all_data(dict(zip(fingerprints, weights, strict=True)), meta.tokens_seen, run)
     about = "about " if len(sources) > 1 else ""
     rows = []
     for source, weight, fingerprint in zip(sources, weights, fingerprints, strict=True):
@@ -151,7 +146,7 @@ def _sources(meta: CheckpointMeta, run: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _was_all_data(weights: dict[str, float], tokens: int, run: Path) -> bool:
+def was_all_data(weights: dict[str, float], tokens: int, run: Path) -> bool:
     """Whether sources of these fingerprints and weights gave all of the first tokens, by the incarnations that trained
     on them. Those of version 0.1 tell only whether another choice was allowed."""
     for incarnation in reversed(list_incarnations(run)):

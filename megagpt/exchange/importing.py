@@ -93,3 +93,12 @@ def origin(run: Path) -> dict[str, Any]:
     time `imported`; and the `config` there, config.json or that of a run. Empty for a run that started from random
     weights."""
     return read_json(run / _ORIGIN)
+
+
+def first_weights(whence: dict[str, Any], mark: str = "") -> str:
+    """The weights of such an origin, for people: repository and commit on the hub, else the folder. Each name is between
+    two of these marks."""
+    hub = whence.get("hub")  # imports of version 0.1, and of folders, lack it
+    if hub:
+        return f"{mark}{hub['repo']}{mark} at commit {mark}{hub['commit']}{mark}"
+    return f"{mark}{whence['folder']}{mark}"

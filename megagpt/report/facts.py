@@ -4,11 +4,10 @@ import unicodedata
 from typing import Any
 
 from megagpt.config import Config
-from megagpt.exchange.importing import origin
-from megagpt.incarnations import list_incarnations
+from megagpt.exchange.importing import first_weights, origin
 from megagpt.report.figures import amount, power
-from megagpt.report.lines import texts_of
 from megagpt.report.record import Record, number
+from megagpt.report.texts import names_of, texts_of, were_changed
 
 # Characters that change the direction of the text around them: they could turn the rest of a line around.
 _TURNS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -36,9 +35,11 @@ def summary(record: Record) -> str:
     shape = f"{counts}, context {model.context:,}"
     name = f"{model.preset}, " if model.preset else ""
     trained = f"trained on {amount(seen)} tokens of" if seen else "to be trained on"
-    text = f"A GPT of {model.parameters:,} parameters ({name}{shape}), {trained} {'; '.join(texts_of(record))}."
-    folder = origin(record.folder).get("folder")
-    return f"{text} Its first weights were those of {folder}." if folder else text
+    if were_changed(record):
+        trained = f"trained on {amount(seen)} tokens, not all of them of its last data,"
+    text = f"A GPT of {model.parameters:,} parameters ({name}{shape}), {trained} {'; '.join(names_of(record))}."
+    whence = origin(record.folder)
+    return f"{text} Its first weights were those of {first_weights(whence)}." if whence else text
 
 
 def _count(number: int, what: str) -> str:
@@ -46,10 +47,10 @@ def _count(number: int, what: str) -> str:
 
 
 def data_rows(record: Record) -> list[dict[str, str]]:
-    """A row for each source: its text, its folder, its share of the batches, its tokens, the passes made over them."""
+    """A row for each source: its text, its folder, its share of the batches, its tokens, the passes made over them,
+    which are unknown if the data was changed."""
     sources = record.config.data.sources
-    noted = _noted_texts(record)
-    names = texts_of(record)
+    noted, names, same = texts_of(record), names_of(record), not were_changed(record)
     total, rows = sum(source.weight for source in sources), []
     for i, source in enumerate(sources):
         share, facts = source.weight / total, noted[i] if len(noted) == len(sources) else {}
@@ -58,18 +59,9 @@ def data_rows(record: Record) -> list[dict[str, str]]:
         rows.append({
             "text": names[i] if len(names) == len(sources) else source.path, "folder": source.path,
             "share": f"{share:.1%}", "tokens": amount(tokens) if known else "unknown",
-            "passes": f"{record.reached * share / tokens:.2f}" if known else "unknown",
+            "passes": f"{record.reached * share / tokens:.2f}" if known and same else "unknown",
         })  # fmt: skip
     return rows
-
-
-def _noted_texts(record: Record) -> list[dict[str, Any]]:
-    """What the newest incarnation that noted it has noted of the sources."""
-    for incarnation in reversed(list_incarnations(record.folder)):
-        texts = incarnation.start().get("texts")
-        if isinstance(texts, list) and all(isinstance(text, dict) for text in texts):
-            return texts
-    return []
 
 
 def recipe_rows(config: Config) -> list[tuple[str, str]]:

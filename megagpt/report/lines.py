@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megagpt.errors import UserError, did_you_mean
-from megagpt.incarnations import list_incarnations
 from megagpt.models.presets import PRESETS
 from megagpt.references.exams import Reference, chance, references
 from megagpt.references.losses import CORPORA, Corpus, Curve, corpus_named, nearest_preset
 from megagpt.report.record import Axis, Record
+from megagpt.report.texts import all_names_of
 
 AUTO, NONE = "auto", "none"
 
@@ -30,21 +30,13 @@ class ReferenceCurve:
     values: tuple[float, ...]
 
 
-def texts_of(record: Record) -> list[str]:
-    """The names of the run's texts: the data sets that its newest incarnation noted; else its folders."""
-    starts = [incarnation.start() for incarnation in reversed(list_incarnations(record.folder))]
-    noted = next((texts for start in starts if isinstance(texts := start.get("texts"), list)), [])
-    names = [text.get("text") or text.get("folder") for text in noted if isinstance(text, dict)]
-    return [str(name) for name in names if name] or [source.path for source in record.config.data.sources]
-
-
 def corpus_of(record: Record, wanted: str) -> Corpus | None:
     """The corpus whose numbers belong beside the run's losses. `wanted`: a key of CORPORA, "none", or "auto", which
-    goes by the names of the run's texts. Raises UserError for another word."""
+    goes by the names of all the run's texts. Raises UserError for another word."""
     if wanted == NONE:
         return None
     if wanted == AUTO:
-        return corpus_named(texts_of(record))
+        return corpus_named(all_names_of(record))
     if wanted not in CORPORA:
         raise UserError(f"--references {wanted!r} does not exist: {did_you_mean(wanted, [AUTO, NONE, *CORPORA])}")
     return CORPORA[wanted]

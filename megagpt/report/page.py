@@ -20,8 +20,9 @@ from megagpt.report import figures
 from megagpt.report.facts import data_rows, recipe_rows, summary, visible
 from megagpt.report.figures import LIGHT, amount, score
 from megagpt.report.history import Bill, Chapter, bill, read_history
-from megagpt.report.lines import corpus_of, exam_references, loss_curves, loss_references
+from megagpt.report.lines import AUTO, corpus_of, exam_references, loss_curves, loss_references
 from megagpt.report.record import Axis, Record, some
+from megagpt.report.texts import were_changed
 from megagpt.training.status import Status, read_status
 
 # Most positions whose samples are shown, and most samples of each.
@@ -62,10 +63,10 @@ def page(record: Record, axis: Axis, wanted: str, dollars_per_gpu_hour: float | 
         name=record.name, summary=summary(record), machines=_machines(chapters), state=_state(record, status, chapters),
         facts=_facts(record, cost, dollars_per_gpu_hour),
         curves=_curves(record, axis, wanted, [c.from_tokens for c in chapters[1:]]), exams=_exams(record),
-        corpus=corpus.name if corpus else "", curve=corpus.curve if corpus and drawn else None,
+        corpus=corpus.name if corpus else "", by_name=wanted == AUTO, curve=corpus.curve if corpus and drawn else None,
         references=_all_references(record, loss_references(record, corpus)),
         samples=_samples(record), speed=_speed(record, axis), speed_rows=_speed_rows(record),
-        data=data_rows(record), recipe=recipe_rows(record.config), chapters=chapters,
+        data=data_rows(record), changed=were_changed(record), recipe=recipe_rows(record.config), chapters=chapters,
         restarts=max(0, len(chapters) - 1), bill=cost, events=_events(record), load=_load(record, status),
         config=to_yaml(record.config), version=megagpt.__version__,
         made=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"), duration=duration, amount=amount,

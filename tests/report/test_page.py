@@ -19,7 +19,7 @@ from megagpt.report.page import page
 from megagpt.report.record import read_record
 from tests.conftest import Tiny
 from tests.processes import megagpt, start_train
-from tests.report.logged import H100, Logged
+from tests.report.logged import H100, STEP_TOKENS, Logged
 from tests.report.test_record import OLD
 from tests.runs import wait_for_steps
 
@@ -187,6 +187,31 @@ def test_an_imported_run_names_its_first_weights(tmp_path: Path) -> None:
     run = Logged(tmp_path, "run")
     (run.folder / "imported.json").write_text('{"folder": "/models/gpt2", "imported": "2026-11-20T10:00:00+00:00"}')
     assert "Its first weights were those of /models/gpt2." in shown(run.folder).text
+    cached = '{"hub": {"repo": "openai/gpt2", "commit": "607a"}, "folder": "/home/me/.cache/607a", "imported": ""}'
+    (run.folder / "imported.json").write_text(cached)
+    text = shown(run.folder).text
+    assert "Its first weights were those of openai/gpt2 at commit 607a." in text
+    assert ".cache" not in text
+
+
+def test_data_that_was_changed_is_told(tmp_path: Path) -> None:
+    """Two of three steps were of other data."""
+    run = Logged(tmp_path, "run", "data.sources=[{path: data/fineweb}]")
+    run.steps(3)
+    run.save()
+    fineweb, books = ({"folder": f"data/{name}", "text": name, "tokens": 10**6} for name in ("fineweb", "books"))
+    facts = {"data": {"b": 1.0}, "texts": [fineweb], "from_tokens": 2 * STEP_TOKENS}
+    for text, changed in ((books, True), ({**fineweb, "text": "fineweb, sample-10BT"}, True), (None, False)):
+        first = {"data": {"a": 1.0}, "texts": [text]} if text else {"data": {"b": 1}, "texts": [fineweb]}
+        run.incarnation(1, 0, 1, "stopped", "SIGTERM", **first)
+        run.incarnation(2, 1, 2, "stopped", "SIGTERM", **facts)
+        found = shown(run.folder)
+        assert ("trained on 1.57M tokens, not all of them of its last data, fineweb." in found.text) is changed
+        assert ("These are the last data" in found.text) is changed
+        (row,) = [row.split() for row in found.of("tr") if row.split()[:2] == ["fineweb", "data/fineweb"]]
+        assert row[2:] == ["100.0%", "1M", "unknown" if changed else "1.57"]
+        assert ("The reference losses are of classic FineWeb, because" in found.text) is (text is not books)
+    assert "as was asked for with --references" in shown(run.folder, "fineweb-edu").text
 
 
 def test_a_long_event_at_the_end_hides_no_step(tmp_path: Path) -> None:
