@@ -113,7 +113,9 @@ def _origin(meta: CheckpointMeta, run: Path) -> tuple[str, str]:
     """A sentence about the model, and its initial weights."""
     whence = origin(run)
     if whence or meta.engine == "import":
-        start = f"{first_weights(whence, '`')}, imported {whence['imported']}" if whence else "imported, of unknown origin"
+        start = "imported, of unknown origin"
+        if whence:
+            start = f"{first_weights(whence, '`')}, imported {whence['imported']}"
         since = "trained further with it" if meta.tokens_seen else "not trained since"
         return f"A GPT-2 that was imported by megagpt and {since}.", start
     if _began_here(run):

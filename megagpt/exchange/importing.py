@@ -96,8 +96,8 @@ def origin(run: Path) -> dict[str, Any]:
 
 
 def first_weights(whence: dict[str, Any], mark: str = "") -> str:
-    """The weights of such an origin, for people: repository and commit on the hub, else the folder. Each name is between
-    two of these marks."""
+    """The weights of such an origin, for people: repository and commit on the hub, else the folder. A `mark` is put at
+    both ends of each name."""
     hub = whence.get("hub")  # imports of version 0.1, and of folders, lack it
     if hub:
         return f"{mark}{hub['repo']}{mark} at commit {mark}{hub['commit']}{mark}"

@@ -20,6 +20,10 @@ from megagpt.models.huggingface import Pretrained, is_pretrained, parameter_shap
 from megagpt.models.presets import ModelConfig
 from megagpt.world import World
 
+# Kinds of paths, for people.
+_PRETRAINED, _CHECKPOINT, _RUN = "a transformers folder", "a checkpoint", "a run"
+_NO_MODEL, _FILE, _NOTHING = "a folder without a model", "a file", "nothing"
+
 
 @dataclass(frozen=True)
 class NamedModel:
@@ -58,15 +62,12 @@ class NamedModel:
 def open_model(name: str, world: World | None = None) -> NamedModel:
     """The model of that name: a folder here, else a model on the hub, whose files are fetched if the hub's cache lacks
     them. `world`: its ranks, all of which call it; one on each machine fetches, and all get the same weights. Raises
-    UserError if there is none, if it is no GPT-2, or if its vocabulary or tokenizer is not GPT-2's."""
+    UserError if there is none, if the path is not of the same kind on all hosts, if the model is no GPT-2, or if its
+    vocabulary or tokenizer is not GPT-2's."""
     world = world or World.alone()
     path = named_path(name)
-    if path.is_dir():
-        found = _in_folder(name, path, world)
-    elif path.exists():
-        raise UserError(f"{name}: a file, not a model's folder; name the folder that it is in")
-    else:
-        found = _on_hub(name, world)
+    kind = _agreed(name, _kind(path), world)
+    found = _on_hub(name, world) if kind == _NOTHING else _in_folder(name, path, kind, world)
     if found.config.vocab_size < VOCAB_SIZE:
         raise UserError(f"{name}: its vocabulary of {found.config.vocab_size} is not GPT-2's {VOCAB_SIZE}")
     if found.checkpoint is None:
@@ -74,19 +75,43 @@ def open_model(name: str, world: World | None = None) -> NamedModel:
     return found
 
 
-def _in_folder(name: str, path: Path, world: World) -> NamedModel:
+def _kind(path: Path) -> str:
+    """A path as this rank's disk shows it, for people."""
+    if not path.is_dir():
+        return _FILE if path.exists() else _NOTHING
     if is_pretrained(path):
+        return _PRETRAINED
+    if is_checkpoint(path):
+        return _CHECKPOINT
+    return _RUN if checkpoints_folder(path).is_dir() or (path / "config.yaml").exists() else _NO_MODEL
+
+
+def _agreed(name: str, kind: str, world: World) -> str:
+    """The kind, if all ranks see the same one. Raises UserError with the first host that sees another."""
+    (first, wanted), *others = world.gather_objects((world.host, kind))
+    for host, other in others:
+        if other != wanted:
+            differing = f"{wanted} on {first}, but {other} on {host}"
+            raise UserError(f"{name}: {differing}; give all hosts the same folder at this path, or give it to none")
+    return kind
+
+
+def _in_folder(name: str, path: Path, kind: str, world: World) -> NamedModel:
+    if kind == _FILE:
+        raise UserError(f"{name}: a file, not a model's folder; name the folder that it is in")
+    if kind == _PRETRAINED:
         source = Pretrained(path)
         return NamedModel(name, "folder", path, source.config, source)
-    one = is_checkpoint(path)
-    if not one and not checkpoints_folder(path).is_dir() and not (path / "config.yaml").exists():
+    if kind == _NO_MODEL:
         parts = "neither config.json (a transformers folder) nor checkpoints/ (a run), and is no checkpoint of a run"
         short = f"; OpenAI's model of that name is {SHORT_NAMES[name]}" if name in SHORT_NAMES else ""
         raise UserError(f"{name}: a folder without a model: it has {parts}{short}")
     # File systems may show ranks different states of a run that goes on.
     found = world.from_main(lambda: find_checkpoint(path))
-    label = name if one else f"{name} at {found.meta.tokens_seen:,} tokens"
-    return NamedModel(label, "checkpoint" if one else "run", found.path, saved_config(found).model, found)
+    if kind == _CHECKPOINT:
+        return NamedModel(name, "checkpoint", found.path, saved_config(found).model, found)
+    label = f"{name} at {found.meta.tokens_seen:,} tokens"
+    return NamedModel(label, "run", found.path, saved_config(found).model, found)
 
 
 def _on_hub(name: str, world: World) -> NamedModel:

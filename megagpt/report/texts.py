@@ -28,7 +28,7 @@ def were_changed(record: Record) -> bool:
     """Whether some of the run's tokens are of other data or of another mixture than its newest. A run without any
     record of its starts counts as unchanged."""
     starts = _starts(record)
-    newest = next((start["data"] for start in reversed(starts) if "data" in start), {})
+    newest: dict[str, float] = next((start["data"] for start in reversed(starts) if "data" in start), {})
     return bool(starts) and not was_all_data(newest, record.reached, record.folder)
 
 
