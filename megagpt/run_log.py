@@ -43,6 +43,8 @@ class Event(enum.StrEnum):
 # Names in logs of version 0.1.
 _OLD_EVENTS = {"pace": Event.RANKS, "slow_rank": Event.STRAGGLER}
 _OLD_KEYS = {"samples_seen": "sequences_seen"}
+# Start of the keys of exams, and the endings of what belongs to a score.
+EXAM, _EXAM_PARTS = "exam/", ("_stderr", "_items")
 
 
 def log_path(run: Path) -> Path:
@@ -61,6 +63,12 @@ def read(run: Path, last_bytes: int = 0) -> Iterator[Line]:
 def newest(run: Path, up_to_tokens: float = math.inf) -> dict[str, Line]:
     """The last line of each event, up to a position."""
     return {line["event"]: line for line in read(run) if line["tokens_seen"] <= up_to_tokens}
+
+
+def exam_of(key: str, line: Line) -> str | None:
+    """The task whose score this key of a line is; None for another key. A task's own name may end in `_items`."""
+    part = any(key.removesuffix(end) in line for end in _EXAM_PARTS if key.endswith(end))
+    return key.removeprefix(EXAM) if key.startswith(EXAM) and not part else None
 
 
 class RunLog:

@@ -17,19 +17,19 @@ _AXES = ("tokens", "flops", "hours")
 
 def register(add: Add) -> None:
     sub = add("plot", _plot, "Draw runs' validation losses and exams with reference lines, as one PNG or SVG picture.")
-    sub.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder; several share the picture")
+    sub.add_argument("runs", metavar="RUN", nargs="+", help="a run's folder; several share the picture")
     _add_shared(sub, "curves.png", "the picture, .png or .svg")
-    sub.add_argument("--exams", metavar="TASK,...", default="", help="draw these exams only (all that were taken)")
+    sub.add_argument("--exams", metavar="TASK,...", help="draw these exams only (all that were taken)")
     sub.add_argument("--dark", action="store_true", help="light lines on a dark ground")
 
     sub = add("report", _report, "Write one HTML page that shows a run to others; it needs no network.")
-    sub.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
-    _add_shared(sub, "", "the page (RUN/report.html)")
+    sub.add_argument("run", metavar="RUN", help="a run's folder")
+    _add_shared(sub, None, "the page (RUN/report.html)")
     text = "price of a GPU for an hour: the page then says what the run has cost"
     sub.add_argument("--dollars-per-gpu-hour", metavar="PRICE", type=_price, help=text)
 
 
-def _add_shared(sub: Parser, out: str, what: str) -> None:
+def _add_shared(sub: Parser, out: str | None, what: str) -> None:
     sub.add_argument("--x", choices=_AXES, default="tokens", help="horizontal axis; hours are of the steps (tokens)")
     sub.add_argument("--out", metavar="FILE", default=out, help=what + (f" ({out})" if out else ""))
     text = "whose losses to draw: fineweb-edu, fineweb, none, or auto, by the names of the run's texts (auto)"
@@ -54,7 +54,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     _check_installed("plot")
     records = [_record(run) for run in arguments.runs]
     if all(record.is_empty for record in records):
-        listed = ", ".join(map(str, arguments.runs))
+        listed = ", ".join(arguments.runs)
         raise UserError(f"{listed}: nothing to draw: no step is logged yet; wait for the first ones")
 
     from megagpt.report import figures
@@ -68,11 +68,13 @@ def _plot(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _wanted_exams(words: str, taken: list[str]) -> list[str] | None:
-    """The exams to draw; None: all. Raises UserError for one that no run has taken."""
-    if not words:
+def _wanted_exams(words: str | None, taken: list[str]) -> list[str] | None:
+    """The exams to draw; None: all. Raises UserError for one that no run has taken, and if none is named."""
+    if words is None:
         return None
     wanted = [word.strip() for word in words.split(",") if word.strip()]
+    if not wanted:
+        raise UserError(f"--exams {words!r} names no exam; name some, such as hellaswag,lambada, or leave it out")
     for word in wanted:
         if word not in taken:
             way = did_you_mean(word, taken) if taken else "none was taken; leave --exams out"
@@ -83,7 +85,7 @@ def _wanted_exams(words: str, taken: list[str]) -> list[str] | None:
 def _report(arguments: argparse.Namespace) -> int:
     record = _record(arguments.run)
     _check_installed("report")
-    target = _target(arguments.out or str(arguments.run / "report.html"))
+    target = _target(str(record.folder / "report.html") if arguments.out is None else arguments.out)
 
     from megagpt.report.page import page
 
@@ -92,9 +94,11 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _record(run: Path) -> "Record":
+def _record(name: str) -> "Record":
+    from megagpt.files import named_path
     from megagpt.report.record import read_record
 
+    run = named_path(name)
     if not (run / "config.yaml").is_file() and (inside := sorted(run.glob("*/config.yaml"))):
         raise UserError(f"{run}: not a run's folder, but one that holds runs; name a run, such as {inside[0].parent}")
     return read_record(run)

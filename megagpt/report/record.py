@@ -1,4 +1,4 @@
-"""What a run's log holds, as columns of numbers: read once, line by line, so that logs of millions of steps fit."""
+"""A run's log as columns of numbers: read once, line by line, so that logs of millions of steps fit."""
 
 import array
 import math
@@ -11,10 +11,9 @@ import numpy as np
 
 from megagpt.config import Config
 from megagpt.config_file import load_run
-from megagpt.run_log import Event, Line, read
+from megagpt.run_log import Event, Line, exam_of, read
 
 Axis = Literal["tokens", "flops", "hours"]
-AXES: tuple[Axis, ...] = ("tokens", "flops", "hours")
 # Columns of the steps, by their keys in the log.
 _COLUMNS = (
     "tokens_seen", "step", "loss", "gradient_norm", "lr", "tokens_per_second", "mfu", "peak_memory_bytes",
@@ -22,8 +21,6 @@ _COLUMNS = (
 )  # fmt: skip
 # Events that a reader of the page should know of.
 _NOTABLE = (Event.SKIPPED, Event.STRAGGLER, Event.WENT_BACK)
-_EXAM = "exam/"
-_EXAM_PARTS = ("_stderr", "_items")
 
 
 @dataclass
@@ -123,10 +120,10 @@ def read_record(run: Path) -> Record:
 
 def _add_exams(exams: dict[str, Points], tokens: int, line: Line) -> None:
     for key, value in line.items():
-        if key.startswith(_EXAM) and not key.endswith(_EXAM_PARTS):
+        if task := exam_of(key, line):
             items = number(line.get(f"{key}_items"))
             count = int(items) if math.isfinite(items) else None
-            points = exams.setdefault(key.removeprefix(_EXAM), Points())
+            points = exams.setdefault(task, Points())
             points.add(tokens, number(value), number(line.get(f"{key}_stderr")), count)
 
 

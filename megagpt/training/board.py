@@ -14,7 +14,7 @@ from tensorboard.compat.proto import event_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from megagpt.position import Position
-from megagpt.run_log import Event, Line, read
+from megagpt.run_log import EXAM, Event, Line, exam_of, read
 
 # Panels and the values in each; other values are in "system". TensorBoard sorts panels and charts by name: so the loss
 # comes first, then speed, and totals, which only grow, come last.
@@ -33,15 +33,10 @@ _PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}
 _LOSSES = {"train": (Event.STEP, "loss"), "validation": (Event.VALIDATION, "validation_loss")}
 
 
-# Start of the names of exams' values.
-_EXAM = "exam/"
-
-
-def _tag(name: str) -> str:
-    """The chart of a value."""
-    if name.startswith(_EXAM):
-        task = name.removeprefix(_EXAM)
-        return f"{'system/exam_' if task.endswith(('_items', '_stderr')) else 'exams/'}{task}"
+def _tag(name: str, values: Line) -> str:
+    """The chart of one of an event's values."""
+    if name.startswith(EXAM):
+        return f"{'exams/' if exam_of(name, values) else 'system/exam_'}{name.removeprefix(EXAM)}"
     return f"{_PANEL_OF.get(name, 'system')}/{name}"
 
 
@@ -67,7 +62,7 @@ class Board:
         shown = {"tokens_seen": at.tokens, **values} if event == Event.STEP else values
         for name, value in shown.items():
             if isinstance(value, int | float):
-                self._writer("").add_scalar(_tag(name), value, at.step)
+                self._writer("").add_scalar(_tag(name, values), value, at.step)
         self._losses(event, at.tokens, values)
 
     def text(self, name: str, markdown: str, step: int) -> None:

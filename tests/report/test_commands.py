@@ -58,6 +58,19 @@ def test_a_folder_that_is_no_run_is_refused(command: str, tmp_path: Path, refusa
     refusal([command, str(tmp_path / "missing")], "not a run's folder")
 
 
+@pytest.mark.parametrize("command", ["plot", "report"])
+def test_names_are_read_as_other_commands_read_them(
+    command: str, run: Logged, tmp_path: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.folder)
+    refusal([command, ""], "a name is empty")
+    refusal([command, "x" * 300], "the name is too long")
+    refusal([command, ".", "--out", ""], "a name is empty")
+    assert not (run.folder / "report.html").exists()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main([command, "~/first"]) == 0
+
+
 def test_a_folder_of_runs_names_one(run: Logged, tmp_path: Path, refusal: Refusal) -> None:
     line = refusal(["plot", str(tmp_path)], f"{tmp_path}: not a run's folder, but one that holds runs")
     assert line.endswith(f"such as {run.folder}\n")
@@ -71,6 +84,8 @@ def test_a_corrupt_config_is_refused(run: Logged, refusal: Refusal) -> None:
 def test_unknown_words_name_the_known_ones(run: Logged, refusal: Refusal) -> None:
     folder = str(run.folder)
     refusal(["plot", folder, "--exams", "helaswag"], "--exams helaswag", "did you mean hellaswag?")
+    for nothing in (",", ""):
+        refusal(["plot", folder, "--exams", nothing], f"--exams {nothing!r} names no exam")
     refusal(["plot", folder, "--references", "fineweb-edo"], "--references 'fineweb-edo'", "did you mean fineweb-edu")
     refusal(["report", folder, "--references", "books"], "valid: auto, none, fineweb-edu, fineweb")
     refusal(["plot", folder, "--out", "curves.pdf"], "--out curves.pdf", ".png or an .svg")
@@ -91,7 +106,7 @@ def test_a_file_that_cannot_be_written_is_refused(run: Logged, tmp_path: Path, r
         (tmp_path / "folder.png").mkdir(exist_ok=True)
         refusal(["plot", str(run.folder), "--out", str(target)], str(target), "cannot be written", "--out")
     refusal(["report", str(run.folder), "--out", str(tmp_path)], str(tmp_path), "it is a folder", "--out")
-    (tmp_path / "a.html.tmp").mkdir()  # what a disk without space or rights would refuse
+    (tmp_path / "a.html.tmp").mkdir()  # it cannot be written, as on a disk without space
     refusal(["report", str(run.folder), "--out", str(tmp_path / "a.html")], "a.html: cannot be written", "--out")
 
 

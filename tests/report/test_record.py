@@ -38,6 +38,15 @@ def test_every_quantity_is_read_from_its_event(tmp_path: Path) -> None:
     assert not record.is_empty
 
 
+def test_a_tasks_name_may_end_like_a_part_of_a_score(tmp_path: Path) -> None:
+    run = Logged(tmp_path, "run")
+    for task in ("text:my_items", "text:my_stderr"):
+        run.exam(1, task, 3.5, 0.25, 7)
+    exams = read_record(run.save().folder).exams
+    assert list(exams) == ["text:my_items", "text:my_stderr"]
+    assert [(e.values, e.errors, e.items) for e in exams.values()] == [([3.5], [0.25], [7])] * 2
+
+
 def test_lines_with_odd_values_are_read_around(tmp_path: Path) -> None:
     run = Logged(tmp_path, "run")
     run.steps(2)

@@ -97,6 +97,15 @@ def test_a_kill_behind_a_validation_leaves_its_point(tmp_path: Path) -> None:
     reporter.close()
 
 
+def test_a_score_is_charted_as_an_exam_and_its_parts_are_not(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path, Position(0, 0, 32, 80), 2560, resumed=False, is_main=True)
+    name = "exam/text:my_items"
+    reporter.event(Event.EXAM, Position(20, 5, 32, 80), {name: 3.5, f"{name}_stderr": 0.25, f"{name}_items": 7})
+    reporter.close()
+    parts = ["system/exam_text:my_items_items", "system/exam_text:my_items_stderr"]
+    assert sorted(charts(tmp_path)) == ["exams/text:my_items", *parts]
+
+
 NUMBERS = {"loss": 3.0, "lr": 1e-3, "gradient_norm": 0.5, "tokens_per_second": 10.0, "mfu": None}
 
 
