@@ -52,10 +52,10 @@ def log_path(run: Path) -> Path:
 
 
 def read(run: Path, last_bytes: int = 0) -> Iterator[Line]:
-    """The log's lines, oldest first, with today's names; none if there is no log. Lines that a crash cut off are left
-    out. `last_bytes`: read no more than that from the end; 0: read all."""
+    """The log's lines, oldest first, with today's names; none if there is no log. Lines that a crash cut off, or that
+    name no event, are left out. `last_bytes`: read no more than that from the end; 0: read all."""
     for line in json_lines(log_path(run), last_bytes):
-        if "event" in line and "tokens_seen" in line:
+        if isinstance(line.get("event"), str) and "tokens_seen" in line:
             line["event"] = _OLD_EVENTS.get(line["event"], line["event"])
             yield {_OLD_KEYS.get(key, key): value for key, value in line.items()}
 

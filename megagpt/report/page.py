@@ -238,13 +238,15 @@ def _events(record: Record) -> list[str]:
 
 
 def _load(record: Record, status: Status) -> dict[str, str] | None:
-    """The commands that load the model; None while there is no complete checkpoint."""
+    """The commands that load the model; None while there is no complete checkpoint. `transformers` has no GPT-2 with
+    banded attention, so `export` is then empty."""
     if status.checkpoint is None:
         return None
     run, target = str(record.folder), f"{record.folder}/export"
+    export = shlex.join(["megagpt", "export", run, "--to", target])
     return {
         "tokens": amount(status.checkpoint["tokens"]),
         "sample": shlex.join(["megagpt", "sample", run, "--prompt", _PROMPT]),
-        "export": shlex.join(["megagpt", "export", run, "--to", target]),
+        "export": export if record.config.model.attention == "dense" else "",
         "folder": repr(target),
     }

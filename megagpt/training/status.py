@@ -2,6 +2,7 @@
 
 import datetime
 import itertools
+import math
 import shlex
 import statistics
 import time
@@ -63,21 +64,40 @@ class Status:
 def read_status(run: Path, config: Config) -> Status:
     """The status of a run with this config."""
     lines = list(read(run, TAIL_BYTES))
-    steps = [line for line in lines if line["event"] == Event.STEP]
+    steps = [line for line in lines if line["event"] == Event.STEP and _count(line["tokens_seen"]) is not None]
     found = list_incarnations(run)
     sign = last_sign_of_life(run)
     state, text = _state(run, found, steps, sign)
-    validations = [line["validation_loss"] for line in lines if line["event"] == Event.VALIDATION]
+    validations = [_loss(line.get("validation_loss")) for line in lines if line["event"] == Event.VALIDATION]
     last, total = steps[-1] if steps else {}, config.total_sequences * config.model.context
-    speed = statistics.median(step["tokens_per_second"] for step in steps[-_STEPS:]) if steps else None
+    speeds = [speed for step in steps[-_STEPS:] if (speed := _speed(step))]
+    speed = statistics.median(speeds) if speeds else None
     newest = newest_complete(run)
     tokens = last.get("tokens_seen", 0)
     return Status(
-        str(run), state, text, _next(run, config, state, found), tokens, total, last.get("step"),
-        last.get("loss"), validations[-1] if validations else None, speed,
+        str(run), state, text, _next(run, config, state, found), tokens, total, _count(last.get("step")),
+        _loss(last.get("loss")), validations[-1] if validations else None, speed,
         max(0, total - tokens) / speed if speed else None, iso(sign) if sign else None,
         _facts(newest) if newest else None, len(found),
     )  # fmt: skip
+
+
+def _number(value: Any) -> float | None:
+    """A value of the log as a number; None for anything else: a person may have edited the log."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and _number(value) is not None else None
+
+
+def _loss(value: Any) -> float | str | None:
+    return value if value in ("nan", "inf", "-inf") else _number(value)
+
+
+def _speed(step: Line) -> float | None:
+    value = _number(step.get("tokens_per_second"))
+    return value if value is not None and 0 < value < math.inf else None
 
 
 def status_lines(status: Status) -> Iterator[str]:
@@ -143,8 +163,9 @@ def _state(run: Path, found: list[Incarnation], steps: list[Line], sign: float |
     if ended:
         return "dead", f"dead: its process on {host} has ended and left no record, so it was killed"
     spans = [
-        (now["tokens_seen"] - before["tokens_seen"]) / now["tokens_per_second"]
+        (now["tokens_seen"] - before["tokens_seen"]) / speed
         for before, now in itertools.pairwise(steps[-_STEPS:])
+        if (speed := _speed(now))
     ]
     silent = time.time() - (sign or 0.0)
     quiet = silent > max(_SILENT_SECONDS, _SILENT_LINES * statistics.median(spans or [0.0]))
@@ -164,7 +185,8 @@ def _next(run: Path, config: Config, state: str, found: list[Incarnation]) -> di
     if state == "finished":
         sample = f'megagpt sample {name} --prompt "The meaning of life is"'
         export, show = f"megagpt export {name} --to {name}/export", f"megagpt report {name}"
-        return {"sample with": sample, "export with": export, "show with": show, **watch}
+        exports = {"export with": export} if config.model.attention == "dense" else {}
+        return {"sample with": sample, **exports, "show with": show, **watch}
     start = found[-1].start() if found else {}
     if state in ("starting", "running", "silent") and start:
         stop = _stop(start)

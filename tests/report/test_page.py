@@ -181,6 +181,17 @@ def test_a_run_of_version_0_1_has_a_page(tmp_path: Path) -> None:
     assert "stopped (SIGTERM); 50.0% of 2.56k tokens" in found.text
     assert "1 x cpu on vm" in found.text
     assert "The newest checkpoint is that of 1.28k tokens." in found.text
+    assert "megagpt export" in found.text
+
+
+def test_a_banded_model_is_sampled_but_not_exported(tmp_path: Path) -> None:
+    """transformers has no such GPT-2."""
+    shutil.copytree(OLD, tmp_path / "old")
+    config = tmp_path / "old" / "config.yaml"
+    config.write_text(config.read_text().replace("attention: dense", "attention: banded"))
+    found = shown(tmp_path / "old")
+    assert "megagpt sample" in found.of("pre")[-1]
+    assert "megagpt export" not in found.text
 
 
 def test_an_imported_run_names_its_first_weights(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megagpt.report.page import page
 from megagpt.report.record import binned, number, read_record, some
+from megagpt.training.status import read_status, status_lines
 from tests.report.logged import STEP_TOKENS, Logged
 
 OLD = Path(__file__).parent.parent / "data" / "old_run"
@@ -52,7 +54,10 @@ def test_lines_with_odd_values_are_read_around(tmp_path: Path) -> None:
     run.steps(2)
     run.write("step", 3, loss="inf", tokens_per_second=None, mfu=[1], peak_memory_bytes=True)
     run.lines.append({"event": "step", "step": 4, "tokens_seen": "many"})
+    run.lines.append({"event": [], "step": 4, "tokens_seen": 0})
+    run.write("validation", 3)
     run.write("samples", 3, samples="no list")
+    run.incarnation(1, 0)
     run.save()
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"event": "step", "tok')  # cut off by a crash
@@ -61,6 +66,11 @@ def test_lines_with_odd_values_are_read_around(tmp_path: Path) -> None:
     assert record.steps["loss"][2] == math.inf
     assert all(math.isnan(record.steps[name][2]) for name in ("tokens_per_second", "mfu", "peak_memory_bytes"))
     assert record.samples == [(3 * STEP_TOKENS, [])]
+    assert "trained on 1.57M tokens" in page(record, "tokens", "auto", 1.0)
+    status = read_status(run.folder, run.config)
+    assert (status.tokens_seen, status.loss, status.validation_loss) == (3 * STEP_TOKENS, "inf", None)
+    assert status.tokens_per_second == STEP_TOKENS / 0.25
+    assert "step 3, loss inf" in "\n".join(status_lines(status))
 
 
 def test_a_run_of_version_0_1_is_read(tmp_path: Path) -> None:
