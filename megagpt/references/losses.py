@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from megagpt.models.presets import PRESETS
 from megagpt.references.exams import Reference, model_label
 
+# Names of FineWeb-2, another corpus by the same makers, with other languages. In fineweb_20b, the number is of tokens.
+_FINEWEB_2 = re.compile(r"fineweb[-_ ]?2(?!\.?\d|[mbt]t?(?![a-z]))")
 _BATCH = 524_288
 # The curve's validations: every 250 steps, and the last step.
 _EVERY, _LAST = 250, 19_560
@@ -79,7 +81,7 @@ CORPORA = {
 
 
 def corpus_named(texts: Iterable[str]) -> Corpus | None:
-    """The corpus that all these names of data sets and folders stand for; None if there is a name of another one.
+    """The corpus that all these names of data sets and folders mean; None if there is a name of another one.
     FineWeb's names: HuggingFaceFW/fineweb-edu, data/fineweb_edu_10bt, edu_fineweb10B, fineweb10B."""
     found = {_key(text) for text in texts}
     return CORPORA.get(found.pop() or "") if len(found) == 1 else None
@@ -87,8 +89,7 @@ def corpus_named(texts: Iterable[str]) -> Corpus | None:
 
 def _key(text: str) -> str | None:
     words = re.sub(r"[^a-z0-9]+", "", text.lower())
-    # Another corpus by the same makers, with other languages.
-    if "fineweb" not in words or "fineweb2" in words:
+    if "fineweb" not in words or _FINEWEB_2.search(text.lower()):
         return None
     return "fineweb-edu" if "finewebedu" in words or "edufineweb" in words else "fineweb"
 

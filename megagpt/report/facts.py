@@ -5,7 +5,7 @@ from typing import Any
 
 from megagpt.config import Config
 from megagpt.exchange.importing import first_weights, origin
-from megagpt.report.figures import amount, power
+from megagpt.report.amounts import amount, power
 from megagpt.report.record import Record, number
 from megagpt.report.texts import names_of, texts_of, were_changed
 

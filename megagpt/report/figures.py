@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from megagpt.report.amounts import amount, power, score
 from megagpt.report.lines import Level, exam_levels, loss_curves, loss_levels
 from megagpt.report.record import Axis, Bins, Points, Record, binned, some
 
@@ -27,8 +28,6 @@ _AHEAD = 3.0
 # Points of a curve of which all are in view, and of which each has a mark.
 _FEW, _MARKED = 4, 60
 _AXIS_LABELS = {"tokens": "tokens", "flops": "FLOPs of training", "hours": "hours of training"}
-# Letters of large numbers, as English texts write them.
-_LETTERS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 # Width and height of one panel (inches).
 _PANEL = (5.6, 4.0)
 
@@ -222,27 +221,6 @@ def in_dark(svg: bytes) -> bytes:
     light, dark = ((t.paper, t.ink, t.grid, t.reference, *t.runs) for t in (LIGHT, DARK))
     other = dict(zip(light, dark, strict=True))
     return re.sub(r"#[0-9a-f]{6}\b", lambda found: other.get(found[0], found[0]), svg.decode()).encode()
-
-
-def amount(value: float) -> str:
-    """1.5B, 20M, 300k, 0.25."""
-    for size, letter in _LETTERS:
-        if abs(value) >= size * 0.9995:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-def power(value: float) -> str:
-    """8.55e18."""
-    digits, _, exponent = f"{value:.2e}".partition("e")
-    return f"{float(digits):g}e{int(exponent)}" if value else "0"
-
-
-def score(value: float) -> str:
-    """An accuracy in percent, or a perplexity."""
-    if not math.isfinite(value):
-        return "unknown"
-    return f"{value:.2%}" if 0 <= value <= 1 else f"{value:.2f}"
 
 
 def _colours(theme: Theme) -> Iterator[str]:

@@ -32,7 +32,7 @@ class Chapter:
     to_tokens: int | None
     """The position that it reached; None if nothing tells: a killed incarnation's last steps are taken again."""
     outcome: str
-    """finished, stopped, failed, killed or running."""
+    """finished, stopped, failed, killed, running, or "running, or killed"."""
     reason: str
 
     @property
@@ -86,7 +86,7 @@ def _chapter(
         outcome = "killed" if gone else "running"
         reason = "it left no record of its end" if gone else ""
         if gone is None:
-            reason = "or killed: its process cannot be seen from this machine"
+            outcome, reason = "running, or killed", "its process cannot be seen from this machine"
         ended = _time(last_written(run))
         reached = max(record.reached, from_tokens)
     if began and ended and ended < began:  # it wrote nothing: the last line is of an earlier incarnation

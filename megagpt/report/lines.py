@@ -7,6 +7,7 @@ from megagpt.errors import UserError, did_you_mean
 from megagpt.models.presets import PRESETS
 from megagpt.references.exams import Reference, chance, references
 from megagpt.references.losses import CORPORA, Corpus, Curve, corpus_named, nearest_preset
+from megagpt.report.amounts import score
 from megagpt.report.record import Axis, Record
 from megagpt.report.texts import all_names_of
 
@@ -84,7 +85,7 @@ def exam_levels(records: Sequence[Record], task: str) -> list[Level]:
     """The lines beside a task's scores: firm numbers only, and a guess's accuracy."""
     found = [r for record in records for r in exam_references(record, task) if r.firm]
     notes = {r: "" if r.same_text else " (other text)" for r in found}
-    levels = [Level(f"OpenAI's {r.label}{notes[r]}: {_shown(r.value)}", r.value) for r in found]
+    levels = [Level(f"OpenAI's {r.label}{notes[r]}: {score(r.value)}", r.value) for r in found]
     guess = chance(task)
     return _unique([*levels, *([Level(f"a guess: {guess:.0%}", guess)] if guess else [])])
 
@@ -113,10 +114,6 @@ def _along(curve: Curve, axis: Axis) -> list[float]:
     if axis == "hours":
         return [tokens / curve.tokens_per_second / 3600 for tokens in curve.tokens]
     return [float(tokens) for tokens in curve.tokens]
-
-
-def _shown(value: float) -> str:
-    return f"{value:.2%}" if value <= 1 else f"{value:.2f}"
 
 
 def _unique(levels: Iterable[Level]) -> list[Level]:

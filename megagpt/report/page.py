@@ -17,8 +17,9 @@ from megagpt.config_file import to_yaml
 from megagpt.console import duration
 from megagpt.references.exams import Reference, references
 from megagpt.report import figures
+from megagpt.report.amounts import amount, power, score
 from megagpt.report.facts import data_rows, recipe_rows, summary, visible
-from megagpt.report.figures import LIGHT, amount, score
+from megagpt.report.figures import LIGHT
 from megagpt.report.history import Bill, Chapter, bill, read_history
 from megagpt.report.lines import AUTO, corpus_of, exam_references, loss_curves, loss_references
 from megagpt.report.record import Axis, Record, some
@@ -47,7 +48,7 @@ class Picture:
     light: str
     dark: str
     text: str
-    """What it shows, for those who do not see it."""
+    """The same in words, for those who do not see it."""
 
 
 def page(record: Record, axis: Axis, wanted: str, dollars_per_gpu_hour: float | None) -> str:
@@ -98,7 +99,7 @@ def _facts(record: Record, cost: Bill, price: float | None) -> list[tuple[str, s
         facts.append((task, score(points.values[-1]), f"at {amount(points.tokens[-1])} tokens"))
     step = record.steps["step"][-1] if len(record.tokens) else math.nan
     facts.append(("tokens", amount(record.reached), f"step {step:,.0f}" if math.isfinite(step) else "no step yet"))
-    facts.append(("compute", figures.power(record.along("flops", [record.reached])[0]), "FLOPs"))
+    facts.append(("compute", power(record.along("flops", [record.reached])[0]), "FLOPs"))
     if len(record.tokens):
         facts.append(("training", duration(record.training_seconds[-1]), "of steps alone"))
     least = "" if cost.complete else "at least "

@@ -62,5 +62,5 @@ class Logged:
 
 
 def hours(count: float) -> str:
-    """The time so many hours after BEGAN."""
+    """The time this number of hours after BEGAN."""
     return (BEGAN + datetime.timedelta(hours=count)).isoformat()

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from megagpt.report import figures
-from megagpt.report.figures import DARK, LIGHT, all_panels, amount, image, in_dark, power, score, themed
+from megagpt.report.amounts import amount, power, score
+from megagpt.report.figures import DARK, LIGHT, all_panels, image, in_dark, themed
 from megagpt.report.record import Axis, Record, read_record
 from tests.report.logged import STEP_TOKENS, Logged
 

@@ -13,10 +13,12 @@ import pytest
 
 from megagpt.cli import main, make_parser
 from megagpt.commands.options import parse
+from megagpt.incarnations import list_incarnations
 from megagpt.report.facts import visible
 from megagpt.report.history import read_history
 from megagpt.report.page import page
 from megagpt.report.record import read_record
+from megagpt.training.status import read_status
 from tests.conftest import Tiny
 from tests.processes import megagpt, start_train
 from tests.report.logged import H100, STEP_TOKENS, Logged
@@ -92,7 +94,7 @@ def test_it_says_what_was_trained_on_what_where_and_at_what_cost(run: Logged) ->
     assert "The run was started 2 times" in found.text
 
 
-def test_exams_stand_beside_the_references(run: Logged) -> None:
+def test_exams_are_beside_the_references(run: Logged) -> None:
     rows = [" ".join(text.split()) for text in shown(run.folder).of("tr")]
     (hellaswag,) = [row for row in rows if row.startswith("hellaswag 29.75%")]
     assert hellaswag == (
@@ -192,6 +194,11 @@ def test_a_banded_model_is_sampled_but_not_exported(tmp_path: Path) -> None:
     found = shown(tmp_path / "old")
     assert "megagpt sample" in found.of("pre")[-1]
     assert "megagpt export" not in found.text
+    record = read_record(tmp_path / "old")
+    list_incarnations(record.folder)[-1].correct_end("finished", "the last token", 2560)
+    commands = read_status(record.folder, record.config).next
+    assert "sample with" in commands
+    assert "export with" not in commands
 
 
 def test_an_imported_run_names_its_first_weights(tmp_path: Path) -> None:
@@ -252,10 +259,10 @@ def test_an_unfinished_run_says_how_far_it_is(tmp_path: Path) -> None:
     run.incarnation(1, 0)
     found = shown(run.save().folder, price=1.0)
     assert "10.0% of 10B tokens" in found.text
-    assert "running: or killed: its process cannot be seen from this machine" in found.text
+    assert "running, or killed: its process cannot be seen from this machine" in found.text
 
 
-def test_what_went_wrong_is_listed(tmp_path: Path) -> None:
+def test_steps_that_went_wrong_are_listed(tmp_path: Path) -> None:
     run = Logged(tmp_path, "run")
     run.steps(20)
     for step in range(1, 9):

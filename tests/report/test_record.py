@@ -127,7 +127,7 @@ def test_some_are_spread_from_the_first_to_the_last(count: int, most: int) -> No
 
 
 @pytest.mark.parametrize("value", [None, True, [], {}, "text", ""])
-def test_what_is_no_number_is_nan(value: object) -> None:
+def test_values_that_are_no_numbers_are_nan(value: object) -> None:
     assert math.isnan(number(value))
 
 

@@ -139,13 +139,6 @@ def test_a_finished_run_stays_finished(run: Run) -> None:
     assert "00:00 to go" in run.line("speed")
 
 
-def test_export_is_offered_for_dense_attention_only(run: Run, tmp_path: Path) -> None:
-    claim(run.folder, {}).end("finished", "the last token", 2560)
-    for attention in ("dense", "banded"):
-        config = load_config(str(write_tiny(tmp_path, tmp_path / "corpus")), [f"model.attention={attention}"])
-        assert ("export with" in read_status(run.folder, config).next) is (attention == "dense")
-
-
 def test_a_failed_run_names_its_reason(run: Run) -> None:
     start = claim(run.folder, {"host": "n1", "engine": "ddp"})
     run.steps(1, 5)
