@@ -31,7 +31,7 @@ def register(add: Add) -> None:
 
     sub = add("status", _status, "Show a run's progress, checkpoint, incarnations and next step, or list all runs.")
     text = "a run's folder, or one that holds runs (runs)"
-    sub.add_argument("run", metavar="RUN_OR_FOLDER", type=Path, nargs="?", default=Path("runs"), help=text)
+    sub.add_argument("run", metavar="RUN_OR_FOLDER", nargs="?", default="runs", help=text)
     sub.add_argument("--json", action="store_true", help="print it as JSON: an object of a run, a list of all runs")
 
 
@@ -91,9 +91,10 @@ def _resumed_config(run: Path, arguments: argparse.Namespace) -> "Config":
 
 def _status(arguments: argparse.Namespace) -> int:
     from megagpt.config_file import load_run
+    from megagpt.files import named_path
     from megagpt.training.status import list_runs, read_status, status_lines, table
 
-    run: Path = arguments.run
+    run = named_path(arguments.run)
     values: object
     if (run / "config.yaml").is_file():
         status = read_status(run, load_run(run))

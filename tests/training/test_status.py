@@ -293,6 +293,7 @@ def test_json_holds_what_the_lines_say(run: Run, capsys: Capture) -> None:
 @pytest.mark.parametrize("name", ["", "absent"])
 def test_a_folder_without_runs_is_refused_in_one_line(name: str, tmp_path: Path, refusal: Refusal) -> None:
     refusal(["status", str(tmp_path / name)], "no such folder" if name else "holds no run", "name a run's folder")
+    refusal(["status", name and "x" * 300], "the name is too long" if name else "a name is empty")
 
 
 @pytest.mark.slow
