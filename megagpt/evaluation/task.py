@@ -73,7 +73,12 @@ class Task:
     def _item(self, row: Row, schemas: dict[tuple[str, ...], Callable[[Row], Item]]) -> Item:
         for keys, read in schemas.items():
             if row.values.keys() >= set(keys):
-                return read(row)
+                item = read(row)
+                for number, (_, continuation) in enumerate(item.pairs, start=1):
+                    if not continuation.strip():
+                        what = f"option {number} of {len(item.pairs)}" if len(item.pairs) > 1 else "the answer"
+                        raise row.problem(f"{what} is empty")
+                return item
         raise unknown_schema(row, list(schemas))
 
 
