@@ -6,18 +6,6 @@ from typing import NamedTuple
 
 from megagpt.evaluation.rows import Row, Source, unknown_schema
 
-SCORES = {
-    "mean_token": "the option with the highest mean log-likelihood per token",
-    "mean_byte": "the option with the highest mean log-likelihood per byte",
-    "mean_char": "the option with the highest mean log-likelihood per character (acc_norm)",
-    "sum": "the option with the highest log-likelihood",
-    "unconditional": "the option with the highest log-likelihood, minus that of the option without its question",
-    "greedy": "each token of the answer is the likeliest one",
-    "last_token": "the last token of the answer is the likeliest one",
-    "perplexity": "perplexity of the last word",
-    "last_token_perplexity": "perplexity of the last token of the last word",
-}
-"""Name of a score -> how it is computed."""
 LAST_TOKEN = ("last_token", "last_token_perplexity")
 """Scores of the last token alone; the tokens before it are context."""
 
@@ -50,7 +38,7 @@ class Task:
     schemas: dict[tuple[str, ...], Callable[[Row], Item]]
     """Keys that a row must have -> how such a row is read. The first that fits is taken."""
     scores: tuple[str, ...]
-    """Names in SCORES; the first is the headline."""
+    """Keys of `references.exams.CONVENTIONS`; the first is the headline."""
     text: str
     """What the model reads, for people."""
     paper_shots: int = 0
@@ -65,6 +53,8 @@ class Task:
     """Text between two examples."""
     unconditional: str = "Answer:"
     """The context of an option without its question."""
+    published: str = ""
+    """A key that only rows with the published text have, by which references are scored; empty: all rows have it."""
 
     def items(self, rows: list[Row], shots: int = 0) -> list[Item]:
         """The items of rows. Raises UserError for one that cannot be read, with its place."""

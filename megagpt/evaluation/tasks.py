@@ -4,11 +4,12 @@ and the scores of lm-evaluation-harness 0.4."""
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megagpt.errors import UserError, did_you_mean
 from megagpt.evaluation import detokenizers
-from megagpt.evaluation.rows import Row, Source
+from megagpt.evaluation.rows import Row, Source, is_rows
 from megagpt.evaluation.task import Item, Task, TextTask, options
 
 _HARNESS = ("sum", "mean_char")
@@ -49,10 +50,10 @@ _PARTS = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
 
 HELLASWAG = [
     Task("hellaswag", _HELLASWAG, {("ctx", "endings", "label"): _hellaswag}, ("mean_token", "sum"),
-         "context | ending", 20),
+         "context | ending", 20, published="ctx_a"),
     Task("hellaswag:gpt3", _HELLASWAG,
          {_PARTS: _hellaswag_cleaned, ("activity_label", "ctx", "endings", "label"): _hellaswag_cleaned},
-         ("mean_token", "sum"), "label: context | ending", 20),
+         ("mean_token", "sum"), "label: context | ending", 20, published="ctx_a"),
     Task("hellaswag:harness", _HELLASWAG, {_PARTS: _hellaswag_cleaned}, ("mean_char", "sum"),
          "label: context | ending", 20),
 ]  # fmt: skip
@@ -145,7 +146,8 @@ _ARC = {
 _OPENBOOKQA = parquet("allenai/openbookqa", "main", "test", "openbookqa obqa")
 
 QUESTIONS = [
-    *(Task(name, source, _arc("question", _QUESTION), ("unconditional", "sum"), "question, answer | choice", 50)
+    *(Task(name, source, _arc("question", _QUESTION), ("unconditional", "sum", "mean_token"),
+           "question, answer | choice", 50)
       for name, source in _ARC.items()),
     *(Task(f"{name}:harness", source, _arc("question", _QUESTION), _HARNESS, "question, answer | choice", 50)
       for name, source in _ARC.items()),
@@ -163,8 +165,10 @@ def _boolq(word: str) -> dict[tuple[str, ...], Any]:
 
 
 def _truth(row: Row) -> int:
-    answer = row.values.get("answer")  # of the original files
-    return int(answer) if isinstance(answer, bool) else row.label("label", 2)
+    for key in ("label", "answer"):  # SuperGLUE's own files, and BoolQ's
+        if isinstance(row.values.get(key), bool):
+            return int(row.values[key])
+    return row.label("label" if "label" in row.values else "answer", 2)
 
 
 def _copa(row: Row) -> Item:
@@ -298,7 +302,9 @@ def find_tasks(names: Sequence[str]) -> list[Task | TextTask]:
     for name in names:
         if name.startswith(TEXT) and len(name) > len(TEXT):
             columns = ("text", "page", "sentence")
-            found[name] = TextTask(name, Source("", name.removeprefix(TEXT), ()), str, "none", columns=columns)
+            file = name.removeprefix(TEXT)
+            source, by_document = Source("", file, ()), is_rows(Path(file))
+            found[name] = TextTask(name, source, str, "none", by_document, columns)
             continue
         if name not in TASKS and name not in GROUPS:
             raise UserError(f"task {name!r} does not exist: {did_you_mean(name, [*TASKS, *GROUPS, 'text:FILE'])}")

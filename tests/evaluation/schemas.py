@@ -94,7 +94,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]], int]] = {
     ),
     "boolq": (
         "boolq_val.jsonl",
-        {"passage": "P -- a cat.", "question": "is p a cat", "label": 1},
+        {"passage": "P -- a cat.", "question": "is p a cat", "label": True},
         [("P -- a cat.\nquestion: is p a cat?\nanswer:", f" {a}") for a in ("no", "yes")],
         1,
     ),

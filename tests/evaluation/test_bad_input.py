@@ -92,6 +92,9 @@ def test_tasks_folders_and_files_that_are_missing_are_named(
     refusal([*evaluate, "--data", str(tmp_path / "no")], "no such folder")
     refusal([*evaluate, "--tasks", "copa", "--data", str(folder / "config.json")], "no folder, but a file")
     write(tmp_path / "copa.jsonl", [ROWS["copa"][1]])
+    refusal([*evaluate, *data, "--shots-from", "no.jsonl"], "--shots-from is for solved examples; add --shots K")
+    refusal([*evaluate, *data, "--shots", "0", "--seed", "0"], "--seed is for solved examples")
+    refusal([*evaluate, *data, "--stride", "8"], "--stride is for texts", "text:FILE")
     refusal([*evaluate, *data, "--json", str(tmp_path)], f"--json {tmp_path}: is a folder")
     refusal([*evaluate, *data, "--rows", str(tmp_path / "no" / "x")], "--rows ", "is no folder")
 

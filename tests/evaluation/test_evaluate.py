@@ -97,7 +97,7 @@ def test_batches_do_not_change_the_printed_digits(
 def test_a_limit_takes_the_same_rows_in_every_run(folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "hellaswag.jsonl", hellaswag(30))
     _, every = evaluate(folder, tmp_path, "hellaswag")
-    (result,), few = evaluate(folder, tmp_path, "hellaswag", "--limit", "7", "--seed", "3")
+    (result,), few = evaluate(folder, tmp_path, "hellaswag", "--limit", "7")
     assert (result["items"], result["of_items"]) == (7, 30)
     assert [line["row"] for line in few] == sorted(line["row"] for line in few)
     for line in few:
@@ -107,6 +107,20 @@ def test_a_limit_takes_the_same_rows_in_every_run(folder: Path, tmp_path: Path) 
         )
     _, more = evaluate(folder, tmp_path, "hellaswag", "--limit", "9")
     assert {line["row"] for line in few} < {line["row"] for line in more}
+
+
+def test_references_tell_their_shots_and_whether_the_text_is_the_same(folder: Path, tmp_path: Path) -> None:
+    rows = hellaswag(3)
+    write(tmp_path / "piqa.jsonl", [{"goal": f"g{i}", "sol1": "a", "sol2": "b", "label": 0} for i in range(9)])
+    write(tmp_path / "piqa_train.jsonl", [{"goal": f"t{i}", "sol1": "a", "sol2": "b", "label": 0} for i in range(9)])
+    for raw in (True, False):
+        write(tmp_path / "hellaswag.jsonl", [{**row, **({"ctx_a": "x", "ctx_b": "y"} if raw else {})} for row in rows])
+        (result,), _ = evaluate(folder, tmp_path, "hellaswag")
+        same = {each["same_text"] for each in result["values"][0]["references"] if each["model"] == "gpt2-124m"}
+        assert same == {raw}
+    (result,), _ = evaluate(folder, tmp_path, "piqa", "--shots", "2")
+    known = {each["label"]: each["shots"] for each in result["values"][0]["references"]}
+    assert (known["GPT-2 124M, 10-shot"], known["GPT-3 125M, 50-shot"]) == (10, 50)
 
 
 def test_without_names_the_folders_exams_are_held(folder: Path, tmp_path: Path) -> None:

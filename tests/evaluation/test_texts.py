@@ -60,6 +60,15 @@ def test_documents_are_texts_of_their_own(folder: Path, tmp_path: Path) -> None:
     assert math.log(result["values"][1]["value"]) * words == pytest.approx(-total, rel=1e-6)
 
 
+def test_rows_of_a_users_file_are_texts_of_their_own(folder: Path, tmp_path: Path) -> None:
+    texts = ["A cat sat. " * 3 + "It ends.", "Another cat ran."]
+    path = write(tmp_path / "docs.parquet", [{"text": text} for text in texts])
+    (result,), rows = evaluate(folder, tmp_path, f"text:{path}")
+    totals = [plain(folder, text, POSITIONS) for text in texts]
+    assert [row["log_likelihood"] for row in rows] == pytest.approx(totals, rel=1e-6)
+    assert result["text"].startswith("each document")
+
+
 def test_any_text_file_is_scored_as_it_is(folder: Path, tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("One cat , two cats .\n" * 12)
