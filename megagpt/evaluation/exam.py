@@ -15,7 +15,7 @@ from megagpt.errors import NonFiniteError, UserError
 from megagpt.evaluation.known import known_scores
 from megagpt.evaluation.report import ShownProgress
 from megagpt.evaluation.results import Result, Value, accuracy, perplexity, values_of
-from megagpt.evaluation.rows import checksum, find_files, is_rows, is_there, read_rows, read_text
+from megagpt.evaluation.rows import Files, find_files, is_rows, is_there, read_rows, read_text, same_files
 from megagpt.evaluation.scoring import Model, Progress, Scores, score
 from megagpt.evaluation.sequences import Group, fitted, pair
 from megagpt.evaluation.shots import Prompt, draw, prompt
@@ -100,10 +100,10 @@ def _located(task: Task | TextTask, starts: Sequence[Path]) -> Task | TextTask:
 def _prepare_task(task: Task, settings: Settings, positions: int, world: World) -> Exam:
     shots = task.paper_shots if settings.shots < 0 else settings.shots
     files = find_files(task.source, settings.data, world)
-    rows = read_rows(files)
+    rows = read_rows(files.paths)
     whole = task.items(rows, shots)
     chosen = _limited(len(whole), settings.limit)
-    pool, pool_files = _pool(task, settings, shots, whole, world) if shots else ([], [])
+    pool, pool_files = _pool(task, settings, shots, whole, world) if shots else ([], Files([], ""))
     prompts: list[Prompt] = []
     encoded = functools.cache(encode)  # an example is drawn for many rows
     with contextlib.closing(ShownProgress(f"{task.name}, prompts", len(chosen), world.is_main)) as progress:
@@ -117,8 +117,8 @@ def _prepare_task(task: Task, settings: Settings, positions: int, world: World) 
     items, groups = [whole[i] for i in chosen], [p.group for p in prompts]
     extra = _Unconditional(task, items, positions) if "unconditional" in task.scores else None
     details = {
-        "files": [str(path) for path in files], "sha256": checksum(files), "first_prompt": prompts[0].context,
-        "shots_from": [str(path) for path in pool_files], "seed": settings.seed, "instruction": task.instruction,
+        **_facts(files), "first_prompt": prompts[0].context, "shots_from": [str(path) for path in pool_files.paths],
+        "shots_sha256": pool_files.sha256, "seed": settings.seed, "instruction": task.instruction,
     }  # fmt: skip
 
     same_text = not task.published or all(task.published in rows[i].values for i in chosen)
@@ -151,6 +151,11 @@ def _prepare_task(task: Task, settings: Settings, positions: int, world: World) 
     return Exam(task.name, groups + (extra.groups if extra else []), result, told)
 
 
+def _facts(files: Files) -> dict[str, Any]:
+    """The part of a result's details about its files."""
+    return {"files": [str(path) for path in files.paths], "sha256": files.sha256, "commit": files.commit}
+
+
 def _limited(rows: int, limit: int) -> list[int]:
     """Indices of the rows that are asked, in order. The draw is the same in every run, so limits are comparable; files
     are often sorted, so their first rows would not be typical."""
@@ -161,22 +166,23 @@ def _limited(rows: int, limit: int) -> list[int]:
     return order
 
 
-def _pool(task: Task, settings: Settings, shots: int, own: list[Item], world: World) -> tuple[list[Item], list[Path]]:
+def _pool(task: Task, settings: Settings, shots: int, own: list[Item], world: World) -> tuple[list[Item], Files]:
     """The rows that examples are drawn from, and their files."""
     train = task.source.training()
     if settings.shots_from:
-        files = [named_path(settings.shots_from)]
-        if not files[0].is_file():
+        path = named_path(settings.shots_from)
+        if not path.is_file():
             raise UserError(f"--shots-from {settings.shots_from}: no such file")
+        files = same_files([path], world)
     elif train is None:  # the paper draws from the exam itself where there is nothing else
-        return own, []
+        return own, Files([], "")
     elif settings.data and not is_there(train, settings.data):
         names = " or ".join(f"{name}.jsonl" for name in train.names)
         ways = f"put {names} there, or name a file with --shots-from"
         raise UserError(f"{task.name}: {settings.data} has no training rows to draw {shots} shots from; {ways}")
     else:
         files = find_files(train, settings.data, world)
-    return task.items(read_rows(files), shots), files
+    return task.items(read_rows(files.paths), shots), files
 
 
 class _Unconditional:
@@ -210,19 +216,20 @@ def _prepare_text(task: TextTask, settings: Settings, positions: int, world: Wor
     if settings.stride > positions:
         raise UserError(f"--stride {settings.stride} is more than the model's {positions} positions; lower it")
     if task.name.startswith(TEXT):
-        files = [_text_file(task)]
-        texts = task.documents(read_rows(files)) if is_rows(files[0]) else [read_text(files[0])]
+        files = same_files([_text_file(task)], world)
+        (path,) = files.paths
+        texts = task.documents(read_rows([path])) if is_rows(path) else [read_text(path)]
     else:
         files = find_files(task.source, settings.data, world)
-        texts = task.documents(read_rows(files))
+        texts = task.documents(read_rows(files.paths))
     published = [text for text in texts if text.strip()]
     if not published:
-        raise UserError(f"{files[0]}: holds no text")
+        raise UserError(f"{files.paths[0]}: holds no text")
     stride = settings.stride or positions
     cut = windows(published, [task.detokenized(text) for text in published], positions, stride)
     groups = cut.groups[: settings.limit or None]
     how = f"windows of {positions} tokens, stride {stride}, detokenizer {task.detokenizer}"
-    details = {"files": [str(path) for path in files], "sha256": checksum(files), "stride": stride}
+    details = {**_facts(files), "stride": stride}
 
     def result(scores: Scores) -> Result:
         values = text_values(task.name, [row[0] for row in scores], cut, how)

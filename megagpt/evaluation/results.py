@@ -50,7 +50,7 @@ class Result:
     dropped_shots: int = 0
     """Examples that were left out, over all rows, because the model is too short for them."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Facts for a repetition: files, checksum, seed, the prompt of the first row."""
+    """Facts for a repetition: files, checksum, commit, seed, the prompt of the first row."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

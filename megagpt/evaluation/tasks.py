@@ -13,6 +13,26 @@ from megagpt.evaluation.rows import Row, Source, is_rows
 from megagpt.evaluation.task import Item, Task, TextTask, options
 
 _HARNESS = ("sum", "mean_char")
+# Commits of the data sets, so that scores of one name are those of the same rows. Data sets that are missing here are
+# read at the newest commit, which a result names.
+_COMMITS = {
+    "Rowan/hellaswag": "218ec52e09a7e7462a5400043bb9a69a41d06b76",
+    "EleutherAI/lambada_openai": "900124bf3b8235c6daf21033af9948b3f07346c4",
+    "baber/piqa": "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",
+    "allenai/ai2_arc": "210d026faf9955653af8916fad021475a3f00453",
+    "allenai/winogrande": "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
+    "allenai/openbookqa": "388097ea7776314e93a529163e0fea805b8a6454",
+    "aps/super_glue": "3de24cf8022e94f4ee4b9d55a6f539891524d646",
+    "Salesforce/wikitext": "b08601e04326c79dfdd32d625aee71d232d685c3",
+    "EleutherAI/wikitext_document_level": "647234772b9554e208af6c826f23b99e3cac88c8",
+}
+
+
+def on_hub(
+    repository: str, path: str, names: tuple[str, ...], train: str = "", train_names: tuple[str, ...] = ()
+) -> Source:
+    """A source at the data set's commit."""
+    return Source(repository, path, names, train, train_names, _COMMITS.get(repository, ""))
 
 
 def parquet(repository: str, folder: str, split: str, names: str, train: str = "train") -> Source:
@@ -22,7 +42,7 @@ def parquet(repository: str, folder: str, split: str, names: str, train: str = "
     short = {"validation": ("_val", "_validation", ""), "test": ("_test", "", "_val", "_validation")}[split]
     local = tuple(f"{name}{end}" for name in known for end in short)
     path = f"{folder}/{train}-*.parquet" if train else ""
-    return Source(repository, f"{folder}/{split}-*.parquet", local, path, tuple(f"{name}_train" for name in known))
+    return on_hub(repository, f"{folder}/{split}-*.parquet", local, path, tuple(f"{name}_train" for name in known))
 
 
 # --- completion of stories and sentences ------------------------------------------------------------------------------
@@ -58,9 +78,7 @@ HELLASWAG = [
          "label: context | ending", 20),
 ]  # fmt: skip
 
-_LAMBADA = Source(
-    "EleutherAI/lambada_openai", "default/test-*.parquet", ("lambada_openai", "lambada_test", "lambada"),
-)  # fmt: skip
+_LAMBADA = on_hub("EleutherAI/lambada_openai", "data/lambada_test.jsonl", ("lambada_openai", "lambada_test", "lambada"))
 
 
 def _split_word(row: Row) -> tuple[str, str]:
@@ -113,7 +131,10 @@ def _piqa(form: str) -> dict[tuple[str, ...], Any]:
     return {("goal", "sol1", "sol2", "label"): hub, ("query", "choices", "gold"): local}
 
 
-_PIQA = parquet("baber/piqa", "data", "validation", "piqa")
+_PIQA = on_hub(
+    "baber/piqa", "piqa_validation.parquet", ("piqa_val", "piqa_validation", "piqa"), "piqa_train.parquet",
+    ("piqa_train",),
+)  # fmt: skip
 
 PIQA = [
     Task("piqa", _PIQA, _piqa("{}"), ("mean_token", "sum"), "goal | solution", 50),
@@ -241,7 +262,7 @@ def _written(row: Row) -> Item:
 
 def _exact(name: str, repository: str, file: str, text: str, shots: int, instruction: str = "") -> Task:
     stem = file.rpartition("/")[2]
-    source = Source(repository, f"{file}.jsonl", (stem, name))
+    source = on_hub(repository, f"{file}.jsonl", (stem, name))
     schemas: dict[tuple[str, ...], Any] = {("context", "completion"): _written}
     return Task(name, source, schemas, ("greedy",), text, shots, instruction=instruction, separator="")
 
@@ -273,10 +294,11 @@ TEXTS = [
     TextTask("wikitext103",
              parquet("Salesforce/wikitext", "wikitext-103-raw-v1", "test", "wikitext103 wikitext-103 wiki.test",
                      train=""), detokenizers.wikitext, "WikiText's"),
-    TextTask("wikitext:harness", Source("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1/test-*.parquet",
+    TextTask("wikitext:harness", on_hub("EleutherAI/wikitext_document_level",
+                                        "wikitext-2-raw-v1/wikitext-2-raw-v1-test.parquet",
                                         ("wikitext_document_level", "wikitext2_pages")),
              detokenizers.wikitext, "WikiText's", by_document=True, columns=("page", "text")),
-    TextTask("ptb", Source("ptb-text-only/ptb_text_only", "penn_treebank/test-*.parquet",
+    TextTask("ptb", on_hub("ptb-text-only/ptb_text_only", "penn_treebank/test-*.parquet",
                            ("ptb_test", "ptb.test", "ptb")),
              detokenizers.ptb, "PTB's", columns=("sentence", "text")),
 ]  # fmt: skip
@@ -290,7 +312,7 @@ GROUPS = {
     "scrambling": [task.name for task in SCRAMBLING],
     "all": [name for name in TASKS if ":" not in name],
 }
-"""Names that stand for several tasks."""
+"""Names of several tasks together."""
 TEXT = "text:"
 """Start of the name of a task that measures the perplexity of a user's own file, such as text:book.txt."""
 

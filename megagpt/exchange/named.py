@@ -20,6 +20,12 @@ from megagpt.models.huggingface import Pretrained, is_pretrained, parameter_shap
 from megagpt.models.presets import ModelConfig
 from megagpt.world import World
 
+# Places that a name may mean on a disk, in words for errors.
+_PLACES = {
+    "run": "a run", "checkpoint": "a checkpoint", "folder": "a transformers folder",
+    "other": "a folder without a model", "file": "a file", "nothing": "no file or folder",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class NamedModel:
@@ -58,15 +64,14 @@ class NamedModel:
 def open_model(name: str, world: World | None = None) -> NamedModel:
     """The model of that name: a folder here, else a model on the hub, whose files are fetched if the hub's cache lacks
     them. `world`: its ranks, all of which call it; one on each machine fetches, and all get the same weights. Raises
-    UserError if there is none, if it is no GPT-2, or if its vocabulary or tokenizer is not GPT-2's."""
+    UserError if there is none, if it is no GPT-2, if its vocabulary or tokenizer is not GPT-2's, or if the name means
+    different things on different machines."""
     world = world or World.alone()
     path = named_path(name)
-    if path.is_dir():
-        found = _in_folder(name, path, world)
-    elif path.exists():
+    place = _common_place(name, path, world)
+    if place == "file":
         raise UserError(f"{name}: a file, not a model's folder; name the folder that it is in")
-    else:
-        found = _on_hub(name, world)
+    found = _on_hub(name, world) if place == "nothing" else _in_folder(name, path, place, world)
     if found.config.vocab_size < VOCAB_SIZE:
         raise UserError(f"{name}: its vocabulary of {found.config.vocab_size} is not GPT-2's {VOCAB_SIZE}")
     if found.checkpoint is None:
@@ -74,19 +79,41 @@ def open_model(name: str, world: World | None = None) -> NamedModel:
     return found
 
 
-def _in_folder(name: str, path: Path, world: World) -> NamedModel:
+def _common_place(name: str, path: Path, world: World) -> str:
+    """The kind of place that the path is, one of _PLACES, on every rank. Raises UserError, on every rank, if hosts
+    differ: their ranks would go different ways, and wait for each other for ever."""
+    (main, place), *others = world.gather_objects((world.host, _place(path)))
+    if differing := next(((host, theirs) for host, theirs in others if theirs != place), None):
+        host, theirs = differing
+        way = "copy it to every host, or name a folder that all hosts share"
+        raise UserError(f"{name}: {_PLACES[theirs]} on {host}, but {_PLACES[place]} on {main}: {way}")
+    return place
+
+
+def _place(path: Path) -> str:
     if is_pretrained(path):
+        return "folder"
+    if is_checkpoint(path):
+        return "checkpoint"
+    if checkpoints_folder(path).is_dir() or (path / "config.yaml").exists():
+        return "run"
+    return "other" if path.is_dir() else "file" if path.exists() else "nothing"
+
+
+def _in_folder(name: str, path: Path, place: str, world: World) -> NamedModel:
+    if place == "folder":
         source = Pretrained(path)
         return NamedModel(name, "folder", path, source.config, source)
-    one = is_checkpoint(path)
-    if not one and not checkpoints_folder(path).is_dir() and not (path / "config.yaml").exists():
+    if place == "other":
         parts = "neither config.json (a transformers folder) nor checkpoints/ (a run), and is no checkpoint of a run"
         short = f"; OpenAI's model of that name is {SHORT_NAMES[name]}" if name in SHORT_NAMES else ""
         raise UserError(f"{name}: a folder without a model: it has {parts}{short}")
     # File systems may show ranks different states of a run that goes on.
     found = world.from_main(lambda: find_checkpoint(path))
-    label = name if one else f"{name} at {found.meta.tokens_seen:,} tokens"
-    return NamedModel(label, "checkpoint" if one else "run", found.path, saved_config(found).model, found)
+    config = saved_config(found).model
+    if place == "checkpoint":
+        return NamedModel(name, "checkpoint", found.path, config, found)
+    return NamedModel(f"{name} at {found.meta.tokens_seen:,} tokens", "run", found.path, config, found)
 
 
 def _on_hub(name: str, world: World) -> NamedModel:

@@ -54,7 +54,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]], int]] = {
         1,
     ),
     "piqa:harness": (
-        "baber/piqa/data/validation-00000-of-00001.parquet",
+        "baber/piqa/piqa_validation.parquet",
         {"goal": "To dry hair", "sol1": "air", "sol2": "sand", "label": 0},
         [("Question: To dry hair\nAnswer:", " air"), ("Question: To dry hair\nAnswer:", " sand")],
         0,
