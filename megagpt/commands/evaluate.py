@@ -102,7 +102,7 @@ def _tasks(names: list[str], data: str) -> "list[Task | TextTask]":
         return find_tasks(names)
     if not data:
         return find_tasks(_DEFAULT.split(","))
-    found = [task for task in find_tasks(["all"]) if is_there(task.source, data)]
+    found = [task for task in find_tasks(["all"]) if is_there(task.source, data, task.fits)]
     if not found:
         known = ", ".join(f"{task.source.names[0]}.jsonl" for task in find_tasks(_DEFAULT.split(",")))
         raise UserError(f"{data}: holds no exam rows that are known by their names, such as {known}")
@@ -141,7 +141,7 @@ def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: 
         rows = stack.enter_context(_written(arguments.rows, world))
         model = stack.enter_context(opened(found, world, arguments.engine, arguments.precision))
         for exam in exams:
-            progress = ShownProgress(exam.name, len(exam.groups), world.is_main)
+            progress = ShownProgress(exam.name, exam.items, world.is_main)
             with contextlib.closing(progress):
                 held = exam.hold(model, world, progress, arguments.batch_tokens)
             assert held is not None  # nothing interrupts it

@@ -50,7 +50,10 @@ class Exam:
     """A task that is ready to be held: everything about it but the model's answers."""
 
     name: str
+    items: int
+    """Rows, or windows of a text."""
     groups: list[Group]
+    """Those of the items, then what is scored besides: options without their question."""
     result: Callable[[Scores], Result]
     rows: Callable[[Scores], Iterator[dict[str, Any]]]
     """Of each row: texts, log-likelihoods, right answer."""
@@ -113,7 +116,7 @@ def _prepare_task(task: Task, settings: Settings, positions: int, world: World) 
             except UserError as error:
                 raise UserError(f"{task.name}: {error}") from None
             prompts.append(prompt(task, whole[i], examples, positions, rows[i].place, encoded))
-            progress.done(len(prompts))
+            progress.done(len(prompts) / len(chosen))
     items, groups = [whole[i] for i in chosen], [p.group for p in prompts]
     extra = _Unconditional(task, items, positions) if "unconditional" in task.scores else None
     details = {
@@ -148,7 +151,7 @@ def _prepare_task(task: Task, settings: Settings, positions: int, world: World) 
                 ],
             }  # fmt: skip
 
-    return Exam(task.name, groups + (extra.groups if extra else []), result, told)
+    return Exam(task.name, len(items), groups + (extra.groups if extra else []), result, told)
 
 
 def _facts(files: Files) -> dict[str, Any]:
@@ -174,7 +177,7 @@ def _pool(task: Task, settings: Settings, shots: int, own: list[Item], world: Wo
         if not path.is_file():
             raise UserError(f"--shots-from {settings.shots_from}: no such file")
         files = same_files([path], world)
-    elif train is None:  # the paper draws from the exam itself where there is nothing else
+    elif train is None:  # the paper draws from the exam itself if there is nothing else
         return own, Files([], "")
     elif settings.data and not is_there(train, settings.data):
         names = " or ".join(f"{name}.jsonl" for name in train.names)
@@ -240,7 +243,7 @@ def _prepare_text(task: TextTask, settings: Settings, positions: int, world: Wor
         for i, (answer,) in enumerate(scores):
             yield {"task": task.name, "window": i, **answer._asdict()}
 
-    return Exam(task.name, groups, result, told)
+    return Exam(task.name, len(groups), groups, result, told)
 
 
 def _text_file(task: TextTask) -> Path:

@@ -8,7 +8,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,9 +136,14 @@ def same_files(paths: list[Path], world: World, commit: str = "") -> Files:
     return Files(paths, sha256, commit)
 
 
-def is_there(source: Source, data: str) -> bool:
-    """Whether the folder `data` has the source's files."""
-    return bool(_local(source, _folder(data)))
+def is_there(source: Source, data: str, fits: Callable[[Row], bool] = lambda row: True) -> bool:
+    """Whether the folder `data` has the source's files. `fits`: whether a row is one of the task; asked if neither a
+    file's nor a folder's name tells, as in a copy of a data set's folder."""
+    folder = _folder(data)
+    if _named(source, folder):
+        return True
+    first = next((row for path in _parts(source, folder) for row in _read(path)), None)
+    return first is not None and fits(first)
 
 
 def newest_commit(source: Source) -> str:
@@ -206,6 +211,10 @@ def _folder(data: str) -> Path:
 
 
 def _local(source: Source, folder: Path) -> list[Path]:
+    return _named(source, folder) or _parts(source, folder)
+
+
+def _named(source: Source, folder: Path) -> list[Path]:
     for name in source.names:
         for kind in _KINDS:
             for compression in ("", *COMPRESSIONS):
@@ -213,10 +222,12 @@ def _local(source: Source, folder: Path) -> list[Path]:
                 if path.is_file() and not (compression and kind == ".parquet"):
                     return [path]
     # A copy of the data set's own folder.
-    for place in (folder / source.repository, folder / source.repository.rpartition("/")[2], folder):
-        if found := sorted(path for path in place.glob(source.path) if path.is_file()):
-            return found
-    return []
+    copies = (folder / source.repository, folder / source.repository.rpartition("/")[2])
+    return next((found for copy in copies if (found := _parts(source, copy))), [])
+
+
+def _parts(source: Source, folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob(source.path) if path.is_file())
 
 
 def read_rows(paths: list[Path]) -> list[Row]:

@@ -40,13 +40,13 @@ class Task:
     scores: tuple[str, ...]
     """Keys of `references.exams.CONVENTIONS`; the first is the headline."""
     text: str
-    """What the model reads, for people."""
+    """The text that the model reads, for people."""
     paper_shots: int = 0
     """Examples in GPT-3's few-shot setting; 0: the paper names none."""
     shot_schemas: dict[tuple[str, ...], Callable[[Row], Item]] = field(default_factory=dict)
     """How rows are read if there are shots; empty: in the same way."""
     shot_text: str = ""
-    """What the model reads with shots, if that differs."""
+    """The same with shots, if that differs."""
     instruction: str = ""
     """Text before the first example, or before the row if there is none."""
     separator: str = "\n\n"
@@ -59,6 +59,10 @@ class Task:
     def items(self, rows: list[Row], shots: int = 0) -> list[Item]:
         """The items of rows. Raises UserError for one that cannot be read, with its place."""
         return [self._item(row, self.shot_schemas if shots and self.shot_schemas else self.schemas) for row in rows]
+
+    def fits(self, row: Row) -> bool:
+        """Whether the row has the keys that the task reads."""
+        return any(row.values.keys() >= set(keys) for keys in self.schemas)
 
     def _item(self, row: Row, schemas: dict[tuple[str, ...], Callable[[Row], Item]]) -> Item:
         for keys, read in schemas.items():
@@ -86,6 +90,10 @@ class TextTask:
     columns: tuple[str, ...] = ("text",)
     """Keys that may hold the text."""
     paper_shots: int = 0
+
+    def fits(self, row: Row) -> bool:
+        """Whether the row has a text."""
+        return any(key in row.values for key in self.columns)
 
     def documents(self, rows: list[Row]) -> list[str]:
         """The texts as they are in the files, before they are detokenized."""

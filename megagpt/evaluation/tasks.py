@@ -39,7 +39,7 @@ def parquet(repository: str, folder: str, split: str, names: str, train: str = "
     """The source of a data set that the hub has as parquet: folder/split-00000-of-00001.parquet. `names`: of local
     files, the shortest last; each may also end in the split's name. `train`: the split of examples, if there is one."""
     known = names.split()
-    short = {"validation": ("_val", "_validation", ""), "test": ("_test", "", "_val", "_validation")}[split]
+    short = {"validation": ("_val", "_validation", ""), "test": ("_test", "")}[split]
     local = tuple(f"{name}{end}" for name in known for end in short)
     path = f"{folder}/{train}-*.parquet" if train else ""
     return on_hub(repository, f"{folder}/{split}-*.parquet", local, path, tuple(f"{name}_train" for name in known))

@@ -65,7 +65,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class _Row:
-    """One line of a table: the scores of a family's models, smallest first; None where none is known."""
+    """One line of a table: the scores of a family's models, smallest first; None for an unknown one."""
 
     task: str
     convention: str
@@ -74,7 +74,7 @@ class _Row:
     shots: int = 0
     firm: bool = True
     note: str = ""
-    """What differs from the task's own text; empty if nothing does."""
+    """The difference from the task's own text; empty if there is none."""
 
     def references(self) -> Iterator[Reference]:
         models = _GPT3 if self.source.startswith("Brown") else _GPT2
@@ -179,7 +179,7 @@ def headline(task: str) -> str | None:
 
 
 def references(task: str, convention: str | None = None, shots: int | None = None) -> list[Reference]:
-    """What is known of a task, firm and unsure numbers: OpenAI's GPT-2 first, each family from small to large; an empty
+    """The known scores of a task, firm and unsure ones: OpenAI's GPT-2 first, each family from small to large; an empty
     list for a task or a convention without any. `convention`: a key of CONVENTIONS; None: the headline. `shots`: 0, 1,
     or any other number for few-shot scores; None: all."""
     wanted = convention or headline(task)

@@ -88,6 +88,8 @@ def test_tasks_folders_and_files_that_are_missing_are_named(
     refusal([*evaluate, "--tasks", "helaswag", *data], "'helaswag' does not exist", "did you mean hellaswag")
     refusal([*evaluate, "--tasks", ",", *data], "task '' does not exist")
     refusal([*evaluate, "--tasks", "copa", *data], str(tmp_path), "copa_val.jsonl", "aps/super_glue/copa/validation-*")
+    write(tmp_path / "arc_easy_val.jsonl", [ROWS["arc_easy"][1]])  # the exam is the test split
+    refusal([*evaluate, "--tasks", "arc_easy", *data], str(tmp_path), "looked for arc_easy_test.jsonl", "found none")
     refusal([*evaluate, *data], str(tmp_path), "holds no exam rows")
     refusal([*evaluate, "--data", str(tmp_path / "no")], "no such folder")
     refusal([*evaluate, "--tasks", "copa", "--data", str(folder / "config.json")], "no folder, but a file")

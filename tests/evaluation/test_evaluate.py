@@ -11,6 +11,7 @@ import pytest
 
 from megagpt.cli import main
 from megagpt.data.tokenizer import gpt2
+from megagpt.evaluation import report
 from megagpt.evaluation.tasks import TASKS
 from tests.evaluation.conftest import POSITIONS, hellaswag, read_lines, write
 from tests.evaluation.schemas import ROWS
@@ -109,6 +110,16 @@ def test_a_limit_takes_the_same_rows_in_every_run(folder: Path, tmp_path: Path) 
     assert {line["row"] for line in few} < {line["row"] for line in more}
 
 
+def test_progress_counts_rows(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the options without their question, which are scored besides."""
+    monkeypatch.setattr(report, "_PLAIN_SECONDS", -1.0)
+    write(tmp_path / "arc_easy.jsonl", [{"query": f"q{i}", "choices": [f"a{i}", "b"], "gold": 0} for i in range(6)])
+    evaluate(folder, tmp_path, "arc_easy")
+    assert "arc_easy: 100% | 6 items |" in capsys.readouterr().out
+
+
 def test_references_tell_their_shots_and_whether_the_text_is_the_same(folder: Path, tmp_path: Path) -> None:
     rows = hellaswag(3)
     write(tmp_path / "piqa.jsonl", [{"goal": f"g{i}", "sol1": "a", "sol2": "b", "label": 0} for i in range(9)])
@@ -132,6 +143,17 @@ def test_without_names_the_folders_exams_are_held(folder: Path, tmp_path: Path) 
     results = json.loads(out.read_text())["results"]
     assert [result["task"] for result in results] == ["lambada", "copa", "arithmetic_2da"]
     assert results[0]["details"]["first_prompt"] == "She saw a cat and called the"
+
+
+def test_a_copy_of_a_data_sets_folder_is_its_exam_only(folder: Path, tmp_path: Path) -> None:
+    """Other data sets have files of the same paths."""
+    out, part = tmp_path / "out.json", "data/validation-00000-of-00001.parquet"
+    write(tmp_path / "copy" / part, hellaswag(3))
+    write(tmp_path / "other" / part, [{"question": "Who?", "answer": "Eve"}])
+    write(tmp_path / "other" / "piqa.jsonl", [{"query": "q", "choices": ["a", "b"], "gold": 0}])
+    for data, task in (("copy", "hellaswag"), ("other", "piqa")):
+        assert main(["evaluate", str(folder), "--data", str(tmp_path / data), "--json", str(out)]) == 0
+        assert [result["task"] for result in json.loads(out.read_text())["results"]] == [task]
 
 
 def test_the_list_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:
