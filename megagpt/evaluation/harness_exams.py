@@ -23,7 +23,7 @@ _OURS = {"acc": "sum", "acc_norm": "mean_char", "perplexity": "perplexity"}
 
 
 class Held(NamedTuple):
-    """What came out."""
+    """The outcome of all tasks."""
 
     results: list[Result]
     whole: dict[str, Any]

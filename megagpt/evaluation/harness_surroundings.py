@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness finds when it is called, and what it leaves: network, random generators, output."""
+"""Network, random generators and output around each call of lm-evaluation-harness."""
 
 import contextlib
 import importlib

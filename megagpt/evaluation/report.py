@@ -1,4 +1,4 @@
-"""What an exam shows on the way and at its end: rate and time left; a table with references."""
+"""Lines of an exam, for people: rate and time left on the way; at its end, a table with references."""
 
 import sys
 import time

@@ -44,7 +44,7 @@ class Result:
     """Rows in the file; more than `items` under a limit."""
     shots: int
     text: str
-    """What the model read, for people."""
+    """The text that the model read, for people."""
     cut_rows: int = 0
     """Rows whose left end was cut off, because they are longer than the model."""
     dropped_shots: int = 0

@@ -45,7 +45,7 @@ class Progress:
         return False
 
     def done(self, groups: float) -> None:
-        """So many groups are done, out of those of this call."""
+        """This number of groups is done, out of those of this call."""
 
 
 def score(

@@ -52,13 +52,13 @@ class Task:
     scores: tuple[str, ...]
     """Names in SCORES; the first is the headline."""
     text: str
-    """What the model reads, for people."""
+    """The text that the model reads, for people."""
     paper_shots: int = 0
     """Examples in GPT-3's few-shot setting; 0: the paper names none."""
     shot_schemas: dict[tuple[str, ...], Callable[[Row], Item]] = field(default_factory=dict)
     """How rows are read if there are shots; empty: in the same way."""
     shot_text: str = ""
-    """What the model reads with shots, if that differs."""
+    """The text that it reads with shots, if that differs."""
     instruction: str = ""
     """Text before the first example, or before the row if there is none."""
     separator: str = "\n\n"

@@ -61,7 +61,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def evaluate(folder: Path, out: Path, *options: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What the command writes with --json and --rows."""
+    """The files that the command writes with --json and --rows."""
     files = ["--json", str(out / "out.json"), "--rows", str(out / "rows.jsonl")]
     assert main(["evaluate", str(folder), *files, *options]) == 0
     return json.loads((out / "out.json").read_text()), read_lines(out / "rows.jsonl")
@@ -224,7 +224,7 @@ def test_ranks_have_the_same_answers(folder: Path, data: Path, tmp_path: Path) -
     assert first[1][0] == second[1][0], "sharded weights are gathered in step"
 
 
-def test_what_the_harness_refuses_is_one_line(
+def test_each_refusal_of_the_harness_is_one_line(
     folder: Path,
     data: Path,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""What `megagpt evaluate --harness` refuses before lm-evaluation-harness is imported."""
+"""Options that `megagpt evaluate --harness` refuses before lm-evaluation-harness is imported."""
 
 import importlib.util
 from pathlib import Path
