@@ -38,11 +38,14 @@ class Source(NamedTuple):
     """The data set's file of rows to draw examples from; empty: there is none."""
     train_names: tuple[str, ...] = ()
     commit: str = ""
-    """Commit of the data set; empty: the newest of its branch main."""
+    """Commit of the data set; empty: the newest of `branch`."""
+    branch: str = "main"
 
     def training(self) -> "Source | None":
         """The source of rows to draw examples from."""
-        return Source(self.repository, self.train, self.train_names, commit=self.commit) if self.train else None
+        if not self.train:
+            return None
+        return Source(self.repository, self.train, self.train_names, commit=self.commit, branch=self.branch)
 
 
 class Files(NamedTuple):
@@ -147,15 +150,15 @@ def is_there(source: Source, data: str, fits: Callable[[Row], bool] = lambda row
 
 
 def newest_commit(source: Source) -> str:
-    """The commit of the data set's branch main. If the hub cannot be reached: that of the source's files that came into
+    """The commit of the data set's branch. If the hub cannot be reached: that of the source's files that came into
     the hub's cache last. Raises UserError, and TransientError if the hub is down and the cache has none."""
     from huggingface_hub import HfApi
 
     repository = source.repository
     try:
         return asked(
-            repository, source.path, "main", "dataset", _bring(source),
-            lambda: HfApi().dataset_info(repository, revision="main").sha or "main",
+            repository, source.path, source.branch, "dataset", _bring(source),
+            lambda: HfApi().dataset_info(repository, revision=source.branch).sha or source.branch,
         )  # fmt: skip
     except (NoNetwork, TransientError) as error:
         commits = sorted(_cache(source).glob("snapshots/*"), key=lambda path: path.stat().st_mtime)
@@ -199,7 +202,7 @@ def _cached(source: Source, commit: str) -> list[str]:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.glob(source.path))
     if "*" not in source.path:
         return names
-    numbers = [re.search(r"-of-(\d+)\.", name) for name in names]
+    numbers = [re.search(r"-of-(\d+)[-.]", name) for name in names]
     return names if all(number and int(number[1]) == len(names) for number in numbers) else []
 
 

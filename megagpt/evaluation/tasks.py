@@ -24,6 +24,7 @@ _COMMITS = {
     "allenai/openbookqa": "388097ea7776314e93a529163e0fea805b8a6454",
     "aps/super_glue": "3de24cf8022e94f4ee4b9d55a6f539891524d646",
     "Salesforce/wikitext": "b08601e04326c79dfdd32d625aee71d232d685c3",
+    "EleutherAI/arithmetic": "cf5ec4512aaa47cdebf02ca032b7af870528c272",
     "EleutherAI/wikitext_document_level": "647234772b9554e208af6c826f23b99e3cac88c8",
 }
 
@@ -260,15 +261,15 @@ def _written(row: Row) -> Item:
     return Item(((row.text("context"), row.text("completion")),))
 
 
-def _exact(name: str, repository: str, file: str, text: str, shots: int, instruction: str = "") -> Task:
-    stem = file.rpartition("/")[2]
-    source = on_hub(repository, f"{file}.jsonl", (stem, name))
+def _exact(name: str, file: str, repository: str, path: str, text: str, shots: int, instruction: str = "") -> Task:
+    """`file`: the name that OpenAI's release gives the rows."""
+    source = on_hub(repository, path, (file, name))
     schemas: dict[tuple[str, ...], Any] = {("context", "completion"): _written}
     return Task(name, source, schemas, ("greedy",), text, shots, instruction=instruction, separator="")
 
 
 ARITHMETIC = [
-    _exact(f"arithmetic_{short}", "EleutherAI/arithmetic", f"data/{file}", "question | number", 50)
+    _exact(f"arithmetic_{short}", file, "EleutherAI/arithmetic", f"data/{file}.jsonl", "question | number", 50)
     for short, file in {
         "1dc": "single_digit_three_ops", "2da": "two_digit_addition", "2ds": "two_digit_subtraction",
         "2dm": "two_digit_multiplication", "3da": "three_digit_addition", "3ds": "three_digit_subtraction",
@@ -277,7 +278,9 @@ ARITHMETIC = [
     }.items()
 ]  # fmt: skip
 SCRAMBLING = [
-    _exact(name, "EleutherAI/unscramble", file, "instruction, letters | word", 100, _UNSCRAMBLE)
+    # EleutherAI/unscramble has a loading script only.
+    _exact(name, file, "lighteval/GPT3_unscramble", f"data/{file}-*.parquet", "instruction, letters | word", 100,
+           _UNSCRAMBLE)
     for name, file in {
         "anagrams1": "mid_word_1_anagrams", "anagrams2": "mid_word_2_anagrams",
         "cycle_letters": "cycle_letters_in_word", "random_insertion": "random_insertion_in_word",
@@ -298,8 +301,9 @@ TEXTS = [
                                         "wikitext-2-raw-v1/wikitext-2-raw-v1-test.parquet",
                                         ("wikitext_document_level", "wikitext2_pages")),
              detokenizers.wikitext, "WikiText's", by_document=True, columns=("page", "text")),
-    TextTask("ptb", on_hub("ptb-text-only/ptb_text_only", "penn_treebank/test-*.parquet",
-                           ("ptb_test", "ptb.test", "ptb")),
+    # Its branch main has a loading script only.
+    TextTask("ptb", Source("ptb-text-only/ptb_text_only", "penn_treebank/test/0000.parquet",
+                           ("ptb_test", "ptb.test", "ptb"), branch="refs/convert/parquet"),
              detokenizers.ptb, "PTB's", columns=("sentence", "text")),
 ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Exam rows from the Hugging Face hub, by the real client against a small hub on this machine."""
 
+import fnmatch
 import io
 import json
 from pathlib import Path
@@ -99,3 +100,57 @@ def test_rows_that_the_hub_lacks_are_named(folder: Path, tmp_path: Path) -> None
         code, _, error = run(variables, tmp_path, "evaluate", str(folder), "--tasks", "piqa")
         assert (code, error.count("\n")) == (2, 1)
         assert "baber/piqa: the Hugging Face hub has no data set of that name" in error
+
+
+# The files of the data sets on the hub, as their pages list them.
+PARTS = "-00000-of-00001.parquet"
+LISTINGS = {
+    "Rowan/hellaswag": [f"data/{split}{PARTS}" for split in ("train", "validation", "test")],
+    "EleutherAI/lambada_openai": ["data/lambada_test.jsonl", "data/lambada_test_de.jsonl", "lambada_openai.py"],
+    "baber/piqa": ["piqa_train.parquet", "piqa_validation.parquet", "piqa_test.parquet"],
+    "allenai/ai2_arc": [
+        f"ARC-{kind}/{split}{PARTS}" for kind in ("Easy", "Challenge") for split in ("train", "validation", "test")
+    ],
+    "allenai/winogrande": [f"winogrande_xl/{split}{PARTS}" for split in ("train", "validation", "test")],
+    "allenai/openbookqa": [f"{kind}/{split}{PARTS}" for kind in ("main", "additional") for split in ("train", "test")],
+    "aps/super_glue": [f"{name}/{split}{PARTS}" for name in ("boolq", "copa") for split in ("train", "validation")],
+    "lighteval/winograd_wsc": [f"{name}/test{PARTS}" for name in ("wsc273", "wsc285")],
+    "EleutherAI/arithmetic": [
+        "arithmetic.py",
+        *(f"data/{digits}_digit_{kind}.jsonl" for digits in ("two", "three", "four", "five")
+          for kind in ("addition", "subtraction")),
+        "data/single_digit_three_ops.jsonl", "data/two_digit_multiplication.jsonl",
+    ],
+    "lighteval/GPT3_unscramble": [
+        f"data/{name}-00000-of-00001-0123456789abcdef.parquet"
+        for name in ("mid_word_1_anagrams", "mid_word_2_anagrams", "cycle_letters_in_word", "random_insertion_in_word",
+                     "reversed_words")
+    ],
+    "Salesforce/wikitext": [f"wikitext-{size}-raw-v1/test{PARTS}" for size in (2, 103)],
+    "EleutherAI/wikitext_document_level": ["wikitext-2-raw-v1/wikitext-2-raw-v1-test.parquet"],
+    "ptb-text-only/ptb_text_only": [f"penn_treebank/{split}/0000.parquet" for split in ("train", "test")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_each_tasks_paths_are_files_of_its_data_set(name: str) -> None:
+    """One file for the exam, and one for its examples if it has any there."""
+    source = TASKS[name].source
+    for path in filter(None, (source.path, source.train)):
+        assert len(fnmatch.filter(LISTINGS[source.repository], path)) == 1, path
+
+
+def test_rows_come_from_the_branch_that_has_them(folder: Path, tmp_path: Path) -> None:
+    """PTB's parquet is not on main; the result names the commit, and the cache serves without a network."""
+    files = {"penn_treebank/test/0000.parquet": parquet([{"sentence": "a cat N"}, {"sentence": "no dog"}])}
+    command = ["evaluate", str(folder), "--tasks", "ptb", "--json", "out.json"]
+    with Hub(files, "ptb-text-only/ptb_text_only").running() as hub:
+        hub.branch = "refs/convert/parquet"
+        variables = hub.environment(tmp_path / "home")
+        code, _, error = run(variables, tmp_path, *command)
+        assert code == 0, error
+        (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
+        assert result["details"]["commit"] == hub.commit
+        assert any("revision/refs/convert/parquet" in line for line in hub.requests)
+    code, _, error = run({**variables, "HF_HUB_OFFLINE": "1"}, tmp_path, *command)
+    assert code == 0, error
