@@ -50,6 +50,10 @@ class TransientError(ExpectedError):
     retry = True
 
 
+class NoNetwork(UserError):
+    """A host cannot be reached from here, or must not be asked."""
+
+
 class Reported(ExpectedError):
     """An error that some rank has printed already."""
 

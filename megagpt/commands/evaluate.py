@@ -63,7 +63,6 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     if arguments.harness:
         return evaluate_by_harness(arguments)
-    arguments.shots, arguments.seed = arguments.shots or 0, arguments.seed or 0
     if arguments.tasks == "list":
         return _list()
     try:
@@ -71,6 +70,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         refuse_without_harness(arguments)
         names = arguments.tasks.split(",") if arguments.tasks is not None else []
         tasks = _tasks([name.strip() for name in names], arguments.data)
+        _refuse_idle(arguments, tasks)
+        arguments.shots, arguments.seed = arguments.shots or 0, arguments.seed or 0
         for option in ("json", "rows"):
             check_writable(getattr(arguments, option), f"--{option}")
     except UserError as error:
@@ -101,11 +102,23 @@ def _tasks(names: list[str], data: str) -> "list[Task | TextTask]":
         return find_tasks(names)
     if not data:
         return find_tasks(_DEFAULT.split(","))
-    found = [task for task in find_tasks(["all"]) if is_there(task.source, data)]
+    found = [task for task in find_tasks(["all"]) if is_there(task.source, data, task.fits)]
     if not found:
         known = ", ".join(f"{task.source.names[0]}.jsonl" for task in find_tasks(_DEFAULT.split(",")))
         raise UserError(f"{data}: holds no exam rows that are known by their names, such as {known}")
     return found
+
+
+def _refuse_idle(arguments: argparse.Namespace, tasks: "list[Task | TextTask]") -> None:
+    """Raises UserError for an option that would change nothing."""
+    from megagpt.evaluation.task import TextTask
+
+    if not arguments.shots:
+        for option, given in {"--shots-from": arguments.shots_from, "--seed": arguments.seed is not None}.items():
+            if given:
+                raise UserError(f"{option} is for solved examples; add --shots K, or leave it out")
+    if arguments.stride and not any(isinstance(task, TextTask) for task in tasks):
+        raise UserError("--stride is for texts, such as wikitext2 or text:FILE; add one to --tasks, or leave it out")
 
 
 def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: "World") -> None:
@@ -128,7 +141,7 @@ def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: 
         rows = stack.enter_context(_written(arguments.rows, world))
         model = stack.enter_context(opened(found, world, arguments.engine, arguments.precision))
         for exam in exams:
-            progress = ShownProgress(exam.name, len(exam.groups), world.is_main)
+            progress = ShownProgress(exam.name, exam.items, world.is_main)
             with contextlib.closing(progress):
                 held = exam.hold(model, world, progress, arguments.batch_tokens)
             assert held is not None  # nothing interrupts it

@@ -115,7 +115,7 @@ def check_writable(name: str | None, option: str) -> None:
 
 
 def facts(arguments: argparse.Namespace, found: "NamedModel", world: "World") -> dict[str, Any]:
-    """What --json says beside the results."""
+    """The values of --json beside the results."""
     import torch
 
     from megagpt import __version__

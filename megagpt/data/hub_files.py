@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 from tqdm import tqdm
 
 from megagpt.console import warn
-from megagpt.errors import ExpectedError, TransientError, UserError, expected, first_line
+from megagpt.errors import ExpectedError, NoNetwork, TransientError, UserError, expected, first_line
 
 Kind = Literal["model", "dataset"]
 T = TypeVar("T")
@@ -91,7 +91,7 @@ def cached(repo: str, path: str, revision: str, kind: Kind = "model") -> Path | 
 def asked(repo: str, what: str, revision: str, kind: Kind, bring: Sequence[str], ask: Callable[[], T]) -> T:
     """The hub's answer, after a few attempts if it or the network fails. `what`: a noun, for the message. `bring`: as
     of `hub_file`; if it is empty, nothing that is brought would help. Raises UserError with what to do: no such name,
-    no access, a full disk, no network; TransientError if the hub is down."""
+    no access, a full disk; NoNetwork; TransientError if the hub is down."""
     from huggingface_hub.errors import HfHubHTTPError
 
     for pause in (*_PAUSES, None):
@@ -108,7 +108,7 @@ def asked(repo: str, what: str, revision: str, kind: Kind, bring: Sequence[str],
             elif down:
                 raise TransientError(f"{repo}: {what}: {down}; try again later") from None
             else:
-                raise UserError(_without_network(error, repo, what, revision, kind, bring)) from None
+                raise NoNetwork(_without_network(error, repo, what, revision, kind, bring)) from None
     raise AssertionError("the last attempt returns or raises")
 
 

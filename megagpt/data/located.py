@@ -26,14 +26,24 @@ def locate(data: DataConfig, starts: Sequence[Path]) -> DataConfig:
     return dataclasses.replace(data, sources=sources, cache=cache)
 
 
-def _place(name: str, data: DataConfig, starts: Sequence[Path]) -> str:
+def place_from(name: str, starts: Sequence[Path]) -> str:
+    """The place of a relative path that leads nowhere from the current folder, but does from one of `starts`; in every
+    other case the path itself."""
     path = named_path(name)
-    if name == BUILTIN or path.is_absolute() or path.exists() or not starts:
+    if not path.is_absolute() and not path.exists():
+        for start in starts:
+            if (start / path).exists():
+                say(f"{name}: not in {Path.cwd()}; taken from {start}, where the run was started")
+                return str(start / path)
+    return name
+
+
+def _place(name: str, data: DataConfig, starts: Sequence[Path]) -> str:
+    if name == BUILTIN or not starts:
         return name
-    for start in starts:
-        if (start / path).exists():
-            say(f"{name}: not in {Path.cwd()}; taken from {start}, where the run was started")
-            return str(start / path)
+    path = named_path(found := place_from(name, starts))
+    if path.is_absolute() or path.exists():
+        return found
     places = " or ".join(map(str, [Path.cwd(), *starts]))
     listed = [{"path": "FOLDER" if s.path == name else s.path, "weight": s.weight} for s in data.sources]
     way = shlex.quote(f"data.sources={value_text(listed)}")

@@ -72,7 +72,7 @@ def _separator_note(texts: list[Path], separator: str | None) -> Iterator[str]:
 
 
 def local_files(name: str, held_out: Set[Path] = frozenset()) -> Files | None:
-    """The files that a name stands for; None if only the hub can have it."""
+    """The files that a name means; None if only the hub can have it."""
     path = named_path(name)
     if path.is_symlink() and not path.exists():
         raise UserError(f"{name}: a link to {path.readlink()}, which does not exist; restore that")

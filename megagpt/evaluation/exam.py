@@ -1,23 +1,29 @@
 """Exams: rows from files become groups of token sequences, and the groups' scores become an exam's values."""
 
+import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megagpt.config import Config
+from megagpt.data.located import place_from
+from megagpt.data.tokenizer import encode
 from megagpt.errors import NonFiniteError, UserError
 from megagpt.evaluation.known import known_scores
+from megagpt.evaluation.report import ShownProgress
 from megagpt.evaluation.results import Result, Value, accuracy, perplexity, values_of
-from megagpt.evaluation.rows import checksum, find_files, is_rows, is_there, read_rows, read_text
+from megagpt.evaluation.rows import Files, find_files, is_rows, is_there, read_rows, read_text, same_files
 from megagpt.evaluation.scoring import Model, Progress, Scores, score
 from megagpt.evaluation.sequences import Group, fitted, pair
 from megagpt.evaluation.shots import Prompt, draw, prompt
-from megagpt.evaluation.task import SCORES, Item, Task, TextTask
+from megagpt.evaluation.task import Item, Task, TextTask
 from megagpt.evaluation.tasks import TEXT, find_tasks
 from megagpt.evaluation.texts import text_values, windows
 from megagpt.files import named_path
+from megagpt.references.exams import CONVENTIONS
 from megagpt.world import World
 
 
@@ -44,7 +50,10 @@ class Exam:
     """A task that is ready to be held: everything about it but the model's answers."""
 
     name: str
+    items: int
+    """Rows, or windows of a text."""
     groups: list[Group]
+    """Those of the items, then what is scored besides: options without their question."""
     result: Callable[[Scores], Result]
     rows: Callable[[Scores], Iterator[dict[str, Any]]]
     """Of each row: texts, log-likelihoods, right answer."""
@@ -68,16 +77,24 @@ def prepare(task: Task | TextTask, settings: Settings, positions: int, world: Wo
     return _prepare_task(task, settings, positions, world)
 
 
-def exams_of(config: Config, world: World) -> list[Exam]:
-    """The exams that a run is to hold, of `evaluation` in its config. Raises UserError as `prepare` does."""
+def exams_of(config: Config, world: World, starts: Sequence[Path] = ()) -> list[Exam]:
+    """The exams that a run is to hold, of `evaluation` in its config. `starts`: the folders where the run was started,
+    if it is resumed: relative paths may lead from there. Raises UserError as `prepare` does."""
     asked = config.evaluation
     if not asked.tasks:
         return []
-    settings = Settings(asked.data, asked.shots, limit=asked.limit)
     try:
-        return [prepare(task, settings, config.model.context, world) for task in find_tasks(asked.tasks)]
+        settings = Settings(asked.data and place_from(asked.data, starts), asked.shots, limit=asked.limit)
+        tasks = [_located(task, starts) for task in find_tasks(asked.tasks)]
+        return [prepare(task, settings, config.model.context, world) for task in tasks]
     except UserError as error:
         raise UserError(f"evaluation.tasks: {error}") from None
+
+
+def _located(task: Task | TextTask, starts: Sequence[Path]) -> Task | TextTask:
+    if not task.name.startswith(TEXT):
+        return task
+    return replace(task, source=task.source._replace(path=place_from(task.source.path, starts)))
 
 
 # --- questions --------------------------------------------------------------------------------------------------------
@@ -86,23 +103,28 @@ def exams_of(config: Config, world: World) -> list[Exam]:
 def _prepare_task(task: Task, settings: Settings, positions: int, world: World) -> Exam:
     shots = task.paper_shots if settings.shots < 0 else settings.shots
     files = find_files(task.source, settings.data, world)
-    rows = read_rows(files)
+    rows = read_rows(files.paths)
     whole = task.items(rows, shots)
     chosen = _limited(len(whole), settings.limit)
-    pool, pool_files = _pool(task, settings, shots, whole, world) if shots else ([], [])
+    pool, pool_files = _pool(task, settings, shots, whole, world) if shots else ([], Files([], ""))
     prompts: list[Prompt] = []
-    for i in chosen:
-        try:
-            examples = draw(pool, whole[i], shots, f"{settings.seed}/{task.name}/{i}") if shots else []
-        except UserError as error:
-            raise UserError(f"{task.name}: {error}") from None
-        prompts.append(prompt(task, whole[i], examples, positions, rows[i].place))
+    encoded = functools.cache(encode)  # an example is drawn for many rows
+    with contextlib.closing(ShownProgress(f"{task.name}, prompts", len(chosen), world.is_main)) as progress:
+        for i in chosen:
+            try:
+                examples = draw(pool, whole[i], shots, f"{settings.seed}/{task.name}/{i}") if shots else []
+            except UserError as error:
+                raise UserError(f"{task.name}: {error}") from None
+            prompts.append(prompt(task, whole[i], examples, positions, rows[i].place, encoded))
+            progress.done(len(prompts) / len(chosen))
     items, groups = [whole[i] for i in chosen], [p.group for p in prompts]
     extra = _Unconditional(task, items, positions) if "unconditional" in task.scores else None
     details = {
-        "files": [str(path) for path in files], "sha256": checksum(files), "first_prompt": prompts[0].context,
-        "shots_from": [str(path) for path in pool_files], "seed": settings.seed, "instruction": task.instruction,
+        **_facts(files), "first_prompt": prompts[0].context, "shots_from": [str(path) for path in pool_files.paths],
+        "shots_sha256": pool_files.sha256, "seed": settings.seed, "instruction": task.instruction,
     }  # fmt: skip
+
+    same_text = not task.published or all(task.published in rows[i].values for i in chosen)
 
     def result(scores: Scores) -> Result:
         own = scores[: len(items)]
@@ -111,7 +133,7 @@ def _prepare_task(task: Task, settings: Settings, positions: int, world: World) 
         for name in task.scores:
             found = values_of(name, items, own, without)
             value, error = perplexity(found) if "perplexity" in name else accuracy(found)
-            values.append(Value(name, SCORES[name], value, error, known_scores(task.name, name, shots)))
+            values.append(Value(name, CONVENTIONS[name], value, error, known_scores(task.name, name, shots, same_text)))
         text = task.shot_text if shots and task.shot_text else task.text
         cut = sum(any(tokens.cut for tokens in group) for group in groups)
         dropped = sum(p.dropped for p in prompts)
@@ -129,7 +151,12 @@ def _prepare_task(task: Task, settings: Settings, positions: int, world: World) 
                 ],
             }  # fmt: skip
 
-    return Exam(task.name, groups + (extra.groups if extra else []), result, told)
+    return Exam(task.name, len(items), groups + (extra.groups if extra else []), result, told)
+
+
+def _facts(files: Files) -> dict[str, Any]:
+    """The part of a result's details about its files."""
+    return {"files": [str(path) for path in files.paths], "sha256": files.sha256, "commit": files.commit}
 
 
 def _limited(rows: int, limit: int) -> list[int]:
@@ -142,22 +169,23 @@ def _limited(rows: int, limit: int) -> list[int]:
     return order
 
 
-def _pool(task: Task, settings: Settings, shots: int, own: list[Item], world: World) -> tuple[list[Item], list[Path]]:
+def _pool(task: Task, settings: Settings, shots: int, own: list[Item], world: World) -> tuple[list[Item], Files]:
     """The rows that examples are drawn from, and their files."""
     train = task.source.training()
     if settings.shots_from:
-        files = [named_path(settings.shots_from)]
-        if not files[0].is_file():
+        path = named_path(settings.shots_from)
+        if not path.is_file():
             raise UserError(f"--shots-from {settings.shots_from}: no such file")
-    elif train is None:  # the paper draws from the exam itself where there is nothing else
-        return own, []
+        files = same_files([path], world)
+    elif train is None:  # the paper draws from the exam itself if there is nothing else
+        return own, Files([], "")
     elif settings.data and not is_there(train, settings.data):
         names = " or ".join(f"{name}.jsonl" for name in train.names)
         ways = f"put {names} there, or name a file with --shots-from"
         raise UserError(f"{task.name}: {settings.data} has no training rows to draw {shots} shots from; {ways}")
     else:
         files = find_files(train, settings.data, world)
-    return task.items(read_rows(files), shots), files
+    return task.items(read_rows(files.paths), shots), files
 
 
 class _Unconditional:
@@ -191,19 +219,20 @@ def _prepare_text(task: TextTask, settings: Settings, positions: int, world: Wor
     if settings.stride > positions:
         raise UserError(f"--stride {settings.stride} is more than the model's {positions} positions; lower it")
     if task.name.startswith(TEXT):
-        files = [_text_file(task.name)]
-        texts = task.documents(read_rows(files)) if is_rows(files[0]) else [read_text(files[0])]
+        files = same_files([_text_file(task)], world)
+        (path,) = files.paths
+        texts = task.documents(read_rows([path])) if is_rows(path) else [read_text(path)]
     else:
         files = find_files(task.source, settings.data, world)
-        texts = task.documents(read_rows(files))
+        texts = task.documents(read_rows(files.paths))
     published = [text for text in texts if text.strip()]
     if not published:
-        raise UserError(f"{files[0]}: holds no text")
+        raise UserError(f"{files.paths[0]}: holds no text")
     stride = settings.stride or positions
     cut = windows(published, [task.detokenized(text) for text in published], positions, stride)
     groups = cut.groups[: settings.limit or None]
     how = f"windows of {positions} tokens, stride {stride}, detokenizer {task.detokenizer}"
-    details = {"files": [str(path) for path in files], "sha256": checksum(files), "stride": stride}
+    details = {**_facts(files), "stride": stride}
 
     def result(scores: Scores) -> Result:
         values = text_values(task.name, [row[0] for row in scores], cut, how)
@@ -214,11 +243,11 @@ def _prepare_text(task: TextTask, settings: Settings, positions: int, world: Wor
         for i, (answer,) in enumerate(scores):
             yield {"task": task.name, "window": i, **answer._asdict()}
 
-    return Exam(task.name, groups, result, told)
+    return Exam(task.name, len(groups), groups, result, told)
 
 
-def _text_file(name: str) -> Path:
-    path = named_path(name.removeprefix(TEXT))
+def _text_file(task: TextTask) -> Path:
+    path = named_path(task.source.path)
     if not path.is_file():
-        raise UserError(f"{name}: no such file")
+        raise UserError(f"{task.name}: no such file")
     return path

@@ -29,16 +29,15 @@ def opened(found: NamedModel, world: World, engine: str, precision: str) -> Iter
             with torch.no_grad(), torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
                 yield model
             return
-        with filled(found, world, engine, precision).evaluation(any_shape=True) as sharded:
+        with _called(filled(found, world, engine), precision) as sharded:
             yield sharded
 
 
-def filled(found: NamedModel, world: World, engine: str, precision: str) -> Engine:
-    """An engine at its first step, with the model's weights."""
+def filled(found: NamedModel, world: World, engine: str) -> Engine:
+    """An engine in fp32 at its first step, with the model's weights."""
     context = found.config.context
     train = TrainConfig(
-        tokens=context * world.size, batch_tokens=context * world.size, micro_batch=1,
-        precision=precision, compile=False,  # type: ignore[arg-type]
+        tokens=context * world.size, batch_tokens=context * world.size, micro_batch=1, precision="fp32", compile=False,
     )  # fmt: skip
     settings = EngineConfig(name="fsdp") if engine == "fsdp" else EngineConfig(name="zero", stage=3)
     model = dataclasses.replace(found.config, dropout=0.0)
@@ -55,14 +54,19 @@ def filled(found: NamedModel, world: World, engine: str, precision: str) -> Engi
 def examined(engine: Engine) -> Iterator[Model]:
     """The model of a run that trains, in the precision of `evaluation.precision`, without gradients. Every rank enters,
     and calls the model equally often."""
-    train, precision = engine.config.train, engine.config.evaluation.precision
-    with exact_products():
-        if train.precision == precision == "fp32":  # then its residual stream and its linear layers are fp32, too
-            with engine.evaluation(any_shape=True) as model:
-                yield model
-        else:
-            with full_precision(engine, DTYPES[precision]) as model:
-                yield model
+    with exact_products(), _called(engine, engine.config.evaluation.precision) as model:
+        yield model
+
+
+@contextlib.contextmanager
+def _called(engine: Engine, precision: str) -> Iterator[Model]:
+    """The engine's model with fp32 weights, and matrix products in `precision`: the same bits under every engine."""
+    if engine.config.train.precision == precision == "fp32":  # then residual stream and linear layers are fp32, too
+        with engine.evaluation(any_shape=True) as model:
+            yield model
+    else:  # in bf16, FSDP and ZeRO would round whole weights, those of norms and embeddings, too
+        with full_precision(engine, DTYPES[precision]) as model:
+            yield model
 
 
 @contextlib.contextmanager

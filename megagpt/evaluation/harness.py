@@ -127,7 +127,7 @@ class HarnessModel(TemplateLM):
         with closing(ShownProgress("harness, texts", len(prompts), self._world.is_main)) as progress:
             for first_row, batch in ours:
                 mine |= self._generate(first_row, batch)
-                progress.done(len(prompts) * len(mine) / sum(len(batch) for _, batch in ours))
+                progress.done(len(mine) / sum(len(batch) for _, batch in ours))
         texts: dict[int, str] = {}
         for part in self._world.gather_objects(mine):
             texts |= part

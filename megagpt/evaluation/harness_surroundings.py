@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness finds when it is called, and what it leaves: network, random generators, output."""
+"""The surroundings of lm-evaluation-harness while it is called: network, random generators, output."""
 
 import contextlib
 import importlib
@@ -15,7 +15,7 @@ import torch
 from megagpt.world import World
 
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
-# The same where it has been read already, at the import.
+# The same, of modules that have read it already, at their import.
 _SWITCHES = [
     ("huggingface_hub.constants", "HF_HUB_OFFLINE"), ("datasets.config", "HF_HUB_OFFLINE"),
     ("datasets.config", "HF_DATASETS_OFFLINE"), ("evaluate.config", "HF_EVALUATE_OFFLINE"),

@@ -53,9 +53,9 @@ def _manager(folders: Sequence[str], defaults: bool = True) -> Any:
 
 
 def load_tasks(asked: Asked, world: World) -> list[Any]:
-    """Tasks and groups of the harness, with their rows. Every rank calls it; the main rank fetches rows first, so that
-    the others find them in the cache. Raises UserError for a name that does not exist, with the nearest one, and for
-    rows that cannot be had."""
+    """Tasks and groups of the harness, with their rows. Every rank calls it; one rank of each host fetches rows first,
+    so that the others find them in the cache. Raises UserError for a name that does not exist, with the nearest one,
+    and for rows that cannot be had."""
     with surroundings(world, asked.download):
         manager = _manager(asked.folders, defaults=False)
         if not all(name in manager.all_subtasks or _is_file(name) for name in asked.names):
@@ -66,8 +66,8 @@ def load_tasks(asked: Asked, world: World) -> list[Any]:
         def load() -> None:
             found.extend(_load(manager, names, asked.download))
 
-        world.from_main(load)
-        if not world.is_main:
+        world.once_per_host(load, "loads the harness's tasks")  # fetching may take longer than a collective
+        if not found:
             load()
         return found
 

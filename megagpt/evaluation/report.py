@@ -1,4 +1,4 @@
-"""What an exam shows on the way and at its end: rate and time left; a table with references."""
+"""An exam's output: on the way, its rate and the time left; at the end, a table with references."""
 
 import sys
 import time
@@ -18,8 +18,8 @@ _PLAIN_SECONDS = 10.0  # between two lines of a log
 class ShownProgress(Progress):
     """Shows items done, items/s and the time left: a bar on a terminal, plain lines in a log; on the main rank."""
 
-    def __init__(self, name: str, groups: int, is_main: bool, interrupted: Callable[[], bool] = lambda: False) -> None:
-        self._name, self._groups, self._shows, self._interrupted = name, groups, is_main, interrupted
+    def __init__(self, name: str, items: int, is_main: bool, interrupted: Callable[[], bool] = lambda: False) -> None:
+        self._name, self._items, self._shows, self._interrupted = name, items, is_main, interrupted
         self._start = self._last = time.monotonic()
         self._bar: tqdm[Any] | None = None
         if is_main and sys.stderr.isatty():
@@ -28,13 +28,14 @@ class ShownProgress(Progress):
     def interrupted(self) -> bool:
         return self._interrupted()
 
-    def done(self, groups: float) -> None:
+    def done(self, share: float) -> None:
         now = time.monotonic()
-        if not self._shows or groups <= 0:
+        if not self._shows or share <= 0:
             return
-        rate = groups / max(now - self._start, 1e-9)
-        left = duration((self._groups - groups) / rate)
-        text = f"{self._name}: {groups / self._groups:.0%} | {groups:,.0f} items | {rate:,.1f} items/s | ETA {left}"
+        items = share * self._items
+        rate = items / max(now - self._start, 1e-9)
+        left = duration((self._items - items) / rate)
+        text = f"{self._name}: {share:.0%} | {items:,.0f} items | {rate:,.1f} items/s | ETA {left}"
         if self._bar is not None:
             self._bar.set_description_str(text)
         elif now - self._last > _PLAIN_SECONDS:

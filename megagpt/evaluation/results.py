@@ -44,13 +44,13 @@ class Result:
     """Rows in the file; more than `items` under a limit."""
     shots: int
     text: str
-    """What the model read, for people."""
+    """The text that the model read, for people."""
     cut_rows: int = 0
     """Rows whose left end was cut off, because they are longer than the model."""
     dropped_shots: int = 0
     """Examples that were left out, over all rows, because the model is too short for them."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Facts for a repetition: files, checksum, seed, the prompt of the first row."""
+    """Facts for a repetition: files, checksum, commit, seed, the prompt of the first row."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,20 +1,22 @@
 """Rows of exams: their files, and the checked values of one row.
 
 The files of a task have the names that its `Source` lists, with one of several endings; they lie in the folder that the
-user names, or come from the Hugging Face hub."""
+user names, or come from the Hugging Face hub at one commit. All ranks read the same bytes."""
 
 import codecs
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megagpt.console import warn
 from megagpt.data.compression import COMPRESSIONS, opened
-from megagpt.data.hub_files import asked, hub_file
+from megagpt.data.hub_files import asked, hub_file, hub_names
 from megagpt.data.readers import endings_of
-from megagpt.errors import ExpectedError, UserError, first_line
+from megagpt.errors import NoNetwork, TransientError, UserError, first_line
 from megagpt.files import is_lfs_pointer, named_path
 from megagpt.world import World
 
@@ -24,7 +26,7 @@ _LISTED = 8  # keys that a message names
 
 
 class Source(NamedTuple):
-    """The files of a task's rows. In paths on the hub, `*` stands for the numbers of a file's parts."""
+    """The files of a task's rows. In paths on the hub, `*` matches the numbers of a file's parts."""
 
     repository: str
     """Data set on the hub."""
@@ -35,10 +37,25 @@ class Source(NamedTuple):
     train: str = ""
     """The data set's file of rows to draw examples from; empty: there is none."""
     train_names: tuple[str, ...] = ()
+    commit: str = ""
+    """Commit of the data set; empty: the newest of `branch`."""
+    branch: str = "main"
 
     def training(self) -> "Source | None":
         """The source of rows to draw examples from."""
-        return Source(self.repository, self.train, self.train_names) if self.train else None
+        if not self.train:
+            return None
+        return Source(self.repository, self.train, self.train_names, commit=self.commit, branch=self.branch)
+
+
+class Files(NamedTuple):
+    """Files of rows that are here, the same on every rank."""
+
+    paths: list[Path]
+    sha256: str
+    """Over the bytes of all of them."""
+    commit: str = ""
+    """Of the data set on the hub; empty: they are the user's own."""
 
 
 class Row(NamedTuple):
@@ -92,56 +109,101 @@ class Row(NamedTuple):
         return UserError(f"{self.place}: {text}; fix or remove the row, or fetch the file again")
 
 
-def find_files(source: Source, data: str, world: World) -> list[Path]:
+def find_files(source: Source, data: str, world: World) -> Files:
     """The files of a source, in order: in the folder `data`, or from the hub if that is empty. Every rank calls it.
-    Raises UserError with the names that were looked for."""
+    Raises UserError with the names that were looked for, and as `same_files` does."""
     if not data:
-        return world.once_per_host(lambda: hub_files(source), f"fetches {source.repository}")
+        commit = source.commit or world.from_main(lambda: newest_commit(source))
+        paths = world.once_per_host(lambda: hub_files(source, commit), f"fetches {source.repository}")
+        return same_files(paths, world, commit)
     if found := _local(source, _folder(data)):
-        return found
+        return same_files(found, world)
     names = ", ".join(f"{name}.jsonl" for name in source.names)
     tried = f"{names}, {source.repository}/{source.path}"
     raise UserError(f"{data}: looked for {tried}; found none; .json, .parquet, .gz and .zst will do, too")
 
 
-def is_there(source: Source, data: str) -> bool:
-    """Whether the folder `data` has the source's files."""
-    return bool(_local(source, _folder(data)))
+def same_files(paths: list[Path], world: World, commit: str = "") -> Files:
+    """The files, if they hold the same bytes on every rank: with other rows, ranks would wait for each other for ever.
+    Every rank calls it. Raises UserError, on every rank, with the hosts whose files differ from the main rank's."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    sha256 = digest.hexdigest()
+    found = world.gather_objects((world.host, sha256))
+    (main, expected), *others = found
+    if differing := list(dict.fromkeys(host for host, theirs in others if theirs != expected)):
+        more = f" and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
+        problem = f"exam rows on {', '.join(differing[:_LISTED])}{more} differ from those on {main}"
+        raise UserError(f"{paths[0]}: {problem}; copy the files of {main} to every host")
+    return Files(paths, sha256, commit)
 
 
-def hub_files(source: Source) -> list[Path]:
-    """The files of a source in the hub's cache, fetched if they are not there, all of one commit: the newest of the
-    branch main, or the one that came into the cache last if the hub cannot be reached. Raises UserError, and
-    TransientError if the hub is down."""
+def is_there(source: Source, data: str, fits: Callable[[Row], bool] = lambda row: True) -> bool:
+    """Whether the folder `data` has the source's files. `fits`: whether a row is one of the task; asked if neither a
+    file's nor a folder's name tells, as in a copy of a data set's folder."""
+    folder = _folder(data)
+    if _named(source, folder):
+        return True
+    first = next((row for path in _parts(source, folder) for row in _read(path)), None)
+    return first is not None and fits(first)
+
+
+def newest_commit(source: Source) -> str:
+    """The commit of the data set's branch. If the hub cannot be reached: that of the source's files that came into
+    the hub's cache last. Raises UserError, and TransientError if the hub is down and the cache has none."""
     from huggingface_hub import HfApi
 
-    repository, bring = source.repository, (f"--include '{source.path}'",)
-
-    def ask() -> tuple[str, list[str]]:
-        found = HfApi().dataset_info(repository)
-        return found.sha or "main", [file.rfilename for file in found.siblings or []]
-
+    repository = source.repository
     try:
-        commit, names = asked(repository, source.path, "main", "dataset", bring, ask)
-    except ExpectedError:
-        if found := _cached(source):
-            return found
-        raise
-    wanted = sorted(name for name in names if fnmatch.fnmatchcase(name, source.path))
+        return asked(
+            repository, source.path, source.branch, "dataset", _bring(source),
+            lambda: HfApi().dataset_info(repository, revision=source.branch).sha or source.branch,
+        )  # fmt: skip
+    except (NoNetwork, TransientError) as error:
+        commits = sorted(_cache(source).glob("snapshots/*"), key=lambda path: path.stat().st_mtime)
+        found = next((path.name for path in reversed(commits) if _cached(source, path.name)), None)
+        if found is None:
+            raise
+        why = "the hub is down" if isinstance(error, TransientError) else "the hub cannot be asked"
+        warn(f"{repository}: {why}: its commit is {found}, the one that came into the cache last")
+        return found
+
+
+def hub_files(source: Source, commit: str) -> list[Path]:
+    """The files of a source at a commit, in the hub's cache, fetched if they are not there, and proved by the hub's
+    checksums. Raises UserError, and TransientError if the hub is down."""
+    repository, bring = source.repository, _bring(source)
+    wanted = _cached(source, commit)
     if not wanted:
-        there = ", ".join(sorted(names)[:_LISTED]) or "nothing"
-        way = "bring the rows as a file, and name its folder with --data (or evaluation.data)"
-        raise UserError(f"{repository}: has no file {source.path} at {commit}; it has: {there}; {way}")
+        names = hub_names(repository, commit, "dataset", bring)
+        wanted = [name for name in names if fnmatch.fnmatchcase(name, source.path)]
+        if not wanted:
+            there = ", ".join(names[:_LISTED]) or "nothing"
+            way = "bring the rows as a file, and name its folder with --data (or evaluation.data)"
+            raise UserError(f"{repository}: has no file {source.path} at {commit}; it has: {there}; {way}")
     return [hub_file(repository, name, commit, "dataset", bring) for name in wanted]
 
 
-def _cached(source: Source) -> list[Path]:
-    """The source's files of the commit that came into the hub's cache last."""
+def _bring(source: Source) -> tuple[str, ...]:
+    return (f"--include '{source.path}'",)
+
+
+def _cache(source: Source) -> Path:
+    """The data set's folder in the hub's cache."""
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{source.repository.replace('/', '--')}"
-    commits = sorted(folder.glob("snapshots/*"), key=lambda path: path.stat().st_mtime)
-    return next((found for commit in reversed(commits) if (found := sorted(commit.glob(source.path)))), [])
+    return Path(constants.HF_HUB_CACHE) / f"datasets--{source.repository.replace('/', '--')}"
+
+
+def _cached(source: Source, commit: str) -> list[str]:
+    """The names of the source's files in the cache, in order; none if a part is missing."""
+    folder = _cache(source) / "snapshots" / commit
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.glob(source.path))
+    if "*" not in source.path:
+        return names
+    numbers = [re.search(r"-of-(\d+)[-.]", name) for name in names]
+    return names if all(number and int(number[1]) == len(names) for number in numbers) else []
 
 
 def _folder(data: str) -> Path:
@@ -152,6 +214,10 @@ def _folder(data: str) -> Path:
 
 
 def _local(source: Source, folder: Path) -> list[Path]:
+    return _named(source, folder) or _parts(source, folder)
+
+
+def _named(source: Source, folder: Path) -> list[Path]:
     for name in source.names:
         for kind in _KINDS:
             for compression in ("", *COMPRESSIONS):
@@ -159,10 +225,12 @@ def _local(source: Source, folder: Path) -> list[Path]:
                 if path.is_file() and not (compression and kind == ".parquet"):
                     return [path]
     # A copy of the data set's own folder.
-    for place in (folder / source.repository, folder / source.repository.rpartition("/")[2], folder):
-        if found := sorted(path for path in place.glob(source.path) if path.is_file()):
-            return found
-    return []
+    copies = (folder / source.repository, folder / source.repository.rpartition("/")[2])
+    return next((found for copy in copies if (found := _parts(source, copy))), [])
+
+
+def _parts(source: Source, folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob(source.path) if path.is_file())
 
 
 def read_rows(paths: list[Path]) -> list[Row]:
@@ -190,14 +258,6 @@ def is_rows(path: Path) -> bool:
 
 def _is_text(path: Path) -> bool:
     return endings_of(path)[0] in _TEXTS
-
-
-def checksum(paths: list[Path]) -> str:
-    """SHA-256 over the bytes of the files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _read(path: Path) -> Iterator[Row]:

@@ -44,8 +44,8 @@ class Progress:
         """Whether to end early; the same answer on every rank."""
         return False
 
-    def done(self, groups: float) -> None:
-        """So many groups are done, out of those of this call."""
+    def done(self, share: float) -> None:
+        """`share` of this call's work is done; 1: all."""
 
 
 def score(
@@ -73,7 +73,7 @@ def score(
         if mine < len(todo):
             _add(found, batch, values)
         finished += sum(map(len, todo[start : start + world.size]))
-        progress.done(len(groups) * finished / len(packs))
+        progress.done(finished / len(packs))
     if world.size > 1:
         everywhere = found.to(world.device)
         dist.all_reduce(everywhere)  # one rank's values and zeros of the others: exact

@@ -6,18 +6,6 @@ from typing import NamedTuple
 
 from megagpt.evaluation.rows import Row, Source, unknown_schema
 
-SCORES = {
-    "mean_token": "the option with the highest mean log-likelihood per token",
-    "mean_byte": "the option with the highest mean log-likelihood per byte",
-    "mean_char": "the option with the highest mean log-likelihood per character (acc_norm)",
-    "sum": "the option with the highest log-likelihood",
-    "unconditional": "the option with the highest log-likelihood, minus that of the option without its question",
-    "greedy": "each token of the answer is the likeliest one",
-    "last_token": "the last token of the answer is the likeliest one",
-    "perplexity": "perplexity of the last word",
-    "last_token_perplexity": "perplexity of the last token of the last word",
-}
-"""Name of a score -> how it is computed."""
 LAST_TOKEN = ("last_token", "last_token_perplexity")
 """Scores of the last token alone; the tokens before it are context."""
 
@@ -50,30 +38,41 @@ class Task:
     schemas: dict[tuple[str, ...], Callable[[Row], Item]]
     """Keys that a row must have -> how such a row is read. The first that fits is taken."""
     scores: tuple[str, ...]
-    """Names in SCORES; the first is the headline."""
+    """Keys of `references.exams.CONVENTIONS`; the first is the headline."""
     text: str
-    """What the model reads, for people."""
+    """The text that the model reads, for people."""
     paper_shots: int = 0
     """Examples in GPT-3's few-shot setting; 0: the paper names none."""
     shot_schemas: dict[tuple[str, ...], Callable[[Row], Item]] = field(default_factory=dict)
     """How rows are read if there are shots; empty: in the same way."""
     shot_text: str = ""
-    """What the model reads with shots, if that differs."""
+    """The same with shots, if that differs."""
     instruction: str = ""
     """Text before the first example, or before the row if there is none."""
     separator: str = "\n\n"
     """Text between two examples."""
     unconditional: str = "Answer:"
     """The context of an option without its question."""
+    published: str = ""
+    """A key that only rows with the published text have, by which references are scored; empty: all rows have it."""
 
     def items(self, rows: list[Row], shots: int = 0) -> list[Item]:
         """The items of rows. Raises UserError for one that cannot be read, with its place."""
         return [self._item(row, self.shot_schemas if shots and self.shot_schemas else self.schemas) for row in rows]
 
+    def fits(self, row: Row) -> bool:
+        """Whether the row has the keys that the task reads."""
+        return any(row.values.keys() >= set(keys) for keys in self.schemas)
+
     def _item(self, row: Row, schemas: dict[tuple[str, ...], Callable[[Row], Item]]) -> Item:
         for keys, read in schemas.items():
             if row.values.keys() >= set(keys):
-                return read(row)
+                item = read(row)
+                for number, (_, continuation) in enumerate(item.pairs, start=1):
+                    if not continuation.strip():
+                        what = f"option {number} of {len(item.pairs)}" if len(item.pairs) > 1 else "the answer"
+                        raise row.problem(f"{what} is empty")
+                return item
         raise unknown_schema(row, list(schemas))
 
 
@@ -91,6 +90,10 @@ class TextTask:
     columns: tuple[str, ...] = ("text",)
     """Keys that may hold the text."""
     paper_shots: int = 0
+
+    def fits(self, row: Row) -> bool:
+        """Whether the row has a text."""
+        return any(key in row.values for key in self.columns)
 
     def documents(self, rows: list[Row]) -> list[str]:
         """The texts as they are in the files, before they are detokenized."""

@@ -4,24 +4,46 @@ and the scores of lm-evaluation-harness 0.4."""
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megagpt.errors import UserError, did_you_mean
 from megagpt.evaluation import detokenizers
-from megagpt.evaluation.rows import Row, Source
+from megagpt.evaluation.rows import Row, Source, is_rows
 from megagpt.evaluation.task import Item, Task, TextTask, options
 
 _HARNESS = ("sum", "mean_char")
+# Commits of the data sets, so that scores of one name are those of the same rows. Data sets that are missing here are
+# read at the newest commit, which a result names.
+_COMMITS = {
+    "Rowan/hellaswag": "218ec52e09a7e7462a5400043bb9a69a41d06b76",
+    "EleutherAI/lambada_openai": "900124bf3b8235c6daf21033af9948b3f07346c4",
+    "baber/piqa": "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",
+    "allenai/ai2_arc": "210d026faf9955653af8916fad021475a3f00453",
+    "allenai/winogrande": "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
+    "allenai/openbookqa": "388097ea7776314e93a529163e0fea805b8a6454",
+    "aps/super_glue": "3de24cf8022e94f4ee4b9d55a6f539891524d646",
+    "Salesforce/wikitext": "b08601e04326c79dfdd32d625aee71d232d685c3",
+    "EleutherAI/arithmetic": "cf5ec4512aaa47cdebf02ca032b7af870528c272",
+    "EleutherAI/wikitext_document_level": "647234772b9554e208af6c826f23b99e3cac88c8",
+}
+
+
+def on_hub(
+    repository: str, path: str, names: tuple[str, ...], train: str = "", train_names: tuple[str, ...] = ()
+) -> Source:
+    """A source at the data set's commit."""
+    return Source(repository, path, names, train, train_names, _COMMITS.get(repository, ""))
 
 
 def parquet(repository: str, folder: str, split: str, names: str, train: str = "train") -> Source:
     """The source of a data set that the hub has as parquet: folder/split-00000-of-00001.parquet. `names`: of local
     files, the shortest last; each may also end in the split's name. `train`: the split of examples, if there is one."""
     known = names.split()
-    short = {"validation": ("_val", "_validation", ""), "test": ("_test", "", "_val", "_validation")}[split]
+    short = {"validation": ("_val", "_validation", ""), "test": ("_test", "")}[split]
     local = tuple(f"{name}{end}" for name in known for end in short)
     path = f"{folder}/{train}-*.parquet" if train else ""
-    return Source(repository, f"{folder}/{split}-*.parquet", local, path, tuple(f"{name}_train" for name in known))
+    return on_hub(repository, f"{folder}/{split}-*.parquet", local, path, tuple(f"{name}_train" for name in known))
 
 
 # --- completion of stories and sentences ------------------------------------------------------------------------------
@@ -49,17 +71,15 @@ _PARTS = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
 
 HELLASWAG = [
     Task("hellaswag", _HELLASWAG, {("ctx", "endings", "label"): _hellaswag}, ("mean_token", "sum"),
-         "context | ending", 20),
+         "context | ending", 20, published="ctx_a"),
     Task("hellaswag:gpt3", _HELLASWAG,
          {_PARTS: _hellaswag_cleaned, ("activity_label", "ctx", "endings", "label"): _hellaswag_cleaned},
-         ("mean_token", "sum"), "label: context | ending", 20),
+         ("mean_token", "sum"), "label: context | ending", 20, published="ctx_a"),
     Task("hellaswag:harness", _HELLASWAG, {_PARTS: _hellaswag_cleaned}, ("mean_char", "sum"),
          "label: context | ending", 20),
 ]  # fmt: skip
 
-_LAMBADA = Source(
-    "EleutherAI/lambada_openai", "default/test-*.parquet", ("lambada_openai", "lambada_test", "lambada"),
-)  # fmt: skip
+_LAMBADA = on_hub("EleutherAI/lambada_openai", "data/lambada_test.jsonl", ("lambada_openai", "lambada_test", "lambada"))
 
 
 def _split_word(row: Row) -> tuple[str, str]:
@@ -112,7 +132,10 @@ def _piqa(form: str) -> dict[tuple[str, ...], Any]:
     return {("goal", "sol1", "sol2", "label"): hub, ("query", "choices", "gold"): local}
 
 
-_PIQA = parquet("baber/piqa", "data", "validation", "piqa")
+_PIQA = on_hub(
+    "baber/piqa", "piqa_validation.parquet", ("piqa_val", "piqa_validation", "piqa"), "piqa_train.parquet",
+    ("piqa_train",),
+)  # fmt: skip
 
 PIQA = [
     Task("piqa", _PIQA, _piqa("{}"), ("mean_token", "sum"), "goal | solution", 50),
@@ -145,7 +168,8 @@ _ARC = {
 _OPENBOOKQA = parquet("allenai/openbookqa", "main", "test", "openbookqa obqa")
 
 QUESTIONS = [
-    *(Task(name, source, _arc("question", _QUESTION), ("unconditional", "sum"), "question, answer | choice", 50)
+    *(Task(name, source, _arc("question", _QUESTION), ("unconditional", "sum", "mean_token"),
+           "question, answer | choice", 50)
       for name, source in _ARC.items()),
     *(Task(f"{name}:harness", source, _arc("question", _QUESTION), _HARNESS, "question, answer | choice", 50)
       for name, source in _ARC.items()),
@@ -163,8 +187,10 @@ def _boolq(word: str) -> dict[tuple[str, ...], Any]:
 
 
 def _truth(row: Row) -> int:
-    answer = row.values.get("answer")  # of the original files
-    return int(answer) if isinstance(answer, bool) else row.label("label", 2)
+    for key in ("label", "answer"):  # SuperGLUE's own files, and BoolQ's
+        if isinstance(row.values.get(key), bool):
+            return int(row.values[key])
+    return row.label("label" if "label" in row.values else "answer", 2)
 
 
 def _copa(row: Row) -> Item:
@@ -232,21 +258,18 @@ _UNSCRAMBLE = "Please unscramble the letters into a word, and write that word:"
 
 
 def _written(row: Row) -> Item:
-    answer = row.text("completion")
-    if not answer.strip():
-        raise row.problem("'completion' is empty")
-    return Item(((row.text("context"), answer),))
+    return Item(((row.text("context"), row.text("completion")),))
 
 
-def _exact(name: str, repository: str, file: str, text: str, shots: int, instruction: str = "") -> Task:
-    stem = file.rpartition("/")[2]
-    source = Source(repository, f"{file}.jsonl", (stem, name))
+def _exact(name: str, file: str, repository: str, path: str, text: str, shots: int, instruction: str = "") -> Task:
+    """`file`: the name that OpenAI's release gives the rows."""
+    source = on_hub(repository, path, (file, name))
     schemas: dict[tuple[str, ...], Any] = {("context", "completion"): _written}
     return Task(name, source, schemas, ("greedy",), text, shots, instruction=instruction, separator="")
 
 
 ARITHMETIC = [
-    _exact(f"arithmetic_{short}", "EleutherAI/arithmetic", f"data/{file}", "question | number", 50)
+    _exact(f"arithmetic_{short}", file, "EleutherAI/arithmetic", f"data/{file}.jsonl", "question | number", 50)
     for short, file in {
         "1dc": "single_digit_three_ops", "2da": "two_digit_addition", "2ds": "two_digit_subtraction",
         "2dm": "two_digit_multiplication", "3da": "three_digit_addition", "3ds": "three_digit_subtraction",
@@ -255,7 +278,9 @@ ARITHMETIC = [
     }.items()
 ]  # fmt: skip
 SCRAMBLING = [
-    _exact(name, "EleutherAI/unscramble", file, "instruction, letters | word", 100, _UNSCRAMBLE)
+    # EleutherAI/unscramble has a loading script only.
+    _exact(name, file, "lighteval/GPT3_unscramble", f"data/{file}-*.parquet", "instruction, letters | word", 100,
+           _UNSCRAMBLE)
     for name, file in {
         "anagrams1": "mid_word_1_anagrams", "anagrams2": "mid_word_2_anagrams",
         "cycle_letters": "cycle_letters_in_word", "random_insertion": "random_insertion_in_word",
@@ -272,11 +297,13 @@ TEXTS = [
     TextTask("wikitext103",
              parquet("Salesforce/wikitext", "wikitext-103-raw-v1", "test", "wikitext103 wikitext-103 wiki.test",
                      train=""), detokenizers.wikitext, "WikiText's"),
-    TextTask("wikitext:harness", Source("EleutherAI/wikitext_document_level", "wikitext-2-raw-v1/test-*.parquet",
+    TextTask("wikitext:harness", on_hub("EleutherAI/wikitext_document_level",
+                                        "wikitext-2-raw-v1/wikitext-2-raw-v1-test.parquet",
                                         ("wikitext_document_level", "wikitext2_pages")),
              detokenizers.wikitext, "WikiText's", by_document=True, columns=("page", "text")),
-    TextTask("ptb", Source("ptb-text-only/ptb_text_only", "penn_treebank/test-*.parquet",
-                           ("ptb_test", "ptb.test", "ptb")),
+    # Its branch main has a loading script only.
+    TextTask("ptb", Source("ptb-text-only/ptb_text_only", "penn_treebank/test/0000.parquet",
+                           ("ptb_test", "ptb.test", "ptb"), branch="refs/convert/parquet"),
              detokenizers.ptb, "PTB's", columns=("sentence", "text")),
 ]  # fmt: skip
 
@@ -289,7 +316,7 @@ GROUPS = {
     "scrambling": [task.name for task in SCRAMBLING],
     "all": [name for name in TASKS if ":" not in name],
 }
-"""Names that stand for several tasks."""
+"""Names of several tasks together."""
 TEXT = "text:"
 """Start of the name of a task that measures the perplexity of a user's own file, such as text:book.txt."""
 
@@ -301,7 +328,9 @@ def find_tasks(names: Sequence[str]) -> list[Task | TextTask]:
     for name in names:
         if name.startswith(TEXT) and len(name) > len(TEXT):
             columns = ("text", "page", "sentence")
-            found[name] = TextTask(name, Source("", name.removeprefix(TEXT), ()), str, "none", columns=columns)
+            file = name.removeprefix(TEXT)
+            source, by_document = Source("", file, ()), is_rows(Path(file))
+            found[name] = TextTask(name, source, str, "none", by_document, columns)
             continue
         if name not in TASKS and name not in GROUPS:
             raise UserError(f"task {name!r} does not exist: {did_you_mean(name, [*TASKS, *GROUPS, 'text:FILE'])}")

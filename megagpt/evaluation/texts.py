@@ -39,8 +39,8 @@ def windows(published: Sequence[str], texts: Sequence[str], positions: int, stri
 
 
 def text_values(task: str, scores: Sequence[Score], cut: Windows, how: str) -> list[Value]:
-    """Perplexity per word of the published text, per token, and bits per byte. If windows were left out, the words and
-    bytes of the rest are unknown, and only the value per token is given."""
+    """Perplexity per token, the headline; per word of the published text; bits per byte. If windows were left out, the
+    words and bytes of the rest are unknown, and only the value per token is given."""
     sums, counts = [score.log_likelihood for score in scores], [score.tokens for score in scores]
     per_token, error = perplexity(sums, counts)
     found = [_value(task, "per_token_perplexity", f"perplexity per token, {how}", per_token, error)]
@@ -52,8 +52,8 @@ def text_values(task: str, scores: Sequence[Score], cut: Windows, how: str) -> l
     of_word = None if deviation is None else per_word * deviation / cut.words
     of_bytes = cut.bytes * math.log(2)
     return [
-        _value(task, "per_word_perplexity", f"perplexity per word of the published text, {how}", per_word, of_word),
         *found,
+        _value(task, "per_word_perplexity", f"perplexity per word of the published text, {how}", per_word, of_word),
         _value(
             task, "bits_per_byte", f"bits per byte of the published text, {how}", total / of_bytes,
             None if deviation is None else deviation / of_bytes,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megagpt.console import warn
 from megagpt.data.hub_files import cached, commit_of, hub_file, hub_names, is_commit
-from megagpt.errors import ExpectedError, UserError
-from megagpt.exchange.tokenizer_files import TOKENIZER_FILES
+from megagpt.errors import NoNetwork, TransientError, UserError
+from megagpt.exchange.tokenizer_files import TOKENIZER_FILES, VOCABULARIES, check_names, check_tokenizer
 from megagpt.models.hf_files import WEIGHTS_AND_INDEX, read_mapping
 from megagpt.models.huggingface import read_config
 
@@ -20,7 +20,7 @@ _COMMITS = {
 }
 SHORT_NAMES = {repo.partition("/")[2]: repo for repo in _COMMITS}
 _NAME = re.compile(r"(?:https://huggingface\.co/)?([A-Za-z0-9][\w.-]*/[\w.-]+?)/?")
-# What `hf download` takes for the files that are needed.
+# Arguments of `hf download` that bring the files that are needed.
 _BRING = ("--include '*.json'", "--include '*.txt'", "--include '*.safetensors'")
 _PICKLES = "--include 'pytorch_model*.bin'"
 
@@ -57,40 +57,50 @@ def resolve(name: HubName) -> HubName:
 def fetch(name: HubName) -> Path:
     """The folder in the hub's cache with config, weights and, if there is one, tokenizer of a model at a commit.
     Weights in PyTorch's own format are fetched only if there are no safetensors. Raises UserError, before weights are
-    fetched, if it is no GPT-2."""
+    fetched, if it is no GPT-2 or has another tokenizer."""
     repo, commit = name.repo, name.revision
     folder = hub_file(repo, "config.json", commit, bring=_BRING).parent
     read_config(folder)
-    for file in _known(name, *WEIGHTS_AND_INDEX[0]) or _listed(name):
+    known = (_known(name, *form) for form in WEIGHTS_AND_INDEX)
+    tokenizer, weights = next((files for files in known if files), None) or _listed(name, folder)
+    for file in tokenizer:
+        hub_file(repo, file, commit, bring=_BRING)
+    check_tokenizer(folder)
+    for file in weights:
         hub_file(repo, file, commit, bring=_BRING)
     return folder
 
 
-def _known(name: HubName, single: str, index: str) -> list[str]:
-    """The files, if weights of that form are in the cache: then the hub need not be asked. Else empty."""
+def _known(name: HubName, single: str, index: str) -> tuple[list[str], list[str]] | None:
+    """The files of the tokenizer and those of the weights, if the cache has a vocabulary, and weights of that form:
+    then the hub need not be asked."""
     tokenizer = [file for file in TOKENIZER_FILES if cached(name.repo, file, name.revision)]
+    if not set(VOCABULARIES) & set(tokenizer):
+        return None
     if cached(name.repo, single, name.revision):
-        return [single, *tokenizer]
-    if found := cached(name.repo, index, name.revision):
-        return [index, *_parts(found), *tokenizer]
-    return []
+        return tokenizer, [single]
+    found = cached(name.repo, index, name.revision)
+    return (tokenizer, [index, *_parts(found)]) if found else None
 
 
-def _listed(name: HubName) -> list[str]:
-    """The files, by the hub's list of all that there are."""
+def _listed(name: HubName, folder: Path) -> tuple[list[str], list[str]]:
+    """The files of the tokenizer and those of the weights, by the hub's list of all that there are. `folder`: theirs in
+    the cache. Raises UserError if the tokenizer is of another kind, or if there are no weights."""
     repo, commit = name.repo, name.revision
     try:
         there = hub_names(repo, commit, bring=(*_BRING, _PICKLES))
-    except ExpectedError:
-        if pickles := _known(name, *WEIGHTS_AND_INDEX[1]):
-            return pickles
+    except (NoNetwork, TransientError) as error:
+        if any(cached(repo, file, commit) for form in WEIGHTS_AND_INDEX for file in form):
+            way = f"its weights are in the cache, but no tokenizer; if it has none, name the folder {folder}"
+            raise type(error)(f"{error}; {way}") from None
         raise
+    check_names(repo, there)
     tokenizer = [file for file in TOKENIZER_FILES if file in there]
     for single, index in WEIGHTS_AND_INDEX:
         if single in there:
-            return [single, *tokenizer]
+            return tokenizer, [single]
         if index in there:
-            return [index, *_parts(hub_file(repo, index, commit, bring=_BRING)), *tokenizer]
+            return tokenizer, [index, *_parts(hub_file(repo, index, commit, bring=_BRING))]
     names = " or ".join(single for single, _ in WEIGHTS_AND_INDEX)
     raise UserError(f"{repo}: holds no {names} at {commit}, nor an index of several; choose another model")
 

@@ -20,9 +20,11 @@ from megagpt.models.huggingface import Pretrained, is_pretrained, parameter_shap
 from megagpt.models.presets import ModelConfig
 from megagpt.world import World
 
-# Kinds of paths, for people.
-_PRETRAINED, _CHECKPOINT, _RUN = "a transformers folder", "a checkpoint", "a run"
-_NO_MODEL, _FILE, _NOTHING = "a folder without a model", "a file", "nothing"
+# Places that a name may mean on a disk, in words for errors.
+_PLACES = {
+    "run": "a run", "checkpoint": "a checkpoint", "folder": "a transformers folder",
+    "other": "a folder without a model", "file": "a file", "nothing": "no file or folder",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,14 @@ class NamedModel:
 def open_model(name: str, world: World | None = None) -> NamedModel:
     """The model of that name: a folder here, else a model on the hub, whose files are fetched if the hub's cache lacks
     them. `world`: its ranks, all of which call it; one on each machine fetches, and all get the same weights. Raises
-    UserError if there is none, if the path is not of the same kind on all hosts, if the model is no GPT-2, or if its
-    vocabulary or tokenizer is not GPT-2's."""
+    UserError if there is none, if it is no GPT-2, if its vocabulary or tokenizer is not GPT-2's, or if the name means
+    different things on different machines."""
     world = world or World.alone()
     path = named_path(name)
-    kind = _agreed(name, _kind(path), world)
-    found = _on_hub(name, world) if kind == _NOTHING else _in_folder(name, path, kind, world)
+    place = _common_place(name, path, world)
+    if place == "file":
+        raise UserError(f"{name}: a file, not a model's folder; name the folder that it is in")
+    found = _on_hub(name, world) if place == "nothing" else _in_folder(name, path, place, world)
     if found.config.vocab_size < VOCAB_SIZE:
         raise UserError(f"{name}: its vocabulary of {found.config.vocab_size} is not GPT-2's {VOCAB_SIZE}")
     if found.checkpoint is None:
@@ -75,43 +79,41 @@ def open_model(name: str, world: World | None = None) -> NamedModel:
     return found
 
 
-def _kind(path: Path) -> str:
-    """A path as this rank's disk shows it, for people."""
-    if not path.is_dir():
-        return _FILE if path.exists() else _NOTHING
+def _common_place(name: str, path: Path, world: World) -> str:
+    """The kind of place that the path is, one of _PLACES, on every rank. Raises UserError, on every rank, if hosts
+    differ: their ranks would go different ways, and wait for each other for ever."""
+    (main, place), *others = world.gather_objects((world.host, _place(path)))
+    if differing := next(((host, theirs) for host, theirs in others if theirs != place), None):
+        host, theirs = differing
+        way = "copy it to every host, or name a folder that all hosts share"
+        raise UserError(f"{name}: {_PLACES[theirs]} on {host}, but {_PLACES[place]} on {main}: {way}")
+    return place
+
+
+def _place(path: Path) -> str:
     if is_pretrained(path):
-        return _PRETRAINED
+        return "folder"
     if is_checkpoint(path):
-        return _CHECKPOINT
-    return _RUN if checkpoints_folder(path).is_dir() or (path / "config.yaml").exists() else _NO_MODEL
+        return "checkpoint"
+    if checkpoints_folder(path).is_dir() or (path / "config.yaml").exists():
+        return "run"
+    return "other" if path.is_dir() else "file" if path.exists() else "nothing"
 
 
-def _agreed(name: str, kind: str, world: World) -> str:
-    """The kind, if all ranks see the same one. Raises UserError with the first host that sees another."""
-    (first, wanted), *others = world.gather_objects((world.host, kind))
-    for host, other in others:
-        if other != wanted:
-            differing = f"{wanted} on {first}, but {other} on {host}"
-            raise UserError(f"{name}: {differing}; give all hosts the same folder at this path, or give it to none")
-    return kind
-
-
-def _in_folder(name: str, path: Path, kind: str, world: World) -> NamedModel:
-    if kind == _FILE:
-        raise UserError(f"{name}: a file, not a model's folder; name the folder that it is in")
-    if kind == _PRETRAINED:
+def _in_folder(name: str, path: Path, place: str, world: World) -> NamedModel:
+    if place == "folder":
         source = Pretrained(path)
         return NamedModel(name, "folder", path, source.config, source)
-    if kind == _NO_MODEL:
+    if place == "other":
         parts = "neither config.json (a transformers folder) nor checkpoints/ (a run), and is no checkpoint of a run"
         short = f"; OpenAI's model of that name is {SHORT_NAMES[name]}" if name in SHORT_NAMES else ""
         raise UserError(f"{name}: a folder without a model: it has {parts}{short}")
     # File systems may show ranks different states of a run that goes on.
     found = world.from_main(lambda: find_checkpoint(path))
-    if kind == _CHECKPOINT:
-        return NamedModel(name, "checkpoint", found.path, saved_config(found).model, found)
-    label = f"{name} at {found.meta.tokens_seen:,} tokens"
-    return NamedModel(label, "run", found.path, saved_config(found).model, found)
+    config = saved_config(found).model
+    if place == "checkpoint":
+        return NamedModel(name, "checkpoint", found.path, config, found)
+    return NamedModel(f"{name} at {found.meta.tokens_seen:,} tokens", "run", found.path, config, found)
 
 
 def _on_hub(name: str, world: World) -> NamedModel:

@@ -1,9 +1,11 @@
 """GPT-2's tokenizer as the files that `transformers` reads, made from the rank table; whether a folder's tokenizer is
 GPT-2's."""
 
+import fnmatch
 import functools
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,13 @@ from megagpt.errors import UserError
 from megagpt.models.hf_files import read_mapping
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+VOCABULARIES = ("vocab.json", "tokenizer.json")
+"""Those of them that hold the vocabulary; one is enough."""
+# Files of other tokenizers: SentencePiece's, WordPiece's, tiktoken's, fastBPE's, and Python's code of one.
+_FOREIGN = ("*.model", "vocab.txt", "*.tiktoken", "bpe.codes", "tokenization_*.py")
+_CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
+_OTHER = "another tokenizer than GPT-2's, which is the only one here"
+_WAY = "choose a model with GPT-2's tokenizer"
 _END = "<|endoftext|>"
 
 
@@ -50,15 +59,31 @@ def tokenizer_files(context: int) -> dict[str, str]:
 def check_tokenizer(folder: Path) -> None:
     """Raises UserError if a folder has a tokenizer that is not GPT-2's: its model, whose shape may be the same, means
     other text by the same ids. Tokens that were added behind GPT-2's are no difference."""
-    if (folder / "vocab.json").is_file():
-        path = folder / "vocab.json"
-        theirs: Any = read_mapping(path)
-    elif (folder / "tokenizer.json").is_file():
-        path = folder / "tokenizer.json"
-        model = read_mapping(path).get("model")
+    check_names(str(folder), [path.name for path in folder.iterdir()])
+    found = [folder / name for name in VOCABULARIES if (folder / name).is_file()]
+    for path in found:
+        _check_vocabulary(path)
+    settings = folder / "tokenizer_config.json"
+    if not found and settings.is_file():
+        name = read_mapping(settings).get("tokenizer_class")
+        if name not in (None, *_CLASSES):
+            raise UserError(f"{settings}: {_OTHER}: tokenizer_class is {name!r:.60}; {_WAY}")
+
+
+def check_names(place: str, names: Iterable[str]) -> None:
+    """Raises UserError if these names of a model's files have another kind of tokenizer, and no vocabulary as GPT-2's
+    tokenizer has it. `place`: for the message."""
+    names = sorted(names)
+    foreign = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in _FOREIGN)]
+    if foreign and not set(VOCABULARIES) & set(names):
+        raise UserError(f"{place}: {_OTHER}: it has {foreign[0]}, and no {' or '.join(VOCABULARIES)}; {_WAY}")
+
+
+def _check_vocabulary(path: Path) -> None:
+    theirs: Any = read_mapping(path)
+    if path.name == "tokenizer.json":
+        model = theirs.get("model")
         theirs = model.get("vocab") if isinstance(model, dict) else None
-    else:
-        return
     theirs = theirs if isinstance(theirs, dict) else {}
     # End-of-text may be listed apart from the vocabulary.
     ours = _vocabulary()
@@ -66,8 +91,7 @@ def check_tokenizer(folder: Path) -> None:
     if differing:
         first = differing[0]
         ids = f"token {first!r} is {theirs.get(first, 'missing')} in it, {ours[first]} in GPT-2's"
-        problem = f"another tokenizer than GPT-2's, which is the only one here: {ids}"
-        raise UserError(f"{path}: {problem}; {len(differing):,} differ in all; choose a model with GPT-2's tokenizer")
+        raise UserError(f"{path}: {_OTHER}: {ids}; {len(differing):,} differ in all; {_WAY}")
 
 
 def _vocabulary() -> dict[str, int]:

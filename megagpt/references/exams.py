@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from megagpt.models.presets import PRESETS
 
-# Convention -> how the score is computed.
 CONVENTIONS = {
     "mean_token": "the option with the highest mean log-likelihood per token",
+    "mean_byte": "the option with the highest mean log-likelihood per byte",
     "mean_char": "the option with the highest mean log-likelihood per character (acc_norm)",
     "sum": "the option with the highest log-likelihood",
     "unconditional": "the option with the highest log-likelihood, minus that of the option without its question",
@@ -23,9 +23,9 @@ CONVENTIONS = {
     "per_word_perplexity": "perplexity per word of the original text",
     "per_token_perplexity": "perplexity per token",
 }
+"""Name of a score -> how it is computed."""
 
 _GPT2, _GPT3 = (tuple(name for name in PRESETS if name.startswith(family)) for family in ("gpt2", "gpt3"))
-_SHOTS = {0: "", 1: ", one-shot"}
 # Sources.
 _PLOTS = "build-nanogpt, play.ipynb; llm.c, dev/vislog.ipynb"
 _SCRIPT = "build-nanogpt, hellaswag.py"
@@ -44,7 +44,7 @@ class Reference:
     """One model's score."""
 
     label: str
-    """The model, and its shots if it saw any: "GPT-2 124M", "GPT-3 XL, few-shot"."""
+    """The model, and its shots if it saw any: "GPT-2 124M", "GPT-3 XL, 20-shot"."""
     value: float
     """An accuracy from 0 to 1, or a perplexity."""
     convention: str
@@ -65,7 +65,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class _Row:
-    """One line of a table: the scores of a family's models, smallest first; None where none is known."""
+    """One line of a table: the scores of a family's models, smallest first; None for an unknown one."""
 
     task: str
     convention: str
@@ -81,7 +81,7 @@ class _Row:
         how = CONVENTIONS[self.convention] + (f"; {self.note}" if self.note else "")
         for model, value in zip(models, self.values, strict=False):
             if value is not None:
-                label = model_label(model) + _SHOTS.get(self.shots, ", few-shot")
+                label = model_label(model) + (f", {self.shots}-shot" if self.shots else "")
                 yield Reference(label, value, how, self.source, model, self.shots, self.firm, not self.note)
 
 

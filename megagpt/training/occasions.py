@@ -132,7 +132,7 @@ def _examine(run: Run) -> Work:
                     run.watchdog.phase(f"exam {name}")
                     return run.agree_to_stop(stop)
 
-                progress = ShownProgress(exam.name, len(exam.groups), run.world.is_main, interrupted)
+                progress = ShownProgress(exam.name, exam.items, run.world.is_main, interrupted)
                 try:
                     with contextlib.closing(progress):
                         held = exam.hold(model, run.world, progress)

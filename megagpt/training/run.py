@@ -194,7 +194,7 @@ def open_run(
         say("\n".join(describe(config, train_data, held_out)))
     if config.evaluation.tasks:
         say(f"reading exams: {', '.join(config.evaluation.tasks)}")
-    exams = exams_of(config, world)
+    exams = exams_of(config, world, starts)
     rates = world.from_main(lambda: find_rates(config, world.device)) if config.train.profile_steps else None
     say("building the model")
     engine = build_engine(config, world, initialized=False)

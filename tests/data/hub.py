@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Literal
+from urllib.parse import unquote
 
 REPOSITORY = "someone/small-edu"
 Fault = Literal["cut", "reset", "stalled", "corrupt", "busy", "silent"]
@@ -38,6 +39,8 @@ class Hub(ThreadingHTTPServer):
         self.fixed = commit
         self.past: dict[str, dict[str, bytes]] = {}
         """Files of earlier commits."""
+        self.branch = "main"
+        """The only one."""
         self.held = ""
         """The file with this name is not sent until `released`."""
         self.lost = ""
@@ -138,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
     @property
     def revision(self) -> str:
         named = re.search(r"/(?:revision|tree|resolve|paths-info|stored)/([^/?]+)", self.path)
-        return named[1] if named else "main"
+        return unquote(named[1]) if named else "main"
 
     @property
     def commit(self) -> str:
@@ -170,9 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse("RepoNotFound")
         elif self.server.gated:
             self.refuse("GatedRepo", 403 if "Authorization" in self.headers else 401, self.server.gated)
-        elif self.revision not in ("main", self.server.commit, *self.server.past):
+        elif self.revision not in (self.server.branch, self.server.commit, *self.server.past):
             self.refuse("RevisionNotFound")
-        elif re.fullmatch(rf"/api/{place}(/revision/[^/]+)?", path):
+        elif re.fullmatch(rf"/api/{place}(/revision/.+)?", path):
             siblings = [{"rfilename": name} for name in self.files]
             known = {"id": self.server.repository, "sha": commit, "private": False, "gated": False, "disabled": False}
             self.reply_json(known | {"tags": [], "downloads": 0, "likes": 0, "siblings": siblings})

@@ -194,7 +194,7 @@ def test_absent_sources_given_twice_are_refused(refusal: Refusal, tmp_path: Path
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["in place", "moved"])
-def test_a_resume_elsewhere_finds_relative_sources(
+def test_a_resume_elsewhere_finds_relative_sources_and_exams(
     moved: bool, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also if the run was moved together with its data."""
@@ -202,7 +202,12 @@ def test_a_resume_elsewhere_finds_relative_sources(
     for folder in (start, here):
         folder.mkdir()
     shutil.copytree(corpus, start / "text" / "shards")
-    config = write_tiny(start, corpus, run={"folder": "runs"}, data={"sources": [{"path": "text/shards"}]}, **SHORT)
+    (start / "text" / "lambada.jsonl").write_text('{"text": "a cat ran"}')
+    (start / "book.txt").write_text("A cat ran.")
+    config = write_tiny(
+        start, corpus, run={"folder": "runs"}, data={"sources": [{"path": "text/shards"}]},
+        evaluation={"tasks": ["lambada", "text:book.txt"], "data": "text"}, **SHORT,
+    )  # fmt: skip
     monkeypatch.chdir(start)
     assert main(["train", str(config)]) == 0
     if moved:
@@ -213,6 +218,9 @@ def test_a_resume_elsewhere_finds_relative_sources(
     assert main(["train", "--resume", str(run), "train.tokens=512"]) == 0
     assert f"text/shards: not in {here}; taken from {start}, where the run was started" in capsys.readouterr().out
     assert len(metrics(run)) == 4
+    assert [set(line) & {"exam/lambada", "exam/text:book.txt"} for line in metrics(run, "exam")] == [
+        {"exam/lambada", "exam/text:book.txt"}
+    ] * 2
     assert load_config(str(run / "config.yaml")).data.sources[0].path == "text/shards"
 
 

@@ -84,7 +84,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch:
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 
-def test_what_was_read_before_an_error_is_encoded() -> None:
+def test_documents_in_front_of_an_error_are_encoded() -> None:
     """The reader is some batches ahead of the writer."""
 
     def batches() -> Iterator[DocumentBatch]:

@@ -37,7 +37,7 @@ LONG = "x" * 300
         (["a.jsonl", "--out", LONG], "xxx...: the name is too long"),
     ],
 )
-def test_what_does_not_apply_is_refused(
+def test_options_that_do_not_apply_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal, arguments: list[str], part: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -54,7 +54,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]], int]] = {
         1,
     ),
     "piqa:harness": (
-        "baber/piqa/data/validation-00000-of-00001.parquet",
+        "baber/piqa/piqa_validation.parquet",
         {"goal": "To dry hair", "sol1": "air", "sol2": "sand", "label": 0},
         [("Question: To dry hair\nAnswer:", " air"), ("Question: To dry hair\nAnswer:", " sand")],
         0,
@@ -94,7 +94,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]], int]] = {
     ),
     "boolq": (
         "boolq_val.jsonl",
-        {"passage": "P -- a cat.", "question": "is p a cat", "label": 1},
+        {"passage": "P -- a cat.", "question": "is p a cat", "label": True},
         [("P -- a cat.\nquestion: is p a cat?\nanswer:", f" {a}") for a in ("no", "yes")],
         1,
     ),

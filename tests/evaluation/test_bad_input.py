@@ -35,6 +35,7 @@ def command(folder: Path, tmp_path: Path) -> list[str]:
         ("hellaswag", {**GOOD[0], "endings": []}, ["'endings' is []"]),
         ("hellaswag", {**GOOD[0], "ctx": None}, ["'ctx' is None, not text"]),
         ("hellaswag:harness", GOOD[0], ["line 1", "ctx_a + ctx_b"]),
+        ("hellaswag:gpt3", {**GOOD[0], "endings": ["a", "[title]"]}, ["line 2: option 2 of 2 is empty"]),
         ("lambada", {"text": "word"}, ["line 2", "no last word"]),
         ("winogrande", {**ROWS["winogrande"][1], "sentence": "no blank"}, ["no blank _"]),
         ("winogrande", {**ROWS["winogrande"][1], "answer": ""}, ["'answer' is ''", "1 to 2"]),
@@ -42,14 +43,16 @@ def command(folder: Path, tmp_path: Path) -> list[str]:
         ("copa", {**ROWS["copa"][1], "question": "why"}, ["'question' is 'why'"]),
         ("arc_easy", {**ROWS["arc_easy"][1], "answerKey": "E"}, ["'answerKey' is 'E', not one of 1, 2"]),
         ("arc_easy", {**ROWS["arc_easy"][1], "choices": {"text": ["a"], "label": []}}, ["'label' is []"]),
-        ("arithmetic_2da", {"context": "Q", "completion": " "}, ["'completion' is empty"]),
+        ("arithmetic_2da", {"context": "Q", "completion": " "}, ["line 2: the answer is empty"]),
+        ("lambada", {"context": "Q", "continuation": ""}, ["line 2: the answer is empty"]),
+        ("piqa", {"goal": "g", "sol1": "", "sol2": "x", "label": 1}, ["line 2: option 1 of 2 is empty"]),
     ],
 )  # fmt: skip
 def test_damaged_rows_are_named_by_file_and_line(
     task: str, row: dict[str, Any], parts: list[str], command: list[str], tmp_path: Path, refusal: Callable[..., str]
 ) -> None:
     good = GOOD[0] if task.startswith("hellaswag") else ROWS[task][1]
-    name = {"hellaswag:harness": "hellaswag", "arithmetic_2da": "two_digit_addition"}.get(task, task)
+    name = {"arithmetic_2da": "two_digit_addition"}.get(task, task.partition(":")[0])
     path = write(tmp_path / f"{name}.jsonl", [good, row])
     refusal([*command, task], str(path), *parts)
 
@@ -85,10 +88,15 @@ def test_tasks_folders_and_files_that_are_missing_are_named(
     refusal([*evaluate, "--tasks", "helaswag", *data], "'helaswag' does not exist", "did you mean hellaswag")
     refusal([*evaluate, "--tasks", ",", *data], "task '' does not exist")
     refusal([*evaluate, "--tasks", "copa", *data], str(tmp_path), "copa_val.jsonl", "aps/super_glue/copa/validation-*")
+    write(tmp_path / "arc_easy_val.jsonl", [ROWS["arc_easy"][1]])  # the exam is the test split
+    refusal([*evaluate, "--tasks", "arc_easy", *data], str(tmp_path), "looked for arc_easy_test.jsonl", "found none")
     refusal([*evaluate, *data], str(tmp_path), "holds no exam rows")
     refusal([*evaluate, "--data", str(tmp_path / "no")], "no such folder")
     refusal([*evaluate, "--tasks", "copa", "--data", str(folder / "config.json")], "no folder, but a file")
     write(tmp_path / "copa.jsonl", [ROWS["copa"][1]])
+    refusal([*evaluate, *data, "--shots-from", "no.jsonl"], "--shots-from is for solved examples; add --shots K")
+    refusal([*evaluate, *data, "--shots", "0", "--seed", "0"], "--seed is for solved examples")
+    refusal([*evaluate, *data, "--stride", "8"], "--stride is for texts", "text:FILE")
     refusal([*evaluate, *data, "--json", str(tmp_path)], f"--json {tmp_path}: is a folder")
     refusal([*evaluate, *data, "--rows", str(tmp_path / "no" / "x")], "--rows ", "is no folder")
 

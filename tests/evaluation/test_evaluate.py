@@ -11,6 +11,7 @@ import pytest
 
 from megagpt.cli import main
 from megagpt.data.tokenizer import gpt2
+from megagpt.evaluation import report
 from megagpt.evaluation.tasks import TASKS
 from tests.evaluation.conftest import POSITIONS, hellaswag, read_lines, write
 from tests.evaluation.schemas import ROWS
@@ -97,7 +98,7 @@ def test_batches_do_not_change_the_printed_digits(
 def test_a_limit_takes_the_same_rows_in_every_run(folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "hellaswag.jsonl", hellaswag(30))
     _, every = evaluate(folder, tmp_path, "hellaswag")
-    (result,), few = evaluate(folder, tmp_path, "hellaswag", "--limit", "7", "--seed", "3")
+    (result,), few = evaluate(folder, tmp_path, "hellaswag", "--limit", "7")
     assert (result["items"], result["of_items"]) == (7, 30)
     assert [line["row"] for line in few] == sorted(line["row"] for line in few)
     for line in few:
@@ -109,6 +110,30 @@ def test_a_limit_takes_the_same_rows_in_every_run(folder: Path, tmp_path: Path) 
     assert {line["row"] for line in few} < {line["row"] for line in more}
 
 
+def test_progress_counts_rows(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the options without their question, which are scored besides."""
+    monkeypatch.setattr(report, "_PLAIN_SECONDS", -1.0)
+    write(tmp_path / "arc_easy.jsonl", [{"query": f"q{i}", "choices": [f"a{i}", "b"], "gold": 0} for i in range(6)])
+    evaluate(folder, tmp_path, "arc_easy")
+    assert "arc_easy: 100% | 6 items |" in capsys.readouterr().out
+
+
+def test_references_tell_their_shots_and_whether_the_text_is_the_same(folder: Path, tmp_path: Path) -> None:
+    rows = hellaswag(3)
+    write(tmp_path / "piqa.jsonl", [{"goal": f"g{i}", "sol1": "a", "sol2": "b", "label": 0} for i in range(9)])
+    write(tmp_path / "piqa_train.jsonl", [{"goal": f"t{i}", "sol1": "a", "sol2": "b", "label": 0} for i in range(9)])
+    for raw in (True, False):
+        write(tmp_path / "hellaswag.jsonl", [{**row, **({"ctx_a": "x", "ctx_b": "y"} if raw else {})} for row in rows])
+        (result,), _ = evaluate(folder, tmp_path, "hellaswag")
+        same = {each["same_text"] for each in result["values"][0]["references"] if each["model"] == "gpt2-124m"}
+        assert same == {raw}
+    (result,), _ = evaluate(folder, tmp_path, "piqa", "--shots", "2")
+    known = {each["label"]: each["shots"] for each in result["values"][0]["references"]}
+    assert (known["GPT-2 124M, 10-shot"], known["GPT-3 125M, 50-shot"]) == (10, 50)
+
+
 def test_without_names_the_folders_exams_are_held(folder: Path, tmp_path: Path) -> None:
     for task in ("lambada", "copa", "arithmetic_2da"):
         file, row, *_ = ROWS[task]
@@ -118,6 +143,17 @@ def test_without_names_the_folders_exams_are_held(folder: Path, tmp_path: Path) 
     results = json.loads(out.read_text())["results"]
     assert [result["task"] for result in results] == ["lambada", "copa", "arithmetic_2da"]
     assert results[0]["details"]["first_prompt"] == "She saw a cat and called the"
+
+
+def test_a_copy_of_a_data_sets_folder_is_its_exam_only(folder: Path, tmp_path: Path) -> None:
+    """Other data sets have files of the same paths."""
+    out, part = tmp_path / "out.json", "data/validation-00000-of-00001.parquet"
+    write(tmp_path / "copy" / part, hellaswag(3))
+    write(tmp_path / "other" / part, [{"question": "Who?", "answer": "Eve"}])
+    write(tmp_path / "other" / "piqa.jsonl", [{"query": "q", "choices": ["a", "b"], "gold": 0}])
+    for data, task in (("copy", "hellaswag"), ("other", "piqa")):
+        assert main(["evaluate", str(folder), "--data", str(tmp_path / data), "--json", str(out)]) == 0
+        assert [result["task"] for result in json.loads(out.read_text())["results"]] == [task]
 
 
 def test_the_list_names_every_task(capsys: pytest.CaptureFixture[str]) -> None:

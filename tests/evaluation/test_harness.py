@@ -61,7 +61,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def evaluate(folder: Path, out: Path, *options: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What the command writes with --json and --rows."""
+    """The command's files of --json and --rows."""
     files = ["--json", str(out / "out.json"), "--rows", str(out / "rows.jsonl")]
     assert main(["evaluate", str(folder), *files, *options]) == 0
     return json.loads((out / "out.json").read_text()), read_lines(out / "rows.jsonl")
@@ -100,6 +100,7 @@ def test_our_exams_have_the_harnesss_numbers(
         expected, found = by_name(ours)[own], by_name(theirs)[task]
         for metric, score in names.items():
             assert found[metric]["value"] == pytest.approx(expected[score]["value"], rel=1e-6), (task, metric)
+            assert found[metric]["references"] == expected[score]["references"], (task, metric)
             if metric.startswith("acc"):  # of what is no mean, theirs is a bootstrap's, or there is none
                 assert found[metric]["standard_error"] == pytest.approx(expected[score]["standard_error"], rel=1e-6)
         (result,) = [result for result in theirs["results"] if result["task"] == task]
@@ -224,7 +225,7 @@ def test_ranks_have_the_same_answers(folder: Path, data: Path, tmp_path: Path) -
     assert first[1][0] == second[1][0], "sharded weights are gathered in step"
 
 
-def test_what_the_harness_refuses_is_one_line(
+def test_refusals_of_the_harness_are_one_line(
     folder: Path,
     data: Path,
     tmp_path: Path,
@@ -243,6 +244,10 @@ def test_what_the_harness_refuses_is_one_line(
         tmp_path, "beams", f"{data}/reversed_words.yaml", {"test": data / "reversed_words.jsonl"},
         generation_kwargs={"until": [], "num_beams": 4},
     )  # fmt: skip
+    harness_data.declare(
+        tmp_path, "words", f"{data}/reversed_words.yaml", {"test": data / "reversed_words.jsonl"},
+        generation_kwargs={"until": [], "max_gen_toks": "many"},
+    )  # fmt: skip
     command = ["evaluate", str(folder), "--harness", "--include-path", str(tmp_path), "--include-path", str(data)]
     for task, parts in {
         "absent": ["task absent: its rows are not in the Hugging Face cache", "without --download; add it"],
@@ -252,6 +257,7 @@ def test_what_the_harness_refuses_is_one_line(
     for task, part in {
         "long": "long: asks for max_gen_toks: 48, and the model has 48 positions: no room is left for a prompt",
         "beams": "beams: its generation_kwargs ask for num_beams: 4",
+        "words": "'many'; fix the task's yaml file",
         "piqa": "fewer rows to draw examples from than --shots asks for; lower it",
     }.items():  # behind the harness's own lines
         assert main([*command, "--tasks", task, "--shots", "13" if task == "piqa" else "0"]) == 2

@@ -1,11 +1,16 @@
-"""What `megagpt evaluate --harness` refuses before lm-evaluation-harness is imported."""
+"""`megagpt evaluate --harness` as far as it goes without lm-evaluation-harness."""
 
+import contextlib
+import dataclasses
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megagpt.evaluation import harness_tasks
+from megagpt.world import World
 from tests.conftest import Refusal
 
 
@@ -33,3 +38,33 @@ def test_options_of_the_other_kind_are_refused(
     found: Any = object()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     refusal(["evaluate", str(tmp_path), *options], *parts)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_rank_of_each_host_fetches_rows_first(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank loads them once, and no rank waits in a collective, which has a time limit."""
+    happened: list[str] = []
+
+    class Rank(World):
+        def once_per_host(self, function: Any, what: str) -> None:  # type: ignore[override]
+            if first:
+                function()
+            happened.append("host is ready")
+
+        def from_main(self, *arguments: Any) -> None:  # type: ignore[override]
+            raise AssertionError("waits in a collective")
+
+    def load(*arguments: Any) -> list[str]:
+        happened.append("load")
+        return ["task"]
+
+    monkeypatch.setattr(
+        harness_tasks,
+        "_manager",
+        lambda *arguments, **named: SimpleNamespace(all_subtasks=["piqa"], all_tasks=["piqa"]),
+    )
+    monkeypatch.setattr(harness_tasks, "_load", load)
+    monkeypatch.setattr(harness_tasks, "surroundings", lambda *arguments: contextlib.nullcontext())
+    rank = Rank(**{field.name: getattr(World.alone("cpu"), field.name) for field in dataclasses.fields(World)})
+    assert harness_tasks.load_tasks(harness_tasks.Asked(["piqa"]), rank) == ["task"]
+    assert happened == (["load", "host is ready"] if first else ["host is ready", "load"])

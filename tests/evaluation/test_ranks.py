@@ -45,12 +45,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def of_a_rank(folder: str, data: str, engines: list[str]) -> list[dict[str, Any]]:
-    """For each engine: the digest of all scores, the calls of the model, the values."""
+def of_a_rank(folder: str, data: str, engines: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """For each engine and precision: the digest of all scores, the calls of the model, the values."""
     with join("cpu") as world:
         found, results = open_model(folder, world), []
-        for engine in engines:
-            with opened(found, world, engine, "fp32") as model:
+        for engine, precision in engines:
+            with opened(found, world, engine, precision) as model:
                 calls = 0
 
                 def counted(*arguments: Any, model: Any = model, **named: Any) -> Any:
@@ -74,11 +74,16 @@ def of_a_rank(folder: str, data: str, engines: list[str]) -> list[dict[str, Any]
 
 
 def test_any_number_of_ranks_and_any_engine_have_the_same_bits(folder: Path, data: Path) -> None:
-    ((one,),) = run_ranks(1, of_a_rank, str(folder), str(data), ["ddp"])
+    (alone,) = run_ranks(1, of_a_rank, str(folder), str(data), [("ddp", "fp32"), ("ddp", "bf16")])
+    expected = dict(zip(("fp32", "bf16"), alone, strict=True))
+    assert expected["fp32"]["digest"] != expected["bf16"]["digest"]
     for ranks in (2, 4):
-        found = run_ranks(ranks, of_a_rank, str(folder), str(data), ["ddp", "fsdp", "zero"])
-        for i, engine in enumerate(("ddp", "fsdp", "zero")):
-            assert {results[i]["digest"] for results in found} == {one["digest"]}, (ranks, engine)
+        cases = [(engine, "fp32") for engine in ("ddp", "fsdp", "zero")]
+        cases += [(engine, "bf16") for engine in ("fsdp", "zero") if ranks == 2]
+        found = run_ranks(ranks, of_a_rank, str(folder), str(data), cases)
+        for i, (engine, precision) in enumerate(cases):
+            one = expected[precision]
+            assert {results[i]["digest"] for results in found} == {one["digest"]}, (ranks, engine, precision)
             assert all(results[i]["values"] == one["values"] for results in found)
             calls = {results[i]["calls"] for results in found}
             assert len(calls) == 1, "ranks take equally many forward passes"

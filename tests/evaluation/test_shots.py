@@ -1,12 +1,14 @@
 """Few-shot prompts, and what is left out of them."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megagpt.data.tokenizer import gpt2
+from megagpt.data.tokenizer import encode, gpt2
+from megagpt.evaluation.sequences import fitted, pair
 from megagpt.evaluation.shots import draw, prompt
 from megagpt.evaluation.task import Item, Task, options
 from megagpt.evaluation.tasks import TASKS
@@ -94,15 +96,46 @@ def test_whole_examples_are_left_out_before_anything_is_cut(folder: Path, tmp_pa
     assert found.context == "".join(example.solved for example in solved[9 - fits :]) + rows(1)[0]["context"]
 
 
+@pytest.mark.parametrize("name", ["hellaswag", "lambada", "arithmetic_2da", "reversed_words"])
+def test_prompts_have_the_tokens_of_their_whole_text(name: str) -> None:
+    """At every length of the model, also if examples begin or end in white space; each example is encoded once."""
+    task, start = TASKS[name], "" if TASKS[name].source.names[0].startswith("hella") else "\n"
+    assert isinstance(task, Task)
+    for odd in ("", " ", "\n", "\n\n", "  x"):
+        examples = [Item(((f"{start}It's {i}", f" cat{i}{odd if i == 2 else ''}"),)) for i in range(5)]
+        item = Item(((f"{start}A dog", " isn't"), (f"{start}A dog", " sits there\n")))
+        asked: list[str] = []
+
+        def counted(text: str, asked: list[str] = asked) -> Any:
+            asked.append(text)
+            return encode(text)
+
+        dropped = set()
+        for positions in range(8, 70):
+            found = prompt(task, item, examples, positions, "here", functools.cache(counted))
+            dropped.add(found.dropped)
+            before = found.context.removesuffix(item.pairs[0][0])
+            whole = [pair(before + context, continuation) for context, continuation in item.pairs]
+            assert found.group == [fitted(tokens, positions, "here") for tokens in whole]
+            if found.dropped:  # one more would not fit
+                more = f"{examples[found.dropped - 1].solved}{task.separator}"
+                longer = task.instruction + more + before.removeprefix(task.instruction) + item.pairs[1][0]
+                assert len(encode(longer + item.pairs[1][1])) > positions + 1
+        assert dropped == set(range(6))
+        cached = functools.cache(counted)
+        asked.clear()
+        for _ in range(3):
+            prompt(task, item, examples, 999, "here", cached)
+        assert len(asked) == len(set(asked)) <= len(examples) + 1
+
+
 def test_the_papers_number_of_shots(folder: Path, tmp_path: Path) -> None:
-    train = write(
-        tmp_path / "piqa_train.jsonl", [{"query": f"q{i}", "choices": ["a", "b"], "gold": 0} for i in range(60)]
-    )
+    train = [{"query": f"q{i}", "choices": ["a", "b"], "gold": 0} for i in range(60)]
+    write(tmp_path / "piqa_train.jsonl", train)
     write(tmp_path / "piqa.jsonl", [{"query": "q", "choices": ["c", "d"], "gold": 0}])
     write(tmp_path / "wikitext2.jsonl", [{"text": "A cat ."}])
     results, _ = evaluate(folder, tmp_path, "piqa,wikitext2", "--shots", "paper")
     assert [result["shots"] for result in results] == [50, 0]
-    assert train.exists()
 
 
 def test_too_few_rows_and_missing_ones_are_refused(folder: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:

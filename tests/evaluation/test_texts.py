@@ -44,7 +44,7 @@ def test_a_text_is_scored_in_windows(stride: int, folder: Path, tmp_path: Path) 
     (result,), _ = evaluate(folder, tmp_path, "wikitext2", *options)
     published = "".join(LINES)
     total = plain(folder, wikitext(published), stride or POSITIONS)
-    per_word, per_token, bits = (value["value"] for value in result["values"])
+    per_token, per_word, bits = (value["value"] for value in result["values"])
     assert math.log(per_word) * len(published.split()) == pytest.approx(-total, rel=1e-6)
     assert math.log(per_token) * len(gpt2().encode_ordinary(wikitext(published))) == pytest.approx(-total, rel=1e-6)
     assert bits * len(published.encode()) * math.log(2) == pytest.approx(-total, rel=1e-6)
@@ -57,18 +57,28 @@ def test_documents_are_texts_of_their_own(folder: Path, tmp_path: Path) -> None:
     (result,), _ = evaluate(folder, tmp_path, "wikitext:harness")
     total = sum(plain(folder, wikitext(page), POSITIONS) for page in pages)
     words = sum(len(page.split()) for page in pages)
-    assert math.log(result["values"][0]["value"]) * words == pytest.approx(-total, rel=1e-6)
+    assert math.log(result["values"][1]["value"]) * words == pytest.approx(-total, rel=1e-6)
+
+
+def test_rows_of_a_users_file_are_texts_of_their_own(folder: Path, tmp_path: Path) -> None:
+    texts = ["A cat sat. " * 3 + "It ends.", "Another cat ran."]
+    path = write(tmp_path / "docs.parquet", [{"text": text} for text in texts])
+    (result,), rows = evaluate(folder, tmp_path, f"text:{path}")
+    totals = [plain(folder, text, POSITIONS) for text in texts]
+    assert [row["log_likelihood"] for row in rows] == pytest.approx(totals, rel=1e-6)
+    assert result["text"].startswith("each document")
 
 
 def test_any_text_file_is_scored_as_it_is(folder: Path, tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("One cat , two cats .\n" * 12)
     (result,), _ = evaluate(folder, tmp_path, f"text:{book}")
-    assert math.log(result["values"][1]["value"]) * len(gpt2().encode_ordinary(book.read_text())) == pytest.approx(
+    whole = [value["name"] for value in result["values"]]
+    assert math.log(result["values"][0]["value"]) * len(gpt2().encode_ordinary(book.read_text())) == pytest.approx(
         -plain(folder, book.read_text(), POSITIONS), rel=1e-6
     )
     (result,), _ = evaluate(folder, tmp_path, f"text:{book}", "--limit", "1")
-    assert [value["name"] for value in result["values"]] == ["per_token_perplexity"]
+    assert [value["name"] for value in result["values"]] == whole[:1] == ["per_token_perplexity"]
     assert (result["items"], result["values"][0]["standard_error"]) == (1, None)
 
 

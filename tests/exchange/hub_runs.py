@@ -10,6 +10,9 @@ from typing import Any
 
 from megagpt import world as joining
 from megagpt.console import overheard
+from megagpt.errors import UserError
+from megagpt.evaluation.rows import Files, find_files
+from megagpt.evaluation.tasks import find_tasks
 from megagpt.exchange.named import open_model
 from tests.processes import Process, command
 from tests.runs import PATIENCE
@@ -46,6 +49,14 @@ def _commands(commands: Sequence[Sequence[str]]) -> int:
     return 0
 
 
+def rows_found(task: str, hosts: list[str], variables: dict[str, dict[str, str]], data: dict[str, str]) -> Files:
+    """On each rank: the files of a task, from each host's own folder, or from the hub if that is empty."""
+    platform.node = lambda: hosts[int(os.environ.get("RANK", 0))]  # type: ignore[assignment]
+    os.environ.update(variables[platform.node()])
+    with joining.join("cpu") as world:
+        return find_files(find_tasks([task])[0].source, data[platform.node()], world)
+
+
 def opened(names: list[str], variables: dict[str, dict[str, str]], hosts: list[str], waiting: Path) -> list[Any]:
     """On each rank: the label and the sum of the embedding of each model. The main rank notes a line about others for
     which it waits."""
@@ -60,3 +71,17 @@ def opened(names: list[str], variables: dict[str, dict[str, str]], hosts: list[s
     with overheard(note), joining.join("cpu") as world:
         models = [open_model(name, world) for name in names]
         return [(model.label, model.load().token_embedding.weight.sum().item()) for model in models]
+
+
+def refusals(names: list[str], hosts: list[str], folders: dict[str, Path]) -> list[str]:
+    """On each rank, in its host's folder: the error of each name that is no model."""
+    platform.node = lambda: hosts[int(os.environ["RANK"])]  # type: ignore[assignment]
+    os.chdir(folders[platform.node()])
+    found = []
+    with joining.join("cpu") as world:
+        for name in names:
+            try:
+                found.append(open_model(name, world).label)
+            except UserError as error:
+                found.append(str(error))
+    return found

@@ -1,5 +1,6 @@
 """Runs that become folders of `transformers`, which itself reads them here, and such folders that become runs."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from megagpt.cli import main
 from megagpt.config_file import load_config
 from megagpt.data.loader import Share, open_corpus
 from megagpt.data.tokenizer import encode, gpt2
-from megagpt.exchange.tokenizer_files import tokenizer_files
+from megagpt.errors import UserError
+from megagpt.exchange.tokenizer_files import check_tokenizer, tokenizer_files
 from megagpt.models.gpt import GPT
 from megagpt.models.huggingface import export
 from megagpt.models.presets import ModelConfig
@@ -259,6 +261,24 @@ def test_a_folder_with_another_tokenizer_is_refused(
     assert main(command) == 0
     (folder / "vocab.json").write_text(json.dumps(json.loads(vocab) | {"Ġthe": 257, "Ġa": 262}))
     refusal(command, "vocab.json: another tokenizer than GPT-2's", "'Ġa' is 262 in it, 257 in GPT-2's", "2 differ")
+
+
+@pytest.mark.parametrize(
+    ("files", "problem"),
+    [
+        ({"spiece.model": ""}, "it has spiece.model, and no vocab.json or tokenizer.json"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "GPTSw3Tokenizer"}'}, "tokenizer_class is 'GPTSw3Tokenizer'"),
+        ({"vocab.json": None, "tokenizer.json": '{"model": {"vocab": []}}'}, "50,256 differ in all"),
+        ({"vocab.json": None, "vocab.txt": ""}, ""),
+        ({"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'}, ""),
+    ],
+)
+def test_each_form_of_tokenizer_is_judged(tmp_path: Path, files: dict[str, str | None], problem: str) -> None:
+    """By the files of a folder; None: as GPT-2 has it."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(tokenizer_files(8)[name] if content is None else content, encoding="utf-8")
+    with pytest.raises(UserError, match=problem) if problem else contextlib.nullcontext():
+        check_tokenizer(tmp_path)
 
 
 def test_a_name_without_a_model_says_what_was_looked_for(tmp_path: Path, refusal: Refusal) -> None:
