@@ -113,7 +113,8 @@ def test_a_stop_in_an_exam_is_obeyed_and_the_exam_held_after_the_resume(
     cut = tmp_path / "runs" / "cut"
     assert [line["tokens_seen"] for line in metrics(cut, "exam")] == [640]
     assert main(["train", "--resume", str(cut)]) == 0
-    assert metrics(cut, "exam") == metrics(tmp_path / "runs" / "whole", "exam")
+    found, whole = (metrics(folder, "exam") for folder in (cut, tmp_path / "runs" / "whole"))
+    assert [line | {"time": 0} for line in found] == [line | {"time": 0} for line in whole]
 
 
 def test_scores_that_are_not_finite_do_not_end_the_run(
