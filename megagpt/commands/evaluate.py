@@ -121,6 +121,15 @@ def _refuse_idle(arguments: argparse.Namespace, tasks: "list[Task | TextTask]") 
         raise UserError("--stride is for texts, such as wikitext2 or text:FILE; add one to --tasks, or leave it out")
 
 
+def _check_same(tasks: "list[Task | TextTask]", data: str, world: "World") -> None:
+    """Raises UserError, on every rank, if a host's folder has rows of other exams: its ranks would hold those."""
+    (main, expected), *others = world.gather_objects((world.host, [task.name for task in tasks]))
+    for host, names in others:
+        if names != expected:
+            lists = f"{', '.join(names)} on {host}, but {', '.join(expected)} on {main}"
+            raise UserError(f"--data {data}: has rows of {lists}; copy the same files to every host, or name --tasks")
+
+
 def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: "World") -> None:
     from megagpt.console import say
     from megagpt.evaluation.exam import Settings, prepare
@@ -129,6 +138,7 @@ def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: 
     from megagpt.exchange.named import open_model
     from megagpt.files import write_atomic
 
+    _check_same(tasks, arguments.data, world)
     found = open_model(arguments.model, world)
     a = arguments
     settings = Settings(a.data, a.shots, a.shots_from, a.limit, a.seed, a.stride)

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,17 +27,17 @@ _PAUSES = (1.0, 4.0)
 # Errors, by name because the client's library for HTTP changes, if there is no way to the hub: another attempt in a few
 # seconds would only delay the advice.
 _UNREACHABLE = ("ConnectError", "ConnectTimeout", "ProxyError", "OfflineModeIsEnabled")
-# Size (bytes) from which a file's download is announced.
-_LARGE = 1_000_000
+# Sizes (bytes) from which a file's download is announced, and its check, which takes a second or more from there on.
+_LARGE, _SLOW = 1_000_000, 1_000_000_000
 _PLAIN_SECONDS = 30.0  # between two lines of a log
 
 
 def hub_file(repo: str, path: str, revision: str, kind: Kind = "model", bring: Sequence[str] = ()) -> Path:
     """One file of a repository, as a path in the client's cache. `revision`: a commit, whose files are taken from the
-    cache without a request, or a branch or tag, whose commit is asked for, and taken from the cache if the hub cannot
-    be reached. `bring`: arguments of `hf download` that bring all that is needed, for the error without a network; by
-    default those for this file. Raises UserError, and TransientError if the hub is down."""
-    bring = bring or (path,)
+    cache without a request, or a branch or tag, whose commit is asked for; if the hub cannot be reached, a line says
+    so, and the cache's is taken. `bring`: arguments of `hf download` that bring all that is needed, for the error
+    without a network; by default those for this file. Raises UserError, and TransientError if the hub is down."""
+    bring = bring or (shlex.quote(path),)
     found = cached(repo, path, revision, kind) if is_commit(revision) else None
     found = found or _fetch(repo, path, revision, kind, bring)
     if (wrong := _difference(found)) is None:
@@ -127,9 +128,11 @@ def _fetch(repo: str, path: str, revision: str, kind: Kind, bring: Sequence[str]
 
     try:
         return asked(repo, f"an intact {path}" if again else path, revision, kind, bring, ask)
-    except ExpectedError:
+    except (NoNetwork, TransientError) as error:
         # A branch or a tag, as it was when the hub was last reached.
         if not is_commit(revision) and not again and (found := cached(repo, path, revision, kind)):
+            why = "the hub is down" if isinstance(error, TransientError) else "the hub cannot be asked"
+            warn(f"{repo}: {why}: {revision} is commit {commit_of(found)} in the cache, and may be another by now")
             return found
         raise
 
@@ -153,7 +156,7 @@ def _refuse(error: Exception, repo: str, what: str, revision: str, kind: Kind) -
         case hub.RevisionNotFoundError():
             problem = f"has no revision {revision!r}; name a branch, a tag or a commit in full"
         case hub.RemoteEntryNotFoundError():
-            problem = f"has no file {what} at {revision}"
+            problem = f"{what} is not among its files at {revision}"
         case hub.HFValidationError():
             problem = f"no name of a repository of the Hugging Face hub: {first_line(error)}"
         case hub.HfHubHTTPError() if _status(error) in (401, 403):
@@ -178,9 +181,11 @@ def _without_network(error: Exception, repo: str, what: str, revision: str, kind
         return f"{repo}: {what}: {reason}"
     cache, folder = constants.HF_HUB_CACHE, f"{kind}s--{repo.replace('/', '--')}"
     kind_option = "" if kind == "model" else f" --repo-type {kind}"
-    command = f"hf download {repo}{kind_option} --revision {revision} {' '.join(bring)}"
+    command = f"hf download {repo}{kind_option} --revision {shlex.quote(revision)} {' '.join(bring)}"
     copy = f"copy the folder {folder} of its cache (~/.cache/huggingface/hub, or $HF_HOME/hub) into {cache}"
     after = "" if off else "; with HF_HUB_OFFLINE=1 the hub is not asked at all"
+    if re.fullmatch(r"[0-9a-f]{7,39}", revision):
+        after += "; a commit that is in the cache is found by all its 40 digits only"
     missing = f"{what} is not in the cache here, and {reason}"
     return f"{repo}: {missing}: on a machine with a network run `{command}`, then {copy}{after}"
 
@@ -193,11 +198,13 @@ def _difference(file: Path) -> str | None:
     """How a file differs from what the hub has; None if it does not. The hub's checksum is unknown in a cache without
     symbolic links."""
     name = file.readlink().name if file.is_symlink() else ""
+    if (size := file.stat().st_size) >= _SLOW and name:
+        warn(f"checking {file.name}, {size / 1e6:,.0f} MB, against the hub's checksum")
     with file.open("rb") as content:
         if re.fullmatch(r"[0-9a-f]{64}", name):
             kind, digest = "SHA-256", hashlib.file_digest(content, "sha256").hexdigest()
         elif re.fullmatch(r"[0-9a-f]{40}", name):
-            start = hashlib.sha1(f"blob {file.stat().st_size}\0".encode(), usedforsecurity=False)
+            start = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
             kind, digest = "SHA-1", hashlib.file_digest(content, lambda: start).hexdigest()
         else:
             return None

@@ -11,7 +11,7 @@ from megagpt.checkpoints.checkpoint import OpenCheckpoint
 from megagpt.checkpoints.folder import checkpoints_folder, find_checkpoint, is_checkpoint
 from megagpt.checkpoints.loading import read_weights, saved_config
 from megagpt.data.tokenizer import VOCAB_SIZE
-from megagpt.errors import UserError
+from megagpt.errors import ExpectedError, UserError
 from megagpt.exchange.hub_models import SHORT_NAMES, HubName, fetch, hub_name, resolve
 from megagpt.exchange.tokenizer_files import check_tokenizer
 from megagpt.files import named_path
@@ -121,7 +121,7 @@ def _on_hub(name: str, world: World) -> NamedModel:
     try:
         hub = world.from_main(lambda: resolve(wanted))
         folder = world.once_per_host(lambda: fetch(hub), f"fetches {hub.repo}")
-    except UserError as error:
+    except ExpectedError as error:
         if name.partition("@")[0] in SHORT_NAMES or "@" in name:
             raise
         raise type(error)(f"no folder {name} here; on the Hugging Face hub: {error}") from None

@@ -51,7 +51,9 @@ class Hub(ThreadingHTTPServer):
         self.faults: dict[str, list[Fault]] = {}
         """File -> what goes wrong with the next requests for it; after those, nothing does."""
         self.gated = ""
-        """What the hub says to those who have no access."""
+        """The hub's words to those who have no access."""
+        self.down = False
+        """Whether the hub answers 503 to everything."""
         self.requests: list[str] = []
         """Method and path of each, with the first byte of a part."""
 
@@ -169,7 +171,9 @@ class _Handler(BaseHTTPRequestHandler):
         place, commit = self.server.place, self.commit
         # The web address of a model does not begin with its kind.
         files = re.escape(place.removeprefix("models/"))
-        if self.server.repository not in path:
+        if self.server.down:
+            self.reply(503, b"")
+        elif self.server.repository not in path:
             self.refuse("RepoNotFound")
         elif self.server.gated:
             self.refuse("GatedRepo", 403 if "Authorization" in self.headers else 401, self.server.gated)

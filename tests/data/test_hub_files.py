@@ -1,5 +1,6 @@
 """Single files of a data set on the Hugging Face hub, by the real client against a small hub on this machine."""
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -28,7 +29,7 @@ def hub() -> Iterator[Hub]:
 
 
 def answers(variables: dict[str, str], calls: list[tuple[str, str, str]]) -> list[str]:
-    """What `hub_file` gives for (repository, path, revision): the path in the cache, or the error."""
+    """The answer of `hub_file` for each (repository, path, revision): the path in the cache, or the error."""
     os.environ.update(variables)  # before the client is first imported
     found = []
     for repo, path, revision in calls:
@@ -49,8 +50,9 @@ def asked(variables: dict[str, str], *calls: tuple[str, str, str]) -> list[str]:
     return found
 
 
-def test_a_file_is_fetched_once_and_proved(hub: Hub, tmp_path: Path) -> None:
-    """A later commit does not change what an earlier one gives."""
+def test_a_file_is_fetched_once_and_proved(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A later commit does not change what an earlier one gives. A branch is taken from the cache only if the hub does
+    not answer, with a line about it."""
     variables, first = hub.environment(tmp_path), hub.commit
     call = (hub.repository, PATH, first)
     (path, again, branch) = asked(variables, call, call, (hub.repository, PATH, "main"))
@@ -63,9 +65,16 @@ def test_a_file_is_fetched_once_and_proved(hub: Hub, tmp_path: Path) -> None:
     (old, new) = asked(variables, call, (hub.repository, PATH, "main"))
     assert (Path(old).read_bytes(), Path(new).read_bytes()) == (ROWS[PATH], b"new rows")
     assert run_ranks(1, listed, variables, hub.repository, first) == [sorted(ROWS)]
+    hub.gated = "Ask the owner."
+    (refused,) = asked(variables, (hub.repository, PATH, "main"))
+    assert "gated: accept its terms" in refused
+    capsys.readouterr()
+    assert asked(variables | {"HF_HUB_OFFLINE": "1"}, (hub.repository, PATH, "main")) == [new]
+    said = capsys.readouterr().out
+    assert f"the hub cannot be asked: main is commit {hub.commit} in the cache, and may be another by now" in said
 
 
-def test_what_is_missing_is_named(hub: Hub, tmp_path: Path) -> None:
+def test_a_missing_file_is_named(hub: Hub, tmp_path: Path) -> None:
     file, repo, revision, name = asked(
         hub.environment(tmp_path),
         (hub.repository, "data/no.parquet", hub.commit),
@@ -73,7 +82,7 @@ def test_what_is_missing_is_named(hub: Hub, tmp_path: Path) -> None:
         (hub.repository, PATH, "v7"),
         ("a/b/c", PATH, "main"),
     )
-    assert file == f"{hub.repository}: has no file data/no.parquet at {hub.commit}"
+    assert file == f"{hub.repository}: data/no.parquet is not among its files at {hub.commit}"
     assert "some/nothing: the Hugging Face hub has no data set of that name that you may see" in repo
     assert "has no revision 'v7'" in revision
     assert "a/b/c: no name of a repository" in name
@@ -87,7 +96,10 @@ def test_what_is_missing_is_named(hub: Hub, tmp_path: Path) -> None:
 def test_the_advice_without_a_network_brings_a_file(hub: Hub, tmp_path: Path) -> None:
     offline = hub.environment(tmp_path / "here") | {"HF_HUB_OFFLINE": "1"}
     call = (hub.repository, PATH, hub.commit)
-    (advice,) = asked(offline, call)
+    advice, branch, short = asked(offline, call, (hub.repository, PATH, "a b"), (hub.repository, PATH, hub.commit[:7]))
+    assert f"--revision 'a b' {PATH}`" in branch
+    assert f"--revision {hub.commit[:7]} {PATH}`" in short
+    assert "by all its 40 digits only" in short
     assert advice.startswith(f"{hub.repository}: {PATH} is not in the cache here, and HF_HUB_OFFLINE is set")
     words = shlex.split(advice.split("`")[1])
     words[0] = str(Path(sys.executable).parent / words[0])
@@ -111,3 +123,16 @@ def test_a_log_gets_lines_about_large_files(
     assert (out, err.count("\n")) == ("", 1)
     assert err.startswith("rows.bin:  25%")
     assert "1.00M/4.00M" in err
+
+
+def test_the_check_of_a_very_large_file_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = b"weights" * 1_000_000
+    (tmp_path / hashlib.sha256(data).hexdigest()).write_bytes(data)
+    (tmp_path / "model.safetensors").symlink_to(hashlib.sha256(data).hexdigest())
+    assert hub_files._difference(tmp_path / "model.safetensors") is None
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(hub_files, "_SLOW", len(data))
+    assert hub_files._difference(tmp_path / "model.safetensors") is None
+    assert capsys.readouterr().err == "checking model.safetensors, 7 MB, against the hub's checksum\n"

@@ -10,7 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megagpt.evaluation.tasks import HELLASWAG, TASKS
+from megagpt.commands.evaluate import _DEFAULT
+from megagpt.data.hub_files import is_commit
+from megagpt.evaluation.tasks import HELLASWAG, TASKS, find_tasks
 from tests.data.hub import Hub
 from tests.evaluation.conftest import hellaswag, write
 from tests.exchange.hub_runs import rows_found, run
@@ -58,6 +60,10 @@ def test_rows_are_fetched_once_at_one_commit(folder: Path, tmp_path: Path) -> No
     code, _, error = run({**variables, "HF_HUB_OFFLINE": "1"}, tmp_path, *command)
     assert code == 2
     assert f"hf download Rowan/hellaswag --repo-type dataset --revision {COMMIT} --include 'data/val" in error
+
+
+def test_each_exam_of_the_default_has_a_commit() -> None:
+    assert all(is_commit(task.source.commit) for task in find_tasks(_DEFAULT.split(",")))
 
 
 def test_the_main_rank_chooses_the_newest_commit(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import platform
 import random
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from megagpt.evaluation.tasks import find_tasks
 from megagpt.exchange.named import open_model
 from megagpt.world import join
 from tests.evaluation.conftest import POSITIONS, hellaswag, sentence, write
-from tests.processes import free_port, run_launcher, run_ranks, torchrun_command
+from tests.processes import command, free_port, run_launcher, run_ranks, torchrun_command
 
 pytestmark = pytest.mark.slow
 TASKS = ["hellaswag", "winogrande", "arc_easy", "lambada", "copa"]
@@ -90,14 +92,31 @@ def test_any_number_of_ranks_and_any_engine_have_the_same_bits(folder: Path, dat
             assert one["calls"] / ranks <= calls.pop() <= one["calls"] / ranks + len(TASKS)
 
 
+def evaluate(model: str, hosts: list[str], folder: Path) -> int:
+    """On each rank, with rows in its host's folder."""
+    platform.node = lambda: hosts[int(os.environ["RANK"])]  # type: ignore[assignment]
+    os.chdir(folder / platform.node())
+    return command(["evaluate", model, "--data", "rows"])
+
+
+def test_hosts_with_rows_of_other_exams_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for host, names in (("near", ["copa", "hellaswag"]), ("far", ["copa"])):
+        for name in names:
+            write(tmp_path / host / "rows" / f"{name}.jsonl", hellaswag(2))
+    assert run_ranks(2, evaluate, str(folder), ["near", "far"], tmp_path) == [2, 2]
+    assert capsys.readouterr().out.count("--data rows: has rows of copa on far, but hellaswag, copa on near; copy") == 1
+
+
 def test_launchers_print_the_table_once(folder: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     arguments = ["evaluate", str(folder), "--tasks", "copa", "--data", str(data), "--json", str(out)]
     deepspeed = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--module"]
     deepspeed += ["--master_port", str(free_port())]
-    for command in ([*torchrun_command(2), "-m"], deepspeed):
+    for launcher in ([*torchrun_command(2), "-m"], deepspeed):
         out.unlink(missing_ok=True)
-        done = run_launcher([*command, "megagpt", *arguments], tmp_path)
+        done = run_launcher([*launcher, "megagpt", *arguments], tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("mean_token  ") == 1, done.stdout
         assert json.loads(out.read_text())["ranks"] == 2

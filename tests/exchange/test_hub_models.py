@@ -107,7 +107,7 @@ def test_another_attempt_follows_each_fault(hub: Hub, tmp_path: Path, text: str)
         "config.json": ["busy"], "vocab.json": ["silent"], WEIGHTS: ["reset"], "merges.txt": ["stalled"],
         "tokenizer.json": ["corrupt"],
     }  # fmt: skip
-    seconds = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    seconds = {"HF_HUB_ETAG_TIMEOUT": "10", "HF_HUB_DOWNLOAD_TIMEOUT": "10"}
     code, out, err = run(hub.environment(tmp_path / "home") | seconds, tmp_path, "sample", "gpt2", *SAMPLE)
     assert (code, out) == (0, text), err
     assert not any(hub.faults.values())
@@ -126,6 +126,11 @@ def test_a_hub_that_stays_down_is_one_error(hub: Hub, tmp_path: Path) -> None:
     code, _, err = run(hub.environment(tmp_path / "home"), tmp_path, "sample", "gpt2")
     assert code == 2
     assert err.splitlines()[-1] == f"megagpt: error: {GPT2}: config.json: the hub answers 503; try again later"
+    hub.down = True
+    code, _, err = run(hub.environment(tmp_path / "home"), tmp_path, "sample", "runs/tny")
+    assert code == 2
+    words = "no folder runs/tny here; on the Hugging Face hub: runs/tny: config.json: the hub answers 503; try again"
+    assert words in err.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -156,7 +161,7 @@ def test_a_gated_model_says_how_to_log_in(hub: Hub, tmp_path: Path) -> None:
     refused(hub, tmp_path, "gpt2", "gated", *advice, HF_TOKEN="hf_of_nobody")
 
 
-def test_what_the_hub_lacks_is_named(other: Hub, folder: Path, tmp_path: Path) -> None:
+def test_a_model_that_the_hub_lacks_is_named(other: Hub, folder: Path, tmp_path: Path) -> None:
     name = other.repository
     cases = {
         "runs/tny": "no folder runs/tny here; on the Hugging Face hub: runs/tny: ",
