@@ -86,7 +86,7 @@ def test_every_file_trains_three_steps_when_shrunk(file: Path, corpus: Path, tmp
         "model.layers=2", "model.width=32", "model.heads=2", "model.context=16", "train.tokens=192",
         "train.batch_tokens=64", "train.micro_batch=4", "train.batch_ramp_start=0", "train.batch_ramp_tokens=0",
         f"data.sources=[{{path: {corpus}}}]", f"run.folder={tmp_path}", "validation.tokens=64",
-        "sampling.samples=1", "sampling.max_tokens=2", "train.device=cpu",
+        "sampling.samples=1", "sampling.max_tokens=2", "train.device=cpu", "evaluation.tasks=[]",
     ]  # fmt: skip
     assert main(["train", str(file), *shrunk]) == 0
     lines = [json.loads(line) for line in (tmp_path / file.stem / "metrics.jsonl").read_text().splitlines()]
