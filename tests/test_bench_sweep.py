@@ -25,8 +25,8 @@ ON_GPU, ON_CPU = ["--device", "cuda"], ["--device", "cpu"]
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Setting]]:
-    """Replaces processes by a machine with memory for a number of sequences, where a micro-batch takes the given
-    seconds. Gives the settings in the order in which they are measured."""
+    """A pretended machine, instead of processes. It has memory for `room` sequences, and a micro-batch takes `seconds`.
+    Gives the settings in the order in which they are measured."""
 
     def machine(seconds: Times, room: int, full: str | Exception = "out of memory") -> list[Setting]:
         tried: list[Setting] = []

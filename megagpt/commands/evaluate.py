@@ -9,7 +9,7 @@ from typing import IO, TYPE_CHECKING
 
 from megagpt.commands.evaluate_harness import (
     add_harness,
-    check_writable,
+    check_places,
     evaluate_by_harness,
     facts,
     refuse_without_harness,
@@ -59,21 +59,19 @@ def _shots(text: str) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from megagpt.world import check_device, fail_together, join
+    from megagpt.world import fail_together, join
 
     if arguments.harness:
         return evaluate_by_harness(arguments)
     if arguments.tasks == "list":
         return _list()
     try:
-        check_device(arguments.device, "--device")
         refuse_without_harness(arguments)
         names = arguments.tasks.split(",") if arguments.tasks is not None else []
         tasks = _tasks([name.strip() for name in names], arguments.data)
         _refuse_idle(arguments, tasks)
         arguments.shots, arguments.seed = arguments.shots or 0, arguments.seed or 0
-        for option in ("json", "rows"):
-            check_writable(getattr(arguments, option), f"--{option}")
+        check_places(arguments)
     except UserError as error:
         fail_together(error)
     with join(arguments.device) as world:

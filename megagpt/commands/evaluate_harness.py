@@ -40,7 +40,7 @@ def refuse_without_harness(arguments: argparse.Namespace) -> None:
 def evaluate_by_harness(arguments: argparse.Namespace) -> int:
     from megagpt.console import voice
     from megagpt.evaluation.harness_tasks import all_names, check_installed
-    from megagpt.world import check_device, fail_together, join
+    from megagpt.world import fail_together, join
 
     try:
         check_installed()
@@ -49,10 +49,8 @@ def evaluate_by_harness(arguments: argparse.Namespace) -> int:
                 names = all_names(arguments.include_path)
             print("\n".join(names))
             return 0
-        check_device(arguments.device, "--device")
         asked = _asked(arguments)
-        for option in ("json", "rows"):
-            check_writable(getattr(arguments, option), f"--{option}")
+        check_places(arguments)
     except UserError as error:
         fail_together(error)
     with join(arguments.device) as world:
@@ -107,8 +105,16 @@ def _hold(arguments: argparse.Namespace, asked: "Asked", world: "World") -> None
             file.writelines(json.dumps(row) + "\n" for row in held.rows)
 
 
-def check_writable(name: str | None, option: str) -> None:
-    """Raises UserError if a file cannot be written under that name."""
+def check_places(arguments: argparse.Namespace) -> None:
+    """Raises UserError if there is no such device, or if results cannot be written where they should."""
+    from megagpt.world import check_device
+
+    check_device(arguments.device, "--device")
+    for option in ("json", "rows"):
+        _check_writable(getattr(arguments, option), f"--{option}")
+
+
+def _check_writable(name: str | None, option: str) -> None:
     if name is not None and (Path(name).is_dir() or not Path(name).parent.is_dir()):
         problem = "is a folder" if Path(name).is_dir() else f"{Path(name).parent} is no folder"
         raise UserError(f"{option} {name}: {problem}; name a file in a folder that exists")

@@ -1,4 +1,4 @@
-"""The parts of an exam's declaration: its items, its scores, where its rows come from."""
+"""An exam's declaration, and its parts: the source of its rows, its items, and its scores."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
