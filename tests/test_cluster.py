@@ -208,7 +208,7 @@ def test_a_repeated_failure_ends_the_job(cluster: MiniCluster, corpus: Path, tmp
     (tmp_path / "faults" / "sitecustomize.py").write_text(
         "import os\n"
         "if os.environ.get('RANK') == '1':\n"
-        "    import megagpt.training.schedule as schedule\n"
+        "    import megagpt.schedule as schedule\n"
         "    usual = schedule.learning_rate\n"
         "    def learning_rate(config, tokens):\n"
         f"        if tokens == {6 * STEP_TOKENS}:\n"

@@ -6,7 +6,7 @@ import pytest
 
 from megagpt.config_file import load_config
 from megagpt.references.losses import corpus_named
-from megagpt.training.schedule import learning_rate, step_count
+from megagpt.schedule import learning_rate, step_count
 
 
 @pytest.mark.parametrize(

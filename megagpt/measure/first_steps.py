@@ -9,9 +9,9 @@ from megagpt.data.loader import Share, open_corpus, placed, read_ahead, train_ba
 from megagpt.engines.engine import build_engine, seed_dropout
 from megagpt.profiling.profiler import StepProfiler, profile_folder
 from megagpt.profiling.rates import find_rates
+from megagpt.schedule import learning_rate
 from megagpt.training.run import check_vocabulary
 from megagpt.training.run_folder import holds_run, run_folder
-from megagpt.training.schedule import learning_rate
 from megagpt.world import World
 
 # Steps before the profiled ones, by device: the first compiles, and a GPU's clock falls under full load.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from megagpt.config import Config
 from megagpt.engines.zero_config import deepspeed_config
 from megagpt.planning.memory import state_bytes
-from megagpt.training.schedule import check_profile_steps, learning_rate, step_count
+from megagpt.schedule import check_profile_steps, learning_rate, step_count
 
 
 def summarize(config: Config, ranks: int) -> Iterator[str]:

@@ -18,6 +18,7 @@ from megagpt.models.attention import attention_kernel
 from megagpt.position import Position
 from megagpt.process_memory import peak_memory
 from megagpt.run_log import Event
+from megagpt.schedule import learning_rate
 from megagpt.training.bad_steps import act_on
 from megagpt.training.markdown import verbatim
 from megagpt.training.occasions import crossed, occasions
@@ -25,7 +26,6 @@ from megagpt.training.outcome import FINISHED, Outcome
 from megagpt.training.run import Run, open_run
 from megagpt.training.run_folder import resume_command
 from megagpt.training.safety import TIME_LIMIT, StopRequest, seconds_since_start
-from megagpt.training.schedule import learning_rate
 from megagpt.training.speed import Speed
 from megagpt.world import World
 

@@ -41,6 +41,7 @@ from megagpt.position import Position, position
 from megagpt.profiling.profiler import StepProfiler, profile_folder
 from megagpt.profiling.rates import Rates, find_rates
 from megagpt.run_log import Event, newest
+from megagpt.schedule import batch_sequences, check_profile_steps, step_count, steps_to_profile
 from megagpt.training.guard import Guard
 from megagpt.training.markdown import verbatim
 from megagpt.training.outcome import Ending
@@ -57,7 +58,6 @@ from megagpt.training.run_folder import (
     went_back,
 )
 from megagpt.training.safety import StopRequest
-from megagpt.training.schedule import batch_sequences, check_profile_steps, step_count, steps_to_profile
 from megagpt.training.stragglers import Stragglers
 from megagpt.training.watchdog import Watchdog
 from megagpt.world import World

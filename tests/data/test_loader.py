@@ -23,7 +23,7 @@ from megagpt.data.loader import (
 )
 from megagpt.data.order import locate
 from megagpt.data.token_stream import TokenStream
-from megagpt.training.schedule import batch_sequences
+from megagpt.schedule import batch_sequences
 from tests.data.folders import CONTEXT, data_of, write_bin
 
 IGNORE = -100

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megagpt.config import Config
 from megagpt.config_file import build_config, load_config
-from megagpt.training.schedule import batch_sequences, learning_rate, step_count, steps_to_profile
+from megagpt.schedule import batch_sequences, learning_rate, step_count, steps_to_profile
 
 
 def run(**sections: Any) -> Config:
