@@ -61,6 +61,8 @@ class Case:
     """Folders of runs: where to save, or what to resume."""
     steps: int = STEPS
     """Steps that are compared; if it saves, those after the save."""
+    saved_at: int = SAVED_AT
+    """Steps before the save, if it saves or resumes."""
     timed: bool = False
     """Whether the time of a step is measured as well as the memory."""
 

@@ -21,11 +21,11 @@ class Setting(NamedTuple):
     engine: str
     ranks: int
 
-    def case(self, steps: int, *runs: Path) -> Case:
+    def case(self, steps: int, saved_at: int, *runs: Path) -> Case:
         engine = dict(ENGINE_CASES[self.engine].engine)
         if "shard_ranks" in engine:  # two copies of the model, if there are ranks for two
             engine["shard_ranks"] = max(1, self.ranks // 2)
-        return Case(engine, self.ranks, runs=tuple(map(str, runs)), steps=steps)
+        return Case(engine, self.ranks, runs=tuple(map(str, runs)), steps=steps, saved_at=saved_at)
 
 
 SETTINGS = [Setting(name, ranks) for name in ENGINE_CASES for ranks in WORLDS]
@@ -42,23 +42,26 @@ class Result(NamedTuple):
 
 
 def cross(
-    crossings: Sequence[Crossing], progress: Callable[[], object] = lambda: None, steps: int = STEPS
+    crossings: Sequence[Crossing],
+    progress: Callable[[], object] = lambda: None,
+    steps: int = STEPS,
+    saved_at: int = SAVED_AT,
 ) -> dict[Crossing, Result]:
-    """Save at each source, resume at each target, and take `steps` there. Raises UserError if a rank fails."""
-    (plain,) = run_cases("plain", [Case({}, 1, steps=steps)])
+    """Save at each source after `saved_at` steps, resume at each target, and take `steps` there. Raises UserError if a rank fails."""
+    (plain,) = run_cases("plain", [Case({}, 1, steps=steps, saved_at=saved_at)])
     sources, targets = (sorted(set(side), key=lambda s: (s.ranks, s.engine)) for side in zip(*crossings, strict=True))
     into = {target: [source for source, t in crossings if t == target] for target in targets}
     with tempfile.TemporaryDirectory() as folder:
         runs = {s: Path(folder, f"{s.engine} {s.ranks}".replace(" ", "-")) for s in sources}
-        curves = run_cases("saved", [source.case(steps, runs[source]) for source in sources], progress)
+        curves = run_cases("saved", [source.case(steps, saved_at, runs[source]) for source in sources], progress)
         went_on: dict[Setting, Curve] = dict(zip(sources, curves, strict=True))
-        loads = [target.case(steps, *(runs[source] for source in into[target])) for target in targets]
+        loads = [target.case(steps, saved_at, *(runs[source] for source in into[target])) for target in targets]
         resumed = run_cases("resumed", loads, progress)
     results = {}
     for target, curves in zip(targets, resumed, strict=True):
         for source, curve in zip(into[target], curves, strict=True):
-            largest, _ = difference(curve, plain[SAVED_AT:])
-            results[source, target] = Result(largest, curve == went_on[source][SAVED_AT:])
+            largest, _ = difference(curve, plain[saved_at:])
+            results[source, target] = Result(largest, curve == went_on[source][saved_at:])
     return results
 
 

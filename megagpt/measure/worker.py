@@ -18,7 +18,7 @@ from megagpt.checkpoints.saving import Saver, meta_of
 from megagpt.config import CheckpointConfig, Config
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.engines.flat_shard import FlatShard
-from megagpt.measure.cases import LR, SAVED_AT, Case, Curve, rows, share, share_of
+from megagpt.measure.cases import LR, Case, Curve, rows, share, share_of
 from megagpt.measure.plain import plain_optimizer, plain_step
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
@@ -52,13 +52,13 @@ def _train(engine: Engine, case: Case, steps: Iterable[int]) -> Curve:
 
 
 def saved(case: Case, world: World) -> Curve:
-    """An engine's curve over `SAVED_AT` steps, a save in the background, and the case's steps after it."""
+    """An engine's curve over `case.saved_at` steps, a save in the background, and the case's steps after it."""
     engine = build_engine(case.config(), world)
     (run,) = case.runs
     saver = Saver(Path(run), CheckpointConfig(), world)
-    before = _train(engine, case, range(SAVED_AT))
-    save(saver, engine, SAVED_AT)
-    after = _train(engine, case, range(SAVED_AT, SAVED_AT + case.steps))
+    before = _train(engine, case, range(case.saved_at))
+    save(saver, engine, case.saved_at)
+    after = _train(engine, case, range(case.saved_at, case.saved_at + case.steps))
     saver.finish()
     return before + after
 
@@ -69,7 +69,7 @@ def resumed(case: Case, world: World) -> list[Curve]:
     curves = []
     for run in case.runs:
         resume(Path(run), engine)
-        curves.append(_train(engine, case, range(SAVED_AT, SAVED_AT + case.steps)))
+        curves.append(_train(engine, case, range(case.saved_at, case.saved_at + case.steps)))
     return curves
 
 
@@ -180,4 +180,4 @@ def run(kind: str, cases: Sequence[Case]) -> Iterator[Any]:
     function = {"curve": curve, "memory": memory, "saved": saved, "resumed": resumed}.get(kind)
     with join(cases[0].device) as world:
         for case in cases:
-            yield function(case, world) if function else plain(case, SAVED_AT + case.steps)
+            yield function(case, world) if function else plain(case, case.saved_at + case.steps)

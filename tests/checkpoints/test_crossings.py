@@ -22,7 +22,7 @@ SAME = [
 
 @pytest.fixture(scope="module")
 def results() -> dict[Crossing, Result]:
-    return cross(PAIRS + SAME, steps=6)
+    return cross(PAIRS + SAME, steps=3, saved_at=4)
 
 
 def test_the_pairs_have_every_engine_and_every_world_size() -> None:
@@ -36,7 +36,7 @@ def test_the_pairs_have_every_engine_and_every_world_size() -> None:
 @pytest.mark.parametrize("target", ENGINE_CASES)
 @pytest.mark.parametrize("source", ENGINE_CASES)
 def test_a_resumed_run_is_the_plain_run(source: str, target: str, results: dict[Crossing, Result]) -> None:
-    """Over 6 steps, `megagpt parity` over 20; to the last bit where engine and number of ranks stay as they were."""
+    """Over 3 steps, `megagpt parity` over 20; to the last bit where engine and number of ranks stay as they were."""
     found = {c: r for c, r in results.items() if (c[0].engine, c[1].engine) == (source, target)}
     assert found
     assert (source != target) or any(a == b for a, b in found)

@@ -28,7 +28,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "zero-3, vectors whole": {"name": "zero", "stage": 3},
 }
 # `megagpt parity` takes 20 steps.
-STEPS = 10
+STEPS = 6
 # Accumulation and activation checkpointing; `megagpt parity` tries all six combinations. Every engine checkpoints
 # selectively in bf16.
 WAYS = ((1, "none"), (4, "full"))
