@@ -123,11 +123,10 @@ def _refuse_idle(arguments: argparse.Namespace, tasks: "list[Task | TextTask]") 
 
 def _check_same(tasks: "list[Task | TextTask]", data: str, world: "World") -> None:
     """Raises UserError, on every rank, if a host's folder has rows of other exams: its ranks would hold those."""
-    (main, expected), *others = world.gather_objects((world.host, [task.name for task in tasks]))
-    for host, names in others:
-        if names != expected:
-            lists = f"{', '.join(names)} on {host}, but {', '.join(expected)} on {main}"
-            raise UserError(f"--data {data}: has rows of {lists}; copy the same files to every host, or name --tasks")
+    main, expected, others = world.differing([task.name for task in tasks])
+    for host, names in others.items():
+        lists = f"{', '.join(names)} on {host}, but {', '.join(expected)} on {main}"
+        raise UserError(f"--data {data}: has rows of {lists}; copy the same files to every host, or name --tasks")
 
 
 def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: "World") -> None:

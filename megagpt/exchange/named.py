@@ -82,9 +82,8 @@ def open_model(name: str, world: World | None = None) -> NamedModel:
 def _common_place(name: str, path: Path, world: World) -> str:
     """The kind of place that the path is, one of _PLACES, on every rank. Raises UserError, on every rank, if hosts
     differ: their ranks would go different ways, and wait for each other for ever."""
-    (main, place), *others = world.gather_objects((world.host, _place(path)))
-    if differing := next(((host, theirs) for host, theirs in others if theirs != place), None):
-        host, theirs = differing
+    main, place, others = world.differing(_place(path))
+    for host, theirs in others.items():
         way = "copy it to every host, or name a folder that all hosts share"
         raise UserError(f"{name}: {_PLACES[theirs]} on {host}, but {_PLACES[place]} on {main}: {way}")
     return place
@@ -103,6 +102,7 @@ def _place(path: Path) -> str:
 def _in_folder(name: str, path: Path, place: str, world: World) -> NamedModel:
     if place == "folder":
         source = Pretrained(path)
+        _check_same(name, source, world)
         return NamedModel(name, "folder", path, source.config, source)
     if place == "other":
         parts = "neither config.json (a transformers folder) nor checkpoints/ (a run), and is no checkpoint of a run"
@@ -114,6 +114,18 @@ def _in_folder(name: str, path: Path, place: str, world: World) -> NamedModel:
     if place == "checkpoint":
         return NamedModel(name, "checkpoint", found.path, config, found)
     return NamedModel(f"{name} at {found.meta.tokens_seen:,} tokens", "run", found.path, config, found)
+
+
+def _check_same(name: str, source: Pretrained, world: World) -> None:
+    """Raises UserError, on every rank, if hosts have other weights: each rank would compute with those of its own. The
+    files of checkpoints and of models on the hub are compared with checksums that all ranks share."""
+    if len(set(world.hosts())) == 1:
+        return
+    found = world.once_per_host(lambda: (source.config, source.digest()), f"reads the weights of {name}")
+    main, _, others = world.differing(found)
+    for host in others:
+        problem = f"the model on {host} is another one than on {main}"
+        raise UserError(f"{name}: {problem}; copy the folder of {main} to every host, or name one that all share")
 
 
 def _on_hub(name: str, world: World) -> NamedModel:
