@@ -119,12 +119,12 @@ def _prepare_task(task: Task, settings: Settings, positions: int, world: World) 
             progress.done(len(prompts) / len(chosen))
     items, groups = [whole[i] for i in chosen], [p.group for p in prompts]
     extra = _Unconditional(task, items, positions) if "unconditional" in task.scores else None
-    details = {
-        **_facts(files), "first_prompt": prompts[0].context, "shots_from": [str(path) for path in pool_files.paths],
-        "shots_sha256": pool_files.sha256, "shots_unfit": unfit, "seed": settings.seed, "instruction": task.instruction,
-    }  # fmt: skip
-
     same_text = not task.published or all(task.published in rows[i].values for i in chosen)
+    details = {
+        **_facts(files), "published": same_text, "first_prompt": prompts[0].context,
+        "shots_from": [str(path) for path in pool_files.paths], "shots_sha256": pool_files.sha256,
+        "shots_unfit": unfit, "seed": settings.seed, "instruction": task.instruction,
+    }  # fmt: skip
 
     def result(scores: Scores) -> Result:
         own = scores[: len(items)]
@@ -235,7 +235,7 @@ def _prepare_text(task: TextTask, settings: Settings, positions: int, world: Wor
     cut = windows(published, [task.detokenized(text) for text in published], positions, stride)
     groups = cut.groups[: settings.limit or None]
     how = f"windows of {positions} tokens, stride {stride}, detokenizer {task.detokenizer}"
-    details = {**_facts(files), "stride": stride}
+    details = {**_facts(files), "published": True, "stride": stride}
 
     def result(scores: Scores) -> Result:
         values = text_values(task.name, [row[0] for row in scores], cut, how)
