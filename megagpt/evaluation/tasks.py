@@ -335,8 +335,8 @@ def find_tasks(names: Sequence[str]) -> list[Task | TextTask]:
             continue
         if name not in TASKS and name not in GROUPS:
             near = did_you_mean(name, [*TASKS, *GROUPS, "text:FILE"])
-            command = f"`megagpt evaluate MODEL --harness --tasks {shlex.quote(name)}`"
-            raise UserError(f"task {name!r} does not exist: {near} If it is lm-evaluation-harness's: {command}")
+            command = f"for one of lm-evaluation-harness, `megagpt evaluate MODEL --harness --tasks {shlex.quote(name)}`"
+            raise UserError(f"task {name!r} does not exist ({command}): {near}")
         found |= {each: TASKS[each] for each in GROUPS.get(name, [name])}
     if not found:
         raise UserError(f"no task is named; valid: {', '.join([*TASKS, *GROUPS, 'text:FILE'])}")

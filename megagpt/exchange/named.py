@@ -1,5 +1,6 @@
 """A model by its name: a run, one of its checkpoints, a folder of `transformers`, or one on the Hugging Face hub."""
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -71,7 +72,7 @@ def open_model(name: str, world: World | None = None) -> NamedModel:
     place = _common_place(name, path, world)
     if place == "file":
         raise UserError(f"{name}: a file, not a model's folder; name the folder that it is in")
-    found = _on_hub(name, world) if place == "nothing" else _in_folder(name, path, place, world)
+    found = _on_hub(name, path, world) if place == "nothing" else _in_folder(name, path, place, world)
     if found.config.vocab_size < VOCAB_SIZE:
         raise UserError(f"{name}: its vocabulary of {found.config.vocab_size} is not GPT-2's {VOCAB_SIZE}")
     if found.checkpoint is None:
@@ -107,7 +108,9 @@ def _in_folder(name: str, path: Path, place: str, world: World) -> NamedModel:
     if place == "other":
         parts = "neither config.json (a transformers folder) nor checkpoints/ (a run), and is no checkpoint of a run"
         short = f"; OpenAI's model of that name is {SHORT_NAMES[name]}" if name in SHORT_NAMES else ""
-        raise UserError(f"{name}: a folder without a model: it has {parts}{short}")
+        near = [path.parent, *sorted(path.iterdir())] if not short else []
+        inside = next((f"; name {each}" for each in near if _place(each) in ("run", "folder")), "")
+        raise UserError(f"{name}: a folder without a model: it has {parts}{short}{inside}")
     # File systems may show ranks different states of a run that goes on.
     found = world.from_main(lambda: find_checkpoint(path))
     config = saved_config(found).model
@@ -128,7 +131,7 @@ def _check_same(name: str, source: Pretrained, world: World) -> None:
         raise UserError(f"{name}: {problem}; copy the folder of {main} to every host, or name one that all share")
 
 
-def _on_hub(name: str, world: World) -> NamedModel:
+def _on_hub(name: str, path: Path, world: World) -> NamedModel:
     wanted = hub_name(name)
     try:
         hub = world.from_main(lambda: resolve(wanted))
@@ -136,6 +139,9 @@ def _on_hub(name: str, world: World) -> NamedModel:
     except ExpectedError as error:
         if name.partition("@")[0] in SHORT_NAMES or "@" in name:
             raise
-        raise type(error)(f"no folder {name} here; on the Hugging Face hub: {error}") from None
+        beside = [str(each) for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), beside, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise type(error)(f"no folder {name} here{meant}; on the Hugging Face hub: {error}") from None
     source = Pretrained(folder)
     return NamedModel(f"{hub.repo}@{hub.revision}", "hub", folder, source.config, source, hub)

@@ -109,6 +109,9 @@ def test_tasks_folders_and_files_that_are_missing_are_named(
 def test_folders_that_are_no_model_are_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
     write(tmp_path / "copa.jsonl", [ROWS["copa"][1]])
     rest = ["--data", str(tmp_path)]
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    for name in ("runs", "runs/mine/checkpoints"):
+        refusal(["evaluate", str(tmp_path / name), *rest], f"; name {tmp_path / 'runs' / 'mine'}")
     refusal(["evaluate", *rest], "no model is named", "such as runs/gpt2_124m or gpt2")
     refusal(["evaluate", str(tmp_path), *rest], str(tmp_path), "config.json", "checkpoints/")
     refusal(["evaluate", str(tmp_path / "no"), *rest], "no such folder")
