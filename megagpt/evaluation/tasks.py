@@ -335,7 +335,9 @@ def find_tasks(names: Sequence[str]) -> list[Task | TextTask]:
             continue
         if name not in TASKS and name not in GROUPS:
             near = did_you_mean(name, [*TASKS, *GROUPS, "text:FILE"])
-            command = f"for one of lm-evaluation-harness, `megagpt evaluate MODEL --harness --tasks {shlex.quote(name)}`"
+            command = (
+                f"for one of lm-evaluation-harness, `megagpt evaluate MODEL --harness --tasks {shlex.quote(name)}`"
+            )
             raise UserError(f"task {name!r} does not exist ({command}): {near}")
         found |= {each: TASKS[each] for each in GROUPS.get(name, [name])}
     if not found:

@@ -86,7 +86,7 @@ def test_all_rows_equal_transformers_also_when_they_are_cut(
 def test_batches_do_not_change_the_printed_digits(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(tmp_path / "hellaswag.jsonl", hellaswag(30))
+    write(tmp_path / "hellaswag.jsonl", hellaswag(16))
     printed = []
     for tokens in ("1", "512", "100000"):
         capsys.readouterr()

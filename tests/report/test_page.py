@@ -214,6 +214,7 @@ def test_an_imported_run_names_its_first_weights(tmp_path: Path) -> None:
     assert ".cache" not in text
 
 
+@pytest.mark.slow
 def test_data_that_was_changed_is_told(tmp_path: Path) -> None:
     """Two of three steps were of other data."""
     run = Logged(tmp_path, "run", "data.sources=[{path: data/fineweb}]")

@@ -41,6 +41,7 @@ def with_exams(data: Path, every: int = 640, **more: Any) -> dict[str, Any]:
     return {"tasks": ["hellaswag", "lambada"], "every_tokens": every, "data": str(data), **more}
 
 
+@pytest.mark.slow
 def test_scores_go_everywhere_and_are_those_of_the_command(
     tiny: Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +71,7 @@ def test_scores_go_everywhere_and_are_those_of_the_command(
     assert f"exams        hellaswag {scores[-1]['value']:.4f} ± " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_with_exams_is_the_run_without_them(tiny: Tiny, data: Path, tmp_path: Path) -> None:
     """With dropout, whose draws exams must not disturb."""
     model = {"dropout": 0.1}
@@ -94,6 +96,7 @@ def test_missing_rows_and_unknown_tasks_end_a_run_at_its_start(tiny: Tiny, tmp_p
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_resume_says_if_the_rows_of_an_exam_have_changed(
     tiny: Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
