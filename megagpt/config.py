@@ -186,7 +186,7 @@ class EvaluationConfig:
     """Exams of the model while it trains."""
 
     tasks: Free[Names] = ()
-    """Exams, such as [hellaswag, lambada]; `megagpt evaluate RUN --tasks list` shows all. Empty: none."""
+    """Exams, such as [hellaswag, lambada]; `megagpt evaluate --tasks list` shows all. Empty: none."""
     every_tokens: Free[int] = Field(default=131_072_000, ge=0)
     """Interval in tokens; 0: only at the end. The default is 250 steps of 0.5M tokens."""
     limit: Free[int] = Field(default=0, ge=0)

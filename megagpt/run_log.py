@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Event(enum.StrEnum):
     STEP = "step"
     VALIDATION = "validation"
     EXAM = "exam"
-    """Scores of exams: `exam/TASK`, `exam/TASK_stderr`, `exam/TASK_items`."""
+    """Scores of exams: `exams`, a mapping of each task to the fields of ExamScore."""
     SAMPLES = "samples"
     CHECKPOINT = "checkpoint"
     """A checkpoint is complete."""
@@ -43,8 +44,29 @@ class Event(enum.StrEnum):
 # Names in logs of version 0.1.
 _OLD_EVENTS = {"pace": Event.RANKS, "slow_rank": Event.STRAGGLER}
 _OLD_KEYS = {"samples_seen": "sequences_seen"}
-# Start of the keys of exams, and the endings of what belongs to a score.
-EXAM, _EXAM_PARTS = "exam/", ("_stderr", "_items")
+# Start of the keys of exams in logs of before 0.2, and the endings of what belonged to a score.
+_EXAM, _EXAM_PARTS = "exam/", {"_stderr": "standard_error", "_items": "items"}
+
+
+@dataclass(frozen=True)
+class ExamScore:
+    """The headline of an exam. What a log does not tell is None; a number that is not finite is its name."""
+
+    value: float | str | None = None
+    standard_error: float | str | None = None
+    items: int | None = None
+    score: str | None = None
+    """Its name, such as mean_token."""
+    shots: int | None = None
+    published: bool | None = None
+    """Whether the rows have the published text, which the references are scored by."""
+    sha256: str | None = None
+    """Over the files of the rows."""
+    commit: str | None = None
+    """Of the data set on the hub; empty: the rows were the user's own."""
+
+
+_FIELDS = {field.name for field in fields(ExamScore)}
 
 
 def log_path(run: Path) -> Path:
@@ -65,10 +87,27 @@ def newest(run: Path, up_to_tokens: float = math.inf) -> dict[str, Line]:
     return {line["event"]: line for line in read(run) if line["tokens_seen"] <= up_to_tokens}
 
 
-def exam_of(key: str, line: Line) -> str | None:
-    """The task whose score this key of a line is; None for another key. A task's own name may end in `_items`."""
-    part = any(key.removesuffix(end) in line for end in _EXAM_PARTS if key.endswith(end))
-    return key.removeprefix(EXAM) if key.startswith(EXAM) and not part else None
+def exam_scores(line: Line) -> dict[str, ExamScore]:
+    """The scores in a line by task, also of a line from before 0.2, when they had keys of their own."""
+    found = line.get("exams")
+    if isinstance(found, dict):
+        known = {name: values for name, values in found.items() if isinstance(values, dict)}
+        return {name: ExamScore(**{k: v for k, v in values.items() if k in _FIELDS}) for name, values in known.items()}
+    tasks = [key for key in line if key.startswith(_EXAM) and not _is_part(key, line)]
+    parts = {key: {field: line.get(key + end) for end, field in _EXAM_PARTS.items()} for key in tasks}
+    return {key.removeprefix(_EXAM): ExamScore(line[key], **parts[key]) for key in tasks}
+
+
+def _is_part(key: str, line: Line) -> bool:
+    """A task's own name may end in `_items`."""
+    return any(key.removesuffix(end) in line for end in _EXAM_PARTS if key.endswith(end))
+
+
+def _named(value: Any) -> Any:
+    """The value with the names of numbers that are not finite, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _named(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunLog:
@@ -97,7 +136,7 @@ class RunLog:
         """Write a line. `None` becomes null; a number that is not finite, which JSON lacks, becomes its name. Raises
         ExpectedError if the disk refuses it."""
         line: Line = {"event": event, "step": step, "tokens_seen": tokens, "time": int(time.time())}
-        line |= {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        line |= _named(values)
         with self.disk_errors():
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()

@@ -113,6 +113,12 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def differing(self, value: T) -> tuple[str, T, dict[str, T]]:
+        """The main rank's machine and value, and the values of the machines where a rank has another one, on every
+        rank: `{}` if all have the same."""
+        (main, expected), *others = self.gather_objects((self.host, value))
+        return main, expected, {host: theirs for host, theirs in others if theirs != expected}
+
     def hosts(self) -> list[str]:
         """The machine of each rank."""
         return self.gather_objects(self.host)

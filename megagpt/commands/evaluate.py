@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING
 
 from megagpt.commands.evaluate_harness import (
     add_harness,
+    check_model,
     check_places,
     evaluate_by_harness,
     facts,
@@ -28,8 +29,8 @@ _DEFAULT = "hellaswag,lambada,piqa,arc_easy,arc_challenge,winogrande"
 
 def register(add: Add) -> None:
     sub = add("evaluate", _evaluate, "Hold exams: HellaSwag, LAMBADA, ... Works under torchrun and deepspeed too.")
-    add_model(sub)
-    text = f"names with commas, also text:FILE; `list` shows all (those in --data, or {_DEFAULT})"
+    add_model(sub, optional=True)  # `--tasks list` needs none
+    text = f"names with commas, also text:FILE; `list`, without MODEL, shows all (those in --data, or {_DEFAULT})"
     sub.add_argument("--tasks", help=text)
     text = "solved examples in front of each row; paper: as many as in GPT-3's few-shot setting (0)"
     sub.add_argument("--shots", type=_shots, metavar="K", help=text)
@@ -66,6 +67,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.tasks == "list":
         return _list()
     try:
+        check_model(arguments)
         refuse_without_harness(arguments)
         names = arguments.tasks.split(",") if arguments.tasks is not None else []
         tasks = _tasks([name.strip() for name in names], arguments.data)
@@ -121,11 +123,10 @@ def _refuse_idle(arguments: argparse.Namespace, tasks: "list[Task | TextTask]") 
 
 def _check_same(tasks: "list[Task | TextTask]", data: str, world: "World") -> None:
     """Raises UserError, on every rank, if a host's folder has rows of other exams: its ranks would hold those."""
-    (main, expected), *others = world.gather_objects((world.host, [task.name for task in tasks]))
-    for host, names in others:
-        if names != expected:
-            lists = f"{', '.join(names)} on {host}, but {', '.join(expected)} on {main}"
-            raise UserError(f"--data {data}: has rows of {lists}; copy the same files to every host, or name --tasks")
+    main, expected, others = world.differing([task.name for task in tasks])
+    for host, names in others.items():
+        lists = f"{', '.join(names)} on {host}, but {', '.join(expected)} on {main}"
+        raise UserError(f"--data {data}: has rows of {lists}; copy the same files to every host, or name --tasks")
 
 
 def _hold(arguments: argparse.Namespace, tasks: "list[Task | TextTask]", world: "World") -> None:

@@ -22,7 +22,7 @@ _OWN = {
 
 
 def add_harness(sub: "Parser") -> None:
-    text = "hold exams of lm-evaluation-harness, by its names of tasks, groups and tags; needs megagpt[harness]"
+    text = "hold exams of lm-evaluation-harness, by its names of tasks, groups and tags; needs the extra harness"
     sub.add_argument("--harness", action="store_true", help=text)
     text = "with --harness: a folder of yaml files that declare more of its tasks; may be given again"
     sub.add_argument("--include-path", metavar="DIR", action="append", default=[], help=text)
@@ -49,6 +49,7 @@ def evaluate_by_harness(arguments: argparse.Namespace) -> int:
                 names = all_names(arguments.include_path)
             print("\n".join(names))
             return 0
+        check_model(arguments)
         asked = _asked(arguments)
         check_places(arguments)
     except UserError as error:
@@ -103,6 +104,13 @@ def _hold(arguments: argparse.Namespace, asked: "Asked", world: "World") -> None
     if arguments.rows:
         with Path(arguments.rows).open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in held.rows)
+
+
+def check_model(arguments: argparse.Namespace) -> None:
+    """Raises UserError if no model is named."""
+    if arguments.model is None:
+        way = "such as runs/gpt2_124m or gpt2; only --tasks list needs none"
+        raise UserError(f"no model is named; name a run, a checkpoint, a folder or a model of the hub, {way}")
 
 
 def check_places(arguments: argparse.Namespace) -> None:

@@ -68,11 +68,12 @@ def add_config(parser: Parser) -> None:
     parser.add_argument("--config", metavar="CONFIG", help="the config, as an option")
 
 
-def add_model(parser: Parser) -> None:
-    """Let a command take a model; `open_model` of `exchange/named.py` finds it."""
+def add_model(parser: Parser, optional: bool = False) -> None:
+    """Let a command take a model; `open_model` of `exchange/named.py` finds it. `optional`: it may be left out, for
+    uses of the command that need none."""
     text = "a run, one of its checkpoints, a transformers GPT-2 folder, or a GPT-2 on the Hugging Face hub: OWNER/NAME"
     text += " or OWNER/NAME@REVISION; OpenAI's are gpt2, gpt2-medium, gpt2-large and gpt2-xl"
-    parser.add_argument("model", metavar="MODEL", help=text)
+    parser.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=text)
 
 
 def add_device(parser: Parser) -> None:

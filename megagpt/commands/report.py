@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from megagpt.commands.options import Add, Parser
 from megagpt.errors import UserError, did_you_mean, first_line
+from megagpt.extras import install_extra
 
 if TYPE_CHECKING:
     from megagpt.report.record import Record
@@ -107,7 +108,7 @@ def _record(name: str) -> "Record":
 def _check_installed(command: str) -> None:
     missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{command} needs {' and '.join(missing)}: install it with pip install 'megagpt[report]'")
+        raise UserError(f"{command} needs {' and '.join(missing)}: install it: {install_extra('report')}")
 
 
 def _target(name: str) -> Path:

@@ -163,6 +163,8 @@ def _refuse(error: Exception, repo: str, what: str, revision: str, kind: Kind) -
             problem = f"{what}: the hub refuses it with {_status(error)}{says}: {login} with one that may read it"
         case hub.HfHubHTTPError() if _status(error) < 500 and _status(error) not in (408, 429):
             problem = f"{what}: {first_line(error)}{says}"
+        case _ if not constants.ENDPOINT.startswith(("http://", "https://")):
+            problem = f"HF_ENDPOINT is {constants.ENDPOINT!r}, no address that begins with https://; set or unset it"
         case OSError() if expected(error) and error.errno:
             ways = "free some space, or set HF_HOME to a folder with room that this user may write"
             problem = f"{what} cannot be stored in {constants.HF_HUB_CACHE}: {os.strerror(error.errno)}; {ways}"

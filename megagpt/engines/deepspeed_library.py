@@ -6,6 +6,7 @@ import warnings
 from types import ModuleType
 
 from megagpt.errors import UserError, first_line
+from megagpt.extras import pip_install
 
 
 def load_deepspeed(on_gpu: bool) -> ModuleType:
@@ -20,7 +21,7 @@ def load_deepspeed(on_gpu: bool) -> ModuleType:
         import deepspeed
         from deepspeed.utils import logger
     except Exception as error:  # it also raises types of its own, for a CUDA that it finds unfit
-        way = "install it (pip install deepspeed), or use engine.name fsdp"
+        way = f"install it ({pip_install('deepspeed')}), or use engine.name fsdp"
         raise UserError(f"engine.name zero: DeepSpeed cannot be imported: {first_line(error)}; {way}") from None
 
     logger.setLevel(logging.ERROR)

@@ -15,6 +15,7 @@ from torch import nn
 from megagpt.config import Config
 from megagpt.console import say
 from megagpt.errors import UserError, first_line
+from megagpt.extras import install_extra
 from megagpt.hardware import device_name
 from megagpt.models.gpt import GPT
 
@@ -77,7 +78,7 @@ def _load(scaling: str) -> ModuleType:
     try:
         import torchao.float8
     except Exception as error:  # it also raises types of its own, for a PyTorch that it finds unfit
-        way = "install it (pip install 'megagpt[float8]'), or use train.float8=none"
+        way = f"install it ({install_extra('float8')}), or use train.float8=none"
         raise UserError(f"train.float8 {scaling}: torchao cannot be imported: {first_line(error)}; {way}") from None
     return torchao.float8
 

@@ -106,7 +106,7 @@ def _prepare_task(task: Task, settings: Settings, positions: int, world: World) 
     rows = read_rows(files.paths)
     whole = task.items(rows, shots)
     chosen = _limited(len(whole), settings.limit)
-    pool, pool_files = _pool(task, settings, shots, whole, world) if shots else ([], Files([], ""))
+    pool, pool_files, unfit = _pool(task, settings, shots, whole, world) if shots else ([], Files([], ""), 0)
     prompts: list[Prompt] = []
     encoded = functools.cache(encode)  # an example is drawn for many rows
     with contextlib.closing(ShownProgress(f"{task.name}, prompts", len(chosen), world.is_main)) as progress:
@@ -119,12 +119,12 @@ def _prepare_task(task: Task, settings: Settings, positions: int, world: World) 
             progress.done(len(prompts) / len(chosen))
     items, groups = [whole[i] for i in chosen], [p.group for p in prompts]
     extra = _Unconditional(task, items, positions) if "unconditional" in task.scores else None
-    details = {
-        **_facts(files), "first_prompt": prompts[0].context, "shots_from": [str(path) for path in pool_files.paths],
-        "shots_sha256": pool_files.sha256, "seed": settings.seed, "instruction": task.instruction,
-    }  # fmt: skip
-
     same_text = not task.published or all(task.published in rows[i].values for i in chosen)
+    details = {
+        **_facts(files), "published": same_text, "first_prompt": prompts[0].context,
+        "shots_from": [str(path) for path in pool_files.paths], "shots_sha256": pool_files.sha256,
+        "shots_unfit": unfit, "seed": settings.seed, "instruction": task.instruction,
+    }  # fmt: skip
 
     def result(scores: Scores) -> Result:
         own = scores[: len(items)]
@@ -169,8 +169,9 @@ def _limited(rows: int, limit: int) -> list[int]:
     return order
 
 
-def _pool(task: Task, settings: Settings, shots: int, own: list[Item], world: World) -> tuple[list[Item], Files]:
-    """The rows that examples are drawn from, and their files."""
+def _pool(task: Task, settings: Settings, shots: int, own: list[Item], world: World) -> tuple[list[Item], Files, int]:
+    """The rows that examples are drawn from, their files, and how many rows were left out because their answer is
+    empty."""
     train = task.source.training()
     if settings.shots_from:
         path = named_path(settings.shots_from)
@@ -178,14 +179,16 @@ def _pool(task: Task, settings: Settings, shots: int, own: list[Item], world: Wo
             raise UserError(f"--shots-from {settings.shots_from}: no such file")
         files = same_files([path], world)
     elif train is None:  # the paper draws from the exam itself if there is nothing else
-        return own, Files([], "")
+        return own, Files([], ""), 0
     elif settings.data and not is_there(train, settings.data):
         names = " or ".join(f"{name}.jsonl" for name in train.names)
         ways = f"put {names} there, or name a file with --shots-from"
         raise UserError(f"{task.name}: {settings.data} has no training rows to draw {shots} shots from; {ways}")
     else:
         files = find_files(train, settings.data, world)
-    return task.items(read_rows(files.paths), shots), files
+    rows = read_rows(files.paths)
+    pool = task.pool(rows, shots)
+    return pool, files, len(rows) - len(pool)
 
 
 class _Unconditional:
@@ -232,7 +235,7 @@ def _prepare_text(task: TextTask, settings: Settings, positions: int, world: Wor
     cut = windows(published, [task.detokenized(text) for text in published], positions, stride)
     groups = cut.groups[: settings.limit or None]
     how = f"windows of {positions} tokens, stride {stride}, detokenizer {task.detokenizer}"
-    details = {**_facts(files), "stride": stride}
+    details = {**_facts(files), "published": True, "stride": stride}
 
     def result(scores: Scores) -> Result:
         values = text_values(task.name, [row[0] for row in scores], cut, how)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from megagpt.console import say
 from megagpt.errors import UserError, first_line
 from megagpt.evaluation.harness_surroundings import surroundings
+from megagpt.extras import install_extra
 from megagpt.files import named_path
 from megagpt.world import World
 
@@ -32,7 +33,7 @@ class Asked(NamedTuple):
 def check_installed() -> None:
     """Raises UserError, with what to do, if lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--harness: lm-evaluation-harness is not installed; install it: pip install 'megagpt[harness]'")
+        raise UserError(f"--harness: lm-evaluation-harness is not installed; install it: {install_extra('harness')}")
 
 
 def all_names(folders: Sequence[str]) -> list[str]:

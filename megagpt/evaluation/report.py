@@ -75,6 +75,8 @@ def notes(result: Result) -> Iterator[str]:
     yield f"{result.task}: {result.text}{limited}"
     if result.cut_rows:
         yield f"{result.task}: {result.cut_rows:,} rows are longer than the model and were cut on the left"
+    if unfit := result.details.get("shots_unfit"):
+        yield f"{result.task}: {unfit:,} rows with an empty answer are no examples"
     if result.dropped_shots:
         asked = result.shots * result.items
         yield f"{result.task}: {result.dropped_shots:,} of {asked:,} examples do not fit into the model; left out"

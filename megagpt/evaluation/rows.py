@@ -111,14 +111,20 @@ class Row(NamedTuple):
 
 def find_files(source: Source, data: str, world: World) -> Files:
     """The files of a source, in order: in the folder `data`, or from the hub if that is empty. Every rank calls it.
-    Raises UserError with the names that were looked for, and as `same_files` does."""
+    Raises UserError with the names that were looked for and what to do, and as `same_files` does."""
+    names = ", ".join(f"{name}.jsonl" for name in source.names)
     if not data:
-        commit = source.commit or world.from_main(lambda: newest_commit(source))
-        paths = world.once_per_host(lambda: hub_files(source, commit), f"fetches {source.repository}")
+        try:
+            commit = source.commit or world.from_main(lambda: newest_commit(source))
+            paths = world.once_per_host(lambda: hub_files(source, commit), f"fetches {source.repository}")
+        except NoNetwork:  # it says how to bring the very files
+            raise
+        except UserError as error:
+            own = f"bring the rows yourself: one of {names} in a folder, which --data (or evaluation.data) names"
+            raise UserError(f"{error}; or {own}") from None
         return same_files(paths, world, commit)
     if found := _local(source, _folder(data)):
         return same_files(found, world)
-    names = ", ".join(f"{name}.jsonl" for name in source.names)
     tried = f"{names}, {source.repository}/{source.path}"
     raise UserError(f"{data}: looked for {tried}; found none; .json, .parquet, .gz and .zst will do, too")
 
@@ -130,9 +136,8 @@ def same_files(paths: list[Path], world: World, commit: str = "") -> Files:
     for path in paths:
         digest.update(path.read_bytes())
     sha256 = digest.hexdigest()
-    found = world.gather_objects((world.host, sha256))
-    (main, expected), *others = found
-    if differing := list(dict.fromkeys(host for host, theirs in others if theirs != expected)):
+    main, _, others = world.differing(sha256)
+    if differing := list(others):
         more = f" and {len(differing) - _LISTED} more" if len(differing) > _LISTED else ""
         problem = f"exam rows on {', '.join(differing[:_LISTED])}{more} differ from those on {main}"
         raise UserError(f"{paths[0]}: {problem}; copy the files of {main} to every host")
@@ -179,9 +184,8 @@ def hub_files(source: Source, commit: str) -> list[Path]:
         names = hub_names(repository, commit, "dataset", bring)
         wanted = [name for name in names if fnmatch.fnmatchcase(name, source.path)]
         if not wanted:
-            there = ", ".join(names[:_LISTED]) or "nothing"
-            way = "bring the rows as a file, and name its folder with --data (or evaluation.data)"
-            raise UserError(f"{repository}: has no file {source.path} at {commit}; it has: {there}; {way}")
+            there = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "") or "nothing"
+            raise UserError(f"{repository}: looked for {source.path} at {commit}; found: {there}")
     return [hub_file(repository, name, commit, "dataset", bring) for name in wanted]
 
 

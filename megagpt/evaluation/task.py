@@ -58,21 +58,29 @@ class Task:
 
     def items(self, rows: list[Row], shots: int = 0) -> list[Item]:
         """The items of rows. Raises UserError for one that cannot be read, with its place."""
-        return [self._item(row, self.shot_schemas if shots and self.shot_schemas else self.schemas) for row in rows]
+        found = [self._read(row, shots) for row in rows]
+        for row, item in zip(rows, found, strict=True):
+            for number, (_, continuation) in enumerate(item.pairs, start=1):
+                if not continuation.strip():
+                    what = f"option {number} of {len(item.pairs)}" if len(item.pairs) > 1 else "the answer"
+                    raise row.problem(f"{what} is empty")
+        return found
+
+    def pool(self, rows: list[Row], shots: int) -> list[Item]:
+        """The items that can be examples: those whose right answer is not empty. Published training rows have a few
+        empty options. Raises UserError as `items` does for whatever else cannot be read."""
+        found = [self._read(row, shots) for row in rows]
+        return [item for item in found if item.pairs[item.gold][1].strip()]
 
     def fits(self, row: Row) -> bool:
         """Whether the row has the keys that the task reads."""
         return any(row.values.keys() >= set(keys) for keys in self.schemas)
 
-    def _item(self, row: Row, schemas: dict[tuple[str, ...], Callable[[Row], Item]]) -> Item:
+    def _read(self, row: Row, shots: int) -> Item:
+        schemas = self.shot_schemas if shots and self.shot_schemas else self.schemas
         for keys, read in schemas.items():
             if row.values.keys() >= set(keys):
-                item = read(row)
-                for number, (_, continuation) in enumerate(item.pairs, start=1):
-                    if not continuation.strip():
-                        what = f"option {number} of {len(item.pairs)}" if len(item.pairs) > 1 else "the answer"
-                        raise row.problem(f"{what} is empty")
-                return item
+                return read(row)
         raise unknown_schema(row, list(schemas))
 
 

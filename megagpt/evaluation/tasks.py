@@ -3,6 +3,7 @@ is scored. `NAME` has GPT-3's wording (Brown et al. 2020, appendix G) if the pap
 and the scores of lm-evaluation-harness 0.4."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -333,7 +334,11 @@ def find_tasks(names: Sequence[str]) -> list[Task | TextTask]:
             found[name] = TextTask(name, source, str, "none", by_document, columns)
             continue
         if name not in TASKS and name not in GROUPS:
-            raise UserError(f"task {name!r} does not exist: {did_you_mean(name, [*TASKS, *GROUPS, 'text:FILE'])}")
+            near = did_you_mean(name, [*TASKS, *GROUPS, "text:FILE"])
+            command = (
+                f"for one of lm-evaluation-harness, `megagpt evaluate MODEL --harness --tasks {shlex.quote(name)}`"
+            )
+            raise UserError(f"task {name!r} does not exist ({command}): {near}")
         found |= {each: TASKS[each] for each in GROUPS.get(name, [name])}
     if not found:
         raise UserError(f"no task is named; valid: {', '.join([*TASKS, *GROUPS, 'text:FILE'])}")

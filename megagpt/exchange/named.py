@@ -1,5 +1,6 @@
 """A model by its name: a run, one of its checkpoints, a folder of `transformers`, or one on the Hugging Face hub."""
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -71,7 +72,7 @@ def open_model(name: str, world: World | None = None) -> NamedModel:
     place = _common_place(name, path, world)
     if place == "file":
         raise UserError(f"{name}: a file, not a model's folder; name the folder that it is in")
-    found = _on_hub(name, world) if place == "nothing" else _in_folder(name, path, place, world)
+    found = _on_hub(name, path, world) if place == "nothing" else _in_folder(name, path, place, world)
     if found.config.vocab_size < VOCAB_SIZE:
         raise UserError(f"{name}: its vocabulary of {found.config.vocab_size} is not GPT-2's {VOCAB_SIZE}")
     if found.checkpoint is None:
@@ -82,9 +83,8 @@ def open_model(name: str, world: World | None = None) -> NamedModel:
 def _common_place(name: str, path: Path, world: World) -> str:
     """The kind of place that the path is, one of _PLACES, on every rank. Raises UserError, on every rank, if hosts
     differ: their ranks would go different ways, and wait for each other for ever."""
-    (main, place), *others = world.gather_objects((world.host, _place(path)))
-    if differing := next(((host, theirs) for host, theirs in others if theirs != place), None):
-        host, theirs = differing
+    main, place, others = world.differing(_place(path))
+    for host, theirs in others.items():
         way = "copy it to every host, or name a folder that all hosts share"
         raise UserError(f"{name}: {_PLACES[theirs]} on {host}, but {_PLACES[place]} on {main}: {way}")
     return place
@@ -103,11 +103,14 @@ def _place(path: Path) -> str:
 def _in_folder(name: str, path: Path, place: str, world: World) -> NamedModel:
     if place == "folder":
         source = Pretrained(path)
+        _check_same(name, source, world)
         return NamedModel(name, "folder", path, source.config, source)
     if place == "other":
         parts = "neither config.json (a transformers folder) nor checkpoints/ (a run), and is no checkpoint of a run"
         short = f"; OpenAI's model of that name is {SHORT_NAMES[name]}" if name in SHORT_NAMES else ""
-        raise UserError(f"{name}: a folder without a model: it has {parts}{short}")
+        near = [path.parent, *sorted(path.iterdir())] if not short else []
+        inside = next((f"; name {each}" for each in near if _place(each) in ("run", "folder")), "")
+        raise UserError(f"{name}: a folder without a model: it has {parts}{short}{inside}")
     # File systems may show ranks different states of a run that goes on.
     found = world.from_main(lambda: find_checkpoint(path))
     config = saved_config(found).model
@@ -116,7 +119,19 @@ def _in_folder(name: str, path: Path, place: str, world: World) -> NamedModel:
     return NamedModel(f"{name} at {found.meta.tokens_seen:,} tokens", "run", found.path, config, found)
 
 
-def _on_hub(name: str, world: World) -> NamedModel:
+def _check_same(name: str, source: Pretrained, world: World) -> None:
+    """Raises UserError, on every rank, if hosts have other weights: each rank would compute with those of its own. The
+    files of checkpoints and of models on the hub are compared with checksums that all ranks share."""
+    if len(set(world.hosts())) == 1:
+        return
+    found = world.once_per_host(lambda: (source.config, source.digest()), f"reads the weights of {name}")
+    main, _, others = world.differing(found)
+    for host in others:
+        problem = f"the model on {host} is another one than on {main}"
+        raise UserError(f"{name}: {problem}; copy the folder of {main} to every host, or name one that all share")
+
+
+def _on_hub(name: str, path: Path, world: World) -> NamedModel:
     wanted = hub_name(name)
     try:
         hub = world.from_main(lambda: resolve(wanted))
@@ -124,6 +139,9 @@ def _on_hub(name: str, world: World) -> NamedModel:
     except ExpectedError as error:
         if name.partition("@")[0] in SHORT_NAMES or "@" in name:
             raise
-        raise type(error)(f"no folder {name} here; on the Hugging Face hub: {error}") from None
+        beside = [str(each) for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), beside, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise type(error)(f"no folder {name} here{meant}; on the Hugging Face hub: {error}") from None
     source = Pretrained(folder)
     return NamedModel(f"{hub.repo}@{hub.revision}", "hub", folder, source.config, source, hub)

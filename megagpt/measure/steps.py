@@ -17,6 +17,7 @@ from megagpt.data.loader import Batch
 from megagpt.engines.compilation import is_compiled
 from megagpt.engines.engine import DTYPES, build_engine, build_optimizer
 from megagpt.errors import UserError
+from megagpt.extras import pip_install
 from megagpt.hardware import device_name, peak_flops
 from megagpt.measure.matrix_rate import matrix_seconds
 from megagpt.measure.plain import PlainGPT, plain_loss, plain_step
@@ -143,7 +144,7 @@ def _transformers(config: ModelConfig) -> nn.Module:
     try:
         import transformers
     except ImportError:
-        raise UserError("--against transformers needs it installed: pip install transformers") from None
+        raise UserError(f"--against transformers needs it; install it: {pip_install('transformers')}") from None
     from megagpt.models.hf_layout import hf_config
 
     # Without the cache of keys and values, which only generation needs.

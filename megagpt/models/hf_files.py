@@ -2,6 +2,7 @@
 index. Tensors are read one at a time, except from PyTorch's format of before 1.6, of which a whole file is loaded."""
 
 import contextlib
+import hashlib
 import json
 import zipfile
 from collections.abc import Iterator
@@ -46,6 +47,14 @@ class TensorFiles:
             problem = f"tensor {key!r} has dtype {name}; only fp64, fp32, bf16 and fp16 are read"
             raise UserError(f"{self.files[key]}: {problem}")
         return tensor
+
+    def digest(self) -> str:
+        """A SHA-256 over the bytes of the files. Raises UserError if one cannot be read."""
+        sums = []
+        for path in sorted(set(self.files.values())):
+            with readable(path), path.open("rb") as file:
+                sums.append(hashlib.file_digest(file, "sha256").digest())
+        return hashlib.sha256(b"".join(sums)).hexdigest()
 
     @contextlib.contextmanager
     def _file_of(self, key: str) -> Iterator[Any]:

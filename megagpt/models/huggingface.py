@@ -178,6 +178,10 @@ class Pretrained:
             reason = f"no part of a GPT-2 of {self.config.layers} layers, so the model would compute something else"
             raise UserError(f"{self.folder}: tensor {first}{more}: {reason} without it")
 
+    def digest(self) -> str:
+        """A SHA-256 over the bytes of all files of weights. Raises UserError if one cannot be read."""
+        return self._tensors.digest()
+
     def read(self, name: str) -> Tensor:
         """A parameter by our name, fp32 on the CPU, padded to our shape. Raises NonFiniteError."""
         key = self._keys[name]

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from megagpt.report.amounts import amount, power, score
-from megagpt.report.lines import Level, exam_levels, loss_curves, loss_levels
+from megagpt.report.lines import Level, exam_levels, has_published_text, loss_curves, loss_levels, shots_of
 from megagpt.report.record import Axis, Bins, Points, Record, binned, some
 
 # Most points of a curve of validations or exams that are drawn: about one for each pixel.
@@ -165,7 +165,7 @@ def draw_exam(axes: Axes, theme: Theme, records: Sequence[Record], task: str, ax
         along, shown = _points(record, points, axis)
         errors = np.array([points.errors[i] for i in some(range(len(points.values)), _MOST_POINTS)])
         axes.fill_between(along, shown - errors, shown + errors, color=colour, alpha=0.2, linewidth=0)
-        label = f"{name if len(records) > 1 else 'this run'}: {score(shown[-1])}"
+        label = f"{name if len(records) > 1 else 'this run'}: {score(shown[-1])}{_how(record, task)}"
         axes.plot(along, shown, color=colour, label=label, marker="o" if len(shown) <= _MARKED else "", markersize=3)
         in_view += [value for value in shown if math.isfinite(value)]
     levels = exam_levels(records, task)
@@ -176,6 +176,14 @@ def draw_exam(axes: Axes, theme: Theme, records: Sequence[Record], task: str, ax
         digits = 0 if max(in_view) - min(in_view) > 0.03 else 1
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=digits))
     _finish(axes, task, axis, "accuracy ± its standard error" if accuracy else "score ± its standard error")
+
+
+def _how(record: Record, task: str) -> str:
+    """The difference between a run's exam and the usual one, for a legend."""
+    shots = shots_of(record, task)
+    parts = [f"{shots}-shot"] if shots else []
+    parts += [] if has_published_text(record, task) else ["not the published text"]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def draw_quantity(

@@ -1,9 +1,11 @@
 """The reference lines of a picture: which numbers of others belong beside these runs."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megagpt.errors import UserError, did_you_mean
+from megagpt.evaluation.task import Task
+from megagpt.evaluation.tasks import TASKS
 from megagpt.models.presets import PRESETS
 from megagpt.references.exams import Reference, chance, references
 from megagpt.references.losses import CORPORA, Corpus, Curve, corpus_named, nearest_preset
@@ -71,19 +73,41 @@ def loss_curves(records: Sequence[Record], wanted: str, axis: Axis) -> list[Refe
 
 
 def exam_references(record: Record, task: str) -> list[Reference]:
-    """Scores of the task in its headline's convention, with as many shots as the run's exams have: firm and unsure ones
-    of the GPT-2 and the GPT-3 whose sizes are nearest. A score of another text is left out if there is one of the
-    task's own."""
-    shots, found = record.config.evaluation.shots, []
+    """Scores of the task by the run's own score, with as many shots: firm and unsure ones of the GPT-2 and the GPT-3
+    whose sizes are nearest. A score of another text is left out if there is one of the task's own; if the run's rows
+    do not have the published text, all are of another."""
+    found: list[Reference] = []
     for gpt2 in (True, False):
-        nearest = _nearest(record, [r for r in references(task, shots=shots) if r.is_gpt2 is gpt2])
+        nearest = _nearest(record, [r for r in all_exam_references(record, task) if r.is_gpt2 is gpt2])
         found += [r for r in nearest if r.same_text] or nearest
     return found
 
 
+def all_exam_references(record: Record, task: str, shots: bool = True) -> list[Reference]:
+    """The same of models of all sizes; without `shots`, also those with other numbers of shots."""
+    known = references(task, record.newest[task].score, shots_of(record, task) if shots else None)
+    return known if has_published_text(record, task) else [replace(r, same_text=False) for r in known]
+
+
+def shots_of(record: Record, task: str) -> int:
+    """Examples in front of each row in the run's last exam of that name; logs of before 0.2 do not tell."""
+    shots = record.newest[task].shots
+    return record.config.evaluation.shots if shots is None else shots
+
+
+def has_published_text(record: Record, task: str) -> bool:
+    """Whether the rows of the run's last exam of that name had the text of the published scores. Logs of before 0.2 do
+    not tell; then only the hub's rows are sure to have it."""
+    told, known = record.newest[task].published, TASKS.get(task)
+    doubtful = isinstance(known, Task) and known.published and record.config.evaluation.data
+    return not doubtful if told is None else told
+
+
 def exam_levels(records: Sequence[Record], task: str) -> list[Level]:
-    """The lines beside a task's scores: firm numbers only, and a guess's accuracy."""
-    found = [r for record in records for r in exam_references(record, task) if r.firm]
+    """The lines beside a task's scores: firm numbers only, of runs whose rows have the published text, and a guess's
+    accuracy."""
+    taken = [record for record in records if task in record.newest and has_published_text(record, task)]
+    found = [r for record in taken for r in exam_references(record, task) if r.firm]
     notes = {r: "" if r.same_text else " (other text)" for r in found}
     levels = [Level(f"OpenAI's {r.label}{notes[r]}: {score(r.value)}", r.value) for r in found]
     guess = chance(task)

@@ -15,13 +15,22 @@ import numpy as np
 import megagpt
 from megagpt.config_file import to_yaml
 from megagpt.console import duration
-from megagpt.references.exams import Reference, references
+from megagpt.references.exams import Reference
 from megagpt.report import figures
 from megagpt.report.amounts import amount, power, score
 from megagpt.report.facts import data_rows, recipe_rows, summary, visible
 from megagpt.report.figures import LIGHT
 from megagpt.report.history import Bill, Chapter, bill, read_history
-from megagpt.report.lines import AUTO, corpus_of, exam_references, loss_curves, loss_references
+from megagpt.report.lines import (
+    AUTO,
+    all_exam_references,
+    corpus_of,
+    exam_references,
+    has_published_text,
+    loss_curves,
+    loss_references,
+    shots_of,
+)
 from megagpt.report.record import Axis, Record, some
 from megagpt.report.texts import were_changed
 from megagpt.training.status import Status, read_status
@@ -188,11 +197,19 @@ def _exams(record: Record) -> list[dict[str, Any]]:
         margin = f" ± {error:.2%}" if value <= 1 else f" ± {error:.2f}"
         beside = exam_references(record, task)
         rows.append({
-            "task": task, "tokens": amount(points.tokens[-1]), "items": f"{items:,}" if items else "",
+            "task": task, "how": _how(record, task), "tokens": amount(points.tokens[-1]),
+            "items": f"{items:,}" if items else "",
             "score": score(value) + (margin if math.isfinite(error) else ""),
             "gpt2": [_beside(r) for r in beside if r.is_gpt2], "gpt3": [_beside(r) for r in beside if not r.is_gpt2],
         })  # fmt: skip
     return rows
+
+
+def _how(record: Record, task: str) -> str:
+    """How the score was taken, by the names that docs/evaluation.md explains."""
+    name, shots = record.newest[task].score, shots_of(record, task)
+    parts = ([str(name)] if name else []) + [f"{shots}-shot"]
+    return ", ".join(parts + ([] if has_published_text(record, task) else ["not the published text"]))
 
 
 def _beside(reference: Reference) -> str:
@@ -204,7 +221,8 @@ def _all_references(record: Record, losses: list[Reference]) -> list[dict[str, s
     """Every number that the page shows beside the run's own, and the other sizes and shots of its exams."""
     rows = [{"of": "loss", "value": f"{r.value:.4f}", **_row(r)} for r in losses]
     for task in record.exams:
-        rows += [{"of": task, "value": score(r.value), **_row(r)} for r in references(task)]
+        known = all_exam_references(record, task, shots=False)
+        rows += [{"of": task, "value": score(r.value), **_row(r)} for r in known]
     return rows
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from megagpt.config import Config
 from megagpt.config_file import load_run
-from megagpt.run_log import Event, Line, exam_of, read
+from megagpt.run_log import Event, ExamScore, Line, exam_scores, read
 
 Axis = Literal["tokens", "flops", "hours"]
 # Columns of the steps, by their keys in the log.
@@ -51,6 +51,8 @@ class Record:
     validation: Points
     exams: dict[str, Points]
     """Task -> its scores."""
+    newest: dict[str, ExamScore]
+    """Task -> its last score, with how it was taken."""
     samples: list[tuple[int, list[str]]]
     """Tokens and the texts that the model then made, oldest first."""
     notable: list[Line]
@@ -96,7 +98,7 @@ def read_record(run: Path) -> Record:
     """The log of a run of any version. Raises UserError if the folder is no run's."""
     config = load_run(run)
     columns = {name: array.array("d") for name in _COLUMNS}
-    validation, exams = Points(), dict[str, Points]()
+    validation, exams, newest = Points(), dict[str, Points](), dict[str, ExamScore]()
     samples: list[tuple[int, list[str]]] = []
     notable: list[Line] = []
     for line in read(run):
@@ -113,18 +115,19 @@ def read_record(run: Path) -> Record:
             samples.append((int(tokens), _texts(line.get("samples"))))
         elif event in _NOTABLE:
             notable.append(line)
-        _add_exams(exams, int(tokens), line)
+        newest |= _add_exams(exams, int(tokens), line)
     steps = {name: np.frombuffer(column, dtype=np.float64) for name, column in columns.items()}
-    return Record(run, config, steps, validation, exams, samples, notable)
+    return Record(run, config, steps, validation, exams, newest, samples, notable)
 
 
-def _add_exams(exams: dict[str, Points], tokens: int, line: Line) -> None:
-    for key, value in line.items():
-        if task := exam_of(key, line):
-            items = number(line.get(f"{key}_items"))
-            count = int(items) if math.isfinite(items) else None
-            points = exams.setdefault(task, Points())
-            points.add(tokens, number(value), number(line.get(f"{key}_stderr")), count)
+def _add_exams(exams: dict[str, Points], tokens: int, line: Line) -> dict[str, ExamScore]:
+    """Adds the scores of a line, and returns them."""
+    found = exam_scores(line)
+    for task, score in found.items():
+        items = number(score.items)
+        count = int(items) if math.isfinite(items) else None
+        exams.setdefault(task, Points()).add(tokens, number(score.value), number(score.standard_error), count)
+    return found
 
 
 def _texts(values: Any) -> list[str]:

@@ -14,7 +14,7 @@ from tensorboard.compat.proto import event_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from megagpt.position import Position
-from megagpt.run_log import EXAM, Event, Line, exam_of, read
+from megagpt.run_log import Event, Line, exam_scores, read
 
 # Panels and the values in each; other values are in "system". TensorBoard sorts panels and charts by name: so the loss
 # comes first, then speed, and totals, which only grow, come last.
@@ -33,10 +33,8 @@ _PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}
 _LOSSES = {"train": (Event.STEP, "loss"), "validation": (Event.VALIDATION, "validation_loss")}
 
 
-def _tag(name: str, values: Line) -> str:
+def _tag(name: str) -> str:
     """The chart of one of an event's values."""
-    if name.startswith(EXAM):
-        return f"{'exams/' if exam_of(name, values) else 'system/exam_'}{name.removeprefix(EXAM)}"
     return f"{_PANEL_OF.get(name, 'system')}/{name}"
 
 
@@ -60,9 +58,11 @@ class Board:
         if event == Event.SKIPPED:  # the step's own line has its numbers
             return
         shown = {"tokens_seen": at.tokens, **values} if event == Event.STEP else values
-        for name, value in shown.items():
+        charts = {_tag(name): value for name, value in shown.items()}
+        charts |= {f"exams/{task}": score.value for task, score in exam_scores(values).items()}
+        for tag, value in charts.items():
             if isinstance(value, int | float):
-                self._writer("").add_scalar(_tag(name, values), value, at.step)
+                self._writer("").add_scalar(tag, value, at.step)
         self._losses(event, at.tokens, values)
 
     def text(self, name: str, markdown: str, step: int) -> None:

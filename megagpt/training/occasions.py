@@ -8,9 +8,10 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from megagpt.console import say
+from megagpt.console import say, warn
 from megagpt.data.tokenizer import gpt2
 from megagpt.errors import NonFiniteError
 from megagpt.evaluation.examinee import examined
@@ -18,7 +19,7 @@ from megagpt.evaluation.report import ShownProgress
 from megagpt.evaluation.validation import unigram_loss, validation_loss
 from megagpt.generation import generate
 from megagpt.position import Position
-from megagpt.run_log import Event
+from megagpt.run_log import Event, ExamScore, exam_scores, newest
 from megagpt.training.markdown import samples_as_markdown
 from megagpt.training.run import Run
 from megagpt.training.safety import StopRequest
@@ -122,8 +123,11 @@ def _validate(run: Run) -> Work:
 
 
 def _examine(run: Run) -> Work:
+    resumed = run.resumed and run.world.is_main
+    before = exam_scores(newest(run.folder).get(Event.EXAM, {})) if resumed else {}
+
     def work(at: Position, stop: StopRequest) -> bool:
-        values: dict[str, float | None] = {}
+        scores: dict[str, dict[str, Any]] = {}
         texts = []
         with examined(run.engine) as model:
             for exam in run.exams:
@@ -143,14 +147,26 @@ def _examine(run: Run) -> Work:
                     return False
                 result, _ = held
                 headline = result.values[0]
-                values[f"exam/{exam.name}"] = headline.value
-                values[f"exam/{exam.name}_stderr"] = headline.standard_error
-                values[f"exam/{exam.name}_items"] = result.items
+                facts = {key: result.details[key] for key in ("published", "sha256", "commit")}
+                score = ExamScore(
+                    headline.value, headline.standard_error, result.items, headline.name, result.shots, **facts
+                )
+                _compare(exam.name, score, before.pop(exam.name, score))
+                scores[exam.name] = asdict(score)
                 texts.append(f"{exam.name} {headline.text} ({headline.name}, {result.items:,} items)")
-        run.reporter.event(Event.EXAM, at, values, f"exams: {'; '.join(texts)}")
+        run.reporter.event(Event.EXAM, at, {"exams": scores}, f"exams: {'; '.join(texts)}")
         return True
 
     return work
+
+
+def _compare(task: str, score: ExamScore, before: ExamScore) -> None:
+    """Say if an exam is another one than that of the incarnation before."""
+    kinds = {"rows": "sha256", "shots": "shots", "score": "score", "limit": "items"}
+    now, then = ([getattr(each, field) for field in kinds.values()] for each in (score, before))
+    changed = [kind for kind, a, b in zip(kinds, now, then, strict=True) if b is not None and a != b]
+    if changed:
+        warn(f"exam {task}: {' and '.join(changed)} changed since the last incarnation: its curve has a break here")
 
 
 def _sample(run: Run) -> Work:

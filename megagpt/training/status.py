@@ -17,13 +17,16 @@ from megagpt.config import Config
 from megagpt.config_file import load_run
 from megagpt.console import duration
 from megagpt.errors import ExpectedError, UserError
+from megagpt.evaluation.results import Value
 from megagpt.incarnations import Incarnation, list_incarnations
 from megagpt.launchers import job_number
-from megagpt.run_log import Event, Line, log_path, read
+from megagpt.run_log import Event, Line, exam_scores, log_path, read
 from megagpt.training.run_folder import TAIL_BYTES, has_ended, iso, last_sign_of_life, resume_command
 
 # Number of last steps whose median speed is shown.
 _STEPS = 100
+# Bytes at the end of the log that are searched for the last validation and the last exams.
+_MOST_BYTES = 2**26
 # A run is silent if its log has no new line for this many steps and this many seconds.
 _SILENT_LINES, _SILENT_SECONDS = 10, 60.0
 
@@ -45,6 +48,8 @@ class Status:
     step: int | None = None
     loss: float | str | None = None
     validation_loss: float | str | None = None
+    exams: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The newest scores: task -> `tokens` and the fields of `run_log.ExamScore`."""
     tokens_per_second: float | None = None
     seconds_left: float | None = None
     last_sign_of_life: str | None = None
@@ -68,7 +73,12 @@ def read_status(run: Path, config: Config) -> Status:
     found = list_incarnations(run)
     sign = last_sign_of_life(run)
     state, text = _state(run, found, steps, sign)
-    validations = [_loss(line.get("validation_loss")) for line in lines if line["event"] == Event.VALIDATION]
+    validated = _measured(run, Event.VALIDATION, lines) if config.validation.tokens else []
+    validations = [_loss(line.get("validation_loss")) for line in validated]
+    exams: dict[str, dict[str, Any]] = {}
+    for line in _measured(run, Event.EXAM, lines) if config.evaluation.tasks else []:
+        at = {"tokens": _count(line["tokens_seen"])}
+        exams |= {task: {**at, **asdict(score)} for task, score in exam_scores(line).items()}
     last, total = steps[-1] if steps else {}, config.total_sequences * config.model.context
     speeds = [speed for step in steps[-_STEPS:] if (speed := _speed(step))]
     speed = statistics.median(speeds) if speeds else None
@@ -76,10 +86,21 @@ def read_status(run: Path, config: Config) -> Status:
     tokens = last.get("tokens_seen", 0)
     return Status(
         str(run), state, text, _next(run, config, state, found), tokens, total, _count(last.get("step")),
-        _loss(last.get("loss")), validations[-1] if validations else None, speed,
+        _loss(last.get("loss")), validations[-1] if validations else None, exams, speed,
         max(0, total - tokens) / speed if speed else None, iso(sign) if sign else None,
         _facts(newest) if newest else None, len(found),
     )  # fmt: skip
+
+
+def _measured(run: Path, event: Event, tail: list[Line]) -> list[Line]:
+    """The last lines of an event, which may lie before the log's tail: from one to the next there may be many steps."""
+    found, size = [line for line in tail if line["event"] == event], TAIL_BYTES
+    log = log_path(run)
+    whole = log.stat().st_size if log.exists() else 0
+    while not found and size < min(whole, _MOST_BYTES):
+        size *= 16
+        found = [line for line in read(run, size) if line["event"] == event]
+    return found
 
 
 def _number(value: Any) -> float | None:
@@ -112,6 +133,8 @@ def status_lines(status: Status) -> Iterator[str]:
         yield f"speed        {speed:,.0f} tok/s; {left} to go at that speed"
     else:
         yield "progress     no step yet"
+    if status.exams:
+        yield f"exams        {'; '.join(_exams(status))}"
     yield f"checkpoint   {_checkpoint(status)}"
     found = list_incarnations(Path(status.run))
     yield f"incarnations {len(found)}"
@@ -125,6 +148,15 @@ def status_lines(status: Status) -> Iterator[str]:
         yield f"  {incarnation.number}: {begun}, from {start.get('from_tokens', 0):,} tokens; {ended}"
     for what, command in status.next.items():
         yield f"{what:12} {command}"
+
+
+def _exams(status: Status) -> Iterator[str]:
+    """Each newest score, and where it was taken if that is not where the one before it was."""
+    shown = {task: score for task, score in status.exams.items() if _loss(score["value"]) is not None}
+    for i, (task, score) in enumerate(shown.items()):
+        text = Value(str(score["score"] or ""), "", float(score["value"]), _number(score["standard_error"])).text
+        others = [each["tokens"] for each in list(shown.values())[i + 1 : i + 2]]
+        yield f"{task} {text}" + ("" if score["tokens"] in others else f" at {score['tokens'] or 0:,} tokens")
 
 
 def list_runs(folder: Path) -> list[Status]:

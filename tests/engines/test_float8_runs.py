@@ -129,7 +129,7 @@ def test_a_run_without_torchao_is_refused(tiny: Tiny, refusal: Refusal, monkeypa
     monkeypatch.setattr(float8, "emulated", True)
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    refusal(["train", str(tiny()), *FLOAT8], "train.float8 tensorwise", "pip install 'megagpt[float8]'")
+    refusal(["train", str(tiny()), *FLOAT8], "train.float8 tensorwise", "pip install -e ", "[float8]")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megagpt.cli import main
+from megagpt.cli import main, make_parser
+from megagpt.commands.options import parse
 from tests.evaluation.conftest import hellaswag, write
 from tests.evaluation.schemas import ROWS
 
@@ -86,6 +88,9 @@ def test_tasks_folders_and_files_that_are_missing_are_named(
 ) -> None:
     evaluate, data = ["evaluate", str(folder)], ["--data", str(tmp_path)]
     refusal([*evaluate, "--tasks", "helaswag", *data], "'helaswag' does not exist", "did you mean hellaswag")
+    line = refusal([*evaluate, "--tasks", "gsm8k", *data], "'gsm8k' does not exist", "lm-evaluation-harness")
+    given = parse(make_parser(), shlex.split(line.split("`")[1])[1:])
+    assert (given.harness, given.tasks) == (True, "gsm8k")
     refusal([*evaluate, "--tasks", ",", *data], "task '' does not exist")
     refusal([*evaluate, "--tasks", "copa", *data], str(tmp_path), "copa_val.jsonl", "aps/super_glue/copa/validation-*")
     write(tmp_path / "arc_easy_val.jsonl", [ROWS["arc_easy"][1]])  # the exam is the test split
@@ -104,6 +109,10 @@ def test_tasks_folders_and_files_that_are_missing_are_named(
 def test_folders_that_are_no_model_are_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
     write(tmp_path / "copa.jsonl", [ROWS["copa"][1]])
     rest = ["--data", str(tmp_path)]
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    for name in ("runs", "runs/mine/checkpoints"):
+        refusal(["evaluate", str(tmp_path / name), *rest], f"; name {tmp_path / 'runs' / 'mine'}")
+    refusal(["evaluate", *rest], "no model is named", "such as runs/gpt2_124m or gpt2")
     refusal(["evaluate", str(tmp_path), *rest], str(tmp_path), "config.json", "checkpoints/")
     refusal(["evaluate", str(tmp_path / "no"), *rest], "no such folder")
     refusal(["evaluate", str(tmp_path / "copa.jsonl"), *rest], "a file")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'megagpt[harness]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: the extra harness")
 
 import datasets
 import lm_eval.tasks

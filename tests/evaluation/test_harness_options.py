@@ -18,7 +18,7 @@ def test_a_missing_package_is_named_with_its_command(
     tmp_path: Path, refusal: Refusal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refusal(["evaluate", str(tmp_path), "--harness", "--tasks", "mmlu"], "pip install 'megagpt[harness]'")
+    refusal(["evaluate", str(tmp_path), "--harness", "--tasks", "mmlu"], "install it: ", "[harness]")
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,8 @@ def test_options_of_the_other_kind_are_refused(
     found: Any = object()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     refusal(["evaluate", str(tmp_path), *options], *parts)
+    if "--harness" in options:
+        refusal(["evaluate", "--harness", "--tasks", "piqa"], "no model is named")
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -101,12 +101,13 @@ def test_rows_that_the_hub_lacks_are_named(folder: Path, tmp_path: Path) -> None
         variables = hub.environment(tmp_path / "home")
         code, _, error = run(variables, tmp_path, *command)
         assert code == 2
-        assert "Rowan/hellaswag: has no file data/validation-*.parquet" in error
-        assert "hellaswag.py" in error
+        assert f"Rowan/hellaswag: looked for data/validation-*.parquet at {COMMIT}; found: hellaswag.py; or" in error
+        assert "one of hellaswag_val.jsonl, " in error
         assert "--data" in error
         code, _, error = run(variables, tmp_path, "evaluate", str(folder), "--tasks", "piqa")
         assert (code, error.count("\n")) == (2, 1)
         assert "baber/piqa: the Hugging Face hub has no data set of that name" in error
+        assert "bring the rows yourself: one of piqa_val.jsonl, " in error
 
 
 # The files of the data sets on the hub, as their pages list them.

@@ -73,6 +73,23 @@ def test_examples_come_from_the_training_rows(folder: Path, theirs: Theirs, tmp_
     assert result["details"]["first_prompt"].startswith("Al hit Cy .")
 
 
+def test_training_rows_with_an_empty_answer_are_no_examples(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: Callable[..., str]
+) -> None:
+    """Published ones have some. An empty option that is wrong is not shown, so it is no reason to leave a row out."""
+    empty = {"goal": "e", "sol1": " ", "sol2": "x", "label": 0}
+    path = write(tmp_path / "piqa_train.jsonl", [*[empty] * 30, {**empty, "goal": "t", "label": 1}])
+    write(tmp_path / "piqa.jsonl", [{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}])
+    (result,), _ = evaluate(folder, tmp_path, "piqa", "--shots", "1")
+    assert result["details"]["first_prompt"] == "t x\n\ng"
+    assert result["details"]["shots_unfit"] == 30
+    assert "piqa: 30 rows with an empty answer are no examples" in capsys.readouterr().out
+    command = ["evaluate", str(folder), "--data", str(tmp_path), "--tasks", "piqa", "--shots"]
+    refusal([*command, "2"], "piqa: 2 shots: there are only 1 rows")
+    write(path, [{**empty, "label": -1}])
+    refusal([*command, "1"], f"{path} line 1: 'label' is -1")
+
+
 def test_a_limit_changes_no_rows_examples(folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "two_digit_addition.jsonl", rows(12))
     _, every = evaluate(folder, tmp_path, "arithmetic_2da", "--shots", "2")

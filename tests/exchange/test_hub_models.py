@@ -163,8 +163,9 @@ def test_a_gated_model_says_how_to_log_in(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_model_that_the_hub_lacks_is_named(other: Hub, folder: Path, tmp_path: Path) -> None:
     name = other.repository
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
     cases = {
-        "runs/tny": "no folder runs/tny here; on the Hugging Face hub: runs/tny: ",
+        "runs/tny": "no folder runs/tny here (did you mean runs/tiny?); on the Hugging Face hub: runs/tny: ",
         "runs/tny@main": "has no model of that name that you may see",
         f"{name}@v9": "has no revision 'v9'",
         "someone/small--gpt2": "no name of a repository",
@@ -204,6 +205,10 @@ def test_weights_in_other_forms_are_fetched(other: Hub, folder: Path, tmp_path: 
     name = f"{other.repository}@{other.commit}"
     assert run(variables, tmp_path, "sample", name, *SAMPLE)[:2] == (0, text)
     assert run(variables | {"HF_HUB_OFFLINE": "1"}, tmp_path, "sample", name, *SAMPLE) == (0, text, "")
+
+
+def test_an_endpoint_that_is_no_address_is_named(hub: Hub, tmp_path: Path) -> None:
+    refused(hub, tmp_path, "gpt2", "HF_ENDPOINT is 'mirror.example.org', no address", HF_ENDPOINT="mirror.example.org")
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(hub: Hub, tmp_path: Path) -> None:

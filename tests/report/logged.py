@@ -36,9 +36,16 @@ class Logged:
     def validation(self, step: int, loss: float | str) -> None:
         self.write("validation", step, validation_loss=loss, unigram_loss=7.6)
 
-    def exam(self, step: int, task: str, value: float, error: float | None = None, items: int = 10_042) -> None:
-        more = {} if error is None else {f"exam/{task}_stderr": error}
-        self.write("exam", step, **{f"exam/{task}": value, f"exam/{task}_items": items, **more})
+    def exam(
+        self, step: int, task: str, value: float, error: float | None = None, items: int = 10_042, **more: Any
+    ) -> None:
+        score = {"value": value, "standard_error": error, "items": items, "shots": 0, "published": True, **more}
+        self.write("exam", step, exams={task: score})
+
+    def exam_of_before(self, step: int, task: str, value: float, error: float, items: int) -> None:
+        """As early logs have it."""
+        values = {f"exam/{task}": value, f"exam/{task}_stderr": error, f"exam/{task}_items": items}
+        self.write("exam", step, **values)
 
     def save(self) -> "Logged":
         text = "".join(json.dumps(line) + "\n" for line in self.lines)

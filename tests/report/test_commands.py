@@ -131,6 +131,6 @@ def test_a_missing_library_is_named_with_its_extra(
     for names in (["matplotlib"], ["matplotlib", "jinja2"]):
         missing[:] = names
         line = refusal(["plot", str(run.folder)], f"plot needs {' and '.join(names)}")
-        extra = line.split("pip install 'megagpt[")[1].split("]'")[0]
+        extra = line.rpartition("[")[2].partition("]")[0]
         extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert all(any(entry.startswith(name) for entry in extras[extra]) for name in names)

@@ -74,6 +74,34 @@ def test_the_reference_lines_are_those_of_the_corpus_and_the_size(run: Logged) -
     assert high > 0.337
 
 
+def test_scores_of_other_rows_have_no_reference_lines(run: Logged, tmp_path: Path) -> None:
+    """Nor do those of an early log with rows from a folder, which may be cleaned ones."""
+    cleaned = Logged(tmp_path, "cleaned", "evaluation.data=rows")
+    cleaned.exam(1000, "hellaswag", 0.28, published=False)
+    early = Logged(tmp_path, "early", "evaluation.data=rows")
+    early.exam_of_before(1000, "hellaswag", 0.28, 0.01, 500)
+    early.exam_of_before(1000, "lambada", 0.28, 0.01, 500)
+    records = [read_record(each.save().folder) for each in (cleaned, early)]
+    for record in records:
+        assert legend(panels([record])[1]) == ["this run: 28.00% (not the published text)", "a guess: 25%"]
+    assert "OpenAI's GPT-2 124M: 32.56%" in legend(panels(records)[2])
+    both = legend(panels([records[0], read_record(run.folder)])[1])
+    assert both[:2] == ["cleaned: 28.00% (not the published text)", "first: 27.50%"]
+    assert "OpenAI's GPT-2 124M: 29.45%" in both
+
+
+def test_the_log_tells_score_and_shots_of_an_exam(tmp_path: Path) -> None:
+    """The config may have been changed since."""
+    run = Logged(tmp_path, "run", "model.preset=gpt3-125m", "evaluation.shots=0")
+    run.exam(1000, "hellaswag", 0.28, shots=20)
+    run.exam(1000, "arc_easy", 0.28, score="sum")
+    hellaswag, arc = panels([read_record(run.save().folder)])[1:]
+    found = legend(hellaswag)
+    assert found[0] == "this run: 28.00% (20-shot)"
+    assert "OpenAI's GPT-3 125M, 20-shot (other text): 33.50%" in found
+    assert legend(arc) == ["this run: 28.00%"], "the references are by other scores"
+
+
 def test_llm_cs_curve_is_drawn_in_flops_and_hours(run: Logged) -> None:
     record = read_record(run.folder)
     places, _ = line(panels([record], "flops")[0], "llm.c")

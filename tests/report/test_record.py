@@ -43,10 +43,14 @@ def test_every_quantity_is_read_from_its_event(tmp_path: Path) -> None:
 def test_a_tasks_name_may_end_like_a_part_of_a_score(tmp_path: Path) -> None:
     run = Logged(tmp_path, "run")
     for task in ("text:my_items", "text:my_stderr"):
-        run.exam(1, task, 3.5, 0.25, 7)
+        run.exam_of_before(1, task, 3.5, 0.25, 7)
+    both = {"text:my": {"value": 2.0, "items": 5}, "text:my_items": {"value": 3.0, "odd": 1}, "x": 3}
+    run.write("exam", 2, exams=both)
     exams = read_record(run.save().folder).exams
-    assert list(exams) == ["text:my_items", "text:my_stderr"]
-    assert [(e.values, e.errors, e.items) for e in exams.values()] == [([3.5], [0.25], [7])] * 2
+    assert list(exams) == ["text:my_items", "text:my_stderr", "text:my"]
+    assert (exams["text:my_stderr"].values, exams["text:my_stderr"].errors) == ([3.5], [0.25])
+    assert (exams["text:my_items"].values, exams["text:my_items"].items) == ([3.5, 3.0], [7, None])
+    assert (exams["text:my"].values, exams["text:my"].items) == ([2.0], [5])
 
 
 def test_lines_with_odd_values_are_read_around(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -99,11 +100,12 @@ def test_a_kill_behind_a_validation_leaves_its_point(tmp_path: Path) -> None:
 
 def test_a_score_is_charted_as_an_exam_and_its_parts_are_not(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, Position(0, 0, 32, 80), 2560, resumed=False, is_main=True)
-    name = "exam/text:my_items"
-    reporter.event(Event.EXAM, Position(20, 5, 32, 80), {name: 3.5, f"{name}_stderr": 0.25, f"{name}_items": 7})
+    scores = {"text:my": {"value": 3.5, "items": 7}, "text:my_items": {"value": math.inf, "standard_error": math.nan}}
+    reporter.event(Event.EXAM, Position(20, 5, 32, 80), {"exams": scores})
     reporter.close()
-    parts = ["system/exam_text:my_items_items", "system/exam_text:my_items_stderr"]
-    assert sorted(charts(tmp_path)) == ["exams/text:my_items", *parts]
+    assert charts(tmp_path) == {"exams/text:my": [(5, 3.5)], "exams/text:my_items": [(5, math.inf)]}
+    (line,) = metrics(tmp_path, "exam")
+    assert line["exams"] == {"text:my": scores["text:my"], "text:my_items": {"value": "inf", "standard_error": "nan"}}
 
 
 NUMBERS = {"loss": 3.0, "lr": 1e-3, "gradient_norm": 0.5, "tokens_per_second": 10.0, "mfu": None}

@@ -41,6 +41,7 @@ def with_exams(data: Path, every: int = 640, **more: Any) -> dict[str, Any]:
     return {"tasks": ["hellaswag", "lambada"], "every_tokens": every, "data": str(data), **more}
 
 
+@pytest.mark.slow
 def test_scores_go_everywhere_and_are_those_of_the_command(
     tiny: Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,24 +50,28 @@ def test_scores_go_everywhere_and_are_those_of_the_command(
     run = tmp_path / "runs" / "tiny"
     lines = metrics(run, "exam")
     assert [line["tokens_seen"] for line in lines] == [640, 1280, 1920, 2560]
-    assert set(lines[0]) == {
-        "event", "time", "step", "tokens_seen",
-        *(f"exam/{task}{end}" for task in ("hellaswag", "lambada") for end in ("", "_stderr", "_items")),
-    }  # fmt: skip
-    assert [line["exam/hellaswag_items"] for line in lines] == [7] * 4
+    assert [list(line["exams"]) for line in lines] == [["hellaswag", "lambada"]] * 4
+    scores = [line["exams"]["hellaswag"] for line in lines]
+    assert all((s["items"], s["score"], s["shots"]) == (7, "mean_token", 0) for s in scores)
+    assert all(s["published"] is False for s in scores), "the rows have no ctx_a"
+    assert all(s["sha256"] == hashlib.sha256((data / "hellaswag.jsonl").read_bytes()).hexdigest() for s in scores)
     printed = capsys.readouterr().out
-    assert f"exams: hellaswag {lines[0]['exam/hellaswag']:.4f} ± " in printed
+    assert f"exams: hellaswag {scores[0]['value']:.4f} ± " in printed
     assert "(mean_token, 7 items); lambada 0.0000" in printed
     points = charts(run)["exams/hellaswag"]
-    assert [(step, pytest.approx(value)) for step, value in points] == [(n["step"], n["exam/hellaswag"]) for n in lines]
-    for checkpoint, line in zip(list_checkpoints(run), lines, strict=True):
+    expected = zip((line["step"] for line in lines), (logged["value"] for logged in scores), strict=True)
+    assert [(step, pytest.approx(value)) for step, value in points] == list(expected)
+    for checkpoint, logged in zip(list_checkpoints(run), scores, strict=True):
         out = tmp_path / "out.json"
         command = ["evaluate", str(checkpoint.path), "--tasks", "hellaswag", "--data", str(data), "--limit", "7"]
         assert main([*command, "--json", str(out)]) == 0
         value = json.loads(out.read_text())["results"][0]["values"][0]
-        assert (value["value"], value["standard_error"]) == (line["exam/hellaswag"], line["exam/hellaswag_stderr"])
+        assert (value["value"], value["standard_error"]) == (logged["value"], logged["standard_error"])
+    assert main(["status", str(run)]) == 0
+    assert f"exams        hellaswag {scores[-1]['value']:.4f} ± " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_with_exams_is_the_run_without_them(tiny: Tiny, data: Path, tmp_path: Path) -> None:
     """With dropout, whose draws exams must not disturb."""
     model = {"dropout": 0.1}
@@ -89,6 +94,20 @@ def test_missing_rows_and_unknown_tasks_end_a_run_at_its_start(tiny: Tiny, tmp_p
     refusal(["train", config, "evaluation.tasks=piqa"], "evaluation.tasks: ", "piqa.jsonl line 1", "no room")
     refusal(["train", config, "evaluation.tasks=piqa", "evaluation.shots=2"], "evaluation.tasks: piqa", "training rows")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_resume_says_if_the_rows_of_an_exam_have_changed(
+    tiny: Tiny, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(tiny(evaluation=with_exams(data, every=0), train={"tokens": 256}))]) == 0
+    write(data / "hellaswag.jsonl", hellaswag(11, longest=4))
+    resume = ["train", "--resume", str(tmp_path / "runs" / "tiny")]
+    for tokens, says in (("384", True), ("512", False)):
+        capsys.readouterr()
+        assert main([*resume, f"train.tokens={tokens}"]) == 0
+        said = "exam hellaswag: rows and limit changed since the last incarnation" in capsys.readouterr().err
+        assert said is says
 
 
 @pytest.mark.slow
@@ -126,7 +145,7 @@ def test_scores_that_are_not_finite_do_not_end_the_run(
     assert main(["train", str(tiny(evaluation=with_exams(data, every=0), train={"tokens": 256}))]) == 0
     assert "no score of hellaswag: a log-likelihood is NaN; no score of lambada" in capsys.readouterr().out
     (line,) = metrics(tmp_path / "runs" / "tiny", "exam")
-    assert not any(key.startswith("exam/") for key in line)
+    assert line["exams"] == {}
 
 
 def test_exams_are_signs_of_life(tiny: Tiny, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

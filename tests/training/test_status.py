@@ -1,5 +1,6 @@
 """`megagpt status` of runs in every state."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from megagpt.cli import main
+from megagpt.config import EvaluationConfig
 from megagpt.config_file import load_config, to_yaml
 from megagpt.errors import ExitCode
 from megagpt.incarnations import claim
@@ -100,6 +102,24 @@ def test_the_last_validation_is_shown(run: Run) -> None:
     run.steps(3, 4)
     run.write("validation", 4, validation_loss=4.5)
     assert run.line("progress").endswith("loss 4.2500, validation loss 4.5000")
+
+
+def test_the_last_exams_are_shown(run: Run) -> None:
+    """Also if many steps followed them, and those of an early log."""
+    run.steps(1, 2)
+    assert not any(line.startswith("exams") for line in run.lines())
+    run.config = dataclasses.replace(run.config, evaluation=EvaluationConfig(tasks=("hellaswag",)))
+    run.write("exam", 1, **{"exam/hellaswag": 0.2, "exam/hellaswag_stderr": 0.01, "exam/hellaswag_items": 9})
+    assert run.line("exams") == "hellaswag 0.2000 ± 0.0100 at 128 tokens"
+    scores = {"hellaswag": {"value": 0.25, "standard_error": 0.0125, "score": "mean_token"}}
+    scores |= {"ptb": {"value": "inf", "score": "per_token_perplexity"}, "odd": {"value": []}}
+    run.write("exam", 2, exams=scores)
+    expected = "hellaswag 0.2500 ± 0.0125; ptb inf at 256 tokens"
+    assert run.line("exams") == expected
+    for _ in range(3):
+        run.write("step", 3, loss=4.0, tokens_per_second=256.0, padding="x" * 2**17)
+    assert run.line("exams") == expected
+    assert read_status(run.folder, run.config).as_json()["exams"]["hellaswag"]["tokens"] == 256
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
