@@ -47,7 +47,8 @@ def cross(
     steps: int = STEPS,
     saved_at: int = SAVED_AT,
 ) -> dict[Crossing, Result]:
-    """Save at each source after `saved_at` steps, resume at each target, and take `steps` there. Raises UserError if a rank fails."""
+    """Save at each source after `saved_at` steps, resume at each target, and take `steps` there. Raises UserError if a
+    rank fails."""
     (plain,) = run_cases("plain", [Case({}, 1, steps=steps, saved_at=saved_at)])
     sources, targets = (sorted(set(side), key=lambda s: (s.ranks, s.engine)) for side in zip(*crossings, strict=True))
     into = {target: [source for source, t in crossings if t == target] for target in targets}
