@@ -6,7 +6,7 @@ from pathlib import Path
 from megagpt.config import Config
 from megagpt.errors import UserError
 from megagpt.hardware import LARGEST_GPU_GB
-from megagpt.planning.memory import state_bytes
+from megagpt.planning.state import state_bytes
 
 # Time (s) from the signal to the time limit, besides the save's: Slurm may be a minute late, and one step comes first.
 _SIGNAL_SECONDS = 120

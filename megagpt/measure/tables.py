@@ -13,7 +13,7 @@ from megagpt.measure.cases import ENGINE_CASES, STEPS, WAYS, Case, EngineCase, d
 from megagpt.measure.crossings import crossing_table
 from megagpt.measure.processes import run_cases
 from megagpt.measure.worker import memory_config
-from megagpt.planning.memory import state_bytes
+from megagpt.planning.state import state_bytes
 
 TABLES = ("fp32", "bf16", "residual", "memory", "crossings")
 # Those that are measured on the CPU only: they take 4 ranks, and count a process's memory.

@@ -1,49 +1,65 @@
-"""Bytes of weights, gradients and optimizer state on each rank, by formula.
-
-Activations, gathered weights and buffers of a single operation are not included."""
+"""The fullest moment of a training step on a GPU, by formula: named parts, whose sum is the peak."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megagpt.config import Config
-from megagpt.engines.zero_config import bucket_elements
+from megagpt.planning.activations import compute_bytes, saved_bytes
+from megagpt.planning.state import gpu_state_bytes
 
-_FP32 = 4
-_MOMENTS = 2 * _FP32
+Verdict = Literal["fits", "tight", "does not fit"]
+
+# Beside the tensors, from experience: bytes of the CUDA context, cuBLAS and NCCL, and the allocator's slack as a share of
+# what comes and goes.
+_CONTEXT_BYTES = 2.5e9
+_SLACK = 0.06
 
 
 @dataclass(frozen=True)
-class StateBytes:
-    """Bytes on one rank at the end of a step's last backward pass, before the update."""
+class Memory:
+    """Bytes on one GPU at the fullest moment of a step."""
 
-    weights: float
-    """Weights in the precision that the engine keeps for the forward pass."""
-    gradients: float
-    """Sums of gradients, and the buckets that stay allocated for them."""
-    optimizer: float
-    """Both Adam moments; under ZeRO also the fp32 weights."""
+    moment: str
+    """That moment, in plain words."""
+    parts: dict[str, float]
+    """Bytes by name; their sum is the peak."""
+    state: float
+    """Bytes of weights, gradients and optimizer, which stay from step to step; they are among the parts."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer
+        """Bytes of all tensors at that moment."""
+        return sum(self.parts.values())
+
+    @property
+    def reserve(self) -> float:
+        """Bytes to keep free beside the tensors: CUDA's context, libraries' buffers, the allocator's slack."""
+        return _CONTEXT_BYTES + _SLACK * (self.total - self.state)
+
+    def spare(self, capacity: float) -> float:
+        """Bytes of a GPU with `capacity` bytes that are left beside peak and reserve; negative if they exceed it."""
+        return capacity - self.total - self.reserve
+
+    def verdict(self, capacity: float) -> Verdict:
+        """fits: with the reserve; tight: only the tensors do."""
+        if self.spare(capacity) >= 0:
+            return "fits"
+        return "tight" if self.total <= capacity else "does not fit"
 
 
-def state_bytes(config: Config, ranks: int) -> StateBytes:
-    """State per rank under any engine, with the bytes that `engine.offload` moves to the CPU's memory or to a disk.
-
-    DDP: 4 + 4 + 8 bytes per parameter. FSDP: the same, divided by the ranks that share a copy. ZeRO keeps weights in
-    the compute precision (2 bytes in bf16 and fp16) and an fp32 copy that is part of the optimizer state; all sums
-    of gradients are fp32. Stage 1 sums the gradients of all weights on each rank until the step ends; in bf16 it also
-    keeps the bf16 gradient of the last micro-batch. A bucket that stays allocated counts as gradients."""
-    engine, parameters = config.engine, config.model.stored_parameters
-    if engine.name != "zero":
-        held = parameters / (config.sharing_ranks(ranks) if engine.name == "fsdp" else 1)
-        return StateBytes(_FP32 * held, _FP32 * held, _MOMENTS * held)
-    low = _FP32 if config.train.precision == "fp32" else 2
-    held = parameters / ranks
-    weights = low * (held if engine.stage == 3 else parameters)
-    gradients: float = _FP32 * (parameters if engine.stage == 1 else held)
-    if engine.stage == 1 and config.train.precision == "bf16":
-        gradients += low * parameters
-    elif engine.stage != 2:
-        gradients += _FP32 * bucket_elements(config.model)
-    return StateBytes(weights, gradients, (_FP32 + _MOMENTS) * held)
+def peak_memory(config: Config, ranks: int) -> Memory:
+    """The peak of a full step on a GPU. Raises UserError if the run cannot be divided among the ranks."""
+    config.check_ranks(ranks)
+    model, a = config.model, compute_bytes(config)
+    c, v, tokens = model.width, model.padded_vocab_size, config.train.micro_batch * model.context
+    state, block = gpu_state_bytes(config, ranks), model.block_parameters
+    parts = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
+    parts["activations"] = saved_bytes(config)
+    parts["head"] = 12 * c * tokens + 4 * v * c + min(8192, tokens) * v * a
+    if config.engine.name == "fsdp":
+        parts["gathered weights"] = a * (v + model.context) * c + 10 * block
+    elif config.engine.name == "zero" and config.engine.stage == 3:
+        parts["gathered weights"] = a * min(model.stored_parameters, 1e9 + block)
+    elif config.engine.name == "ddp" and a == 2:
+        parts["weights in the compute precision"] = a * (v * c + 12 * c * c * model.layers)
+    return Memory("the head's loss", parts, state.total)

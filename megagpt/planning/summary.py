@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from megagpt.config import Config
 from megagpt.engines.zero_config import deepspeed_config
-from megagpt.planning.memory import state_bytes
+from megagpt.planning.state import state_bytes
 from megagpt.schedule import check_profile_steps, learning_rate, step_count
 
 
