@@ -2,6 +2,7 @@
 that the papers give in tokens stay in tokens. `config_file` reads a Config from YAML; `megagpt config --keys` shows
 every key with its docstring."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -287,19 +288,31 @@ class Config:
             raise UserError(f"validation.tokens {tokens} is less than one sequence, model.context {context}; {ways}")
 
     def accumulation(self, ranks: int) -> int:
-        """Micro-batches of a rank in a full step. Raises UserError with the nearest batches that divide."""
+        """Micro-batches of a rank in a full step. Raises UserError with the nearest batches, ranks and micro-batches
+        that divide."""
         unit = self.train.micro_batch * ranks
         if self.batch_sequences % unit:
-            per_rank = self.batch_sequences // ranks if self.batch_sequences % ranks == 0 else 0
-            fits = near_divisors(per_rank, self.train.micro_batch) if per_rank else []
-            low = self.batch_sequences // unit * unit * self.model.context
-            batches = [b for b in (low, low + unit * self.model.context) if b]
-            ways = f"train.batch_tokens {' or '.join(map(str, batches))}"
-            ways += f", or train.micro_batch {' or '.join(map(str, fits))}" if fits else ", or another number of ranks"
             batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
             divisor = f"{ranks} rank(s) x train.micro_batch {self.train.micro_batch}"
+            ways = ", or ".join(self._ways_to_divide(ranks))
             raise UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {ways}")
         return self.batch_sequences // unit
+
+    def _ways_to_divide(self, ranks: int) -> Iterator[str]:
+        """Changes of one key each that divide the batch; if no micro-batch divides it over these ranks, one for the
+        nearest ranks over which one does."""
+        sequences, size = self.batch_sequences, self.train.micro_batch
+        low, unit = sequences // (size * ranks) * size * ranks, size * ranks
+        batches = [str(batch * self.model.context) for batch in (low, low + unit) if batch]
+        yield f"train.batch_tokens {' or '.join(batches)}"
+        if sequences % size == 0:
+            yield f"{' or '.join(map(str, near_divisors(sequences // size, ranks)))} ranks"
+        if sequences % ranks == 0:
+            yield f"train.micro_batch {' or '.join(map(str, near_divisors(sequences // ranks, size)))}"
+        else:
+            for other in near_divisors(sequences, ranks):
+                nearest = near_divisors(sequences // other, size)
+                yield f"train.micro_batch {' or '.join(map(str, nearest))} on {other} ranks"
 
     def sharing_ranks(self, ranks: int) -> int:
         """Ranks that share one copy of the model under FSDP. Raises UserError if they do not divide all ranks."""
