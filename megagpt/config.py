@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from megagpt.config_marks import Data, ForFSDP, ForZero, Free, Recipe, Was
 from megagpt.config_types import ActivationCheckpointing, Compile, Names, PathText, RunName, Seconds, Spikes, Steps
 from megagpt.errors import UserError
-from megagpt.models.presets import SECTION, ModelConfig, near_divisors
+from megagpt.models.presets import SECTION, ModelConfig, divisors_around, near_divisors
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -306,13 +306,12 @@ class Config:
         batches = [str(batch * self.model.context) for batch in (low, low + unit) if batch]
         yield f"train.batch_tokens {' or '.join(batches)}"
         if sequences % size == 0:
-            yield f"{' or '.join(map(str, near_divisors(sequences // size, ranks)))} ranks"
+            yield f"{' or '.join(map(str, divisors_around(sequences // size, ranks)))} ranks"
         if sequences % ranks == 0:
             yield f"train.micro_batch {' or '.join(map(str, near_divisors(sequences // ranks, size)))}"
-        else:
-            for other in near_divisors(sequences, ranks):
-                nearest = near_divisors(sequences // other, size)
-                yield f"train.micro_batch {' or '.join(map(str, nearest))} on {other} ranks"
+        elif others := sorted(divisors_around(sequences, ranks), key=lambda other: abs(other - ranks)):
+            fits = near_divisors(sequences // others[0], size)
+            yield f"train.micro_batch {' or '.join(map(str, fits))} on {others[0]} ranks"
 
     def sharing_ranks(self, ranks: int) -> int:
         """Ranks that share one copy of the model under FSDP. Raises UserError if they do not divide all ranks."""

@@ -150,6 +150,13 @@ def near_divisors(number: int, near: int) -> list[int]:
     return sorted(itertools.islice((value for value in tried if 0 < value <= number and number % value == 0), 2))
 
 
+def divisors_around(number: int, near: int) -> list[int]:
+    """The largest divisor of a number up to another, and the smallest one above it; fewer if they are too far away."""
+    below = (value for value in range(min(near, number), max(0, near - _TRIED), -1) if number % value == 0)
+    above = (value for value in range(near + 1, min(number, near + _TRIED) + 1) if number % value == 0)
+    return [*itertools.islice(below, 1), *itertools.islice(above, 1)]
+
+
 def get_preset(name: str) -> Preset:
     """The preset of that name. Raises UserError with the nearest names if there is none."""
     if name not in PRESETS:
