@@ -1,5 +1,6 @@
 """Learning rate and batch size as pure functions of tokens (GPT-3, appendix B)."""
 
+import functools
 import math
 
 from megagpt.config import Config
@@ -7,6 +8,8 @@ from megagpt.config_types import steps_of
 from megagpt.console import say
 from megagpt.errors import UserError
 
+# Sizes of batches that a ramp is counted in, if it has more.
+_SIZES = 4096
 # First steps of an incarnation that may compile the model.
 _COMPILING_STEPS = 2
 
@@ -33,6 +36,28 @@ def batch_sequences(config: Config, sequences_seen: int) -> int:
         return config.batch_sequences
     grown = (train.batch_tokens - train.batch_ramp_start) * tokens // train.batch_ramp_tokens
     return (train.batch_ramp_start + grown + context // 2) // context
+
+
+def ramp_batches(config: Config) -> list[tuple[int, int]]:
+    """The steps that begin during the batch ramp, without a walk through all of them: pairs of the sequences in a batch
+    and the number of such steps, in order. The last one may pass the end of the run."""
+    train, context = config.train, config.model.context
+    end = min(train.batch_ramp_tokens, config.total_sequences * context)
+    return _ramp_batches(train.batch_ramp_start, train.batch_tokens, train.batch_ramp_tokens, context, end)
+
+
+@functools.lru_cache(maxsize=32)
+def _ramp_batches(start: int, full: int, ramp: int, context: int, end: int) -> list[tuple[int, int]]:
+    found, tokens, growth = [], 0, full - start
+    grain = 1 + full // context // _SIZES
+    while tokens < end:
+        size = (start + growth * tokens // ramp + context // 2) // context
+        larger = (size + grain) * context - context // 2 - start
+        until = min(end, -(-larger * ramp // growth)) if growth else end  # the first position with a larger batch
+        steps = max(1, -(-(until - tokens) // (size * context)))
+        found.append((size, steps))
+        tokens += steps * size * context
+    return found
 
 
 def check_profile_steps(config: Config) -> None:

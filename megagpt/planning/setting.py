@@ -1,0 +1,58 @@
+"""A setting: the keys of a config that decide how a run is computed, and not what is computed. Other values of them
+train the same run."""
+
+import dataclasses
+from typing import Any
+
+from megagpt.config import Config, EngineConfig
+from megagpt.config_yaml import value_text
+
+# Keys of `train` that belong to a setting.
+_TRAIN = ("micro_batch", "activation_checkpointing")
+
+
+def vary(config: Config, **sections: dict[str, Any]) -> Config:
+    """The config with other values: `vary(config, train={"micro_batch": 4})`."""
+    changed: dict[str, Any] = {
+        name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()
+    }
+    return dataclasses.replace(config, **changed)
+
+
+def overrides(config: Config, wanted: Config) -> list[str]:
+    """What to type after the name of `config` to get the setting of `wanted`; empty if it has it."""
+    engine, other = dataclasses.asdict(config.engine), dataclasses.asdict(wanted.engine)
+    if other["name"] != engine["name"]:  # on the command line, another name drops the file's settings of an engine
+        engine = {**dataclasses.asdict(EngineConfig()), "name": engine["name"]}
+    changed = [f"engine.{key}={value_text(value)}" for key, value in other.items() if value != engine[key]]
+    for key in _TRAIN:
+        value = getattr(wanted.train, key)
+        if value != getattr(config.train, key):
+            changed.append(f"train.{key}={value_text(value)}")
+    return changed
+
+
+def engine_words(engine: EngineConfig, ranks: int) -> str:
+    """The engine with its sharding, as one short name: "fsdp in groups of 8"."""
+    words = engine.name
+    if engine.name == "zero":
+        words += f" stage {engine.stage}"
+    if engine.name == "fsdp" and engine.shard_ranks not in (0, ranks):
+        words += f" in groups of {engine.shard_ranks}"
+    if engine.name == "fsdp" and not engine.reshard_after_forward:
+        words += ", weights kept"
+    if engine.offload != "none":
+        words += f", offload {engine.offload}"
+    return words
+
+
+def mode_words(mode: str | dict[str, int]) -> str:
+    """The value of `train.activation_checkpointing` as one word."""
+    return mode if isinstance(mode, str) else f"every {mode['every']}"
+
+
+def setting_words(config: Config, ranks: int) -> str:
+    """The setting as part of a sentence."""
+    mode = mode_words(config.train.activation_checkpointing)
+    engine = engine_words(config.engine, ranks)
+    return f"{engine}, activation checkpointing {mode}, micro-batch {config.train.micro_batch}"
