@@ -2,14 +2,25 @@
 that the papers give in tokens stay in tokens. `config_file` reads a Config from YAML; `megagpt config --keys` shows
 every key with its docstring."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megagpt.config_marks import Data, ForFSDP, ForZero, Free, Recipe, Was
-from megagpt.config_types import ActivationCheckpointing, Compile, Names, PathText, RunName, Seconds, Spikes, Steps
+from megagpt.config_types import (
+    AUTO,
+    ActivationCheckpointing,
+    Compile,
+    MicroBatch,
+    Names,
+    PathText,
+    RunName,
+    Seconds,
+    Spikes,
+    Steps,
+)
 from megagpt.errors import UserError
 from megagpt.models.presets import SECTION, ModelConfig, divisors_around, near_divisors
 
@@ -73,8 +84,10 @@ class TrainConfig:
     """Batch in tokens at the start of the ramp; 0: the full batch from the first step."""
     batch_ramp_tokens: Recipe[int] = Field(default=0, ge=0)
     """Tokens over which the batch grows linearly from `batch_ramp_start` to `batch_tokens`."""
-    micro_batch: Free[int] = Field(default=8, gt=0)
-    """Sequences that a rank takes through the model at a time. Gradient accumulation is derived from it."""
+    micro_batch: Free[MicroBatch] = 8
+    """Sequences that a rank takes through the model at a time. Gradient accumulation is derived from it. auto: on a
+    GPU, the largest that fits and divides the batch, by the plan, and confirmed by a trial step; on a CPU, the largest
+    of at most 4,096 tokens. It changes time and memory only."""
     precision: Free[Literal["fp32", "bf16", "fp16"]] = "bf16"
     """Number format of matrix products. The optimizer's weights, the sum of the gradients over micro-batches and over
     ranks, LayerNorm and softmax are always fp32. fp16 uses dynamic loss scaling."""
@@ -278,40 +291,56 @@ class Config:
         """Sequences in the whole run."""
         return self.train.tokens // self.model.context
 
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that a rank takes through the model at a time. Raises UserError while `train.micro_batch` is auto:
+        `planning.micro_batch` decides it."""
+        size = self.train.micro_batch
+        if size == AUTO:
+            raise UserError("train.micro_batch is auto, which only a run decides; set a number")
+        return size
+
     def check_ranks(self, ranks: int) -> None:
         """Raises UserError, with what to change, if the run cannot start on that many ranks."""
-        self.accumulation(ranks)
+        if self.train.micro_batch == AUTO:
+            self.sequences_of_a_rank(ranks)
+        else:
+            self.accumulation(ranks)
         self.sharing_ranks(ranks)
         tokens, context = self.validation.tokens, self.model.context
         if 0 < tokens < context:  # not a contradiction of keys: old runs with such a value can still be read
             ways = f"raise it to {context} or more, or set it to 0 for no validation"
             raise UserError(f"validation.tokens {tokens} is less than one sequence, model.context {context}; {ways}")
 
+    def sequences_of_a_rank(self, ranks: int) -> int:
+        """Sequences that each rank takes of a full batch. Raises UserError with the nearest batches and ranks that
+        divide."""
+        if self.batch_sequences % ranks:
+            raise self._indivisible(ranks, None)
+        return self.batch_sequences // ranks
+
     def accumulation(self, ranks: int) -> int:
         """Micro-batches of a rank in a full step. Raises UserError with the nearest batches, ranks and micro-batches
         that divide."""
-        unit = self.train.micro_batch * ranks
-        if self.batch_sequences % unit:
-            batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
-            divisor = f"{ranks} rank(s) x train.micro_batch {self.train.micro_batch}"
-            ways = ", or ".join(self._ways_to_divide(ranks))
-            raise UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {ways}")
-        return self.batch_sequences // unit
+        if self.batch_sequences % (self.micro_batch * ranks):
+            raise self._indivisible(ranks, self.micro_batch)
+        return self.batch_sequences // (self.micro_batch * ranks)
 
-    def _ways_to_divide(self, ranks: int) -> Iterator[str]:
-        """Changes of one key each that divide the batch; if no micro-batch divides it over these ranks, one for the
-        nearest ranks over which one does."""
-        sequences, size = self.batch_sequences, self.train.micro_batch
-        low, unit = sequences // (size * ranks) * size * ranks, size * ranks
-        batches = [str(batch * self.model.context) for batch in (low, low + unit) if batch]
-        yield f"train.batch_tokens {' or '.join(batches)}"
-        if sequences % size == 0:
-            yield f"{' or '.join(map(str, divisors_around(sequences // size, ranks)))} ranks"
-        if sequences % ranks == 0:
-            yield f"train.micro_batch {' or '.join(map(str, near_divisors(sequences // ranks, size)))}"
-        elif others := sorted(divisors_around(sequences, ranks), key=lambda other: abs(other - ranks)):
-            fits = near_divisors(sequences // others[0], size)
-            yield f"train.micro_batch {' or '.join(map(str, fits))} on {others[0]} ranks"
+    def _indivisible(self, ranks: int, size: int | None) -> UserError:
+        """The error for a batch that the ranks do not divide; `size`: in micro-batches of so many sequences."""
+        sequences, context, unit = self.batch_sequences, self.model.context, ranks * (size or 1)
+        low = sequences // unit * unit
+        ways = [f"train.batch_tokens {_either(n * context for n in (low, low + unit) if n)}"]
+        if sequences % (size or 1) == 0:
+            ways.append(f"{_either(divisors_around(sequences // (size or 1), ranks))} ranks")
+        if size and sequences % ranks == 0:
+            ways.append(f"train.micro_batch {_either(near_divisors(sequences // ranks, size))}")
+        elif size and (others := divisors_around(sequences, ranks)):
+            other = min(others, key=lambda other: abs(other - ranks))
+            ways.append(f"train.micro_batch {_either(near_divisors(sequences // other, size))} on {other} ranks")
+        batch = f"{self.train.batch_tokens} is {sequences} sequences of {context}"
+        divisor = f"{ranks} rank(s)" + (f" x train.micro_batch {size}" if size else "")
+        return UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {', or '.join(ways)}")
 
     def sharing_ranks(self, ranks: int) -> int:
         """Ranks that share one copy of the model under FSDP. Raises UserError if they do not divide all ranks."""
@@ -320,6 +349,10 @@ class Config:
             fits = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
             raise UserError(f"engine.shard_ranks {shard} does not divide {ranks} ranks; these do: {fits}")
         return shard
+
+
+def _either(numbers: Iterable[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def compiles(wanted: bool | str, device_type: str) -> bool:

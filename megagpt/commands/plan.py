@@ -2,18 +2,14 @@
 
 import argparse
 import functools
-import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megagpt.commands.options import Add, add_config, count, one_name, split_words
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
-    from megagpt.config import Config
     from megagpt.planning.gpus import Cluster
-    from megagpt.planning.plan import Plan
-    from megagpt.planning.search import Planner
 
 # Options that give a GPU's figures: option, field of `Gpu`, its unit in the field's own, what it is.
 _FIGURES = (
@@ -32,7 +28,9 @@ def register(add: Add) -> None:
     add_config(sub)
     text = "number of GPUs; without it, the smallest cluster that fits, the cheapest, and the one that meets --days"
     sub.add_argument("--gpus", type=count, metavar="N", help=text)
-    sub.add_argument("--gpu", default="h100", metavar="NAME", help="kind of GPU, such as h100, a100-40gb, mi300x (h100)")
+    sub.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="kind of GPU, such as h100, a100-40gb, mi300x (h100)"
+    )
     sub.add_argument("--per-node", type=count, default=8, metavar="N", help="GPUs of a node (8)")
     text = "network between nodes, for each GPU (that of the GPU's usual servers)"
     sub.add_argument("--network", type=above_zero, metavar="GBITS", help=text)
@@ -41,7 +39,9 @@ def register(add: Add) -> None:
     sub.add_argument("--compare", action="store_true", help="rank every engine, sharding and checkpointing mode")
     sub.add_argument("--all", action="store_true", help="with --compare: with every micro-batch that divides")
     sub.add_argument("--explain", action="store_true", help="print each term: value, formula, origin")
-    sub.add_argument("--trace", action="store_true", help="also measure the peak, on pretend ranks with the trainer's code")
+    sub.add_argument(
+        "--trace", action="store_true", help="also measure the peak, on pretend ranks with the trainer's code"
+    )
     sub.add_argument("--json", action="store_true", help="print one JSON object instead")
     sub.add_argument("--picture", metavar="FILE", help="draw memory, time and cost, as .png or .svg")
     sub.add_argument("--write", metavar="FILE", help="write the recommended setting as a config")

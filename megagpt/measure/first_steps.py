@@ -36,7 +36,7 @@ def profile_first_steps(config: Config, world: World, steps: int) -> None:
     warmup = _WARMUP_STEPS[world.device.type]
     numbers = range(warmup + 1, warmup + steps + 1)
     profiler = StepProfiler(engine, numbers, place, rates, must_succeed=True)
-    size, share = config.batch_sequences, Share(world.rank, world.size, config.train.micro_batch)
+    size, share = config.batch_sequences, Share(world.rank, world.size, config.micro_batch)
     batches = read_ahead(placed(train_batches(corpus, 0, numbers.stop * size, lambda seen: size, share), world.device))
     with contextlib.closing(profiler), contextlib.closing(batches):
         say(f"warming up for {warmup} steps, then profiling {steps}")

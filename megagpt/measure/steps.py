@@ -106,7 +106,7 @@ def _measure(row: Row, lines: list[str]) -> Iterator[list[str] | Measured]:
         gc.collect()  # the products need room for their own operands
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        tokens = train.micro_batch * config.model.context
+        tokens = config.micro_batch * config.model.context
         yield replace(found, matrix_seconds=matrix_seconds(config.model, tokens, DTYPES[train.precision], device))
 
 

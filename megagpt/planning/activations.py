@@ -24,7 +24,7 @@ def saved_per_token(config: Config, mode: str) -> float:
 def saved_bytes(config: Config) -> float:
     """Bytes that all blocks of a micro-batch keep at the end of the forward pass."""
     mode, layers = config.train.activation_checkpointing, config.model.layers
-    tokens = config.train.micro_batch * config.model.context
+    tokens = config.micro_batch * config.model.context
     if isinstance(mode, dict):
         full = -(-layers // mode["every"])
         return tokens * (full * saved_per_token(config, "full") + (layers - full) * saved_per_token(config, "none"))

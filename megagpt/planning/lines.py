@@ -146,7 +146,7 @@ def _sum(parts: dict[str, str]) -> str:
 
 
 def _quoted(word: str) -> str:
-    return f"'{word}'" if set(word) & set(" {}[]*?;&|<>()$`\"\\!#~") else word
+    return f"'{word}'" if set(word) & set(' {}[]*?;&|<>()$`"\\!#~') else word
 
 
 def large(value: float) -> str:
@@ -173,7 +173,9 @@ def time_words(days: float) -> str:
 
 def money(dollars: float) -> str:
     """$18; $670,000; $1.42M."""
-    return f"${dollars / 1e6:.2f}M" if dollars >= 999_500 else f"${dollars:,.0f}" if dollars >= 10 else f"${dollars:.2f}"
+    return (
+        f"${dollars / 1e6:.2f}M" if dollars >= 999_500 else f"${dollars:,.0f}" if dollars >= 10 else f"${dollars:.2f}"
+    )
 
 
 def energy_words(kwh: float) -> str:

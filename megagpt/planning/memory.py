@@ -51,7 +51,7 @@ def peak_memory(config: Config, ranks: int) -> Memory:
     """The peak of a full step on a GPU. Raises UserError if the run cannot be divided among the ranks."""
     config.check_ranks(ranks)
     model, a = config.model, compute_bytes(config)
-    c, v, tokens = model.width, model.padded_vocab_size, config.train.micro_batch * model.context
+    c, v, tokens = model.width, model.padded_vocab_size, config.micro_batch * model.context
     state, block = gpu_state_bytes(config, ranks), model.block_parameters
     parts = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
     parts["activations"] = saved_bytes(config)

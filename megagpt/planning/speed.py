@@ -71,7 +71,7 @@ def run_seconds(config: Config, cluster: Cluster, calibration: Calibration | Non
     """Time of all steps to the token budget, with the batch ramp; without saves, validation and samples."""
     full = predict_speed(config, cluster, calibration).step
     accumulation = config.accumulation(cluster.gpus)
-    unit = cluster.gpus * config.train.micro_batch
+    unit = cluster.gpus * config.micro_batch
     seen = total = 0.0
     while seen < config.total_sequences:
         if seen * config.model.context >= config.train.batch_ramp_tokens:
@@ -86,7 +86,7 @@ def _step(config: Config, cluster: Cluster, c: Calibration, accumulation: int) -
     model, train, gpu = config.model, config.train, cluster.gpu
     width, layers, context = model.width, model.layers, model.context
     peak, ranks = gpu.peak(train.precision), cluster.gpus
-    tokens = train.micro_batch * context
+    tokens = config.micro_batch * context
     again = {"full": 1.0, "none": 0.0, "selective": 0.0}.get(str(train.activation_checkpointing))
     if isinstance(train.activation_checkpointing, dict):
         again = -(-layers // train.activation_checkpointing["every"]) / layers

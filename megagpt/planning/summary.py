@@ -18,7 +18,7 @@ def summarize(config: Config, ranks: int) -> Iterator[str]:
     padding = model.padded_vocab_size - model.vocab_size
     yield f"parameters: {model.parameters:,} ({padding} padding rows of the vocabulary not counted)"
     yield f"FLOPs: {model.flops_per_token:.3e} per token, {model.flops_per_token * train.tokens:.3e} in all"
-    taken = f"{config.accumulation(ranks)} micro-batch(es) of {train.micro_batch} per step and rank"
+    taken = f"{config.accumulation(ranks)} micro-batch(es) of {config.micro_batch} per step and rank"
     yield f"batch: {config.batch_sequences} sequences of {context} on {ranks} rank(s) = {taken}"
     yield f"steps: {step_count(config):,}, {step_count(config, config.schedule.warmup_tokens):,} of them warm-up"
     final = learning_rate(config, train.tokens)

@@ -43,7 +43,7 @@ def work(config: Config, ranks: int, micro_batches: float) -> dict[Part, Work]:
     model, train = config.model, config.train
     c, layers, float8 = model.width, model.layers, train.float8 != "none"
     value, residual = (_FP32 if number == "fp32" else 2 for number in (train.precision, train.residual))
-    rows = train.micro_batch * model.context
+    rows = config.micro_batch * model.context
     tokens = micro_batches * rows
     again = _repeated_blocks(config) / layers
     # Of a block's four products, the last one's result is not needed again.
@@ -61,7 +61,7 @@ def work(config: Config, ranks: int, micro_batches: float) -> dict[Part, Work]:
     return {
         # Two products of a query and a key each way, forward once and backward twice; the causal half only.
         Part.ATTENTION: Work(
-            (12 + 4 * again) * c * pairs * micro_batches * train.micro_batch,
+            (12 + 4 * again) * c * pairs * micro_batches * config.micro_batch,
             (12 + 4 * again) * c * layers * tokens * value,
         ),
         Part.PRODUCTS: Work(

@@ -103,7 +103,7 @@ class Run:
     def batches(self) -> Generator[Batch]:
         """This rank's share of every remaining batch, read ahead."""
         first, total = self.start.sequences, self.config.total_sequences
-        share = Share(self.world.rank, self.world.size, self.config.train.micro_batch)
+        share = Share(self.world.rank, self.world.size, self.config.micro_batch)
         size = functools.partial(batch_sequences, self.config)
         return read_ahead(placed(train_batches(self.train_data, first, total, size, share), self.world.device))
 
