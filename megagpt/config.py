@@ -2,7 +2,6 @@
 that the papers give in tokens stay in tokens. `config_file` reads a Config from YAML; `megagpt config --keys` shows
 every key with its docstring."""
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -21,8 +20,9 @@ from megagpt.config_types import (
     Spikes,
     Steps,
 )
+from megagpt.divisors import ways_to_divide
 from megagpt.errors import UserError
-from megagpt.models.presets import SECTION, ModelConfig, divisors_around, near_divisors
+from megagpt.models.presets import SECTION, ModelConfig
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -328,19 +328,10 @@ class Config:
 
     def _indivisible(self, ranks: int, size: int | None) -> UserError:
         """The error for a batch that the ranks do not divide; `size`: in micro-batches of so many sequences."""
-        sequences, context, unit = self.batch_sequences, self.model.context, ranks * (size or 1)
-        low = sequences // unit * unit
-        ways = [f"train.batch_tokens {_either(n * context for n in (low, low + unit) if n)}"]
-        if sequences % (size or 1) == 0:
-            ways.append(f"{_either(divisors_around(sequences // (size or 1), ranks))} ranks")
-        if size and sequences % ranks == 0:
-            ways.append(f"train.micro_batch {_either(near_divisors(sequences // ranks, size))}")
-        elif size and (others := divisors_around(sequences, ranks)):
-            other = min(others, key=lambda other: abs(other - ranks))
-            ways.append(f"train.micro_batch {_either(near_divisors(sequences // other, size))} on {other} ranks")
-        batch = f"{self.train.batch_tokens} is {sequences} sequences of {context}"
+        ways = ways_to_divide(self.batch_sequences, self.model.context, ranks, size)
+        batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
         divisor = f"{ranks} rank(s)" + (f" x train.micro_batch {size}" if size else "")
-        return UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {', or '.join(ways)}")
+        return UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {ways}")
 
     def sharing_ranks(self, ranks: int) -> int:
         """Ranks that share one copy of the model under FSDP. Raises UserError if they do not divide all ranks."""
@@ -349,10 +340,6 @@ class Config:
             fits = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
             raise UserError(f"engine.shard_ranks {shard} does not divide {ranks} ranks; these do: {fits}")
         return shard
-
-
-def _either(numbers: Iterable[int]) -> str:
-    return " or ".join(map(str, numbers))
 
 
 def compiles(wanted: bool | str, device_type: str) -> bool:

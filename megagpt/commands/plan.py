@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 import math
 from typing import TYPE_CHECKING
 
@@ -62,14 +63,24 @@ def above_zero(text: str) -> float:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from megagpt.config_file import load_config
+    from megagpt.planning.answer import Question, answer
+    from megagpt.planning.lines import answer_lines
     from megagpt.planning.plan import make_plan
+    from megagpt.planning.record import answer_record
 
     names, given = split_words(arguments)
     name = one_name(names, "config, such as gpt3_xl.yaml")
-    config = load_config(name, given)
-    cluster = _cluster(arguments)
     planner = functools.partial(make_plan, price=arguments.price)
-    raise NotImplementedError
+    question = Question(
+        load_config(name, given), _cluster(arguments), arguments.gpus is not None, planner, arguments.price,
+        name, given, arguments.days, arguments.all,
+    )  # fmt: skip
+    found = answer(question, with_clusters=arguments.picture is not None)
+    if arguments.json:
+        print(json.dumps(answer_record(found), indent=2))
+    else:
+        print("\n".join(answer_lines(found, arguments.compare or arguments.all)))
+    return 0
 
 
 def _cluster(arguments: argparse.Namespace) -> "Cluster":

@@ -82,7 +82,7 @@ def _run_seconds(
     config: Config, cluster: Cluster, speed: Speed, calibration: Calibration | None
 ) -> tuple[float, float]:
     """Time of all steps, and the part of it that the batch ramp costs."""
-    unit, full = cluster.gpus * config.train.micro_batch, config.accumulation(cluster.gpus)
+    unit, full = cluster.gpus * config.micro_batch, config.accumulation(cluster.gpus)
 
     def step(micro_batches: int) -> float:
         if micro_batches >= full:
