@@ -57,25 +57,25 @@ def resolved(config: Config, ranks: int, capacity: float | None) -> Config:
 
 
 def check_fit(config: Config, ranks: int, capacity: float, card: str = "") -> Fit:
-    """The memory of a run on GPUs of `capacity` bytes. Raises UserError if it cannot be divided among the ranks, or does
-    not fit, with the smallest change that makes it fit. `card`: the GPU's name, for the sentence."""
+    """The memory of a run on GPUs of `capacity` bytes. Raises UserError if the ranks do not divide the batch, and if the
+    run does not fit, with the smallest change that makes it fit. `card`: the GPU's name, for people."""
     config.check_ranks(ranks)
     wanted, config = config, resolved(config, ranks, capacity)
     memory = peak_memory(config, ranks)
     verdict = memory.verdict(capacity)
-    of = f"{gigabytes(capacity)} of each {card or 'GPU'}"
-    sentence = f"{gigabytes(memory.total)} of the {of} at the peak, {memory.moment}"
+    needs = f"{gigabytes(memory.total)} at the peak, {memory.moment}"
+    sentence = f"each GPU needs {needs}, and has {gigabytes(capacity)}"
     if verdict == "fits":
         return Fit(memory, sentence, "")
     found = way_out(wanted, ranks, capacity)
     if verdict == "tight":
-        needs = f"CUDA and the allocator may need {gigabytes(memory.reserve)} beside it"
+        beside = f"CUDA and the allocator may need {gigabytes(memory.reserve)} besides"
         way = f"; if memory runs out: {found}" if found else ""
-        return Fit(memory, sentence, f"memory is tight: the plan is {sentence}, and {needs}{way}")
+        return Fit(memory, sentence, f"memory is tight: {sentence}, and {beside}{way}")
     way = found or "no setting of this code makes it fit: take GPUs with more memory"
     parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in memory.parts.items() if size)
-    needs = f"{gigabytes(memory.total)} at the peak, {memory.moment} ({parts})"
-    raise UserError(f"{config.run.name} does not fit on {ranks} GPU(s) of {gigabytes(capacity)}: each needs {needs}; {way}")
+    where = f"{ranks} GPU(s) of {gigabytes(capacity)}{f' ({card})' if card else ''}"
+    raise UserError(f"{config.run.name} does not fit on {where}: each needs {needs} ({parts}); {way}")
 
 
 def gigabytes(size: float) -> str:

@@ -1,16 +1,12 @@
 """The settings that a run can have on a cluster, planned and ranked; and the clusters that it can have."""
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megagpt.config import Config, EngineConfig
-from megagpt.errors import UserError
 from megagpt.planning.gpus import Cluster
-from megagpt.planning.memory import peak_memory
 from megagpt.planning.plan import Plan, make_plan
-from megagpt.planning.setting import vary
 from megagpt.planning.speed import Calibration
 
 # Blocks of which one is computed again: what lies between the modes none and full.

@@ -11,6 +11,7 @@ from megagpt.errors import UserError
 from megagpt.planning.memory import peak_memory
 from megagpt.planning.search import micro_batches
 from megagpt.planning.setting import overrides, vary
+from megagpt.planning.state import gpu_state_bytes, state_bytes
 
 # Doublings of the number of GPUs that are tried.
 _DOUBLINGS = 12
@@ -111,5 +112,9 @@ def _order(config: Config, ranks: int, place: _Place) -> str:
     wanted = vary(place.config, train={"micro_batch": "auto"}) if own else place.config
     words = overrides(config, wanted)
     sets = [f"set {' '.join(words)}"] if words else []
-    takes = [f"take {place.ranks:,} GPUs".replace(",", "")] if place.ranks != ranks else []
-    return " and ".join(sets + takes)
+    takes = [f"take {place.ranks} GPUs"] if place.ranks != ranks else []
+    order = " and ".join(sets + takes)
+    if place.config.engine.offload == config.engine.offload or place.config.engine.nvme_path:
+        return order
+    moved = state_bytes(place.config, place.ranks).total - gpu_state_bytes(place.config, place.ranks).total
+    return f"{order}, which takes {moved / 1e9:,.1f} GB of host memory for each GPU"
