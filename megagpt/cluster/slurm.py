@@ -6,8 +6,9 @@ from pathlib import Path
 from megagpt.cards import CARDS
 from megagpt.config import Config
 from megagpt.config_types import AUTO
-from megagpt.planning.fit import check_fit, gigabytes, resolved
+from megagpt.planning.fit import check_fit, gigabytes
 from megagpt.planning.gpus import find_gpu
+from megagpt.planning.micro_batch import resolved
 
 # Time (s) from the signal to the time limit, besides the save's: Slurm may be a minute late, and one step comes first.
 _SIGNAL_SECONDS = 120

@@ -1,14 +1,14 @@
 """A run on a cluster, planned: memory, speed, days, GPU-hours, cost and energy."""
 
-import functools
 from dataclasses import dataclass
 
 from megagpt.config import Config
 from megagpt.planning.gpus import Cluster
 from megagpt.planning.memory import Memory, Verdict, peak_memory
+from megagpt.planning.micro_batch import resolved
 from megagpt.planning.setting import vary
 from megagpt.planning.speed import Calibration, Speed, predict_speed
-from megagpt.schedule import ramp_batches
+from megagpt.schedule import ramp_work
 
 _DAY, _HOUR = 86_400.0, 3600.0
 # Joules in a kilowatt-hour.
@@ -74,6 +74,7 @@ def make_plan(
 ) -> Plan:
     """Plan the run as its config says. Raises UserError if it cannot be divided among the GPUs."""
     config.check_ranks(cluster.gpus)
+    config = resolved(config, cluster.gpus, cluster.gpu.memory)
     speed = predict_speed(config, cluster, calibration)
     seconds, ramp = _run_seconds(config, cluster, speed, calibration)
     return Plan(config, cluster, peak_memory(config, cluster.gpus), speed, seconds, ramp, price)
@@ -83,25 +84,19 @@ def _run_seconds(
     config: Config, cluster: Cluster, speed: Speed, calibration: Calibration | None
 ) -> tuple[float, float]:
     """Time of all steps, and the part of it that the batch ramp costs."""
-    unit, full = cluster.gpus * config.train.micro_batch, config.accumulation(cluster.gpus)
+    unit, full = cluster.gpus * config.micro_batch, config.accumulation(cluster.gpus)
 
-    @functools.cache
-    def predicted(micro_batches: int) -> float:
-        if micro_batches == full:
+    def step(micro_batches: int) -> float:
+        if micro_batches >= full:
             return speed.step
         tokens = micro_batches * unit * config.model.context
         return predict_speed(vary(config, train={"batch_tokens": tokens}), cluster, calibration).step
 
-    def step(micro_batches: int) -> float:
+    work, of_full = ramp_work(config, unit), speed.step / config.batch_sequences
+    ramp = work.single * step(1) if work.single else 0.0
+    if work.other:
         # From the second micro-batch on, each one adds the same time.
-        if 2 < micro_batches < full:
-            each = (speed.step - predicted(2)) / (full - 2)
-            return predicted(2) + each * (micro_batches - 2)
-        return predicted(micro_batches)
-
-    small = sequences = 0.0
-    for batch, steps in ramp_batches(config):
-        small += steps * step(-(-batch // unit))  # a last micro-batch that is not full takes as long as a full one
-        sequences += steps * batch
-    of_full = speed.step / config.batch_sequences
-    return small + max(0.0, config.total_sequences - sequences) * of_full, small - sequences * of_full
+        second = step(2)
+        more = (speed.step - second) / (full - 2) if full > 2 else 0.0
+        ramp += work.other * second + (work.micro_batches - 2 * work.other) * more
+    return ramp + max(0, config.total_sequences - work.sequences) * of_full, ramp - work.sequences * of_full

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from megagpt.config import Config
 from megagpt.config_types import AUTO
 from megagpt.engines.zero_config import deepspeed_config
-from megagpt.planning.fit import largest_micro_batch, resolved
 from megagpt.planning.gpus import find_gpu
+from megagpt.planning.micro_batch import largest_micro_batch, resolved
 from megagpt.planning.state import state_bytes
 from megagpt.schedule import check_profile_steps, learning_rate, step_count
 

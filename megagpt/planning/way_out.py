@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from megagpt.config import Config, EngineConfig
 from megagpt.config_checks import contradictions
+from megagpt.config_types import AUTO
 from megagpt.errors import UserError
 from megagpt.planning.memory import peak_memory
-from megagpt.planning.search import micro_batches
+from megagpt.planning.micro_batch import micro_batches
 from megagpt.planning.setting import overrides, vary
 from megagpt.planning.state import gpu_state_bytes, state_bytes
 
@@ -50,7 +51,7 @@ def _places(start: _Place) -> Iterator[_Place]:
 
 def _changed(place: _Place, kinds: list[_Change]) -> Iterator[_Place]:
     if not kinds:
-        yield from ([place] if place.config.train.micro_batch != "auto" else _smaller(place))
+        yield from ([place] if place.config.train.micro_batch != AUTO else _smaller(place))
         return
     for other in kinds[0](place):
         yield from _changed(other, kinds[1:])
@@ -67,7 +68,7 @@ def _runs(place: _Place) -> bool:
 def _smaller(place: _Place) -> Iterator[_Place]:
     now = place.config.train.micro_batch
     for size in reversed(micro_batches(place.config, place.ranks)):
-        if now == "auto" or size < now:
+        if now == AUTO or size < now:
             yield place._replace(config=vary(place.config, train={"micro_batch": size}))
 
 
@@ -108,8 +109,8 @@ def _more_gpus(place: _Place) -> Iterator[_Place]:
 
 def _order(config: Config, ranks: int, place: _Place) -> str:
     """The changes as an order to the user."""
-    own = config.train.micro_batch == "auto"
-    wanted = vary(place.config, train={"micro_batch": "auto"}) if own else place.config
+    own = config.train.micro_batch == AUTO
+    wanted = vary(place.config, train={"micro_batch": AUTO}) if own else place.config
     words = overrides(config, wanted)
     sets = [f"set {' '.join(words)}"] if words else []
     takes = [f"take {place.ranks} GPUs"] if place.ranks != ranks else []

@@ -16,8 +16,9 @@ from megagpt.data.loader import Batch
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.errors import UserError
 from megagpt.hardware import device_name
-from megagpt.planning.fit import check_fit, gigabytes, largest_micro_batch, micro_batch_choices, with_micro_batch
+from megagpt.planning.fit import check_fit, gigabytes
 from megagpt.planning.memory import peak_memory
+from megagpt.planning.micro_batch import largest_micro_batch, micro_batch_choices, with_micro_batch
 from megagpt.planning.state import state_bytes
 from megagpt.planning.way_out import way_out
 from megagpt.process_memory import free_memory, gpu_memory, is_out_of_memory, says_out_of_memory
