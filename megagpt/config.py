@@ -324,9 +324,11 @@ class Config:
     def _divided(self, ranks: int, size: int) -> int:
         if self.batch_sequences % (ranks * size):
             batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
-            divisor = f"{ranks} rank(s)" + (f" x train.micro_batch {size}" if self.train.micro_batch != AUTO else "")
-            ways = ", or ".join(ways_to_divide(self.batch_sequences, self.model.context, ranks, size))
-            raise UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {ways}")
+            ways = list(ways_to_divide(self.batch_sequences, self.model.context, ranks, size))
+            divisor = f"{ranks} rank(s) x train.micro_batch {size}"
+            if self.train.micro_batch == AUTO:
+                divisor, ways = f"{ranks} rank(s)", ways[:2]
+            raise UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {', or '.join(ways)}")
         return self.batch_sequences // (ranks * size)
 
     def sharing_ranks(self, ranks: int) -> int:

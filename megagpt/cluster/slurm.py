@@ -6,8 +6,9 @@ from pathlib import Path
 from megagpt.cards import CARDS
 from megagpt.config import Config
 from megagpt.config_types import AUTO
+from megagpt.errors import UserError, did_you_mean
 from megagpt.planning.fit import check_fit, gigabytes
-from megagpt.planning.gpus import find_gpu
+from megagpt.planning.gpus import find_gpu, gpu_names
 from megagpt.planning.micro_batch import resolved
 
 # Time (s) from the signal to the time limit, besides the save's: Slurm may be a minute late, and one step comes first.
@@ -24,9 +25,8 @@ def check_job(config: Config, ranks: int, gpu: str | None, gpu_gb: float | None)
     if config.train.device == "cpu":
         return f"{_micro_batches(resolved(config, ranks, None), ranks)}; memory is not checked on CPUs", ""
     if gpu is not None or gpu_gb is not None:
-        card = find_gpu(gpu) if gpu is not None else None
-        capacity = gpu_gb * 1e9 if gpu_gb is not None else card.memory if card else 0.0
-        fit = check_fit(config, ranks, capacity, card.name if card else "")
+        capacity = gpu_gb * 1e9 if gpu_gb is not None else _memory(gpu or "")
+        fit = check_fit(config, ranks, capacity, gpu or "")
         return f"{_micro_batches(resolved(config, ranks, capacity), ranks)}; {fit.sentence}", fit.warning
     largest = max(card.memory for card in CARDS.values()) * 1e9
     ask = "name yours with --gpu or --gpu-memory"
@@ -35,6 +35,17 @@ def check_job(config: Config, ranks: int, gpu: str | None, gpu_gb: float | None)
         return f"train.micro_batch auto depends on the GPU; {ask} to see it", ""
     needs = f"{gigabytes(memory.total)} at the peak and {gigabytes(memory.reserve)} beside it"
     return f"{_micro_batches(config, ranks)}; each GPU needs {needs}; {ask} to have that checked", ""
+
+
+def _memory(gpu: str) -> float:
+    """Bytes of the GPU of that name. Raises UserError if it is unknown."""
+    try:
+        return find_gpu(gpu).memory
+    except UserError:
+        near = did_you_mean(gpu, gpu_names())
+        raise UserError(
+            f"--gpu {gpu!r} is unknown: {near}; of any other GPU, give the memory with --gpu-memory"
+        ) from None
 
 
 def _micro_batches(config: Config, ranks: int) -> str:

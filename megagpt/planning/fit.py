@@ -21,8 +21,8 @@ class Fit:
 
 
 def check_fit(config: Config, ranks: int, capacity: float, card: str = "") -> Fit:
-    """The memory of a run on GPUs of `capacity` bytes. Raises UserError if the ranks do not divide the batch, or the run
-    does not fit; then it names the smallest change that helps. `card`: the GPU's name, for people."""
+    """The memory of a run on GPUs of `capacity` bytes. Raises UserError if the ranks do not divide the batch, and with
+    the smallest change that helps if the run does not fit. `card`: the GPU's name, for people."""
     config.check_ranks(ranks)
     wanted, config = config, resolved(config, ranks, capacity)
     memory = peak_memory(config, ranks)
