@@ -9,13 +9,14 @@ from typing import Any
 from megagpt.config import Config, EngineConfig
 from megagpt.planning.gpus import Cluster
 from megagpt.planning.memory import peak_memory
+from megagpt.planning.micro_batch import micro_batches
 from megagpt.planning.plan import Plan
 from megagpt.planning.setting import is_same, vary
 
 # Blocks of which one is computed again: what lies between the modes none and full.
 _EVERY = (2, 3, 4)
-# Largest micro-batch that is tried (sequences), and the largest number of GPUs.
-_LARGEST_BATCH, _MOST_GPUS = 4096, 16_384
+# Largest number of GPUs that is tried.
+_MOST_GPUS = 16_384
 # Micro-batches that are planned of each engine and mode: the largest are not always the fastest.
 _TRIED = 2
 # Two speeds as near as this are the same for the prediction: the simpler setting is then the better one.
@@ -23,14 +24,6 @@ _SAME = 0.01
 _ORDER = ("fits", "tight", "does not fit")
 Planner = Callable[[Config, Cluster], Plan]
 """Plans a config on a cluster: `make_plan` with a price and a calibration."""
-
-
-def micro_batches(config: Config, ranks: int) -> list[int]:
-    """The micro-batches that divide the batch over that many ranks, smallest first; empty if none does."""
-    each, rest = divmod(config.batch_sequences, ranks)
-    if rest or not each:
-        return []
-    return [size for size in range(1, min(each, _LARGEST_BATCH) + 1) if each % size == 0]
 
 
 def engines(config: Config, cluster: Cluster) -> list[EngineConfig]:

@@ -80,4 +80,4 @@ def setting_words(config: Config, ranks: int) -> str:
     """The setting as part of a sentence."""
     mode = mode_words(config.train.activation_checkpointing)
     engine = engine_words(config.engine, ranks)
-    return f"{engine}, activation checkpointing {mode}, micro-batch {config.train.micro_batch}"
+    return f"{engine}, activation checkpointing {mode}, micro-batch {config.micro_batch}"

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from megagpt.config import Config, EngineConfig
 from megagpt.config_checks import contradictions
+from megagpt.config_types import AUTO
 from megagpt.errors import UserError
 from megagpt.planning.memory import peak_memory
-from megagpt.planning.search import micro_batches
+from megagpt.planning.micro_batch import micro_batches
 from megagpt.planning.setting import overrides, vary
+from megagpt.planning.state import gpu_state_bytes, state_bytes
 
 # Doublings of the number of GPUs that are tried.
 _DOUBLINGS = 12
@@ -49,7 +51,7 @@ def _places(start: _Place) -> Iterator[_Place]:
 
 def _changed(place: _Place, kinds: list[_Change]) -> Iterator[_Place]:
     if not kinds:
-        yield from ([place] if place.config.train.micro_batch != "auto" else _smaller(place))
+        yield from ([place] if place.config.train.micro_batch != AUTO else _smaller(place))
         return
     for other in kinds[0](place):
         yield from _changed(other, kinds[1:])
@@ -66,7 +68,7 @@ def _runs(place: _Place) -> bool:
 def _smaller(place: _Place) -> Iterator[_Place]:
     now = place.config.train.micro_batch
     for size in reversed(micro_batches(place.config, place.ranks)):
-        if now == "auto" or size < now:
+        if now == AUTO or size < now:
             yield place._replace(config=vary(place.config, train={"micro_batch": size}))
 
 
@@ -107,9 +109,13 @@ def _more_gpus(place: _Place) -> Iterator[_Place]:
 
 def _order(config: Config, ranks: int, place: _Place) -> str:
     """The changes as an order to the user."""
-    own = config.train.micro_batch == "auto"
-    wanted = vary(place.config, train={"micro_batch": "auto"}) if own else place.config
+    own = config.train.micro_batch == AUTO
+    wanted = vary(place.config, train={"micro_batch": AUTO}) if own else place.config
     words = overrides(config, wanted)
     sets = [f"set {' '.join(words)}"] if words else []
-    takes = [f"take {place.ranks:,} GPUs".replace(",", "")] if place.ranks != ranks else []
-    return " and ".join(sets + takes)
+    takes = [f"take {place.ranks} GPUs"] if place.ranks != ranks else []
+    order = " and ".join(sets + takes)
+    if place.config.engine.offload == config.engine.offload or place.config.engine.nvme_path:
+        return order
+    moved = state_bytes(place.config, place.ranks).total - gpu_state_bytes(place.config, place.ranks).total
+    return f"{order}, which takes {moved / 1e9:,.1f} GB of host memory for each GPU"
