@@ -4,12 +4,16 @@ import argparse
 import functools
 import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagpt.commands.files import check_drawing, picture_kind, target_file, write_file
 from megagpt.commands.options import Add, add_config, count, one_name, split_words
+from megagpt.console import warn
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
+    from megagpt.planning.answer import Answer
     from megagpt.planning.gpus import Cluster
 
 # Options that give a GPU's figures: option, field of `Gpu`, its unit in the field's own, what it is.
@@ -70,17 +74,56 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     names, given = split_words(arguments)
     name = one_name(names, "config, such as gpt3_xl.yaml")
+    picture = target_file(arguments.picture, "--picture") if arguments.picture is not None else None
+    written = target_file(arguments.write, "--write") if arguments.write is not None else None
+    if picture is not None:
+        picture_kind(picture, "--picture")
+        check_drawing("plan --picture")
     planner = functools.partial(make_plan, price=arguments.price)
     question = Question(
         load_config(name, given), _cluster(arguments), arguments.gpus is not None, planner, arguments.price,
         name, given, arguments.days, arguments.all,
     )  # fmt: skip
-    found = answer(question, with_clusters=arguments.picture is not None)
+    found = answer(question, with_clusters=picture is not None)
     if arguments.json:
         print(json.dumps(answer_record(found), indent=2))
     else:
         print("\n".join(answer_lines(found, arguments.compare or arguments.all)))
+    if written is not None:
+        _write(found, written)
+    if picture is not None:
+        _draw(found, picture)
     return 0
+
+
+def _write(found: "Answer", target: Path) -> None:
+    from megagpt.planning.written import config_text
+
+    text = config_text(found.question, found.shown, str(target))
+    write_file(target, text.encode("utf-8", errors="surrogateescape"), "--write")
+    _wrote(target)
+
+
+def _draw(found: "Answer", target: Path) -> None:
+    from megagpt.planning.tables import best_of
+    from megagpt.report import figures
+    from megagpt.report.plan_figures import plan_picture
+
+    clusters, shown = found.clusters, found.shown
+    assert clusters is not None
+    bars = best_of(found.plans, by_mode=False) if found.question.fixed else clusters.plans
+    if found.own is not None and found.question.fixed:
+        bars = [found.own, *(plan for plan in bars if plan is not found.own)]
+    with figures.themed(figures.LIGHT):
+        figure = plan_picture(bars, clusters.plans, shown, figures.LIGHT)
+        data = figures.image(figure, picture_kind(target, "--picture"))
+    write_file(target, data, "--picture")
+    _wrote(target)
+
+
+def _wrote(target: Path) -> None:
+    """On stderr: with --json, stdout is one JSON object."""
+    warn(f"wrote {target}")
 
 
 def _cluster(arguments: argparse.Namespace) -> "Cluster":

@@ -186,10 +186,21 @@ def _bill(plan: Plan) -> str:
     return ", ".join(facts if plan.cost is None else [*facts, money(plan.cost)])
 
 
-def start_command(question: Question, plan: Plan) -> str:
-    """What to type to start the run with a plan's setting on the plan's cluster."""
+def plan_words(plan: Plan) -> str:
+    """The whole plan in one line."""
     cluster = plan.cluster
-    words = [question.name, *typed(question.given, overrides(question.config, plan.config))]
+    nodes = f", {cluster.nodes:,} nodes of {cluster.per_node}" if cluster.nodes > 1 else ""
+    words = f"{cluster.gpus:,} {cluster.gpu.name}{nodes}: {setting_words(plan.config, cluster.gpus)}; "
+    words += f"{gigabytes(plan.memory.total)} of {gigabytes(cluster.gpu.memory)} GB"
+    price = "" if plan.price is None else f" at ${plan.price:g} an hour"
+    return f"{words}, {large(plan.speed.tokens_per_second)} tokens/s, {_bill(plan)}{price}"
+
+
+def start_command(question: Question, plan: Plan, file: str | None = None) -> str:
+    """What to type to start the run with a plan's setting on the plan's cluster. `file`: a config that has it."""
+    cluster, words = plan.cluster, [file] if file else [question.name]
+    if not file:
+        words += typed(question.given, overrides(question.config, plan.config))
     if cluster.nodes > 1:
         nodes = ["--nodes", str(cluster.nodes), "--gpus-per-node", str(cluster.per_node)]
         return shlex.join(["megagpt", "launch", "slurm", *words, *nodes])
