@@ -16,7 +16,7 @@ from tests.planning.published import Row, hardware_flops, load_rows
 START = {
     "products a100": 0.75, "products h100": 0.7, "attention a100": 0.3, "attention h100": 0.2,
     "half_tokens": 200.0, "other_bytes": 300.0, "logit_bytes": 36.0, "weight_bytes": 18.0,
-    "link": 0.7, "hop": 5e-6, "overlap": 0.5,
+    "link_share": 0.7, "hop": 5e-6, "overlap": 0.5,
 }  # fmt: skip
 _PULL = 0.5
 # Errors (of the logarithm) beyond which a row counts less and less: one code in ten is another generation's.
