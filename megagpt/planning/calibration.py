@@ -85,17 +85,23 @@ _SHARES = {
     "a100-80gb": (0.755, 0.314, "91 rows of llm-foundry on A100"),
     "h100": (0.628, 0.179, "46 rows of llm-foundry on H100"),
 }
-# AMD's own largest rates of products lie at 0.54 of the peak, other cards' at 0.7 to 0.9.
-_ASSUMED_SHARES = {"mi300x": (0.45, 0.2), "mi325x": (0.45, 0.2)}
-_ASSUMED_SHARE = (0.6, 0.2)
+# The same for GPUs without rows: 0.8 of the fastest product that was measured on the GPU itself, which is 0.78 on H100
+# and 0.88 on A100. MI300X: AMD's blog on max-achievable FLOPs; the others: stas00/ml-engineering, compute/accelerator.
+_FASTEST = {"h200": 794.5, "gh200": 821, "b200": 1745, "mi300x": 708}
+_OF_FASTEST = 0.8
+# Shares of the peak for all other GPUs.
+_PRODUCTS, _ATTENTION = 0.6, 0.2
 
 
 def calibration_of(gpu: Gpu) -> Calibration:
     """The constants for a GPU: by its own rows if it has any, else assumed."""
     if gpu.name in _SHARES:
-        products, attention, origin = _SHARES[gpu.name]
-        return Calibration(products, attention, origin)
-    return Calibration(*_ASSUMED_SHARES.get(gpu.name, _ASSUMED_SHARE))
+        return Calibration(*_SHARES[gpu.name])
+    if gpu.name in _FASTEST:
+        fastest = _FASTEST[gpu.name]
+        origin = f"{ASSUMED}: {_OF_FASTEST:g} of {fastest:,.0f} TFLOP/s, the fastest product measured on this GPU"
+        return Calibration(_OF_FASTEST * fastest * 1e12 / gpu.half, _ATTENTION, origin)
+    return Calibration(_PRODUCTS, _ATTENTION)
 
 
 def calibrated(calibration: Calibration, factor: float, run: str) -> Calibration:

@@ -8,8 +8,8 @@ from megagpt.planning.gpus import Cluster
 
 # The 80% range without evidence, and after a calibration with a run of one size, as factors of the prediction.
 _WIDE, _CALIBRATED = (0.7, 1.3), (0.85, 1.15)
-# A setting is near the rows if it lies in their range, widened by this factor: neighbouring models of the rows differ by
-# about its square, so each model in the range is as near to one of them.
+# A setting is near the rows if it lies in their range, widened by this factor: neighbouring models of the rows differ
+# by about its square, so each model in the range is as near to one of them.
 _NEAR = 1.5
 # Least network, as a share of the rows'.
 _NETWORK = 0.7
@@ -22,11 +22,9 @@ def find_evidence(config: Config, cluster: Cluster, calibration: Calibration) ->
         factor = f"{calibration.factor:.2f} times the published constants' time"
         return _CALIBRATED, f"calibrated with the run {calibration.run}, which took {factor}: ±15%"
     assumed = ""
-    if calibration.products_origin == ASSUMED:
-        assumed = (
-            f"; assumed, not measured: matrix products at {calibration.products:.0%} of this card's peak, "
-            f"attention at {calibration.attention:.0%}"
-        )
+    if calibration.products_origin.startswith(ASSUMED):
+        share = f"matrix products at {calibration.products:.0%} of this GPU's peak"
+        assumed = f"; assumed, not measured: {share}, attention at {calibration.attention:.0%}"
     engine = engine_family(config)
     rows = [row for row in EVIDENCE if (row.gpu, row.engine) == (cluster.gpu.name, engine)]
     problems = [_problem(config, cluster, row) for row in rows]

@@ -28,7 +28,8 @@ _FORMULAS = {
     "weights in each micro-batch": "M P weight_bytes / bandwidth",
     "exchange": (
         "what computation does not hide: M (max(c, e) + overlap min(c, e) - c); c: the parts above; e: bytes sent / "
-        "min(link x link_share, network x network_share) + calls x hop x ranks beyond the node; DDP: with the last micro-batch only"
+        "min(link x link_share, network x network_share) + calls x hop x ranks beyond the node; DDP: with the last "
+        "micro-batch only"
     ),
     "update": "P / sharing ranks x update_bytes / bandwidth",
     "offload": "bytes / pcie + P / sharing ranks x (update_bytes / host_memory [+ 24 / disk])",

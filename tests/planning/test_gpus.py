@@ -15,8 +15,8 @@ SPELLINGS = {
     "a100": "a100-80gb", "A100_40GB": "a100-40gb", "NVIDIA A100-SXM4-80GB": "a100-80gb",
     "NVIDIA A100-SXM4-40GB": "a100-40gb", "NVIDIA A100 80GB PCIe": "a100-80gb-pcie",
     "B200-192GB": "b200", "NVIDIA B300 SXM6 AC": "b300", "gb200": "gb200", "AMD Instinct MI300X OAM": "mi300x",
-    "MI325X": "mi325x", "v100": "v100-32gb", "Tesla V100-SXM2-16GB": "v100-16gb", "l40s": "l40s", "rtx_4090": "rtx-4090",
-    "NVIDIA GeForce RTX 4090": "rtx-4090", "4090": "rtx-4090",
+    "MI325X": "mi325x", "v100": "v100-32gb", "Tesla V100-SXM2-16GB": "v100-16gb", "l40s": "l40s",
+    "rtx_4090": "rtx-4090", "NVIDIA GeForce RTX 4090": "rtx-4090", "4090": "rtx-4090",
 }  # fmt: skip
 # Names of no card, or of a variant with other figures.
 UNKNOWN = ("h1000", "a10g", "tpu-v4", "h100_96gb_500w", "h100-64gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "80gb", "")
