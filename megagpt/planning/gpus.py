@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-from megagpt.cards import CARDS
+from megagpt.cards import CARDS, card
 from megagpt.errors import UserError, did_you_mean
 
 _DATA_SHEET, _GIVEN = "data sheet", "given"
@@ -102,3 +102,12 @@ def _cards() -> dict[str, Gpu]:
             card.link * giga, card.watts, card.network, card.has_bf16,
         )  # fmt: skip
     return found
+
+
+def gpu_of_device(device: str, memory: float) -> Gpu | None:
+    """The GPU that a driver calls `device`, with the memory that it reports (bytes); None if its figures are unknown."""
+    found = card(device)
+    if found is None:
+        return None
+    key = next(words for words, entry in CARDS.items() if entry is found).lower().replace(" ", "-")
+    return find_gpu(_RENAMED.get(key, key), memory=memory)
