@@ -102,7 +102,7 @@ def _known(config: Config, world: World, last: dict[str, Any]) -> int | None:
     if not same or not isinstance(size, int) or config.sequences_of_a_rank(world.size) % size:
         return None
     memory = peak_memory(with_micro_batch(config, size), world.size).total
-    return size if last.get("plan", {}).get("memory_bytes") == memory else None
+    return size if (last.get("plan") or {}).get("memory_bytes") == memory else None
 
 
 def plan_of(sizing: Sizing, config: Config, world: World) -> Forecast | None:
