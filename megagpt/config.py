@@ -20,8 +20,9 @@ from megagpt.config_types import (
     Spikes,
     Steps,
 )
+from megagpt.divisors import ways_to_divide
 from megagpt.errors import UserError
-from megagpt.models.presets import SECTION, ModelConfig, ways_to_divide
+from megagpt.models.presets import SECTION, ModelConfig
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -296,7 +297,7 @@ class Config:
         `planning.micro_batch` decides it."""
         size = self.train.micro_batch
         if size == AUTO:
-            raise UserError("train.micro_batch is auto, and nobody has decided what that is here; set a number")
+            raise UserError("train.micro_batch is auto, which only a run decides; set a number")
         return size
 
     def check_ranks(self, ranks: int) -> None:
@@ -314,22 +315,23 @@ class Config:
     def sequences_of_a_rank(self, ranks: int) -> int:
         """Sequences that each rank takes of a full batch. Raises UserError with the nearest batches and ranks that
         divide."""
-        return self._divided(ranks, 1)
+        if self.batch_sequences % ranks:
+            raise self._indivisible(ranks, None)
+        return self.batch_sequences // ranks
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches of a rank in a full step. Raises UserError with the nearest batches, ranks and micro-batches
         that divide."""
-        return self._divided(ranks, self.micro_batch)
+        if self.batch_sequences % (self.micro_batch * ranks):
+            raise self._indivisible(ranks, self.micro_batch)
+        return self.batch_sequences // (self.micro_batch * ranks)
 
-    def _divided(self, ranks: int, size: int) -> int:
-        if self.batch_sequences % (ranks * size):
-            batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
-            ways = list(ways_to_divide(self.batch_sequences, self.model.context, ranks, size))
-            divisor = f"{ranks} rank(s) x train.micro_batch {size}"
-            if self.train.micro_batch == AUTO:
-                divisor, ways = f"{ranks} rank(s)", ways[:2]
-            raise UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {', or '.join(ways)}")
-        return self.batch_sequences // (ranks * size)
+    def _indivisible(self, ranks: int, size: int | None) -> UserError:
+        """The error for a batch that the ranks do not divide; `size`: in micro-batches of so many sequences."""
+        ways = ways_to_divide(self.batch_sequences, self.model.context, ranks, size)
+        batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
+        divisor = f"{ranks} rank(s)" + (f" x train.micro_batch {size}" if size else "")
+        return UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {ways}")
 
     def sharing_ranks(self, ranks: int) -> int:
         """Ranks that share one copy of the model under FSDP. Raises UserError if they do not divide all ranks."""

@@ -1,4 +1,4 @@
-"""Devices of this machine: their names, and the rates of cards that are known. Unknown hardware is None, never a guess."""
+"""This machine's devices: names, and rates of those that are known. Unknown hardware is None, never a guess."""
 
 import functools
 

@@ -4,16 +4,13 @@ import argparse
 import functools
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megagpt.commands.options import Add, add_config, count, one_name, split_words
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
-    from megagpt.config import Config
     from megagpt.planning.gpus import Cluster
-    from megagpt.planning.plan import Plan
-    from megagpt.planning.search import Planner
 
 # Options that give a GPU's figures: option, field of `Gpu`, its unit in the field's own, what it is.
 _FIGURES = (
@@ -32,7 +29,9 @@ def register(add: Add) -> None:
     add_config(sub)
     text = "number of GPUs; without it, the smallest cluster that fits, the cheapest, and the one that meets --days"
     sub.add_argument("--gpus", type=count, metavar="N", help=text)
-    sub.add_argument("--gpu", default="h100", metavar="NAME", help="kind of GPU, such as h100, a100-40gb, mi300x (h100)")
+    sub.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="kind of GPU, such as h100, a100-40gb, mi300x (h100)"
+    )
     sub.add_argument("--per-node", type=count, default=8, metavar="N", help="GPUs of a node (8)")
     text = "network between nodes, for each GPU (that of the GPU's usual servers)"
     sub.add_argument("--network", type=above_zero, metavar="GBITS", help=text)
@@ -41,7 +40,9 @@ def register(add: Add) -> None:
     sub.add_argument("--compare", action="store_true", help="rank every engine, sharding and checkpointing mode")
     sub.add_argument("--all", action="store_true", help="with --compare: with every micro-batch that divides")
     sub.add_argument("--explain", action="store_true", help="print each term: value, formula, origin")
-    sub.add_argument("--trace", action="store_true", help="also measure the peak, on pretend ranks with the trainer's code")
+    sub.add_argument(
+        "--trace", action="store_true", help="also measure the peak, on pretend ranks with the trainer's code"
+    )
     sub.add_argument("--json", action="store_true", help="print one JSON object instead")
     sub.add_argument("--picture", metavar="FILE", help="draw memory, time and cost, as .png or .svg")
     sub.add_argument("--write", metavar="FILE", help="write the recommended setting as a config")
@@ -62,14 +63,24 @@ def above_zero(text: str) -> float:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from megagpt.config_file import load_config
+    from megagpt.planning.answer import Question, answer
+    from megagpt.planning.lines import answer_lines
     from megagpt.planning.plan import make_plan
+    from megagpt.planning.record import answer_record
 
     names, given = split_words(arguments)
     name = one_name(names, "config, such as gpt3_xl.yaml")
-    config = load_config(name, given)
-    cluster = _cluster(arguments)
     planner = functools.partial(make_plan, price=arguments.price)
-    raise NotImplementedError
+    question = Question(
+        load_config(name, given), _cluster(arguments), arguments.gpus is not None, planner, arguments.price,
+        name, given, arguments.days, arguments.all,
+    )  # fmt: skip
+    found = answer(question, with_clusters=arguments.picture is not None)
+    if arguments.json:
+        print(json.dumps(answer_record(found), indent=2))
+    else:
+        print("\n".join(answer_lines(found, arguments.compare or arguments.all)))
+    return 0
 
 
 def _cluster(arguments: argparse.Namespace) -> "Cluster":

@@ -6,18 +6,15 @@ XL has 16 heads of 128 (printed: 24), 13B has width 5120 (printed: 5140).
 """
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from megagpt.config_marks import Free, Recipe, Shape
+from megagpt.divisors import near_divisors
 from megagpt.errors import UserError, did_you_mean
 
-# Numbers tried for a message's advice: enough for every real shape, and done in a moment.
-_TRIED = 100_000
 SECTION = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
@@ -141,36 +138,6 @@ _ROWS = [
     _preset("gpt3-175b", 96, 12288, 96, _3M2, 0.6e-4),
 ]
 PRESETS = {row.model.preset: row for row in _ROWS}
-
-
-def near_divisors(number: int, near: int) -> list[int]:
-    """The two divisors of a number that are nearest to another, in order; fewer if they are too far away."""
-    near = min(near, number)
-    distances = range(min(number, _TRIED))
-    tried = (value for distance in distances for value in dict.fromkeys((near - distance, near + distance)))
-    return sorted(itertools.islice((value for value in tried if 0 < value <= number and number % value == 0), 2))
-
-
-def divisors_around(number: int, near: int) -> list[int]:
-    """The largest divisor of a number up to another, and the smallest one above it; fewer if they are too far away."""
-    below = (value for value in range(min(near, number), max(0, near - _TRIED), -1) if number % value == 0)
-    above = (value for value in range(near + 1, min(number, near + _TRIED) + 1) if number % value == 0)
-    return [*itertools.islice(below, 1), *itertools.islice(above, 1)]
-
-
-def ways_to_divide(sequences: int, context: int, ranks: int, size: int) -> Iterator[str]:
-    """What to change so that `ranks` times micro-batches of `size` divide a batch, one key each; if no micro-batch
-    divides it over these ranks, also one for the nearest ranks over which one does."""
-    unit = size * ranks
-    low = sequences // unit * unit
-    yield f"train.batch_tokens {' or '.join(str(batch * context) for batch in (low, low + unit) if batch)}"
-    if sequences % size == 0:
-        yield f"{' or '.join(map(str, divisors_around(sequences // size, ranks)))} ranks"
-    if sequences % ranks == 0:
-        yield f"train.micro_batch {' or '.join(map(str, near_divisors(sequences // ranks, size)))}"
-    elif others := sorted(divisors_around(sequences, ranks), key=lambda other: abs(other - ranks)):
-        fits = near_divisors(sequences // others[0], size)
-        yield f"train.micro_batch {' or '.join(map(str, fits))} on {others[0]} ranks"
 
 
 def get_preset(name: str) -> Preset:

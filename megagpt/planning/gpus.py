@@ -35,9 +35,14 @@ class Gpu:
     watts: float
     network: float
     """Usual network of its servers (Gbit/s a GPU): an assumption."""
-    has_bf16: bool = True
+    capability: tuple[int, int] | None = None
+    """CUDA's compute capability; None: not of NVIDIA's, or unknown."""
     origins: tuple[tuple[str, str], ...] = ()
     """Origin of each figure, by its name: "data sheet" or "given"."""
+
+    @property
+    def has_bf16(self) -> bool:
+        return self.capability is None or self.capability >= (8, 0)
 
     def peak(self, precision: str) -> float:
         """FLOP/s of products in "fp32", "bf16" or "fp16"."""
@@ -99,7 +104,7 @@ def _cards() -> dict[str, Gpu]:
         gb, tera, giga = 1e9, 1e12, 1e9
         found[_RENAMED.get(key, key)] = Gpu(
             _RENAMED.get(key, key), card.memory * gb, card.half * tera, card.fp32 * tera, card.bandwidth * tera,
-            card.link * giga, card.watts, card.network, card.has_bf16,
+            card.link * giga, card.watts, card.network, card.capability,
         )  # fmt: skip
     return found
 

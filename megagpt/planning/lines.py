@@ -1,126 +1,201 @@
 """Plans as lines for people, at most 110 characters wide."""
 
-from collections.abc import Iterator, Sequence
+import shlex
+import textwrap
+from collections.abc import Iterator
 
+from megagpt.planning.amounts import energy, gigabytes, large, money, seconds, time, whole
+from megagpt.planning.answer import Answer, Question
 from megagpt.planning.gpus import Cluster
 from megagpt.planning.plan import Plan
-from megagpt.planning.setting import engine_words, mode_words, setting_words
+from megagpt.planning.setting import overrides, setting_words, typed
+from megagpt.planning.tables import best_of, table
 
 _WIDTH = 110
 _LABEL = 13
-_GB = 1e9
 
 
-def heading(plan: Plan) -> Iterator[str]:
-    """The run, and the cluster."""
-    config, model = plan.config, plan.config.model
-    batch = f"{config.train.batch_tokens:,} ({config.batch_sequences:,} sequences of {model.context:,})"
-    yield f"{config.run.name}: {model.parameters:,} parameters, {large(config.train.tokens)} tokens in batches of {batch}"
-    yield cluster_words(plan.cluster)
+def answer_lines(answer: Answer, compare: bool) -> Iterator[str]:
+    """All of an answer. `compare`: with every setting, and not with the best of each engine."""
+    config = answer.question.config
+    yield from _run_lines(answer.question)
+    yield ""
+    if not answer.question.fixed:
+        yield from _clusters_lines(answer)
+        return
+    if answer.own is not None:
+        yield f"As configured: {setting_words(answer.own.config, answer.own.cluster.gpus)}"
+        yield from plan_lines(answer.own)
+        yield ""
+    yield from _advice(answer)
+    yield ""
+    shown = answer.plans if answer.question.thorough else best_of(answer.plans, compare)
+    yield "Every setting, the best first:" if compare else "The best of each engine:"
+    yield from table(shown, config)
 
 
-def cluster_words(cluster: Cluster) -> str:
-    """The cluster as a sentence."""
-    gpu, each = cluster.gpu, f"with {cluster.gpu.memory / _GB:.1f} GB each"
-    if cluster.gpus == 1:
-        return f"1 {gpu.name} {each}"
+def _run_lines(question: Question) -> Iterator[str]:
+    config, model, tokens = question.config, question.config.model, question.config.train.batch_tokens
+    batch = f"{tokens:,} ({config.batch_sequences:,} sequences of {model.context:,})"
+    name = f"{config.run.name}: {model.parameters:,} parameters"
+    yield from _folded(f"{name}, {large(config.train.tokens)} tokens in batches of {batch}", _WIDTH)
+    yield from _folded(_cluster_words(question.cluster, question.fixed), _WIDTH)
+
+
+def _cluster_words(cluster: Cluster, fixed: bool) -> str:
+    gpu, each = cluster.gpu, f"of {gigabytes(cluster.gpu.memory)} GB"
+    usual = ", which is assumed (--network)" if cluster.network == gpu.network else ""
+    network = f"{cluster.network:g} Gbit/s a GPU between nodes{usual}"
+    if not fixed:
+        return f"on {gpu.name} {each}, nodes of {cluster.per_node}; {network}"
     if cluster.nodes == 1:
-        return f"one node of {cluster.gpus} {gpu.name} {each}"
-    usual = " (assumed; --network names another)" if cluster.network == gpu.network else ""
-    network = f"network: {cluster.network:g} Gbit/s a GPU{usual}"
-    return f"{cluster.gpus:,} {gpu.name} {each}, {cluster.nodes:,} nodes of {cluster.per_node}; {network}"
+        return f"on {cluster.gpus} {gpu.name} {each}, in one node"
+    return f"on {cluster.gpus:,} {gpu.name} {each}, in {cluster.nodes:,} nodes of {cluster.per_node}; {network}"
 
 
 def plan_lines(plan: Plan) -> Iterator[str]:
-    """Memory, step, speed, time and cost of one plan."""
+    """Memory, step, speed, time and bill of one plan."""
     memory, speed, ranks = plan.memory, plan.speed, plan.cluster.gpus
     low, high = plan.range
-    parts = {name: f"{size / _GB:.1f}" for name, size in memory.parts.items()}
-    peak = f"{memory.total / _GB:.1f} GB a GPU at the fullest moment, {memory.moment}: "
+    peak = f"{gigabytes(memory.total)} GB a GPU at the fullest moment, {memory.moment}: "
     yield from _labelled("memory", peak + fit_words(plan))
-    yield from _labelled("", "GB: " + _sum(parts))
-    shown = {name: seconds_words(taken) for name, taken in speed.seconds.items()}
+    yield from _labelled("", _sum({name: gigabytes(size) for name, size in memory.parts.items()}))
     batches = f"{plan.accumulation} micro-batch{'es' if plan.accumulation > 1 else ''} of each rank"
-    yield from _labelled("step", f"{seconds_words(speed.step)} for {batches}: {_sum(shown)}")
-    rates = f"{speed.range[0]:,.0f} to {speed.range[1]:,.0f}"
-    each = f"{speed.tokens_per_second / ranks:,.0f} a GPU" if ranks > 1 else ""
-    facts = [f"{speed.tokens_per_second:,.0f} tokens/s ({rates})", each, f"MFU {speed.mfu:.0%}"]
-    yield from _labelled("speed", ", ".join(filter(None, facts)))
-    days = f"{time_words(plan.days)} ({time_words(low * plan.days)} to {time_words(high * plan.days)})"
-    yield from _labelled("time", f"{days}, without validations, exams, samples and saves")
-    bill = f"{plan.gpu_hours:,.0f} GPU-hours"
+    parts = _sum({name: seconds(taken) for name, taken in speed.seconds.items()})
+    yield from _labelled("step", f"{seconds(speed.step)} for {batches}: {parts}")
+    if speed.hidden_exchange > 0.005 * speed.step:
+        yield from _labelled("", f"beside them {seconds(speed.hidden_exchange)} of exchange that computation hides")
+    facts = [f"{large(speed.tokens_per_second)} tokens/s ({large(speed.range[0])} to {large(speed.range[1])})"]
+    facts += [f"{large(speed.tokens_per_second / ranks)} a GPU"] if ranks > 1 else []
+    yield from _labelled("speed", ", ".join([*facts, f"MFU {speed.mfu:.0%}"]))
+    days = f"{time(plan.days)} ({time(low * plan.days)} to {time(high * plan.days)})"
+    extra = f" (validations: up to {validating:.1%})" if (validating := _validating(plan)) > 0.001 else ""
+    yield from _labelled("time", f"{days}; validations, exams, samples and saves come on top{extra}")
+    bill = f"{whole(plan.gpu_hours)} GPU-hours"
     if plan.cost is not None:
-        bill += f" = {money(plan.cost)} ({money(low * plan.cost)} to {money(high * plan.cost)})"
-        bill += f" at ${plan.price:g} an hour"
-    yield from _labelled("bill", f"{bill}; {energy_words(plan.energy)} for the GPUs at full power")
+        spread = f"{money(low * plan.cost)} to {money(high * plan.cost)}"
+        bill += f" at ${plan.price:g} = {money(plan.cost)} ({spread})"
+    yield from _labelled("bill", f"{bill}; {energy(plan.energy)} for the GPUs at full power")
     if plan.config.train.batch_ramp_tokens:
-        yield from _labelled("batch ramp", ramp_words(plan))
-    yield from _labelled("range", speed.evidence)
+        yield from _labelled("batch ramp", _ramp_words(plan))
+    yield from _labelled("evidence", speed.evidence)
 
 
-def ramp_words(plan: Plan) -> str:
-    """What the ramp costs, and why."""
+def _validating(plan: Plan) -> float:
+    """Time of the validations as a share of the steps' time: forward passes, of the three or four that a step takes."""
+    validation, again = plan.config.validation, plan.config.train.activation_checkpointing == "full"
+    return validation.tokens / validation.every_tokens / (4 if again else 3) if validation.every_tokens else 0.0
+
+
+def _ramp_words(plan: Plan) -> str:
     config, unit = plan.config, plan.cluster.gpus * plan.config.micro_batch
-    share = plan.ramp_seconds / plan.seconds
-    cost = "" if plan.cost is None else f" or {money(share * plan.cost)}"
-    start = config.train.batch_ramp_start // config.model.context
-    why = f"it begins with {start:,} sequences a step"
-    why += f", and one micro-batch of all ranks is {unit:,}" if unit > start else ""
-    return f"costs {time_words(share * plan.days)}{cost} of this ({share:.1%}): {why}"
+    share, start = plan.ramp_seconds / plan.seconds, config.train.batch_ramp_start // config.model.context
+    cost = "" if plan.cost is None else f", {money(share * plan.cost)}"
+    why = f"its first steps have {start:,} sequences"
+    if unit > start:
+        why += f", which take as long as the {unit:,} of one micro-batch on every rank"
+    return f"{time(share * plan.days)} of the time{cost} ({share:.1%}): {why}"
 
 
 def fit_words(plan: Plan) -> str:
     """The verdict, with what is left or missing."""
-    memory, capacity = plan.memory, plan.cluster.gpu.memory
-    with_reserve = f"with a reserve of {memory.reserve / _GB:.1f} GB"
+    reserve, capacity = f"a reserve of {gigabytes(plan.memory.reserve)} GB", plan.cluster.gpu.memory
     match plan.verdict:
         case "fits":
-            return f"fits {with_reserve}, {plan.spare / _GB:.1f} GB to spare"
+            return f"fits, with {reserve} and {gigabytes(plan.spare)} GB to spare"
         case "tight":
-            return f"tight: it fits, but not {with_reserve}, which needs {-plan.spare / _GB:.1f} GB more"
-    return f"does not fit this code: {(memory.total - capacity) / _GB:.1f} GB more than the GPU has"
+            return f"tight, because {reserve} needs {gigabytes(-plan.spare)} GB more than is left"
+    return f"does not fit this code: the GPU has {gigabytes(plan.memory.total - capacity)} GB less"
 
 
-def advice(name: str, given: Sequence[str], plan: Plan, changed: Sequence[str], own: Plan | None) -> Iterator[str]:
-    """The recommended setting in a sentence, and what to type. `given`: the overrides that were typed already."""
-    words = setting_words(plan.config, plan.cluster.gpus)
-    if own is not None and not changed:
-        yield "Recommended: as configured; no setting that fits is faster by more than 1%."
-        return
-    facts = [time_words(plan.days), f"{plan.gpu_hours:,.0f} GPU-hours"]
-    facts += [money(plan.cost)] if plan.cost is not None else []
-    instead = f", instead of {time_words(own.days)}" if own is not None and own.verdict == "fits" else ""
-    verdict = "" if plan.verdict == "fits" else f" ({plan.verdict}: nothing else fits)"
-    yield from wrapped(f"Recommended: {words}{verdict}: {', '.join(facts)}{instead}. Type:")
-    yield "  " + " ".join(["megagpt train", name, *map(_quoted, [*given, *changed])])
-
-
-def table(plans: Sequence[Plan], by_gpus: bool = False) -> Iterator[str]:
-    """A row for each plan. `by_gpus`: the plans differ in their numbers of GPUs."""
-    priced = any(plan.cost is not None for plan in plans)
-    names = ["GPUs"] if by_gpus else []
-    names += ["engine", "recomputed", "micro-batch", "GB", "to spare", "tokens/s", "MFU", "time", "GPU-hours"]
-    names += ["cost"] if priced else []
-    rows = [names]
-    for plan in plans:
-        config, ranks = plan.config, plan.cluster.gpus
-        spare = f"{plan.spare / _GB:.1f}" if plan.verdict == "fits" else plan.verdict.replace("does not fit", "no fit")
-        row = [f"{ranks:,}"] if by_gpus else []
-        row += [engine_words(config.engine, ranks), mode_words(config.train.activation_checkpointing)]
-        row += [str(config.micro_batch), f"{plan.memory.total / _GB:.1f}", spare]
-        row += [large(plan.speed.tokens_per_second), f"{plan.speed.mfu:.0%}", time_words(plan.days)]
-        row += [f"{plan.gpu_hours:,.0f}"] + ([money(plan.cost)] if plan.cost is not None else [])
-        rows.append(row)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    texts = names.index("recomputed") + 1, names.index("engine")
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i in range(texts[1], texts[0]) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+def _advice(answer: Answer) -> Iterator[str]:
+    """The recommended setting in a sentence, and what to type."""
+    question, best, own = answer.question, answer.best, answer.own
+    if best is None:
+        yield from _nothing_fits(answer)
+    elif best is own:
+        tight = "" if best.verdict == "fits" else "; it is tight, and nothing else fits"
+        yield f"Recommended: as configured; no setting is faster by more than 1%{tight}."
+    else:
+        facts = [
+            time(best.days),
+            f"{whole(best.gpu_hours)} GPU-hours",
+            *([] if best.cost is None else [money(best.cost)]),
         ]
-        yield "  ".join(cells).rstrip()
-    yield "GB: of a GPU at its fullest moment; to spare: GB beside it and the reserve. MFU: share of the GPU's peak rate"
-    yield "that the model's own products take. recomputed: train.activation_checkpointing."
+        words = f"{setting_words(best.config, best.cluster.gpus)}: {', '.join(facts)}"
+        words += f" instead of {time(own.days)}" if own is not None and own.verdict == "fits" else ""
+        words += "" if best.verdict == "fits" else "; it is tight, and nothing else fits"
+        yield from _folded(f"Recommended: {words}. Start it with:", _WIDTH)
+        yield "  " + start_command(question, best)
+    if question.days is not None and best is not None:
+        yield from _folded(_deadline_words(answer, question.days, best), _WIDTH)
+
+
+def _nothing_fits(answer: Answer) -> Iterator[str]:
+    least = min(answer.plans, key=lambda plan: plan.memory.total)
+    cluster, need = least.cluster, setting_words(least.config, least.cluster.gpus)
+    words = f"No setting of this code fits on {cluster.gpus:,} {cluster.gpu.name}; the one that needs least is {need}, "
+    yield from _folded(f"{words}with {gigabytes(least.memory.total)} GB a GPU.", _WIDTH)
+    smallest = answer.clusters.smallest if answer.clusters else None
+    if smallest is not None:
+        yield from _choice("Smallest cluster that fits", answer.question, smallest)
+
+
+def _deadline_words(answer: Answer, days: float, best: Plan) -> str:
+    if best.days <= days:
+        sure = best.days * best.range[1] <= days
+        return f"In {days:g} days: yes" + ("." if sure else "; at the slow end of the range no.")
+    found = answer.clusters.in_time(days) if answer.clusters else None
+    if found is None:
+        return f"In {days:g} days: no, and on no other number of these GPUs."
+    return f"In {days:g} days: no; {found.cluster.gpus:,} GPUs take {time(found.days)}."
+
+
+def _clusters_lines(answer: Answer) -> Iterator[str]:
+    question, clusters = answer.question, answer.clusters
+    assert clusters is not None
+    if not clusters.plans:
+        yield "No setting of this code fits on any number of these GPUs over which the batch can be divided."
+        return
+    yield "The best setting on each number of GPUs that divides the batch and has room for it:"
+    yield from table(clusters.plans, question.config, by_gpus=True)
+    yield ""
+    chosen = {"smallest that fits": clusters.smallest, "cheapest": clusters.cheapest}
+    if question.days is not None:
+        chosen[f"smallest that needs at most {question.days:g} days"] = clusters.in_time(question.days)
+    for plan in dict.fromkeys(map(id, filter(None, chosen.values()))):
+        names = [name for name, other in chosen.items() if id(other) == plan]
+        (found,) = {id(other): other for other in chosen.values() if id(other) == plan}.values()
+        assert found is not None
+        yield from _choice(" and ".join(names).capitalize(), question, found)
+    if question.days is not None and clusters.in_time(question.days) is None and clusters.fastest is not None:
+        fastest = clusters.fastest
+        words = f"No number of these GPUs needs at most {question.days:g} days; the fastest, {fastest.cluster.gpus:,}, "
+        yield from _folded(f"{words}takes {time(fastest.days)}.", _WIDTH)
+
+
+def _choice(label: str, question: Question, plan: Plan) -> Iterator[str]:
+    gpus = f"{plan.cluster.gpus:,} GPU{'s' if plan.cluster.gpus > 1 else ''}"
+    words = f"{label}: {gpus}, {setting_words(plan.config, plan.cluster.gpus)}: {_bill(plan)}. Start it with:"
+    yield from _folded(words, _WIDTH)
+    yield "  " + start_command(question, plan)
+
+
+def _bill(plan: Plan) -> str:
+    facts = [time(plan.days), f"{whole(plan.gpu_hours)} GPU-hours"]
+    return ", ".join(facts if plan.cost is None else [*facts, money(plan.cost)])
+
+
+def start_command(question: Question, plan: Plan) -> str:
+    """What to type to start the run with a plan's setting on the plan's cluster."""
+    cluster = plan.cluster
+    words = [question.name, *typed(question.given, overrides(question.config, plan.config))]
+    if cluster.nodes > 1:
+        nodes = ["--nodes", str(cluster.nodes), "--gpus-per-node", str(cluster.per_node)]
+        return shlex.join(["megagpt", "launch", "slurm", *words, *nodes])
+    if cluster.gpus > 1:
+        return shlex.join(["torchrun", "--nproc-per-node", str(cluster.gpus), "launch/train.py", *words])
+    return shlex.join(["megagpt", "train", *words])
 
 
 def _labelled(label: str, text: str) -> Iterator[str]:
@@ -128,53 +203,9 @@ def _labelled(label: str, text: str) -> Iterator[str]:
         yield f"  {label if i == 0 else '':{_LABEL}}{line}"
 
 
-def wrapped(text: str) -> Iterator[str]:
-    yield from _folded(text, _WIDTH)
-
-
 def _folded(text: str, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] += (" " if lines[-1] else "") + word
-    return lines
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _sum(parts: dict[str, str]) -> str:
     return " + ".join(f"{name} {value}" for name, value in parts.items())
-
-
-def _quoted(word: str) -> str:
-    return f"'{word}'" if set(word) & set(" {}[]*?;&|<>()$`\"\\!#~") else word
-
-
-def large(value: float) -> str:
-    """300B, 3.15M, 52,300."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
-        if value >= size * 0.9995:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:,.0f}"
-
-
-def seconds_words(value: float) -> str:
-    if value >= 100:
-        return f"{value:,.0f} s"
-    return f"{value:.3g} s" if value >= 1 or not value else f"{value * 1e3:.3g} ms"
-
-
-def time_words(days: float) -> str:
-    """22.1 days; 45 min."""
-    minutes = days * 1440
-    if minutes < 90:
-        return f"{minutes:.0f} min" if minutes >= 1 else f"{minutes * 60:.0f} s"
-    return f"{minutes / 60:.1f} h" if days < 3 else f"{days:,.1f} days"
-
-
-def money(dollars: float) -> str:
-    """$18; $670,000; $1.42M."""
-    return f"${dollars / 1e6:.2f}M" if dollars >= 999_500 else f"${dollars:,.0f}" if dollars >= 10 else f"${dollars:.2f}"
-
-
-def energy_words(kwh: float) -> str:
-    return f"{kwh / 1000:,.1f} MWh" if kwh >= 1000 else f"{kwh:,.1f} kWh"

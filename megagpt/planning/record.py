@@ -4,9 +4,37 @@ import dataclasses
 from typing import Any
 
 from megagpt.config import Config
+from megagpt.planning.answer import Answer
 from megagpt.planning.gpus import Cluster
 from megagpt.planning.plan import Plan
 from megagpt.planning.setting import overrides
+from megagpt.planning.tables import best_of
+
+
+def answer_record(answer: Answer) -> dict[str, Any]:
+    """All of an answer."""
+    question, config, clusters = answer.question, answer.question.config, answer.clusters
+
+    def plan(found: Plan | None) -> dict[str, Any] | None:
+        return None if found is None else plan_record(found, config)
+
+    record: dict[str, Any] = {
+        "run": run_record(config),
+        "cluster": cluster_record(question.cluster, question.fixed),
+        "price": question.price,
+        "as_configured": plan(answer.own),
+        "recommended": plan(answer.best),
+        "settings": [plan(one) for one in (answer.plans if question.thorough else best_of(answer.plans, by_mode=True))],
+    }
+    if clusters is not None:
+        record["clusters"] = {
+            "smallest": plan(clusters.smallest),
+            "cheapest": plan(clusters.cheapest),
+            "fastest": plan(clusters.fastest),
+            "in_time": plan(clusters.in_time(question.days)) if question.days else None,
+            "all": [plan(one) for one in clusters.plans],
+        }
+    return record
 
 
 def plan_record(plan: Plan, own: Config) -> dict[str, Any]:
@@ -47,13 +75,13 @@ def plan_record(plan: Plan, own: Config) -> dict[str, Any]:
     }
 
 
-def cluster_record(cluster: Cluster) -> dict[str, Any]:
-    """The hardware that was assumed."""
+def cluster_record(cluster: Cluster, fixed: bool) -> dict[str, Any]:
+    """The hardware that was assumed. `fixed`: the number of GPUs is given."""
     gpu = cluster.gpu
     figures = {field.name: getattr(gpu, field.name) for field in dataclasses.fields(gpu) if field.name != "origins"}
     return {
         "gpu": gpu.name,
-        "gpus": cluster.gpus,
+        "gpus": cluster.gpus if fixed else None,
         "per_node": cluster.per_node,
         "network_gbits": cluster.network,
         "network_assumed": cluster.network == gpu.network,

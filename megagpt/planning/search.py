@@ -2,7 +2,7 @@
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from megagpt.planning.gpus import Cluster
 from megagpt.planning.memory import peak_memory
 from megagpt.planning.micro_batch import micro_batches
 from megagpt.planning.plan import Plan
-from megagpt.planning.setting import vary
+from megagpt.planning.setting import is_same, vary
 
 # Blocks of which one is computed again: what lies between the modes none and full.
 _EVERY = (2, 3, 4)
@@ -28,17 +28,19 @@ Planner = Callable[[Config, Cluster], Plan]
 
 def engines(config: Config, cluster: Cluster) -> list[EngineConfig]:
     """The config's own engine, and each engine with each of its shardings; offload only if the config has it."""
+    own, gpus = config.engine, cluster.gpus
+    groups = [0, cluster.per_node] if gpus > cluster.per_node else [0]
     made: list[dict[str, Any]] = [{"name": "ddp"}]
-    groups = [0, cluster.per_node] if cluster.gpus > cluster.per_node else [0]
-    for group, reshard in itertools.product(groups, (True, False)):
-        made.append({"name": "fsdp", "shard_ranks": group, "reshard_after_forward": reshard})
+    made += [
+        {"name": "fsdp", "shard_ranks": group, "reshard_after_forward": reshard}
+        for group, reshard in itertools.product(groups, (True, False))
+    ]
     made += [{"name": "zero", "stage": stage} for stage in (1, 2, 3)]
-    own = config.engine
     others = [EngineConfig(**values) for values in made]
-    if own.name == "fsdp" and own.shard_ranks == cluster.gpus:
-        others = [replace(own, shard_ranks=0) if own == replace(other, shard_ranks=own.shard_ranks) else other
-                  for other in others]  # fmt: skip
-    return [own, *(other for other in others if other != own)]
+    if own.shard_ranks == gpus:  # one group of all is the same as 0
+        others = [other for other in others if other != replace(own, shard_ranks=0)]
+    possible = [] if own.shard_ranks and gpus % own.shard_ranks else [own]
+    return [*possible, *(other for other in others if other != own)]
 
 
 def modes(config: Config) -> list[Any]:
@@ -49,28 +51,43 @@ def modes(config: Config) -> list[Any]:
 
 
 def search(config: Config, cluster: Cluster, planner: Planner, thorough: bool = False) -> list[Plan]:
-    """Plans of all settings that divide, the best first: those that fit, by their time; then the tight ones; then those
-    that do not fit. Of each engine, sharding and mode it has the micro-batches that may be the fastest: the largest
-    that fit. `thorough`: every micro-batch up to the first that does not fit."""
+    """Plans of the settings that divide, the best first: those that fit, by their time; then the tight ones; then those
+    that do not fit, by their memory. Of each engine, sharding and mode it has the micro-batches that may be the
+    fastest: the largest that fit, and the config's own. `thorough`: every one up to the first that does not fit."""
     sizes = micro_batches(config, cluster.gpus)
     plans = []
     for engine, mode in itertools.product(engines(config, cluster), modes(config)):
         tried = _Tried(vary(config, engine=vars(engine), train={"activation_checkpointing": mode}), cluster)
         most = tried.count_of_fitting(sizes)
         chosen = sizes[: most + 1] if thorough else sizes[max(0, most - _TRIED) : max(1, most)]
+        if (engine, mode) == (
+            config.engine,
+            config.train.activation_checkpointing,
+        ) and config.train.micro_batch in sizes:
+            chosen = sorted({*chosen, config.micro_batch})
         plans += [planner(tried.at(size), cluster) for size in chosen]
     return sorted(plans, key=_place)
 
 
-def recommend(plans: Iterable[Plan], own: Config) -> Plan | None:
+def own_plan(plans: Iterable[Plan], config: Config) -> Plan | None:
+    """The plan with the config's own setting; of an automatic micro-batch, the largest that fits. None if there is no
+    such plan, because its micro-batch does not divide."""
+    same = [plan for plan in plans if is_same(plan.config, config)]
+    fitting = [plan for plan in same if plan.verdict == "fits"]
+    if fitting:
+        return max(fitting, key=lambda plan: plan.config.micro_batch)
+    return min(same, key=lambda plan: plan.config.micro_batch, default=None)
+
+
+def recommend(plans: Sequence[Plan], config: Config) -> Plan | None:
     """The fastest plan that fits, or a tight one if none fits; None if none does. Of those that are as fast, it is the
     config's own, or else the simplest engine with the most memory to spare."""
     possible = sorted((plan for plan in plans if plan.verdict != "does not fit"), key=_place)
     if not possible:
         return None
-    best = possible[0]
+    best, own = possible[0], own_plan(plans, config)
     near = [p for p in possible if p.verdict == best.verdict and p.seconds <= best.seconds * (1 + _SAME)]
-    return min(near, key=lambda p: (p.config != own, _simplicity(p.config.engine), -p.spare))
+    return min(near, key=lambda p: (p is not own, _simplicity(p.config.engine), -p.spare))
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,8 @@ class Clusters:
 
     plans: list[Plan]
     """The best plan on each number of GPUs that divides the batch and has room, fewest GPUs first."""
+    own: list[Plan]
+    """The plans with the config's own setting, where it divides, fewest GPUs first."""
 
     @property
     def smallest(self) -> Plan | None:
@@ -106,12 +125,13 @@ class Clusters:
 def find_clusters(config: Config, like: Cluster, planner: Planner) -> Clusters:
     """Plan the run on every number of GPUs that divides its batch: on a part of a node, then on whole nodes. `like`: a
     cluster with the GPU, the size of a node and the network."""
-    found = []
+    found, own = [], []
     for gpus in gpu_counts(config, like.per_node):
-        cluster = replace(like, gpus=gpus)
-        best = recommend(search(config, cluster, planner), config)
+        plans = search(config, replace(like, gpus=gpus, per_node=min(gpus, like.per_node)), planner)
+        best, same = recommend(plans, config), own_plan(plans, config)
         found += [best] if best else []
-    return Clusters(found)
+        own += [same] if same else []
+    return Clusters(found, own)
 
 
 def gpu_counts(config: Config, per_node: int) -> list[int]:
@@ -142,7 +162,10 @@ class _Tried:
 
 
 def _place(plan: Plan) -> tuple[int, float, float]:
-    return _ORDER.index(plan.verdict), plan.seconds, plan.memory.total
+    order = _ORDER.index(plan.verdict)
+    if plan.verdict == "does not fit":  # what needs least is the nearest to fitting
+        return order, plan.memory.total, plan.seconds
+    return order, plan.seconds, plan.memory.total
 
 
 def _simplicity(engine: EngineConfig) -> tuple[int, int, bool]:

@@ -3,9 +3,11 @@ train the same run."""
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from megagpt.config import Config, EngineConfig
+from megagpt.config_types import AUTO
 from megagpt.config_yaml import value_text
 
 T = TypeVar("T")
@@ -27,6 +29,13 @@ def _with(section: T, values: dict[str, Any]) -> T:
     return made
 
 
+def is_same(config: Config, own: Config) -> bool:
+    """Whether a config has the setting of another one, whose micro-batch may be auto."""
+    size, mode = own.train.micro_batch, own.train.activation_checkpointing
+    same = config.engine == own.engine and config.train.activation_checkpointing == mode
+    return same and size in (AUTO, config.train.micro_batch)
+
+
 def overrides(config: Config, wanted: Config) -> list[str]:
     """What to type after the name of `config` to get the setting of `wanted`; empty if it has it."""
     engine, other = dataclasses.asdict(config.engine), dataclasses.asdict(wanted.engine)
@@ -40,9 +49,17 @@ def overrides(config: Config, wanted: Config) -> list[str]:
     return changed
 
 
+def typed(given: Sequence[str], changed: Sequence[str]) -> list[str]:
+    """Overrides that were given, and then those that change them: each key once."""
+    keys = {word.partition("=")[0] for word in changed}
+    replaced = ("engine.",) if "engine.name" in keys else ()
+    kept = [word for word in given if word.partition("=")[0] not in keys and not word.startswith(replaced)]
+    return [*kept, *changed]
+
+
 def engine_words(engine: EngineConfig, ranks: int) -> str:
     """The engine with its sharding, as one short name: "fsdp in groups of 8"."""
-    words = engine.name
+    words: str = engine.name
     if engine.name == "zero":
         words += f" stage {engine.stage}"
     if engine.name == "fsdp" and engine.shard_ranks not in (0, ranks):

@@ -1,11 +1,23 @@
-"""Seconds of a training step, predicted from the config and the cluster."""
+"""Seconds of a training step, predicted from the config and the cluster.
 
+The constants are fitted to published speeds of other people's code (`calibration`), so a prediction is a forecast that
+this project's step is as fast as theirs."""
+
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megagpt.cards import FLOAT8_CAPABILITIES
 from megagpt.config import Config
+from megagpt.errors import UserError
+from megagpt.planning.calibration import Calibration, calibration_of
+from megagpt.planning.evidence import find_evidence
+from megagpt.planning.exchange import Exchange
 from megagpt.planning.gpus import Cluster
-from megagpt.schedule import batch_sequences
+from megagpt.planning.work import Work, count_work
+
+# Bytes of an optimizer's state that a host or disk moves for each parameter: three fp32 values read, three written.
+_STATE_BYTES = 24
 
 
 class Term(NamedTuple):
@@ -16,21 +28,6 @@ class Term(NamedTuple):
     unit: str
     formula: str
     origin: str
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Constants of the speed formulas."""
-
-    products: float = 0.705
-    attention: float = 0.18
-    other_bytes: float = 363.0
-    logit_bytes: float = 36.0
-    link: float = 0.52
-    network: float = 1.7
-    nodes_power: float = 0.41
-    overlap: float = 0.52
-    overlap_zero3: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +42,7 @@ class Speed:
     range: tuple[float, float]
     """Tokens/s of all GPUs: 80% of measurements are expected between these."""
     mfu: float
+    """Model FLOPs as a share of the peak in the run's precision, which under float8 is bf16's."""
     evidence: str
     """The sentence that says what the range rests on."""
     hidden_exchange: float = 0.0
@@ -52,73 +50,105 @@ class Speed:
     terms: tuple[Term, ...] = ()
 
 
-_A100 = Calibration(products=0.81, attention=0.32)
-_H100 = Calibration()
+class Parts(NamedTuple):
+    """Seconds of a step."""
+
+    seconds: dict[str, float]
+    hidden_exchange: float
 
 
 def predict_speed(config: Config, cluster: Cluster, calibration: Calibration | None = None) -> Speed:
-    """Raises UserError if the batch cannot be divided among the GPUs."""
-    accumulation = config.accumulation(cluster.gpus)
-    found = calibration or (_A100 if cluster.gpu.name.startswith("a100") else _H100)
-    parts, hidden = _step(config, cluster, found, accumulation)
-    step = sum(parts.values())
-    rate = config.train.batch_tokens / step
+    """Raises UserError if the batch cannot be divided among the GPUs, or if the GPU has no products in the run's
+    precision. `calibration`: constants to use instead of the GPU's own ones."""
+    _check_precision(config, cluster)
+    found = calibration or calibration_of(cluster.gpu)
+    work = count_work(config, cluster.gpus)
+    parts = step_parts(work, config, cluster, found)
+    step = sum(parts.seconds.values())
+    rate = config.batch_sequences * config.model.context / step
     mfu = config.model.flops_per_token * rate / cluster.gpus / cluster.gpu.peak(config.train.precision)
-    return Speed(parts, step, rate, (0.7 * rate, 1.3 * rate), mfu, "no evidence yet", hidden)
+    (low, high), sentence = find_evidence(config, cluster, found)
+    return Speed(parts.seconds, step, rate, (low * rate, high * rate), mfu, sentence, parts.hidden_exchange)
 
 
-def run_seconds(config: Config, cluster: Cluster, calibration: Calibration | None = None) -> float:
-    """Time of all steps to the token budget, with the batch ramp; without saves, validation and samples."""
-    full = predict_speed(config, cluster, calibration).step
-    accumulation = config.accumulation(cluster.gpus)
-    unit = cluster.gpus * config.micro_batch
-    seen = total = 0.0
-    while seen < config.total_sequences:
-        if seen * config.model.context >= config.train.batch_ramp_tokens:
-            return total + full * (config.total_sequences - seen) / config.batch_sequences
-        batch = batch_sequences(config, int(seen))
-        total += full / accumulation * -(-batch // unit)
-        seen += batch
-    return total
-
-
-def _step(config: Config, cluster: Cluster, c: Calibration, accumulation: int) -> tuple[dict[str, float], float]:
-    model, train, gpu = config.model, config.train, cluster.gpu
-    width, layers, context = model.width, model.layers, model.context
-    peak, ranks = gpu.peak(train.precision), cluster.gpus
-    tokens = config.micro_batch * context
-    again = {"full": 1.0, "none": 0.0, "selective": 0.0}.get(str(train.activation_checkpointing))
-    if isinstance(train.activation_checkpointing, dict):
-        again = -(-layers // train.activation_checkpointing["every"]) / layers
-    assert again is not None
-    other_again = 1.0 if train.activation_checkpointing == "selective" else again
-    products = (24 * width**2 * layers * (3 + again) + 6 * model.padded_vocab_size * width) / (peak * c.products)
-    attention = 2 * layers * width * context * (3.5 + again) / (peak * c.attention)
-    other = c.other_bytes * layers * width * (3 + other_again) / 3 / gpu.bandwidth
-    logits = c.logit_bytes * model.padded_vocab_size / gpu.bandwidth
-    computing = tokens * (products + attention + other + logits)
-    engine, parameters = config.engine, model.stored_parameters
-    each_micro_batch = engine.name == "fsdp" or (engine.name == "zero" and engine.stage == 3)
-    moved = 8.0 * parameters if each_micro_batch or engine.name == "ddp" else 6.0 * parameters
-    bandwidth = c.link * gpu.link
-    if cluster.nodes > 1:
-        bandwidth = min(
-            bandwidth, c.network * cluster.per_node * cluster.network * 1e9 / 8 * cluster.nodes**-c.nodes_power
-        )
-    exchange = moved * (ranks - 1) / ranks / bandwidth
-    overlap = c.overlap_zero3 if engine.name == "zero" and engine.stage == 3 else c.overlap
-    last = max(computing, exchange) + overlap * min(computing, exchange)
-    exposed = last - computing
-    count = accumulation if each_micro_batch else 1
-    sharing = config.sharing_ranks(ranks) if engine.name == "fsdp" else ranks if engine.name == "zero" else 1
-    update = 30 * parameters / sharing / gpu.bandwidth
-    scale = accumulation * tokens
-    parts = {
-        "matrix products": scale * products,
-        "attention": scale * attention,
-        "other operations": scale * other,
-        "logits": scale * logits,
-        "exchange": count * exposed,
-        "update": update,
+def step_parts(work: Work, config: Config, cluster: Cluster, c: Calibration) -> Parts:
+    """Seconds of a full step by part, from its counts."""
+    train, engine, gpu = config.train, config.engine, cluster.gpu
+    peak = gpu.peak(train.precision)
+    fill = (1 + c.half_tokens / work.tokens) / (peak * c.products)
+    compute = {
+        "matrix products": (work.block_flops / _float8_gain(train.float8, c) + work.head_flops) * fill,
+        "attention": work.attention_flops / (peak * c.attention),
+        "other operations": work.values * _value_bytes(config, c) / gpu.bandwidth,
+        "logits": work.logits * c.logit_bytes / gpu.bandwidth,
+        "weights in each micro-batch": work.parameters * c.weight_bytes / gpu.bandwidth,
     }
-    return parts, count * (exchange - exposed) if exposed < exchange else 0.0
+    computing = sum(compute.values())
+    streaming = work.streamed / c.pcie
+    each = sum(_seconds(e, cluster, c) for e in work.exchanges if e.each_micro_batch)
+    once = sum(_seconds(e, cluster, c) for e in work.exchanges if not e.each_micro_batch)
+    exposed = c.zero_overlap if engine.name == "zero" else c.overlap
+    middle, last = _together(computing, each, exposed), _together(computing, each + once, exposed)
+    count, launching = work.micro_batches, work.launches * c.launch
+    idle = (count - 1) * max(0.0, launching - middle - streaming) + max(0.0, launching - last - streaming)
+    exchanging = (count - 1) * (middle - computing) + last - computing
+    on_host = engine.offload != "none"
+    seconds = {name: count * value for name, value in compute.items()}
+    seconds["exchange"] = exchanging
+    seconds["update"] = 0.0 if on_host else work.updated * c.update_bytes / gpu.bandwidth
+    if on_host:
+        seconds["offload"] = count * streaming + _host_update(work, config, c)
+    if idle:
+        seconds["waiting for the host"] = idle
+    seconds = {name: c.factor * value for name, value in seconds.items()}
+    return Parts(seconds, c.factor * max(0.0, count * each + once - exchanging))
+
+
+def _together(one: float, other: float, exposed: float) -> float:
+    """Time of two that run side by side, if the longer one does not hide a share of the shorter one."""
+    return max(one, other) + exposed * min(one, other)
+
+
+def _seconds(exchange: Exchange, cluster: Cluster, c: Calibration) -> float:
+    """Of an exchange, alone. Between nodes, a ring passes each node's network once, with all of the node's GPUs; rings
+    that run side by side share it. Each gather or scatter passes all ranks, one after the other; a sum, two trees."""
+    inside = c.link * cluster.gpu.link
+    if exchange.ranks * exchange.groups <= cluster.per_node:
+        return exchange.moved / inside
+    rings = min(exchange.groups, cluster.per_node)
+    between = c.network * cluster.network * 1e9 / 8 * cluster.per_node / rings
+    hops = exchange.ranks - cluster.per_node / rings
+    if exchange.is_sum:
+        hops = 2 * math.log2(exchange.ranks * rings / cluster.per_node)
+    return exchange.moved / min(inside, between) + exchange.calls * c.hop * max(0.0, hops)
+
+
+def _value_bytes(config: Config, c: Calibration) -> float:
+    if config.train.precision == "fp32":
+        return c.other_bytes * c.fp32_values
+    return c.other_bytes * (c.bf16_residual if config.train.residual == "bf16" else 1)
+
+
+def _float8_gain(scaling: str, c: Calibration) -> float:
+    return {"none": 1.0, "tensorwise": c.float8, "rowwise": (1 + c.float8) / 2}[scaling]
+
+
+def _host_update(work: Work, config: Config, c: Calibration) -> float:
+    """Seconds of the update on the host: gradients down and weights up, unless they are there, and AdamW in its
+    memory or through its disks."""
+    value = 4 if config.train.precision == "fp32" else 2
+    moved = 0 if config.engine.offload == "all" else (4 + value) * work.updated / c.pcie
+    disk = _STATE_BYTES * work.updated / c.disk if config.engine.nvme_path else 0.0
+    return moved + c.update_bytes * work.updated / c.host_memory + disk
+
+
+def _check_precision(config: Config, cluster: Cluster) -> None:
+    gpu, train = cluster.gpu, config.train
+    if train.precision == "bf16" and not gpu.has_bf16:
+        raise UserError(f"{gpu.name} has no products in bf16: set train.precision=fp16")
+    least = FLOAT8_CAPABILITIES.get(train.float8)
+    if least and gpu.capability and gpu.capability < least:
+        raise UserError(
+            f"train.float8 {train.float8}: {gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, and "
+            f"it needs {least[0]}.{least[1]} or higher; use train.float8=none, or another GPU"
+        )

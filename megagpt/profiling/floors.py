@@ -85,29 +85,6 @@ def floor(work: Work, rates: Rates) -> Floor | None:
     return Floor(computing, "FLOPs") if computing >= moving else Floor(moving, "bytes")
 
 
-def exchanged_bytes(config: Config, ranks: int, micro_batches: float) -> float:
-    """Bytes that a rank sends in a step: weights in the compute precision, gradients in fp32. A gather or a scatter
-    over N ranks sends (N - 1)/N of a tensor, a sum of it twice as much (Patarasuk and Yuan 2009)."""
-    engine, parameters = config.engine, config.model.stored_parameters
-    value = _FP32 if config.train.precision == "fp32" else 2
-    share = (ranks - 1) / ranks
-    if engine.name == "ddp":
-        return 2 * share * _FP32 * parameters
-    if engine.name == "fsdp":
-        shard = config.sharing_ranks(ranks)
-        copies, inside = ranks // shard, (shard - 1) / shard
-        blocks = config.model.layers * config.model.block_parameters
-        gathered = parameters + (blocks if engine.reshard_after_forward else 0)
-        once = 2 * (copies - 1) / copies * _FP32 * parameters / shard
-        return micro_batches * inside * (value * gathered + _FP32 * parameters) + once
-    if engine.stage == 3:
-        return micro_batches * share * (2 * value + _FP32) * parameters
-    if engine.stage == 2:
-        return share * (micro_batches * _FP32 + value) * parameters
-    sums = 2 if config.train.precision == "bf16" else 1  # DeepSpeed's optimizer for bf16 sums on every rank
-    return share * (sums * _FP32 + value) * parameters
-
-
 def _product(rows: int, inner: int, columns: int, value: int, operand: int, again: float) -> Work:
     """A layer's three products: its output and both gradients. `value`, `operand`: bytes of a result's and of an
     operand's value; `again`: the share of outputs that are computed twice."""
