@@ -3,9 +3,12 @@
 import dataclasses
 from dataclasses import dataclass
 
-from megagpt.cards import CARDS, card
+from megagpt import cards
+from megagpt.cards import CARDS
 from megagpt.errors import UserError, did_you_mean
 
+CPU = "cpu"
+"""Name of a device for which only a run of its own tells a speed."""
 _DATA_SHEET, _GIVEN = "data sheet", "given"
 # Names in use that are no card's own -> the card's.
 _ALIASES = {
@@ -109,10 +112,10 @@ def _cards() -> dict[str, Gpu]:
     return found
 
 
-def gpu_of_device(device: str, memory: float) -> Gpu | None:
-    """The GPU that a driver calls `device`, with the memory that it reports (bytes); None if its figures are unknown."""
-    found = card(device)
+def gpu_of_device(device: str, memory: float | None = None) -> Gpu | None:
+    """The GPU that a driver calls `device`; None if its figures are unknown. `memory`: bytes that it reports."""
+    found = cards.card(device)
     if found is None:
         return None
     key = next(words for words, entry in CARDS.items() if entry is found).lower().replace(" ", "-")
-    return find_gpu(_RENAMED.get(key, key), memory=memory)
+    return find_gpu(_RENAMED.get(key, key), **({} if memory is None else {"memory": memory}))
