@@ -15,6 +15,7 @@ from megagpt.errors import UserError
 if TYPE_CHECKING:
     from megagpt.planning.answer import Answer
     from megagpt.planning.gpus import Cluster
+    from megagpt.planning.measured import Own
 
 # Options that give a GPU's figures: option, field of `Gpu`, its unit in the field's own, what it is.
 _FIGURES = (
@@ -33,9 +34,8 @@ def register(add: Add) -> None:
     add_config(sub)
     text = "number of GPUs; without it, the smallest cluster that fits, the cheapest, and the one that meets --days"
     sub.add_argument("--gpus", type=count, metavar="N", help=text)
-    sub.add_argument(
-        "--gpu", default="h100", metavar="NAME", help="kind of GPU, such as h100, a100-40gb, mi300x (h100)"
-    )
+    text = "kind of GPU, such as h100, a100-40gb, mi300x (h100; with --calibrate, the run's)"
+    sub.add_argument("--gpu", metavar="NAME", help=text)
     sub.add_argument("--per-node", type=count, default=8, metavar="N", help="GPUs of a node (8)")
     text = "network between nodes, for each GPU (that of the GPU's usual servers)"
     sub.add_argument("--network", type=above_zero, metavar="GBITS", help=text)
@@ -43,6 +43,8 @@ def register(add: Add) -> None:
     sub.add_argument("--days", type=above_zero, metavar="D", help="time in which the run is to end")
     sub.add_argument("--compare", action="store_true", help="rank every engine, sharding and checkpointing mode")
     sub.add_argument("--all", action="store_true", help="with --compare: with every micro-batch that divides")
+    text = "take the constants from the measured speed of a run of any size on such devices, CPUs too"
+    sub.add_argument("--calibrate", metavar="RUN", help=text)
     sub.add_argument("--explain", action="store_true", help="print each term: value, formula, origin")
     sub.add_argument(
         "--trace", action="store_true", help="also measure the peak, on pretend ranks with the trainer's code"
@@ -79,9 +81,13 @@ def _plan(arguments: argparse.Namespace) -> int:
     if picture is not None:
         picture_kind(picture, "--picture")
         check_drawing("plan --picture")
-    planner = functools.partial(make_plan, price=arguments.price)
+    config, own = load_config(name, given), _own(arguments)
+    cluster = _cluster(arguments, own)
+    if own:
+        own.check(config, cluster)
+    planner = functools.partial(make_plan, price=arguments.price, calibration=own.calibration if own else None)
     question = Question(
-        load_config(name, given), _cluster(arguments), arguments.gpus is not None, planner, arguments.price,
+        config, cluster, arguments.gpus is not None, planner, arguments.price,
         name, given, arguments.days, arguments.all,
     )  # fmt: skip
     found = answer(question, with_clusters=picture is not None)
@@ -126,12 +132,36 @@ def _wrote(target: Path) -> None:
     warn(f"wrote {target}")
 
 
-def _cluster(arguments: argparse.Namespace) -> "Cluster":
-    """The cluster; without --gpus, one node of the GPU. Raises UserError if the GPUs are no whole nodes."""
-    from megagpt.planning.gpus import Cluster, find_gpu
+def _figures(arguments: argparse.Namespace) -> dict[str, float]:
+    """The GPU's figures that were given, by the fields of `Gpu`."""
+    return {field: getattr(arguments, field) * unit for _, field, unit, _, _ in _FIGURES if getattr(arguments, field)}
 
-    given = {field: getattr(arguments, field) * unit for _, field, unit, _, _ in _FIGURES if getattr(arguments, field)}
-    gpu, per_node = find_gpu(arguments.gpu, **given), arguments.per_node
+
+def _own(arguments: argparse.Namespace) -> "Own | None":
+    """The constants of --calibrate. Raises UserError."""
+    if arguments.calibrate is None:
+        return None
+    from megagpt.files import named_path
+    from megagpt.planning.gpus import CPU, find_gpu
+    from megagpt.planning.measured import own_constants
+
+    given = find_gpu(arguments.gpu, **_figures(arguments)) if arguments.gpu not in (None, CPU) else None
+    own = own_constants(named_path(arguments.calibrate), given, arguments.network or 0)
+    if own.gpu.name == CPU:  # its ranks share its cores, so that another number of them is not planned
+        arguments.gpus = arguments.gpus or own.run.ranks
+    return own
+
+
+def _cluster(arguments: argparse.Namespace, own: "Own | None") -> "Cluster":
+    """The cluster; without --gpus, one node of the GPU. Raises UserError if the GPUs are no whole nodes."""
+    from megagpt.planning.gpus import CPU, Cluster, find_gpu
+
+    if own and own.gpu.name == CPU and arguments.gpu in (None, CPU):
+        return Cluster(own.gpu, arguments.gpus, arguments.gpus)
+    if arguments.gpu == CPU:
+        raise UserError("--gpu cpu: the speed of a CPU is known from a run of its own only; add --calibrate RUN")
+    name = arguments.gpu or (own.gpu.name if own else "h100")
+    gpu, per_node = find_gpu(name, **_figures(arguments)), arguments.per_node
     gpus = arguments.gpus or per_node
     if gpus > per_node and gpus % per_node:
         low = gpus // per_node * per_node

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from megagpt.cards import CARDS, card_name
 from megagpt.errors import UserError, did_you_mean
 
+CPU = "cpu"
+"""Name of a device for which only a run of its own tells a speed."""
 _DATA_SHEET, _GIVEN, _ASSUMED = "data sheet", "given", "assumed"
 # Names of a `megagpt.cards` entry in lower case that do not tell two cards apart -> the name here.
 _RENAMED = {
@@ -150,3 +152,12 @@ def _known_gpus() -> dict[str, Gpu]:
             card.watts, card.network, card.capability,
         )  # fmt: skip
     return found
+
+
+def gpu_of_device(device: str, memory: float | None = None) -> Gpu | None:
+    """The GPU that a driver calls `device`; None if its figures are unknown. `memory`: bytes that it reports."""
+    entry = card_name(device)
+    if entry is None:
+        return None
+    key = entry.lower().replace(" ", "-")
+    return find_gpu(_RENAMED.get(key, key), **({} if memory is None else {"memory": memory}))

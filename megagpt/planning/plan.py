@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megagpt.config import Config
-from megagpt.planning.gpus import Cluster
+from megagpt.planning.gpus import CPU, Cluster
 from megagpt.planning.memory import Memory, Verdict, peak_memory
 from megagpt.planning.micro_batch import resolved
 from megagpt.planning.setting import vary
@@ -74,7 +74,7 @@ def make_plan(
 ) -> Plan:
     """Plan the run as its config says. Raises UserError if it cannot be divided among the GPUs."""
     config.check_ranks(cluster.gpus)
-    config = resolved(config, cluster.gpus, cluster.gpu.memory)
+    config = resolved(config, cluster.gpus, None if cluster.gpu.name == CPU else cluster.gpu.memory)
     speed = predict_speed(config, cluster, calibration)
     seconds, ramp = _run_seconds(config, cluster, speed, calibration)
     return Plan(config, cluster, peak_memory(config, cluster.gpus), speed, seconds, ramp, price)

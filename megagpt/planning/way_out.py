@@ -80,8 +80,6 @@ def _recomputing(place: _Place) -> Iterator[_Place]:
 
 
 def _sharded(place: _Place) -> Iterator[_Place]:
-    if place.ranks == 1:
-        return
     engine = place.config.engine
     if engine.name == "ddp":
         yield place._replace(config=vary(place.config, engine=vars(EngineConfig(name="fsdp"))))

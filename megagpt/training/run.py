@@ -45,6 +45,7 @@ from megagpt.schedule import batch_sequences, check_profile_steps, step_count, s
 from megagpt.training.guard import Guard
 from megagpt.training.markdown import verbatim
 from megagpt.training.outcome import Ending
+from megagpt.training.planned import Planned
 from megagpt.training.reporter import Reporter
 from megagpt.training.reserve import Reserve
 from megagpt.training.run_folder import (
@@ -59,7 +60,7 @@ from megagpt.training.run_folder import (
     went_back,
 )
 from megagpt.training.safety import StopRequest
-from megagpt.training.sizing import build_sized, size_run
+from megagpt.training.sizing import build_sized, plan_of, size_run
 from megagpt.training.stragglers import Stragglers
 from megagpt.training.watchdog import Watchdog
 from megagpt.world import World
@@ -93,6 +94,7 @@ class Run:
     reserve: Reserve
     ending: Ending
     profiler: StepProfiler
+    planned: Planned
     raised: tuple[bool, ...] = (False, False, False)
     """The `flags` that some rank raised in the last step."""
     validation_compiles: bool = field(init=False)
@@ -201,6 +203,7 @@ def open_run(
     rates = world.from_main(lambda: find_rates(config, world.device)) if config.train.profile_steps else None
     say("building the model")
     config, engine = build_sized(sizing, world)
+    planned = plan_of(sizing, config, world)
     fingerprints = [stream.fingerprint for stream in train_data.streams]
     seek = functools.partial(choose, folder, config, fingerprints, allowed, world, resume_at)
     # The run is claimed when it is known that it can resume here, and before anything of it is read.
@@ -208,7 +211,7 @@ def open_run(
     if found is not None:
         _check_length(config, found)
     tokens = found.meta.tokens_seen if found else 0
-    lease = Lease(claim_run(folder, given, engine, train_data.streams, tokens))
+    lease = Lease(claim_run(folder, given, engine, train_data.streams, tokens, planned))
     ending = Ending(lease.incarnation, world, tokens)
     with ending.recording(), contextlib.ExitStack() as stack:
         found = _load(found, seek, engine)
@@ -246,6 +249,7 @@ def open_run(
             Guard(config.train, found.meta if found else None),
             Stragglers(world, world.hosts(), log.straggler_every_steps, log.straggler_factor), Reserve(saver), ending,
             stack.enter_context(contextlib.closing(_profiler(engine, folder, start, rates))),
+            Planned(planned, start, config.train.batch_tokens),
         )  # fmt: skip
 
 

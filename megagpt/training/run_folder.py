@@ -27,6 +27,7 @@ from megagpt.files import write_atomic
 from megagpt.hardware import device_name
 from megagpt.incarnations import Incarnation, claim, list_incarnations
 from megagpt.launchers import job_number, slurm_job, torchrun_name
+from megagpt.planning.forecast import Forecast
 from megagpt.run_log import Event, log_path, read
 from megagpt.training.markdown import table, verbatim
 
@@ -75,11 +76,16 @@ def went_back(run: Path, tokens: int) -> bool:
 
 
 def claim_run(
-    run: Path, config: Config, engine: Engine, streams: Sequence[TokenStream], from_tokens: int
+    run: Path,
+    config: Config,
+    engine: Engine,
+    streams: Sequence[TokenStream],
+    from_tokens: int,
+    planned: Forecast | None = None,
 ) -> Incarnation:
     """Begin the run's next incarnation: the main rank leaves the resolved config and the facts of this process group.
     `config`: the run's, whose micro-batch may be auto; the engine's has the number. `streams`: the sources' training
-    text, in the config's order. Every rank calls it. Raises OSError."""
+    text, in the config's order. `planned`: None on a CPU. Every rank calls it. Raises OSError."""
     hosts = collections.Counter(engine.world.hosts())
     weights = (source.weight for source in engine.config.data.sources)
 
@@ -98,7 +104,7 @@ def claim_run(
             "data": dict(zip((stream.fingerprint for stream in streams), weights, strict=True)),
             "texts": [{"folder": s.name, "text": text_of(Path(s.name)), "tokens": s.tokens} for s in streams],
             "hosts": hosts, "previous_seen": iso(seen) if seen else None,
-            "process": this_process(),
+            "process": this_process(), "plan": planned.as_json() if planned else None,
         }  # fmt: skip
         return claim(run, facts).number
 

@@ -3,6 +3,7 @@
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from megagpt.engines.engine import Engine, build_engine
 from megagpt.errors import UserError
 from megagpt.hardware import device_name
 from megagpt.planning.fit import check_fit, gigabytes
+from megagpt.planning.forecast import Forecast, forecast
 from megagpt.planning.memory import peak_memory
 from megagpt.planning.micro_batch import largest_micro_batch, micro_batch_choices, with_micro_batch
 from megagpt.planning.state import state_bytes
@@ -100,7 +102,16 @@ def _known(config: Config, world: World, last: dict[str, Any]) -> int | None:
     if not same or not isinstance(size, int) or config.sequences_of_a_rank(world.size) % size:
         return None
     memory = peak_memory(with_micro_batch(config, size), world.size).total
-    return size if last.get("plan", {}).get("memory_bytes") == memory else None
+    return size if (last.get("plan") or {}).get("memory_bytes") == memory else None
+
+
+def plan_of(sizing: Sizing, config: Config, world: World) -> Forecast | None:
+    """The plan beside which the run's numbers are shown; None on a CPU. Every rank calls it. `config`: with the
+    micro-batch that was decided."""
+    if sizing.capacity is None:
+        return None
+    per_node = max(Counter(world.hosts()).values())
+    return forecast(config, device_name(world.device), sizing.capacity, world.size, per_node)
 
 
 def build_sized(
