@@ -1,11 +1,12 @@
 """plan: memory, speed, days and cost of a run before it starts."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megagpt.commands.files import check_drawing, picture_kind, target_file, write_file
 from megagpt.commands.options import Add, add_config, count, one_name, split_words
@@ -91,15 +92,36 @@ def _plan(arguments: argparse.Namespace) -> int:
         name, given, arguments.days, arguments.all,
     )  # fmt: skip
     found = answer(question, with_clusters=picture is not None)
+    if not arguments.json:
+        print("\n".join(answer_lines(found, arguments.compare or arguments.all, arguments.explain)), flush=True)
+    traced = _trace(found, arguments.json) if arguments.trace else None
     if arguments.json:
-        print(json.dumps(answer_record(found), indent=2))
-    else:
-        print("\n".join(answer_lines(found, arguments.compare or arguments.all)))
+        record = answer_record(found, arguments.explain)
+        print(json.dumps(record if traced is None else {**record, "trace": traced}, indent=2))
     if written is not None:
         _write(found, written)
     if picture is not None:
         _draw(found, picture)
     return 0
+
+
+def _trace(found: "Answer", silent: bool) -> dict[str, Any] | None:
+    """Trace the explained plan, and print the result unless `silent`; the result as values."""
+    from megagpt.planning.amounts import gigabytes, wrapped
+
+    plan = found.explained
+    if plan is None:
+        return None
+    ranks, formula = plan.cluster.gpus, plan.memory.total
+    warn(f"tracing a step of {plan.config.run.name} on {ranks:,} pretend rank(s); 175B takes about two minutes")
+    from megagpt.planning.trace import trace
+
+    traced = trace(plan.config, ranks)
+    if not silent:
+        peak, moment = f"{gigabytes(traced.peak)} GB at the peak, in {traced.moment}", f"{traced.seconds:.0f} s"
+        words = f"Traced in {moment}: {peak}; the formula says {gigabytes(formula)}, {formula / traced.peak - 1:+.1%}."
+        print("\n".join(["", *wrapped(words)]))
+    return {**dataclasses.asdict(traced), "formula": formula}
 
 
 def _write(found: "Answer", target: Path) -> None:

@@ -14,6 +14,7 @@ _LEGEND = (
     "GB: of a GPU, at the fullest moment of a step; to spare: GB beside them and a reserve; tight: less than the",
     "reserve is left. recomputed: train.activation_checkpointing. MFU: share of the GPU's peak rate. *: as configured.",
 )
+_KEPT = "kept: gathered weights stay until the backward pass, engine.reshard_after_forward=false."
 
 
 def best_of(plans: Sequence[Plan], by_mode: bool) -> list[Plan]:
@@ -31,7 +32,7 @@ def table(plans: Sequence[Plan], own: Config, by_gpus: bool = False) -> Iterator
     rows = [_row(plan, own) for plan in plans]
     priced = any(plan.cost is not None for plan in plans)
     rows = [list(_NAMES), *rows]
-    left = {_NAMES.index("engine"), _NAMES.index("recomputed")}
+    left = {left_engine := _NAMES.index("engine"), _NAMES.index("recomputed")}
     hidden = set() if by_gpus else {_NAMES.index("GPUs")}
     hidden |= set() if priced else {_NAMES.index("cost")}
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -43,6 +44,8 @@ def table(plans: Sequence[Plan], own: Config, by_gpus: bool = False) -> Iterator
         ]
         yield "  ".join(cells).rstrip()
     yield from _LEGEND
+    if any(", kept" in row[left_engine] for row in rows):
+        yield _KEPT
 
 
 def _row(plan: Plan, own: Config) -> list[str]:
