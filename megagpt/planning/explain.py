@@ -18,7 +18,8 @@ _COUNTED = "this code's own tensors, counted"
 
 def plan_terms(plan: Plan) -> list[Term]:
     """Memory, speed and bill of a plan."""
-    memory, gpu, config = plan.memory, plan.cluster.gpu, plan.config
+    memory, gpu, config, model = plan.memory, plan.cluster.gpu, plan.config, plan.config.model
+    size = config.micro_batch
     terms = [
         Term(name, size, "bytes", _MEMORY.get(name, memory.moment), _COUNTED) for name, size in memory.parts.items()
     ]
