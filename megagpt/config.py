@@ -20,8 +20,9 @@ from megagpt.config_types import (
     Spikes,
     Steps,
 )
+from megagpt.divisors import ways_to_divide
 from megagpt.errors import UserError
-from megagpt.models.presets import SECTION, ModelConfig, near_divisors
+from megagpt.models.presets import SECTION, ModelConfig
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -312,30 +313,25 @@ class Config:
             raise UserError(f"validation.tokens {tokens} is less than one sequence, model.context {context}; {ways}")
 
     def sequences_of_a_rank(self, ranks: int) -> int:
-        """Sequences that each rank takes of a full batch. Raises UserError with the nearest that divide."""
+        """Sequences that each rank takes of a full batch. Raises UserError with the nearest batches and ranks that
+        divide."""
         if self.batch_sequences % ranks:
-            low = self.batch_sequences // ranks * ranks * self.model.context
-            batches = " or ".join(str(b) for b in (low, low + ranks * self.model.context) if b)
-            near = " or ".join(map(str, near_divisors(self.batch_sequences, ranks)))
-            batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
-            ways = f"use train.batch_tokens {batches}, or {near} ranks"
-            raise UserError(f"train.batch_tokens {batch}, which {ranks} rank(s) do not divide; {ways}")
+            raise self._indivisible(ranks, None)
         return self.batch_sequences // ranks
 
     def accumulation(self, ranks: int) -> int:
-        """Micro-batches of a rank in a full step. Raises UserError with the nearest batches that divide."""
-        unit = self.micro_batch * ranks
-        if self.batch_sequences % unit:
-            per_rank = self.batch_sequences // ranks if self.batch_sequences % ranks == 0 else 0
-            fits = near_divisors(per_rank, self.micro_batch) if per_rank else []
-            low = self.batch_sequences // unit * unit * self.model.context
-            batches = [b for b in (low, low + unit * self.model.context) if b]
-            ways = f"train.batch_tokens {' or '.join(map(str, batches))}"
-            ways += f", or train.micro_batch {' or '.join(map(str, fits))}" if fits else ", or another number of ranks"
-            batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
-            divisor = f"{ranks} rank(s) x train.micro_batch {self.micro_batch}"
-            raise UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {ways}")
-        return self.batch_sequences // unit
+        """Micro-batches of a rank in a full step. Raises UserError with the nearest batches, ranks and micro-batches
+        that divide."""
+        if self.batch_sequences % (self.micro_batch * ranks):
+            raise self._indivisible(ranks, self.micro_batch)
+        return self.batch_sequences // (self.micro_batch * ranks)
+
+    def _indivisible(self, ranks: int, size: int | None) -> UserError:
+        """The error for a batch that the ranks do not divide; `size`: in micro-batches of so many sequences."""
+        ways = ways_to_divide(self.batch_sequences, self.model.context, ranks, size)
+        batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
+        divisor = f"{ranks} rank(s)" + (f" x train.micro_batch {size}" if size else "")
+        return UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {ways}")
 
     def sharing_ranks(self, ranks: int) -> int:
         """Ranks that share one copy of the model under FSDP. Raises UserError if they do not divide all ranks."""

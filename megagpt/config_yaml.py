@@ -191,7 +191,8 @@ def kind_below(kind: Any, key: str) -> Any:
 
 
 def _parts(kind: Any) -> list[Any]:
-    return [get_origin(part) or part for part in (get_args(kind) if get_origin(kind) in (types.UnionType, Union) else [kind])]
+    parts = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else [kind]
+    return [get_origin(part) or part for part in parts]
 
 
 def _takes(kind: Any, wanted: Any) -> bool:

@@ -200,7 +200,7 @@ class Report:
     def _title(self) -> list[str]:
         config = self.entries[0].row.config
         measured = next(measured for entry in self.entries for measured in entry.rounds)
-        model, train, accumulation = config.model, config.train, config.accumulation(1)
+        model, accumulation = config.model, config.accumulation(1)
         accumulated = f"{accumulation} x " if accumulation > 1 else ""
         batch = "" if self.sweeps else f"{accumulated}{config.micro_batch} x {model.context} tokens a step, "
         where = f"one rank, {measured.device}, {measured.threads} threads, torch {measured.torch_version}"
