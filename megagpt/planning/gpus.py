@@ -103,13 +103,19 @@ def find_gpu(name: str, **figures: float) -> Gpu:
     else:
         missing = [field for field in _NEEDED if field not in figures]
         if missing:
-            near = did_you_mean(_spelled(name), [*known, *_ALIASES])
+            near = did_you_mean(_spelled(name), known)
             raise UserError(f"unknown GPU {name!r}: {near}; for another GPU, give its {', '.join(missing)}")
         # A sixteenth is the least share of fp32's rate in the table.
         found = Gpu(name, 0, 0, figures["half"] / 16, 0, 0, watts=0, network=100)
         origins |= {"fp32": _ASSUMED, "watts": _ASSUMED}
     origins |= dict.fromkeys(figures, _GIVEN)
     return dataclasses.replace(found, **figures, origins=tuple(origins.items()))  # type: ignore[arg-type]
+
+
+def gpu_of_device(device: str, memory: float | None = None) -> Gpu | None:
+    """The GPU that a driver calls `device`; None if its figures are unknown. `memory`: bytes that it reports."""
+    entry = card_name(device)
+    return None if entry is None else find_gpu(_name_of(entry), **({} if memory is None else {"memory": memory}))
 
 
 def gpu_names() -> list[str]:
@@ -130,8 +136,7 @@ def _known_name(name: str) -> str | None:
     entry = card_name(" ".join(words))
     if entry is None:
         return None
-    key = entry.lower().replace(" ", "-")
-    key = _RENAMED.get(key, key)
+    key = _name_of(entry)
     for word in words.difference(entry.lower().split()):
         size = re.fullmatch(r"(\d+)gb?", word)
         stated = float(size[1]) * 1e9 if size else 0.0
@@ -141,23 +146,19 @@ def _known_name(name: str) -> str | None:
     return key
 
 
+def _name_of(entry: str) -> str:
+    """The name of an entry of `CARDS`."""
+    key = entry.lower().replace(" ", "-")
+    return _RENAMED.get(key, key)
+
+
 @functools.cache
 def _known_gpus() -> dict[str, Gpu]:
     found = {}
-    for words, card in CARDS.items():
-        key = words.lower().replace(" ", "-")
-        name = _RENAMED.get(key, key)
+    for entry, card in CARDS.items():
+        name = _name_of(entry)
         found[name] = Gpu(
             name, card.memory * 1e9, card.half * 1e12, card.fp32 * 1e12, card.bandwidth * 1e12, card.link * 1e9,
             card.watts, card.network, card.capability,
         )  # fmt: skip
     return found
-
-
-def gpu_of_device(device: str, memory: float | None = None) -> Gpu | None:
-    """The GPU that a driver calls `device`; None if its figures are unknown. `memory`: bytes that it reports."""
-    entry = card_name(device)
-    if entry is None:
-        return None
-    key = entry.lower().replace(" ", "-")
-    return find_gpu(_RENAMED.get(key, key), **({} if memory is None else {"memory": memory}))

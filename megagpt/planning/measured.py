@@ -23,11 +23,10 @@ _WARMUP, _FEWEST = 3, 5
 # Figures of a CPU as fast as one core of 2023 in fp32 (FLOP/s, bytes/s). A run's factor replaces their level: only the
 # ratio counts, 5.3 FLOPs a byte.
 _CPU_FLOPS, _CPU_BANDWIDTH, _CPU_LINK = 8e10, 1.5e10, 2e9
-# Shares and bytes of a CPU's step, from the CPU time of 12 shapes with width 64 to 768 and 2 to 12 layers (fp32, one
-# thread): the formulas meet these within 17%.
+# Shares and bytes of a CPU's step, from the CPU time of the 12 shapes of tests/planning/test_measured.py.
 _CPU_CONSTANTS = Calibration(
-    products=1.0, attention=0.4, products_origin="12 steps on a CPU", half_tokens=0, other_bytes=1000, logit_bytes=60,
-    weight_bytes=10, update_bytes=40, fp32_values=1.6, launch=0, overlap=1.0, hop=0,
+    products=1.0, attention=0.5, products_origin="12 shapes on a CPU", half_tokens=0, other_bytes=2000, fp32_values=1.6,
+    logit_bytes=60, weight_bytes=10, update_bytes=40, launch=0, overlap=1.0, hop=0,
 )  # fmt: skip
 
 
@@ -102,7 +101,8 @@ def own_constants(run: Path, gpu: Gpu | None = None, network: float = 0) -> Own:
         gpu, constants = _cpu(found.ranks), _CPU_CONSTANTS
     else:
         known = gpu_of_device(found.device)
-        gpu = known if gpu is None or (known and known.name == gpu.name) else gpu
+        if known and not (gpu and gpu.name == known.name):
+            gpu = known
         if gpu is None:
             way = "give its figures, and a name, with --gpu and --gpu-memory, --gpu-tflops, --gpu-bandwidth, --gpu-link"
             raise UserError(f"--calibrate {run}: it ran on {found.device!r}, whose figures are unknown: {way}")

@@ -14,6 +14,7 @@ from megagpt.planning.micro_batch import largest_micro_batch, micro_batches, res
 from tests.processes import REPOSITORY
 
 A100_40, H100 = 42.3e9, 85e9
+LONG = ["model.context=16384", "train.batch_ramp_start=0", "train.batch_ramp_tokens=0"]
 PRESETS = sorted(path.name for path in (REPOSITORY / "configs").glob("gpt*.yaml"))
 
 
@@ -29,7 +30,7 @@ def followed(config: str, overrides: Sequence[str], ranks: int, advice: str) -> 
     ("config", "overrides", "ranks", "capacity", "expected"),
     [
         ("gpt2_1558m", ["engine.name=ddp", "train.micro_batch=32"], 8, H100, "set train.micro_batch="),
-        ("gpt3_xl", ["engine.name=ddp", "train.micro_batch=1"], 64, 29e9, "set train.activation_checkpointing="),
+        ("gpt3_xl", ["engine.name=ddp", "train.micro_batch=1", *LONG], 64, A100_40, "set train.activation_checkpoin"),
         ("gpt3_2.7b", ["engine.name=ddp", "train.micro_batch=1"], 64, A100_40, "set engine.name=fsdp"),
         ("gpt3_13b", ["engine.name=ddp"], 64, H100, "set engine.name=fsdp"),
         ("gpt3_13b", ["engine.name=zero", "engine.stage=1"], 32, H100, "engine.stage="),

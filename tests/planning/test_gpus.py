@@ -6,7 +6,7 @@ import pytest
 
 from megagpt.cards import CARDS, card
 from megagpt.errors import UserError
-from megagpt.planning.gpus import Cluster, find_gpu, gpu_names
+from megagpt.planning.gpus import Cluster, find_gpu, gpu_names, gpu_of_device
 
 # As people, shops and drivers spell them -> the name in plans.
 SPELLINGS = {
@@ -49,7 +49,15 @@ def test_plans_and_running_devices_share_one_table() -> None:
     for name, driver in (("h100", "NVIDIA H100 80GB HBM3"), ("a100-80gb", "NVIDIA A100-SXM4-80GB")):
         gpu, found = find_gpu(name), card(driver)
         assert found is not None
+        assert gpu_of_device(driver) == gpu
         assert (gpu.half, gpu.bandwidth, gpu.memory) == (found.half * 1e12, found.bandwidth * 1e12, found.memory * 1e9)
+
+
+def test_a_device_says_its_own_memory() -> None:
+    gpu = gpu_of_device("NVIDIA H100 80GB HBM3", 84.9e9)
+    assert gpu is not None
+    assert (gpu.name, gpu.memory) == ("h100", 84.9e9)
+    assert gpu_of_device("NVIDIA GeForce RTX 4090 Laptop GPU") is None
 
 
 def test_given_figures_replace_those_of_the_data_sheet() -> None:
