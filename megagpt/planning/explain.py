@@ -42,8 +42,11 @@ def plan_terms(plan: Plan) -> list[Term]:
     if plan.cost is not None and plan.price is not None:
         terms.append(Term("price", plan.price, "$/h", "of a GPU", "given"))
         terms.append(Term("cost", plan.cost, "$", "GPU-hours x price", "computed"))
-    terms.append(Term("power", gpu.watts, "W", "of a GPU, at its largest", dict(gpu.origins).get("watts", "")))
-    terms.append(Term("energy", plan.energy, "kWh", "GPU-hours x power; without hosts, network, cooling", "computed"))
+    if plan.energy is not None:
+        terms.append(Term("power", gpu.watts, "W", "of a GPU, at its largest", dict(gpu.origins).get("watts", "")))
+        terms.append(
+            Term("energy", plan.energy, "kWh", "GPU-hours x power; without hosts, network, cooling", "computed")
+        )
     return terms
 
 

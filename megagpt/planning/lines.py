@@ -80,7 +80,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     if plan.cost is not None:
         spread = f"{money(low * plan.cost)} to {money(high * plan.cost)}"
         bill += f" at ${plan.price:g} = {money(plan.cost)} ({spread})"
-    yield from _labelled("bill", f"{bill}; {energy(plan.energy)} for the GPUs at full power")
+    used = "" if plan.energy is None else f"; {energy(plan.energy)} for the GPUs at full power"
+    yield from _labelled("bill", bill + used)
     if plan.config.train.batch_ramp_tokens:
         yield from _labelled("batch ramp", _ramp_words(plan))
     yield from _labelled("evidence", speed.evidence)
