@@ -29,8 +29,10 @@ _ALIASES = {
 _NO_VARIANT = re.compile(r"nvidia|tesla|amd|instinct|geforce|gpu|oam|ac|480gb|sxm\d*|hbm\d\w*")
 # A size in a name may differ by this share from the memory that CUDA reports.
 _SIZE_TOLERANCE = 0.08
-# Figures that every GPU needs, with the options of `megagpt plan` that give them.
-_NEEDED = {"memory": "--gpu-memory", "half": "--gpu-tflops", "bandwidth": "--gpu-bandwidth", "link": "--gpu-link"}
+# Figures that an unknown GPU needs -> the option of `megagpt plan` that gives each.
+_NEEDED = {
+    "memory": "--gpu-memory", "half": "--gpu-tflops", "bandwidth": "--gpu-bandwidth", "link": "--gpu-link",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def find_gpu(name: str, **figures: float) -> Gpu:
         missing = [option for field, option in _NEEDED.items() if field not in figures]
         if missing:
             near = did_you_mean(_spelled(name), known)
-            raise UserError(f"unknown GPU {name!r}: {near}; for another GPU, give {', '.join(missing)}")
+            raise UserError(f"unknown GPU {name!r}: {near}; for another GPU, give its figures: {', '.join(missing)}")
         # A sixteenth is the least share of fp32's rate in the table.
         found = Gpu(name, 0, 0, figures["half"] / 16, 0, 0, watts=0, network=100)
         origins |= {"fp32": _ASSUMED, "watts": _ASSUMED}
