@@ -47,6 +47,8 @@ class Calibration:
     """Share of `other_bytes` that is left if the residual stream is bf16."""
     fp32_values: float = 1.6
     """`other_bytes` in fp32, over those in bf16."""
+    dropout: float = 1.15
+    """`other_bytes` with dropout, over those without: masks of both branches."""
     launch: float = 5e-4
     """Seconds in which the host launches a block's forward and backward pass."""
     pcie: float = 2.5e10
@@ -76,6 +78,7 @@ ORIGINS = {
     "float8": "5 rows of llm-foundry in float8",
     "bf16_residual": "counted; rows with a bf16 residual stream give 0.94 to 0.97",
     "fp32_values": "counted",
+    "dropout": "counted",
     "launch": ASSUMED, "pcie": ASSUMED, "host_memory": ASSUMED, "disk": ASSUMED,
 }  # fmt: skip
 

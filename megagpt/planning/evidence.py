@@ -60,6 +60,8 @@ def _problems(config: Config, cluster: Cluster, row: Evidence) -> Iterator[str]:
         yield "float8 with this code" + of
     if model.attention == "banded" and model.window < model.context:
         yield "banded attention" + of
+    if model.dropout:
+        yield "dropout" + of
     if train.activation_checkpointing == "selective":
         yield "selective activation checkpointing" + of
     if engine.offload != "none":

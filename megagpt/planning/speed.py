@@ -121,9 +121,11 @@ def _seconds(exchange: Exchange, cluster: Cluster, c: Calibration) -> float:
 
 
 def _value_bytes(config: Config, c: Calibration) -> float:
-    if config.train.precision == "fp32":
-        return c.other_bytes * c.fp32_values
-    return c.other_bytes * (c.bf16_residual if config.train.residual == "bf16" else 1)
+    train = config.train
+    moved = c.other_bytes * (c.dropout if config.model.dropout else 1)
+    if train.precision == "fp32":
+        return moved * c.fp32_values
+    return moved * (c.bf16_residual if train.residual == "bf16" else 1)
 
 
 def _float8_gain(scaling: str, c: Calibration) -> float:

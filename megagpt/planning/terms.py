@@ -5,7 +5,7 @@ from typing import NamedTuple
 from megagpt.config import Config
 from megagpt.planning.calibration import ORIGINS, Calibration
 from megagpt.planning.gpus import Cluster
-from megagpt.planning.work import repeated_share
+from megagpt.planning.work import count_work, repeated_share
 
 
 class Term(NamedTuple):
@@ -47,12 +47,24 @@ def speed_terms(seconds: dict[str, float], config: Config, cluster: Cluster, c: 
     origins = dict(gpu.origins)
     parts = [Term(name, value, "s", _FORMULAS[name], "computed") for name, value in seconds.items()]
     peak = "fp32" if train.precision == "fp32" else "half"
+    work = count_work(config, cluster.gpus)
+    model = config.model
+    counts = [
+        Term("N", work.tokens, "tokens", "of a micro-batch", "config"),
+        Term("M", work.micro_batches, "micro-batches", "of a full step, on each GPU", "config"),
+        Term("P", model.stored_parameters, "parameters", "with the vocabulary's padding", "config"),
+        Term("P / sharing ranks", work.updated, "parameters", "that a GPU updates", "config"),
+        Term("R", repeated_share(config), "", "share of blocks that are recomputed", "config"),
+    ]
+    for sent in work.exchanges:
+        when = f"in each {'micro-batch' if sent.each_micro_batch else 'step'}, among {sent.ranks} ranks"
+        counts.append(Term(f"{sent.name}: sent", sent.moved, "bytes", when, "counted"))
+        counts.append(Term(f"{sent.name}: calls", sent.calls, "", when, "counted"))
     figures = [
         Term("peak", gpu.peak(train.precision), "FLOP/s", train.precision, origins.get(peak, "")),
         Term("bandwidth", gpu.bandwidth, "bytes/s", "of the GPU's memory", origins.get("bandwidth", "")),
         Term("link", gpu.link, "bytes/s", "in a node, one way", origins.get("link", "")),
         Term("network", cluster.network, "Gbit/s", "between nodes, a GPU", _network_origin(cluster)),
-        Term("R", repeated_share(config), "", "share of blocks that are recomputed", "config"),
     ]
     shares = [
         Term("products", c.products, "of peak", "", c.products_origin),
@@ -61,7 +73,7 @@ def speed_terms(seconds: dict[str, float], config: Config, cluster: Cluster, c: 
     constants = [Term(name, getattr(c, name), _UNITS.get(name, ""), "", origin) for name, origin in ORIGINS.items()]
     if c.run:
         constants.append(Term("factor", c.factor, "", "multiplies every part", f"run {c.run}"))
-    return (*parts, *figures, *shares, *constants)
+    return (*parts, *counts, *figures, *shares, *constants)
 
 
 def _network_origin(cluster: Cluster) -> str:

@@ -149,6 +149,12 @@ def test_a_residual_stream_in_bf16_moves_fewer_bytes() -> None:
     assert 0.8 < narrow / wide < 1
 
 
+def test_dropout_moves_more_bytes() -> None:
+    plain = PRESETS["gpt3-xl"].model
+    times = [predicted(dataclasses.replace(plain, dropout=p), 8).seconds["other operations"] for p in (0.0, 0.1)]
+    assert 1.05 < times[1] / times[0] < 1.3
+
+
 def test_banded_layers_attend_to_two_windows() -> None:
     dense = PRESETS["gpt3-xl"].model
     banded = dataclasses.replace(dense, context=8192, attention="banded", window=256)
