@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from megagpt.config import Config
 from megagpt.data.loader import Share
-from megagpt.profiling.breakdown import Breakdown
 from megagpt.planning.exchange import exchanged_bytes
+from megagpt.profiling.breakdown import Breakdown
 from megagpt.profiling.floors import Floor, Work, floor, work
 from megagpt.profiling.parts import Part
 from megagpt.profiling.rates import DATA_SHEET, Rates
