@@ -82,8 +82,14 @@ _VARIANT = re.compile(r"mig|grid|\d+[abcq]\d?|laptop|max|d|ti|nvl|fhhl|64gb")
 
 def card(device_name: str) -> Card | None:
     """The card that a driver calls `device_name`: an "NVIDIA RTX A1000" is no A100."""
+    key = card_name(device_name)
+    return None if key is None else CARDS[key]
+
+
+def card_name(device_name: str) -> str | None:
+    """Its key in `CARDS`."""
     words = set(re.findall(r"\w+", device_name.lower()))
-    for key, entry in CARDS.items():
+    for key in CARDS:
         if words.issuperset(own := key.lower().split()):
-            return None if any(map(_VARIANT.fullmatch, words.difference(own))) else entry
+            return None if any(map(_VARIANT.fullmatch, words.difference(own))) else key
     return None

@@ -1,15 +1,20 @@
 """plan: memory, speed, days and cost of a run before it starts."""
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from megagpt.commands.files import check_drawing, picture_kind, target_file, write_file
 from megagpt.commands.options import Add, add_config, count, one_name, split_words
+from megagpt.console import warn
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
+    from megagpt.planning.answer import Answer
     from megagpt.planning.gpus import Cluster
     from megagpt.planning.measured import Own
 
@@ -72,6 +77,11 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     names, given = split_words(arguments)
     name = one_name(names, "config, such as gpt3_xl.yaml")
+    picture = target_file(arguments.picture, "--picture") if arguments.picture is not None else None
+    written = target_file(arguments.write, "--write") if arguments.write is not None else None
+    if picture is not None:
+        picture_kind(picture, "--picture")
+        check_drawing("plan --picture")
     config, own = load_config(name, given), _own(arguments)
     cluster = _cluster(arguments, own)
     if own:
@@ -81,12 +91,67 @@ def _plan(arguments: argparse.Namespace) -> int:
         config, cluster, arguments.gpus is not None, planner, arguments.price,
         name, given, arguments.days, arguments.all,
     )  # fmt: skip
-    found = answer(question, with_clusters=arguments.picture is not None)
+    found = answer(question, with_clusters=picture is not None)
+    if not arguments.json:
+        print("\n".join(answer_lines(found, arguments.compare or arguments.all, arguments.explain)), flush=True)
+    traced = _trace(found, arguments.json) if arguments.trace else None
     if arguments.json:
-        print(json.dumps(answer_record(found), indent=2))
-    else:
-        print("\n".join(answer_lines(found, arguments.compare or arguments.all)))
+        record = answer_record(found, arguments.explain)
+        print(json.dumps(record if traced is None else {**record, "trace": traced}, indent=2))
+    if written is not None:
+        _write(found, written)
+    if picture is not None:
+        _draw(found, picture)
     return 0
+
+
+def _trace(found: "Answer", silent: bool) -> dict[str, Any] | None:
+    """Trace the explained plan, and print the result unless `silent`; the result as values."""
+    from megagpt.planning.amounts import gigabytes, wrapped
+
+    plan = found.explained
+    if plan is None:
+        return None
+    ranks, formula = plan.cluster.gpus, plan.memory.total
+    warn(f"tracing a step of {plan.config.run.name} on {ranks:,} pretend rank(s); 175B takes about two minutes")
+    from megagpt.planning.trace import trace
+
+    traced = trace(plan.config, ranks)
+    if not silent:
+        peak, moment = f"{gigabytes(traced.peak)} GB at the peak, in {traced.moment}", f"{traced.seconds:.0f} s"
+        words = f"Traced in {moment}: {peak}; the formula says {gigabytes(formula)}, {formula / traced.peak - 1:+.1%}."
+        print("\n".join(["", *wrapped(words)]))
+    return {**dataclasses.asdict(traced), "formula": formula}
+
+
+def _write(found: "Answer", target: Path) -> None:
+    from megagpt.planning.written import config_text
+
+    text = config_text(found.question, found.shown, str(target))
+    write_file(target, text.encode("utf-8", errors="surrogateescape"), "--write")
+    _wrote(target)
+
+
+def _draw(found: "Answer", target: Path) -> None:
+    from megagpt.planning.tables import best_of
+    from megagpt.report import figures
+    from megagpt.report.plan_figures import plan_picture
+
+    clusters, shown = found.clusters, found.shown
+    assert clusters is not None
+    bars = best_of(found.plans, by_mode=False) if found.question.fixed else clusters.plans
+    if found.own is not None and found.question.fixed:
+        bars = [found.own, *(plan for plan in bars if plan is not found.own)]
+    with figures.themed(figures.LIGHT):
+        figure = plan_picture(bars, clusters.plans, shown, figures.LIGHT)
+        data = figures.image(figure, picture_kind(target, "--picture"))
+    write_file(target, data, "--picture")
+    _wrote(target)
+
+
+def _wrote(target: Path) -> None:
+    """On stderr: with --json, stdout is one JSON object."""
+    warn(f"wrote {target}")
 
 
 def _figures(arguments: argparse.Namespace) -> dict[str, float]:

@@ -1,6 +1,10 @@
-"""Amounts as people write them, to three digits: a plan is no better."""
+"""Amounts as people write them, to three digits: a plan is no better. Lines of text for the terminal."""
 
 import math
+import textwrap
+
+# Columns of a line.
+WIDTH = 110
 
 _LETTERS = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
 
@@ -53,3 +57,11 @@ def gigabytes(size: float) -> str:
 def _three(value: float) -> float:
     """The value, rounded to three digits."""
     return round(value, 2 - math.floor(math.log10(value))) if value > 0 else value
+
+
+def wrapped(text: str, label: str = "", indent: int = 0) -> list[str]:
+    """The text in lines. `label`: in front of it, in a column of `indent` characters."""
+    first = f"  {label:{indent - 3}} " if indent else ""
+    inner = " " * indent
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=inner, break_long_words=False,
+                         break_on_hyphens=False)  # fmt: skip

@@ -47,11 +47,19 @@ class Answer:
 
     @property
     def shown(self) -> Plan:
-        """The plan that is explained, drawn and written."""
-        plan = self.best or self.own
-        if plan is None:
-            raise UserError(f"{self.question.config.run.name} fits no number of these GPUs in this code")
-        return plan
+        """The plan that is drawn and written. Raises UserError if there is none."""
+        if self.best is None:
+            config, cluster = self.question.config, self.question.cluster
+            where = (
+                f"{cluster.gpus:,} {cluster.gpu.name}" if self.question.fixed else f"any number of {cluster.gpu.name}"
+            )
+            raise UserError(f"{config.run.name}: no setting of this code fits on {where}; nothing to write or draw")
+        return self.best
+
+    @property
+    def explained(self) -> Plan | None:
+        """The plan that is explained and traced: as configured, if the number of GPUs is given."""
+        return self.own or self.best if self.question.fixed else self.best
 
 
 def answer(question: Question, with_clusters: bool = False) -> Answer:

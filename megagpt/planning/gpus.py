@@ -1,23 +1,38 @@
 """GPUs and clusters that a plan is made for."""
 
 import dataclasses
+import functools
+import math
+import re
 from dataclasses import dataclass
 
-from megagpt import cards
-from megagpt.cards import CARDS
+from megagpt.cards import CARDS, card_name
 from megagpt.errors import UserError, did_you_mean
 
 CPU = "cpu"
 """Name of a device for which only a run of its own tells a speed."""
-_DATA_SHEET, _GIVEN = "data sheet", "given"
-# Names in use that are no card's own -> the card's.
+_DATA_SHEET, _GIVEN, _ASSUMED = "data sheet", "given", "assumed"
+# Names of a `megagpt.cards` entry in lower case that do not tell two cards apart -> the name here.
+_RENAMED = {
+    "a100": "a100-40gb",
+    "a100-pcie": "a100-40gb-pcie",
+    "a800": "a800-40gb",
+    "v100": "v100-16gb",
+    "v100-pcie": "v100-pcie-16gb",
+}
+# Other names in use. A bare "a100" or "v100" is the card that most clusters have.
 _ALIASES = {
-    "h100-80gb": "h100", "h100-sxm": "h100", "h100-sxm5": "h100", "h200-141gb": "h200", "h200-sxm": "h200",
-    "a100-sxm": "a100-80gb", "a100-80": "a100-80gb", "a100-40": "a100-40gb", "v100": "v100-32gb", "4090": "rtx-4090",
-    "3090": "rtx-3090", "a6000": "rtx-a6000", "mi300": "mi300x", "mi325": "mi325x",
+    "a100": "a100-80gb", "a100-80": "a100-80gb", "a100-40": "a100-40gb", "a800": "a800-80gb", "v100": "v100-32gb",
+    "a6000": "rtx-a6000", "4090": "rtx-4090", "rtx4090": "rtx-4090", "3090": "rtx-3090", "rtx3090": "rtx-3090",
 }  # fmt: skip
-# Two cards have the name "A100"; their users call them by their memory.
-_RENAMED = {"a100": "a100-40gb", "v100": "v100-16gb", "a800": "a800-40gb"}
+# Words of a driver's or a shop's name that tell no cards apart; 480 GB are of a GH200's host.
+_NO_VARIANT = re.compile(r"nvidia|tesla|amd|instinct|geforce|gpu|oam|ac|480gb|sxm\d*|hbm\d\w*")
+# A size in a name may differ by this share from the memory that CUDA reports.
+_SIZE_TOLERANCE = 0.08
+# Figures that an unknown GPU needs -> the option of `megagpt plan` that gives each.
+_NEEDED = {
+    "memory": "--gpu-memory", "half": "--gpu-tflops", "bandwidth": "--gpu-bandwidth", "link": "--gpu-link",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,12 +51,13 @@ class Gpu:
     link: float
     """Bytes/s to the other GPUs of its node, one way."""
     watts: float
+    """Largest power; 0: unknown."""
     network: float
     """Usual network of its servers (Gbit/s a GPU): an assumption."""
     capability: tuple[int, int] | None = None
     """CUDA's compute capability; None: not of NVIDIA's, or unknown."""
     origins: tuple[tuple[str, str], ...] = ()
-    """Origin of each figure, by its name: "data sheet" or "given"."""
+    """Origin of each figure, by its name: "data sheet", "given" or "assumed"."""
 
     @property
     def has_bf16(self) -> bool:
@@ -63,9 +79,11 @@ class Cluster:
     """Gbit/s a GPU between nodes; 0: that of the GPU's usual servers."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "per_node"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name.replace('_', ' ')} {getattr(self, name)}: give a whole number above 0")
+        for count, words in ((self.gpus, "GPUs"), (self.per_node, "GPUs of a node")):
+            if count < 1:
+                raise UserError(f"number of {words} {count}: give a whole number above 0")
+        if not 0 <= self.network < math.inf:
+            raise UserError(f"network of {self.network} Gbit/s a GPU: give a number above 0")
         if not self.network:
             object.__setattr__(self, "network", self.gpu.network)
 
@@ -74,48 +92,76 @@ class Cluster:
         return -(-self.gpus // self.per_node)
 
 
-def gpu_names() -> list[str]:
-    return list(_cards())
-
-
 def find_gpu(name: str, **figures: float) -> Gpu:
-    """The GPU of that name, in any common spelling; `figures` (fields of Gpu, in its units) replace the data sheet's.
-    An unknown name needs all of memory, half, bandwidth and link. Raises UserError with the nearest names, or with the
-    figures that are missing."""
-    key = name.strip().lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-").removeprefix("amd-")
-    key = _ALIASES.get(key, key)
-    known = _cards().get("a100-80gb" if key == "a100" else key)
-    if known is None:
-        missing = [field for field in ("memory", "half", "bandwidth", "link") if field not in figures]
+    """The GPU of that name, in any common spelling or as its driver calls it; `figures`, fields of `Gpu` in its units,
+    replace those of the data sheet. An unknown name needs memory, half, bandwidth and link. Raises UserError with the
+    nearest names and the figures that are missing."""
+    for field, value in figures.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"{field} {value} of GPU {name}: give a number above 0")
+    known, key = _known_gpus(), _known_name(name)
+    origins = dict.fromkeys((*_NEEDED, "fp32", "watts"), _DATA_SHEET) | {"network": _ASSUMED}
+    if key:
+        found = known[key]
+    else:
+        missing = [option for field, option in _NEEDED.items() if field not in figures]
         if missing:
-            near = did_you_mean(key, [*_cards(), *_ALIASES])
-            raise UserError(f"unknown GPU {name!r}: {near}; for another GPU, give its {', '.join(missing)}")
-        known = Gpu(name, 0, 0, 0, 0, 0, 0, 100)
-        figures.setdefault("fp32", figures["half"] / 16)
-    origins = tuple(
-        (field.name, _GIVEN if field.name in figures else _DATA_SHEET)
-        for field in dataclasses.fields(Gpu)
-        if field.name not in ("name", "origins")
-    )
-    return dataclasses.replace(known, **figures, origins=origins)  # type: ignore[arg-type]
-
-
-def _cards() -> dict[str, Gpu]:
-    found = {}
-    for words, card in CARDS.items():
-        key = words.lower().replace(" ", "-")
-        gb, tera, giga = 1e9, 1e12, 1e9
-        found[_RENAMED.get(key, key)] = Gpu(
-            _RENAMED.get(key, key), card.memory * gb, card.half * tera, card.fp32 * tera, card.bandwidth * tera,
-            card.link * giga, card.watts, card.network, card.capability,
-        )  # fmt: skip
-    return found
+            near = did_you_mean(_spelled(name), known)
+            raise UserError(f"unknown GPU {name!r}: {near}; for another GPU, give its figures: {', '.join(missing)}")
+        # A sixteenth is the least share of fp32's rate in the table.
+        found = Gpu(name, 0, 0, figures["half"] / 16, 0, 0, watts=0, network=100)
+        origins |= {"fp32": _ASSUMED, "watts": _ASSUMED}
+    origins |= dict.fromkeys(figures, _GIVEN)
+    return dataclasses.replace(found, **figures, origins=tuple(origins.items()))  # type: ignore[arg-type]
 
 
 def gpu_of_device(device: str, memory: float | None = None) -> Gpu | None:
     """The GPU that a driver calls `device`; None if its figures are unknown. `memory`: bytes that it reports."""
-    found = cards.card(device)
-    if found is None:
+    entry = card_name(device)
+    return None if entry is None else find_gpu(_name_of(entry), **({} if memory is None else {"memory": memory}))
+
+
+def gpu_names() -> list[str]:
+    """All names that need no figures."""
+    return list(_known_gpus())
+
+
+def _spelled(name: str) -> str:
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+def _known_name(name: str) -> str | None:
+    key = _spelled(name)
+    key = _ALIASES.get(key, key)
+    if key in _known_gpus():
+        return key
+    words = set(re.findall(r"[a-z0-9]+", name.lower()))
+    entry = card_name(" ".join(words))
+    if entry is None:
         return None
-    key = next(words for words, entry in CARDS.items() if entry is found).lower().replace(" ", "-")
-    return find_gpu(_RENAMED.get(key, key), **({} if memory is None else {"memory": memory}))
+    key = _name_of(entry)
+    for word in words.difference(entry.lower().split()):
+        size = re.fullmatch(r"(\d+)gb?", word)
+        stated = float(size[1]) * 1e9 if size else 0.0
+        is_its = abs(stated / _known_gpus()[key].memory - 1) < _SIZE_TOLERANCE
+        if not (is_its or _NO_VARIANT.fullmatch(word)):
+            return None
+    return key
+
+
+def _name_of(entry: str) -> str:
+    """The name of an entry of `CARDS`."""
+    key = entry.lower().replace(" ", "-")
+    return _RENAMED.get(key, key)
+
+
+@functools.cache
+def _known_gpus() -> dict[str, Gpu]:
+    found = {}
+    for entry, card in CARDS.items():
+        name = _name_of(entry)
+        found[name] = Gpu(
+            name, card.memory * 1e9, card.half * 1e12, card.fp32 * 1e12, card.bandwidth * 1e12, card.link * 1e9,
+            card.watts, card.network, card.capability,
+        )  # fmt: skip
+    return found

@@ -1,27 +1,30 @@
 """Plans as lines for people, at most 110 characters wide."""
 
 import shlex
-import textwrap
 from collections.abc import Iterator
 
-from megagpt.planning.amounts import energy, gigabytes, large, money, seconds, time, whole
+from megagpt.planning.amounts import energy, gigabytes, large, money, seconds, time, whole, wrapped
 from megagpt.planning.answer import Answer, Question
+from megagpt.planning.explain import explained
 from megagpt.planning.gpus import Cluster
 from megagpt.planning.plan import Plan
 from megagpt.planning.setting import overrides, setting_words, typed
 from megagpt.planning.tables import best_of, table
 
-_WIDTH = 110
-_LABEL = 13
+# Columns in front of a plan's numbers.
+_LABEL = 15
 
 
-def answer_lines(answer: Answer, compare: bool) -> Iterator[str]:
-    """All of an answer. `compare`: with every setting, and not with the best of each engine."""
+def answer_lines(answer: Answer, compare: bool, explain: bool) -> Iterator[str]:
+    """All of an answer. `compare`: with every setting, and not with the best of each engine; `explain`: with each term
+    of the plan as configured, or of the recommended one."""
     config = answer.question.config
     yield from _run_lines(answer.question)
     yield ""
     if not answer.question.fixed:
         yield from _clusters_lines(answer)
+        if explain and answer.explained is not None:
+            yield from ["", plan_words(answer.explained), *explained(answer.explained)]
         return
     if answer.own is not None:
         yield f"As configured: {setting_words(answer.own.config, answer.own.cluster.gpus)}"
@@ -32,14 +35,16 @@ def answer_lines(answer: Answer, compare: bool) -> Iterator[str]:
     shown = answer.plans if answer.question.thorough else best_of(answer.plans, compare)
     yield "Every setting, the best first:" if compare else "The best of each engine:"
     yield from table(shown, config)
+    if explain and answer.explained is not None:
+        yield from ["", *explained(answer.explained)]
 
 
 def _run_lines(question: Question) -> Iterator[str]:
     config, model, tokens = question.config, question.config.model, question.config.train.batch_tokens
     batch = f"{tokens:,} ({config.batch_sequences:,} sequences of {model.context:,})"
     name = f"{config.run.name}: {model.parameters:,} parameters"
-    yield from _folded(f"{name}, {large(config.train.tokens)} tokens in batches of {batch}", _WIDTH)
-    yield from _folded(_cluster_words(question.cluster, question.fixed), _WIDTH)
+    yield from wrapped(f"{name}, {large(config.train.tokens)} tokens in batches of {batch}")
+    yield from wrapped(_cluster_words(question.cluster, question.fixed))
 
 
 def _cluster_words(cluster: Cluster, fixed: bool) -> str:
@@ -75,7 +80,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     if plan.cost is not None:
         spread = f"{money(low * plan.cost)} to {money(high * plan.cost)}"
         bill += f" at ${plan.price:g} = {money(plan.cost)} ({spread})"
-    yield from _labelled("bill", f"{bill}; {energy(plan.energy)} for the GPUs at full power")
+    used = "" if plan.energy is None else f"; {energy(plan.energy)} for the GPUs at full power"
+    yield from _labelled("bill", bill + used)
     if plan.config.train.batch_ramp_tokens:
         yield from _labelled("batch ramp", _ramp_words(plan))
     yield from _labelled("evidence", speed.evidence)
@@ -125,17 +131,17 @@ def _advice(answer: Answer) -> Iterator[str]:
         words = f"{setting_words(best.config, best.cluster.gpus)}: {', '.join(facts)}"
         words += f" instead of {time(own.days)}" if own is not None and own.verdict == "fits" else ""
         words += "" if best.verdict == "fits" else "; it is tight, and nothing else fits"
-        yield from _folded(f"Recommended: {words}. Start it with:", _WIDTH)
+        yield from wrapped(f"Recommended: {words}. Start it with:")
         yield "  " + start_command(question, best)
     if question.days is not None and best is not None:
-        yield from _folded(_deadline_words(answer, question.days, best), _WIDTH)
+        yield from wrapped(_deadline_words(answer, question.days, best))
 
 
 def _nothing_fits(answer: Answer) -> Iterator[str]:
     least = min(answer.plans, key=lambda plan: plan.memory.total)
     cluster, need = least.cluster, setting_words(least.config, least.cluster.gpus)
     words = f"No setting of this code fits on {cluster.gpus:,} {cluster.gpu.name}; the one that needs least is {need}, "
-    yield from _folded(f"{words}with {gigabytes(least.memory.total)} GB a GPU.", _WIDTH)
+    yield from wrapped(f"{words}with {gigabytes(least.memory.total)} GB a GPU.")
     smallest = answer.clusters.smallest if answer.clusters else None
     if smallest is not None:
         yield from _choice("Smallest cluster that fits", answer.question, smallest)
@@ -171,13 +177,13 @@ def _clusters_lines(answer: Answer) -> Iterator[str]:
     if question.days is not None and clusters.in_time(question.days) is None and clusters.fastest is not None:
         fastest = clusters.fastest
         words = f"No number of these GPUs needs at most {question.days:g} days; the fastest, {fastest.cluster.gpus:,}, "
-        yield from _folded(f"{words}takes {time(fastest.days)}.", _WIDTH)
+        yield from wrapped(f"{words}takes {time(fastest.days)}.")
 
 
 def _choice(label: str, question: Question, plan: Plan) -> Iterator[str]:
     gpus = f"{plan.cluster.gpus:,} GPU{'s' if plan.cluster.gpus > 1 else ''}"
     words = f"{label}: {gpus}, {setting_words(plan.config, plan.cluster.gpus)}: {_bill(plan)}. Start it with:"
-    yield from _folded(words, _WIDTH)
+    yield from wrapped(words)
     yield "  " + start_command(question, plan)
 
 
@@ -186,10 +192,21 @@ def _bill(plan: Plan) -> str:
     return ", ".join(facts if plan.cost is None else [*facts, money(plan.cost)])
 
 
-def start_command(question: Question, plan: Plan) -> str:
-    """What to type to start the run with a plan's setting on the plan's cluster."""
+def plan_words(plan: Plan) -> str:
+    """The whole plan in one line."""
     cluster = plan.cluster
-    words = [question.name, *typed(question.given, overrides(question.config, plan.config))]
+    nodes = f", {cluster.nodes:,} nodes of {cluster.per_node}" if cluster.nodes > 1 else ""
+    words = f"{cluster.gpus:,} {cluster.gpu.name}{nodes}: {setting_words(plan.config, cluster.gpus)}; "
+    words += f"{gigabytes(plan.memory.total)} of {gigabytes(cluster.gpu.memory)} GB"
+    price = "" if plan.price is None else f" at ${plan.price:g} an hour"
+    return f"{words}, {large(plan.speed.tokens_per_second)} tokens/s, {_bill(plan)}{price}"
+
+
+def start_command(question: Question, plan: Plan, file: str | None = None) -> str:
+    """What to type to start the run with a plan's setting on the plan's cluster. `file`: a config that has it."""
+    cluster, words = plan.cluster, [file] if file else [question.name]
+    if not file:
+        words += typed(question.given, overrides(question.config, plan.config))
     if cluster.nodes > 1:
         nodes = ["--nodes", str(cluster.nodes), "--gpus-per-node", str(cluster.per_node)]
         return shlex.join(["megagpt", "launch", "slurm", *words, *nodes])
@@ -198,13 +215,8 @@ def start_command(question: Question, plan: Plan) -> str:
     return shlex.join(["megagpt", "train", *words])
 
 
-def _labelled(label: str, text: str) -> Iterator[str]:
-    for i, line in enumerate(_folded(text, _WIDTH - _LABEL - 2)):
-        yield f"  {label if i == 0 else '':{_LABEL}}{line}"
-
-
-def _folded(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+def _labelled(label: str, text: str) -> list[str]:
+    return wrapped(text, label, _LABEL)
 
 
 def _sum(parts: dict[str, str]) -> str:

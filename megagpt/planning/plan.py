@@ -58,8 +58,10 @@ class Plan:
         return None if self.price is None else self.gpu_hours * self.price
 
     @property
-    def energy(self) -> float:
-        """Kilowatt-hours of the GPUs at full power; hosts, network and cooling come on top."""
+    def energy(self) -> float | None:
+        """Kilowatt-hours of the GPUs at full power, without hosts, network and cooling; None if the power is unknown."""
+        if not self.cluster.gpu.watts:
+            return None
         return self.seconds * self.cluster.gpus * self.cluster.gpu.watts / _KWH
 
     @property

@@ -5,14 +5,15 @@ from typing import Any
 
 from megagpt.config import Config
 from megagpt.planning.answer import Answer
+from megagpt.planning.explain import plan_terms
 from megagpt.planning.gpus import Cluster
 from megagpt.planning.plan import Plan
 from megagpt.planning.setting import overrides
 from megagpt.planning.tables import best_of
 
 
-def answer_record(answer: Answer) -> dict[str, Any]:
-    """All of an answer."""
+def answer_record(answer: Answer, explain: bool = False) -> dict[str, Any]:
+    """All of an answer. `explain`: with the terms of the plan as configured, or of the recommended one."""
     question, config, clusters = answer.question, answer.question.config, answer.clusters
 
     def plan(found: Plan | None) -> dict[str, Any] | None:
@@ -34,6 +35,8 @@ def answer_record(answer: Answer) -> dict[str, Any]:
             "in_time": plan(clusters.in_time(question.days)) if question.days else None,
             "all": [plan(one) for one in clusters.plans],
         }
+    if explain and answer.explained is not None:
+        record["terms"] = [term._asdict() for term in plan_terms(answer.explained)]
     return record
 
 

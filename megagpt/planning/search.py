@@ -59,13 +59,9 @@ def search(config: Config, cluster: Cluster, planner: Planner, thorough: bool = 
     for engine, mode in itertools.product(engines(config, cluster), modes(config)):
         tried = _Tried(vary(config, engine=vars(engine), train={"activation_checkpointing": mode}), cluster)
         most = tried.count_of_fitting(sizes)
-        chosen = sizes[: most + 1] if thorough else sizes[max(0, most - _TRIED) : max(1, most)]
-        if (engine, mode) == (
-            config.engine,
-            config.train.activation_checkpointing,
-        ) and config.train.micro_batch in sizes:
-            chosen = sorted({*chosen, config.micro_batch})
-        plans += [planner(tried.at(size), cluster) for size in chosen]
+        chosen = set(sizes[: most + 1] if thorough else sizes[max(0, most - _TRIED) : max(1, most)])
+        chosen |= {size for size in sizes if size == config.train.micro_batch}
+        plans += [planner(tried.at(size), cluster) for size in sorted(chosen)]
     return sorted(plans, key=_place)
 
 

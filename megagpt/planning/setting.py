@@ -65,7 +65,7 @@ def engine_words(engine: EngineConfig, ranks: int) -> str:
     if engine.name == "fsdp" and engine.shard_ranks not in (0, ranks):
         words += f" in groups of {engine.shard_ranks}"
     if engine.name == "fsdp" and not engine.reshard_after_forward:
-        words += ", weights kept"
+        words += ", kept"
     if engine.offload != "none":
         words += f", offload {engine.offload}"
     return words

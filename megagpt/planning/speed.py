@@ -14,20 +14,11 @@ from megagpt.planning.calibration import Calibration, calibration_of
 from megagpt.planning.evidence import find_evidence
 from megagpt.planning.exchange import Exchange
 from megagpt.planning.gpus import Cluster
+from megagpt.planning.terms import Term, speed_terms
 from megagpt.planning.work import Work, count_work
 
 # Bytes of an optimizer's state that a host or disk moves for each parameter: three fp32 values read, three written.
 _STATE_BYTES = 24
-
-
-class Term(NamedTuple):
-    """A number that the prediction rests on."""
-
-    name: str
-    value: float
-    unit: str
-    formula: str
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -45,9 +36,14 @@ class Speed:
     """Model FLOPs as a share of the peak in the run's precision, which under float8 is bf16's."""
     evidence: str
     """The sentence that says what the range rests on."""
-    hidden_exchange: float = 0.0
+    hidden_exchange: float
     """Seconds of exchange beside computation; part of no sum."""
-    terms: tuple[Term, ...] = ()
+    made_from: tuple[Config, Cluster, Calibration]
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The parts with their formulas, then every number that these are filled with."""
+        return speed_terms(self.seconds, *self.made_from)
 
 
 class Parts(NamedTuple):
@@ -68,7 +64,8 @@ def predict_speed(config: Config, cluster: Cluster, calibration: Calibration | N
     rate = config.batch_sequences * config.model.context / step
     mfu = config.model.flops_per_token * rate / cluster.gpus / cluster.gpu.peak(config.train.precision)
     (low, high), sentence = find_evidence(config, cluster, found)
-    return Speed(parts.seconds, step, rate, (low * rate, high * rate), mfu, sentence, parts.hidden_exchange)
+    spread, inputs = (low * rate, high * rate), (config, cluster, found)
+    return Speed(parts.seconds, step, rate, spread, mfu, sentence, parts.hidden_exchange, inputs)
 
 
 def step_parts(work: Work, config: Config, cluster: Cluster, c: Calibration) -> Parts:
@@ -112,11 +109,11 @@ def _together(one: float, other: float, exposed: float) -> float:
 def _seconds(exchange: Exchange, cluster: Cluster, c: Calibration) -> float:
     """Of an exchange, alone. Between nodes, a ring passes each node's network once, with all of the node's GPUs; rings
     that run side by side share it. Each gather or scatter passes all ranks, one after the other; a sum, two trees."""
-    inside = c.link * cluster.gpu.link
+    inside = c.link_share * cluster.gpu.link
     if exchange.ranks * exchange.groups <= cluster.per_node:
         return exchange.moved / inside
     rings = min(exchange.groups, cluster.per_node)
-    between = c.network * cluster.network * 1e9 / 8 * cluster.per_node / rings
+    between = c.network_share * cluster.network * 1e9 / 8 * cluster.per_node / rings
     hops = exchange.ranks - cluster.per_node / rings
     if exchange.is_sum:
         hops = 2 * math.log2(exchange.ranks * rings / cluster.per_node)
@@ -124,9 +121,11 @@ def _seconds(exchange: Exchange, cluster: Cluster, c: Calibration) -> float:
 
 
 def _value_bytes(config: Config, c: Calibration) -> float:
-    if config.train.precision == "fp32":
-        return c.other_bytes * c.fp32_values
-    return c.other_bytes * (c.bf16_residual if config.train.residual == "bf16" else 1)
+    train = config.train
+    moved = c.other_bytes * (c.dropout if config.model.dropout else 1)
+    if train.precision == "fp32":
+        return moved * c.fp32_values
+    return moved * (c.bf16_residual if train.residual == "bf16" else 1)
 
 
 def _float8_gain(scaling: str, c: Calibration) -> float:
@@ -148,7 +147,6 @@ def _check_precision(config: Config, cluster: Cluster) -> None:
         raise UserError(f"{gpu.name} has no products in bf16: set train.precision=fp16")
     least = FLOAT8_CAPABILITIES.get(train.float8)
     if least and gpu.capability and gpu.capability < least:
-        raise UserError(
-            f"train.float8 {train.float8}: {gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, and "
-            f"it needs {least[0]}.{least[1]} or higher; use train.float8=none, or another GPU"
-        )
+        has, needs = (".".join(map(str, capability)) for capability in (gpu.capability, least))
+        problem = f"{gpu.name} has compute capability {has}, and it needs {needs} or higher"
+        raise UserError(f"train.float8 {train.float8}: {problem}; use train.float8=none, or another GPU")

@@ -7,10 +7,14 @@ from megagpt.planning.amounts import gigabytes, large, money, time, whole
 from megagpt.planning.plan import Plan
 from megagpt.planning.setting import engine_words, is_same, mode_words
 
+_NAMES = (
+    "", "GPUs", "engine", "recomputed", "micro-batch", "GB", "to spare", "tokens/s", "MFU", "time", "GPU-hours", "cost",
+)  # fmt: skip
 _LEGEND = (
     "GB: of a GPU, at the fullest moment of a step; to spare: GB beside them and a reserve; tight: less than the",
     "reserve is left. recomputed: train.activation_checkpointing. MFU: share of the GPU's peak rate. *: as configured.",
 )
+_KEPT = "kept: gathered weights stay until the backward pass, engine.reshard_after_forward=false."
 
 
 def best_of(plans: Sequence[Plan], by_mode: bool) -> list[Plan]:
@@ -27,23 +31,10 @@ def table(plans: Sequence[Plan], own: Config, by_gpus: bool = False) -> Iterator
     """A row for each plan, and a legend. `own`: the config as given; `by_gpus`: with a column for the GPUs' number."""
     rows = [_row(plan, own) for plan in plans]
     priced = any(plan.cost is not None for plan in plans)
-    names = [
-        "",
-        "GPUs",
-        "engine",
-        "recomputed",
-        "micro-batch",
-        "GB",
-        "to spare",
-        "tokens/s",
-        "MFU",
-        "time",
-        "GPU-hours",
-    ]
-    rows = [[*names, "cost"], *rows]
-    left = {names.index("engine"), names.index("recomputed")}
-    hidden = set() if by_gpus else {names.index("GPUs")}
-    hidden |= set() if priced else {names.index("cost")}
+    rows = [list(_NAMES), *rows]
+    left = {left_engine := _NAMES.index("engine"), _NAMES.index("recomputed")}
+    hidden = set() if by_gpus else {_NAMES.index("GPUs")}
+    hidden |= set() if priced else {_NAMES.index("cost")}
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
@@ -53,6 +44,8 @@ def table(plans: Sequence[Plan], own: Config, by_gpus: bool = False) -> Iterator
         ]
         yield "  ".join(cells).rstrip()
     yield from _LEGEND
+    if any(", kept" in row[left_engine] for row in rows):
+        yield _KEPT
 
 
 def _row(plan: Plan, own: Config) -> list[str]:

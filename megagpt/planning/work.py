@@ -5,7 +5,7 @@ from typing import NamedTuple
 from megagpt.config import Config
 from megagpt.planning.exchange import Exchange, exchanges
 
-# Share of a block's products that recomputation repeats: all but `down`, the last one, of which nothing needs the result.
+# Share of a block's products that recomputation repeats: all but the last one, `down`, whose result nothing needs.
 _REPEATED = 2 / 3
 # Bytes of a parameter that cross PCIe when its state lies on the host: fp32 weights up for both passes, gradients down.
 _STREAMED = 12

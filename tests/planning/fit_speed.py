@@ -16,7 +16,7 @@ from tests.planning.published import Row, hardware_flops, load_rows
 START = {
     "products a100": 0.75, "products h100": 0.7, "attention a100": 0.3, "attention h100": 0.2,
     "half_tokens": 200.0, "other_bytes": 300.0, "logit_bytes": 36.0, "weight_bytes": 18.0,
-    "link": 0.7, "hop": 5e-6, "overlap": 0.5,
+    "link_share": 0.7, "hop": 5e-6, "overlap": 0.5,
 }  # fmt: skip
 _PULL = 0.5
 # Errors (of the logarithm) beyond which a row counts less and less: one code in ten is another generation's.
@@ -127,19 +127,21 @@ def main() -> None:
     rows = Rows(load_rows())
     everything = np.arange(len(rows.rows))
     full = fit(rows, everything)
-    print("constant            fitted")
     for name, value in zip(START, np.exp(full), strict=True):
-        print(f"{name:18s} {value:9.4g}")
+        print(f"{name:16s} {value:.4g}")
     folds = np.mean([left_out(rows, by_folds(rows, seed), full) for seed in SEEDS], axis=0)
     sources = left_out(rows, by_source(rows), full)
     fitted = np.exp(rows.predict(full, everything) - rows.measured)
-    print(f"\n{'':24s} rows     fitted       by folds     by source")
-    for name in [*dict.fromkeys(rows.sources), "all"]:
-        of = rows.sources == name if name != "all" else rows.sources == rows.sources
-        cells = [errors_of(ratios[of]) for ratios in (fitted, folds, sources)]
-        print(f"{name:24s} {of.sum():4d}", *(f"  {median:.3f}/{most:.3f}" for median, most in cells))
-    cells = [constant_left_out(rows, groups) for groups in (by_folds(rows, 0), by_source(rows))]
-    print("one constant per GPU", *(f"  {m:.3f}/{q:.3f}" for m, q in map(errors_of, cells)))
+    print("\n| source | rows | fitted | by folds | by source |\n|---|---|---|---|---|")
+    for name in [*dict.fromkeys(rows.sources), "all rows"]:
+        of = np.full(len(rows.rows), True) if name == "all rows" else rows.sources == name
+        print(f"| {name} | {of.sum()} |", " | ".join(_cell(ratios[of]) for ratios in (fitted, folds, sources)), "|")
+    constant = [constant_left_out(rows, groups) for groups in (by_folds(rows, 0), by_source(rows))]
+    print(f"| one share of the peak for each GPU | {len(rows.rows)} | |", " | ".join(map(_cell, constant)), "|")
+
+
+def _cell(ratios: np.ndarray) -> str:
+    return ", ".join(f"{error:.1%}" for error in errors_of(ratios))
 
 
 if __name__ == "__main__":

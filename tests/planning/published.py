@@ -2,7 +2,7 @@
 
 All rows are GPTs that train without tensor or pipeline parallelism, from README files, papers and charts:
 
-llm-foundry *: mosaicml/llm-foundry, scripts/train/benchmarking/README.md, by its tables. A100: 200 Gbit/s a GPU, H100: 400.
+llm-foundry: mosaicml/llm-foundry, scripts/train/benchmarking/README.md, by table. A100: 200 Gbit/s a GPU, H100: 400.
 DeepSpeed Azure: deepspeed.ai, post of 2022-07-26, figure 5, read from the chart (2% at 150 TFLOP/s, 7% at 40).
 FSDP paper: arXiv:2304.11277, section 5.4. SC21: arXiv:2104.04473, tables 1 and 2. llm.c: comments in its run scripts.
 Megatron-LM 2020: its images/tables.tex of 2020-09; micro-batch 16 presumed. Megatron-DeepSpeed: its
