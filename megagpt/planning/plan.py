@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def energy(self) -> float | None:
-        """Kilowatt-hours of the GPUs at full power, without hosts, network and cooling; None if the power is unknown."""
+        """Kilowatt-hours of the GPUs at full power, without hosts and cooling; None if the power is unknown."""
         if not self.cluster.gpu.watts:
             return None
         return self.seconds * self.cluster.gpus * self.cluster.gpu.watts / _KWH

@@ -182,7 +182,7 @@ def _make_state(engine: Engine, counter: Counter, buckets: bool) -> None:
 
 def _batch(config: Config, ranks: int) -> Batch:
     """One rank's share of a step: at most two micro-batches, because all further ones are like the second."""
-    shape = (config.train.micro_batch, config.model.context)
+    shape = (config.micro_batch, config.model.context)
     pieces = [
         (torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64))
         for _ in range(min(2, config.accumulation(ranks)))

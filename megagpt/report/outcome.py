@@ -6,6 +6,8 @@ from typing import NamedTuple
 from megagpt.console import duration
 from megagpt.report.record import Record, number
 
+_UNKNOWN = "unknown"
+
 
 class Compared(NamedTuple):
     """One quantity."""
@@ -39,9 +41,9 @@ def plan_against_outcome(record: Record) -> list[Compared]:
     elif math.isfinite(seconds) and math.isfinite(took):
         so_far = f"{duration(took)} for the first {share:.1%} of the tokens"
         rows.append(Compared("days of all steps", f"{seconds / 86_400:,.3g}", so_far, ""))
-    return [row for row in rows if row.planned != "unknown"]
+    return [row for row in rows if row.planned != _UNKNOWN]
 
 
 def _row(what: str, planned: float, measured: float, form: str) -> Compared:
-    texts = [form.format(value) if math.isfinite(value) and value > 0 else "unknown" for value in (planned, measured)]
-    return Compared(what, *texts, "" if "unknown" in texts else f"{measured / planned - 1:+.1%}")
+    one, two = (form.format(value) if math.isfinite(value) and value > 0 else _UNKNOWN for value in (planned, measured))
+    return Compared(what, one, two, "" if _UNKNOWN in (one, two) else f"{measured / planned - 1:+.1%}")

@@ -29,7 +29,7 @@ def test_a_gpu_is_found_in_any_spelling(spelling: str) -> None:
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_no_other_card_passes_for_a_known_one(name: str) -> None:
-    with pytest.raises(UserError, match="give --gpu-memory, --gpu-tflops, --gpu-bandwidth, --gpu-link"):
+    with pytest.raises(UserError, match="give its figures: --gpu-memory, --gpu-tflops, --gpu-bandwidth, --gpu-link"):
         find_gpu(name)
 
 
@@ -74,7 +74,7 @@ def test_an_unknown_gpu_is_answered_with_near_names() -> None:
     with pytest.raises(UserError) as caught:
         find_gpu("mi350x", memory=288e9, half=2300e12)
     assert "mi3" in str(caught.value).partition("did you mean")[2]
-    assert str(caught.value).endswith("give --gpu-bandwidth, --gpu-link")
+    assert str(caught.value).endswith("give its figures: --gpu-bandwidth, --gpu-link")
 
 
 @pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])
