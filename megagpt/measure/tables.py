@@ -92,7 +92,7 @@ def memory_table() -> list[list[str]]:
         config = memory_config(case)
         count, formula = config.model.stored_parameters, state_bytes(config, ranks)
         held = {kind: (measured[kind], getattr(formula, kind)) for kind in kinds}
-        held["together"] = (sum(measured[kind] for kind in kinds), formula.total)
+        held["together"] = (sum(measured[kind] for kind in kinds), formula.between_passes)
         cells = [f"{counted / count:.2f} / {computed / count:.2f}" for counted, computed in held.values()]
         table.append([name, precision, str(ranks), *cells, f"{measured['seconds'] * 1e3:.0f}"])
         _show(table)

@@ -12,7 +12,8 @@ _STREAM = {"fp32": 4, "bf16": 2}
 _EAGER = {(2, 4): (50, 34, 26, 18), (4, 4): (84, 56, 44, 28), (2, 2): (46, 32, 24, 16)}
 _COMPILED = {(2, 4): (48, 32, 22, 14), (4, 4): (84, 56, 44, 28), (2, 2): (42, 28, 22, 14)}
 # A compiled block under activation checkpointing computes again what its next operator needs, not all at once.
-_COMPILED_AGAIN = {(2, 4): (36, 28, 20, 10), (4, 4): (60, 48, 40, 24), (2, 2): (30, 24, 20, 12)}
+_COMPILED_SELECTIVE = {(2, 4): (36, 28, 20, 10), (4, 4): (60, 48, 40, 24), (2, 2): (30, 24, 20, 12)}
+_COMPILED_FULL = {(2, 4): (34, 26, 18, 10), (4, 4): (60, 48, 40, 24), (2, 2): (30, 24, 20, 12)}
 MOMENTS = ("down", "up", "attention", "qkv")
 
 # Widths beside all kept activations while the last block's forward pass runs, if it is not compiled.
@@ -72,7 +73,8 @@ def backward_per_token(config: Config, kind: Kind) -> dict[str, float]:
     mode, banded = kind
     c, a, stream = config.model.width, compute_bytes(config), _STREAM[config.train.residual]
     if _compiled(config):
-        widths = (_COMPILED if mode == "none" else _COMPILED_AGAIN)[a, stream]
+        tables = {"none": _COMPILED, "selective": _COMPILED_SELECTIVE, "full": _COMPILED_FULL}
+        widths = tables[mode][a, stream]
         again = 0
     else:
         widths = _EAGER[a, stream]

@@ -208,10 +208,10 @@ class _Step:
         """The gradient of the table as a head, as an embedding, and their sum, at the end of the backward pass."""
         parts = {"gathered weights": self._gathered(0)}
         if self.name == "ddp":
-            return "the end of the backward pass", self._parts(0, parts | {"table's gradient": 12.0 * self.table})
+            return "the end of the backward pass", self._parts(-1, parts | {"table's gradient": 12.0 * self.table})
         sums = 4 * self.block + 8 * self.shard if self.name == "fsdp" else 4.0 * bucket_elements(self.model)
         sizes = (3 * self.a * self.table + sums, (4 + self.a) * self.outside - parts["gathered weights"])
-        return "the end of the backward pass", self._parts(0, parts | {"table's gradient": float(max(sizes))})
+        return "the end of the backward pass", self._parts(-1, parts | {"table's gradient": float(max(sizes))})
 
     def _copies(self, count: int, kinds: list[Kind]) -> float:
         """Copies in the compute precision of the matrices of the first `count` blocks, under DDP: in the forward pass
@@ -228,5 +228,5 @@ class _Step:
             return 0.0
         if self.name == "zero":
             return self.a * min(float(self.model.stored_parameters), _LIVE + self.block)
-        count = len(self.kinds) if blocks < 0 else min(blocks, len(self.kinds))
+        count = len(self.kinds) + 1 if blocks < 0 else min(blocks, len(self.kinds))  # one more: as it arrived
         return self.a * (self.outside + count * self.block)

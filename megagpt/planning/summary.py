@@ -32,7 +32,10 @@ def summarize(config: Config, ranks: int) -> Iterator[str]:
         steps = step_count(config, train.batch_ramp_tokens)
         yield f"batch ramp: {train.batch_ramp_start:,} to {train.batch_tokens:,} tokens over {steps:,} steps"
     held = state_bytes(config, ranks)
-    parts = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer, "total": held.total}
+    parts = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer}
+    if held.copies:
+        parts[f"{train.precision} copies of weights"] = held.copies
+    parts["total"] = held.total
     listed = ", ".join(f"{name} {count / 2**30:.2f} GiB" for name, count in parts.items())
     yield f"memory on each rank: {listed}; without activations"
     if config.engine.name == "zero":
