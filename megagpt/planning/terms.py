@@ -48,11 +48,7 @@ def speed_terms(seconds: dict[str, float], config: Config, cluster: Cluster, c: 
     parts = [Term(name, value, "s", _FORMULAS[name], "computed") for name, value in seconds.items()]
     peak = "fp32" if train.precision == "fp32" else "half"
     work = count_work(config, cluster.gpus)
-    model = config.model
     counts = [
-        Term("N", work.tokens, "tokens", "of a micro-batch", "config"),
-        Term("M", work.micro_batches, "micro-batches", "of a full step, on each GPU", "config"),
-        Term("P", model.stored_parameters, "parameters", "with the vocabulary's padding", "config"),
         Term("P / sharing ranks", work.updated, "parameters", "that a GPU updates", "config"),
         Term("R", repeated_share(config), "", "share of blocks that are recomputed", "config"),
     ]
