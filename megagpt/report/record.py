@@ -54,6 +54,8 @@ class Record:
     samples: list[tuple[int, list[str]]]
     """Tokens and the texts that the model then made, oldest first."""
     notable: list[Line]
+    plan: Line | None = None
+    """The last comparison with the plan."""
 
     @property
     def name(self) -> str:
@@ -99,6 +101,7 @@ def read_record(run: Path) -> Record:
     validation, exams = Points(), dict[str, Points]()
     samples: list[tuple[int, list[str]]] = []
     notable: list[Line] = []
+    plan = None
     for line in read(run):
         tokens = number(line["tokens_seen"])
         if not math.isfinite(tokens):
@@ -111,11 +114,13 @@ def read_record(run: Path) -> Record:
             validation.add(int(tokens), number(line.get("validation_loss")))
         elif event == Event.SAMPLES:
             samples.append((int(tokens), _texts(line.get("samples"))))
+        elif event == Event.PLAN:
+            plan = line
         elif event in _NOTABLE:
             notable.append(line)
         _add_exams(exams, int(tokens), line)
     steps = {name: np.frombuffer(column, dtype=np.float64) for name, column in columns.items()}
-    return Record(run, config, steps, validation, exams, samples, notable)
+    return Record(run, config, steps, validation, exams, samples, notable, plan)
 
 
 def _add_exams(exams: dict[str, Points], tokens: int, line: Line) -> None:

@@ -145,6 +145,7 @@ def _tried(config: Config, world: World, build: Callable[[Config, World], Engine
     failed = False
     try:
         engine = build(config, world)
+        engine.initialize()  # a library may refuse the gradients of undefined weights
         scale = replace(engine.loss_scale)
         engine.train_step(_batch(config, world), 0.0)
         engine.loss_scale = scale

@@ -13,7 +13,7 @@ import torch
 from megagpt.cli import main
 from megagpt.config import Config
 from megagpt.config_file import load_config, load_run
-from megagpt.engines.engine import Engine
+from megagpt.engines.engine import Engine, build_engine
 from megagpt.engines.loss_scale import loss_scale
 from megagpt.errors import UserError
 from megagpt.training import sizing
@@ -55,7 +55,7 @@ class Trial:
             if len(tokens) > self.most:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-        engine = SimpleNamespace(config=config, train_step=train_step, loss_scale=loss_scale("fp16"))
+        engine = SimpleNamespace(config=config, initialize=list, train_step=train_step, loss_scale=loss_scale("fp16"))
         return engine
 
 
@@ -115,6 +115,31 @@ def stuck(config: str) -> str:
         with pytest.raises(UserError) as caught:
             sizing._some_failed(load_config(config), world, 0, failed=True)
         return str(caught.value)
+
+
+def curves(config: str, engines: list[list[str]]) -> list[Any]:
+    """Three steps of each engine, and of one that has taken a trial step before."""
+    found = []
+    with join("cpu") as world:
+        for overrides in engines:
+            wanted = load_config(config, ["train.micro_batch=2", *overrides])
+            batch = sizing._batch(wanted, world)
+            _, tried = build_sized(sized(wanted, 2), world)
+            tried.initialize()
+            found.append(
+                [[e.train_step(batch, 1e-2)[:2] for _ in range(3)] for e in (build_engine(wanted, world), tried)]
+            )
+    return found
+
+
+@pytest.mark.slow
+def test_no_engine_remembers_a_trial(tiny: Tiny) -> None:
+    engines = [["engine.name=ddp"], ["engine.name=fsdp"]]
+    engines += [["engine.name=zero", f"engine.stage={stage}", f"train.precision={precision}"]
+                for stage, precision in ((1, "bf16"), (2, "bf16"), (3, "bf16"), (3, "fp32"))]  # fmt: skip
+    for fresh, tried in run_ranks(2, curves, str(tiny()), engines)[0]:
+        assert tried == fresh
+        assert len({loss for loss, _ in fresh}) == 3
 
 
 def test_a_rank_that_ran_out_alone_does_not_wait_forever(tiny: Tiny) -> None:
