@@ -56,7 +56,7 @@ def test_without_gpus_the_clusters_are_found(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "parts"), [
-    (["gpt3_175b", "--gpus", "1024"], ["1024 rank(s)", "2097152 or 4194304", "768 or 1536 ranks", "train.micro_batch"]),
+    (["gpt3_175b", "--gpus", "1024", "train.micro_batch=1"], ["1024 rank(s)", "2097152 or 4194304", "768 or 1536 ranks"]),
     (["gpt3_xl", "--gpus", "12"], ["nodes of 8", "8 or 16"]),
     (["gpt3_xl", "--gpus", "8", "--gpu", "h1000"], ["unknown GPU", "--gpu-memory"]),
     (["gpt3_xl", "--gpus", "8", "--write", "/nowhere/x.yaml"], ["/nowhere", "--write"]),
