@@ -5,7 +5,19 @@ import sys
 from collections.abc import Sequence
 
 from megagpt import __version__, console
-from megagpt.commands import checkpoint, data, evaluate, exchange, launch, measure, plan, report, sample, train
+from megagpt.commands import (
+    checkpoint,
+    config,
+    data,
+    evaluate,
+    exchange,
+    launch,
+    measure,
+    plan,
+    report,
+    sample,
+    train,
+)
 from megagpt.commands.options import Command, Parser, adder, parse
 from megagpt.errors import ExitCode, ExpectedError, Reported, expected
 
@@ -49,6 +61,6 @@ def make_parser() -> Parser:
     # `deepspeed --module megagpt` passes it beside LOCAL_RANK, which is used instead.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     add = adder(parser.add_subparsers(title="commands", required=True, metavar="COMMAND"))
-    for module in (train, launch, sample, evaluate, report, exchange, checkpoint, data, plan, measure):
+    for module in (train, plan, launch, sample, evaluate, report, exchange, checkpoint, data, config, measure):
         module.register(add)
     return parser

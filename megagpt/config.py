@@ -8,9 +8,21 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from megagpt.config_marks import Data, ForFSDP, ForZero, Free, Recipe, Was
-from megagpt.config_types import ActivationCheckpointing, Compile, Names, PathText, RunName, Seconds, Spikes, Steps
+from megagpt.config_types import (
+    AUTO,
+    ActivationCheckpointing,
+    Compile,
+    MicroBatch,
+    Names,
+    PathText,
+    RunName,
+    Seconds,
+    Spikes,
+    Steps,
+)
+from megagpt.divisors import ways_to_divide
 from megagpt.errors import UserError
-from megagpt.models.presets import SECTION, ModelConfig, near_divisors
+from megagpt.models.presets import SECTION, ModelConfig
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -72,8 +84,10 @@ class TrainConfig:
     """Batch in tokens at the start of the ramp; 0: the full batch from the first step."""
     batch_ramp_tokens: Recipe[int] = Field(default=0, ge=0)
     """Tokens over which the batch grows linearly from `batch_ramp_start` to `batch_tokens`."""
-    micro_batch: Free[int] = Field(default=8, gt=0)
-    """Sequences that a rank takes through the model at a time. Gradient accumulation is derived from it."""
+    micro_batch: Free[MicroBatch] = 8
+    """Sequences that a rank takes through the model at a time. Gradient accumulation is derived from it. auto: on a
+    GPU, the largest that fits and divides the batch, by the plan, and confirmed by a trial step; on a CPU, the largest
+    of at most 4,096 tokens. It changes time and memory only."""
     precision: Free[Literal["fp32", "bf16", "fp16"]] = "bf16"
     """Number format of matrix products. The optimizer's weights, the sum of the gradients over micro-batches and over
     ranks, LayerNorm and softmax are always fp32. fp16 uses dynamic loss scaling."""
@@ -277,29 +291,47 @@ class Config:
         """Sequences in the whole run."""
         return self.train.tokens // self.model.context
 
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that a rank takes through the model at a time. Raises UserError while `train.micro_batch` is auto:
+        `planning.micro_batch` decides it."""
+        size = self.train.micro_batch
+        if size == AUTO:
+            raise UserError("train.micro_batch is auto, which only a run decides; set a number")
+        return size
+
     def check_ranks(self, ranks: int) -> None:
         """Raises UserError, with what to change, if the run cannot start on that many ranks."""
-        self.accumulation(ranks)
+        if self.train.micro_batch == AUTO:
+            self.sequences_of_a_rank(ranks)
+        else:
+            self.accumulation(ranks)
         self.sharing_ranks(ranks)
         tokens, context = self.validation.tokens, self.model.context
         if 0 < tokens < context:  # not a contradiction of keys: old runs with such a value can still be read
             ways = f"raise it to {context} or more, or set it to 0 for no validation"
             raise UserError(f"validation.tokens {tokens} is less than one sequence, model.context {context}; {ways}")
 
+    def sequences_of_a_rank(self, ranks: int) -> int:
+        """Sequences that each rank takes of a full batch. Raises UserError with the nearest batches and ranks that
+        divide."""
+        if self.batch_sequences % ranks:
+            raise self._indivisible(ranks, None)
+        return self.batch_sequences // ranks
+
     def accumulation(self, ranks: int) -> int:
-        """Micro-batches of a rank in a full step. Raises UserError with the nearest batches that divide."""
-        unit = self.train.micro_batch * ranks
-        if self.batch_sequences % unit:
-            per_rank = self.batch_sequences // ranks if self.batch_sequences % ranks == 0 else 0
-            fits = near_divisors(per_rank, self.train.micro_batch) if per_rank else []
-            low = self.batch_sequences // unit * unit * self.model.context
-            batches = [b for b in (low, low + unit * self.model.context) if b]
-            ways = f"train.batch_tokens {' or '.join(map(str, batches))}"
-            ways += f", or train.micro_batch {' or '.join(map(str, fits))}" if fits else ", or another number of ranks"
-            batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
-            divisor = f"{ranks} rank(s) x train.micro_batch {self.train.micro_batch}"
-            raise UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {ways}")
-        return self.batch_sequences // unit
+        """Micro-batches of a rank in a full step. Raises UserError with the nearest batches, ranks and micro-batches
+        that divide."""
+        if self.batch_sequences % (self.micro_batch * ranks):
+            raise self._indivisible(ranks, self.micro_batch)
+        return self.batch_sequences // (self.micro_batch * ranks)
+
+    def _indivisible(self, ranks: int, size: int | None) -> UserError:
+        """The error for a batch that the ranks do not divide; `size`: in micro-batches of so many sequences."""
+        ways = ways_to_divide(self.batch_sequences, self.model.context, ranks, size)
+        batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
+        divisor = f"{ranks} rank(s)" + (f" x train.micro_batch {size}" if size else "")
+        return UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {ways}")
 
     def sharing_ranks(self, ranks: int) -> int:
         """Ranks that share one copy of the model under FSDP. Raises UserError if they do not divide all ranks."""

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, PlainValidator
 
@@ -10,6 +10,8 @@ from megagpt.config_marks import Values
 
 # Longest name of a folder (bytes): the limit of Linux file systems.
 _LONGEST_NAME = 255
+# Value of a key that the run decides by itself.
+AUTO: Literal["auto"] = "auto"
 # Longest time (s), about 30 years: timers count nanoseconds in 64 bits.
 _LONGEST_TIME = 1e9
 
@@ -61,6 +63,12 @@ def _check_seconds(value: Any) -> float:
         return seconds
     most = f"of at most {_LONGEST_TIME:.0f} s"
     raise ValueError(f"{value!r} is not a time {most}: use seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")
+
+
+def _check_micro_batch(value: Any) -> int | str:
+    if value == AUTO or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError(f"{value!r} is neither a whole number above 0 nor {AUTO}")
 
 
 def _check_compile(value: Any) -> bool | str:
@@ -126,6 +134,8 @@ PathText = Annotated[str, AfterValidator(_check_path)]
 Seconds = Annotated[float, PlainValidator(_check_seconds), Values("seconds, MM:SS, HH:MM:SS or D-HH:MM:SS")]
 _Modes = Annotated[str | dict[str, int], Values("none | full | selective | {every: k}")]
 ActivationCheckpointing = Annotated[_Modes, PlainValidator(_check_activation_checkpointing)]
+_SizeOrAuto = Annotated[int | Literal["auto"], Values("whole number > 0 | auto")]
+MicroBatch = Annotated[_SizeOrAuto, PlainValidator(_check_micro_batch)]
 Compile = Annotated[bool | str, PlainValidator(_check_compile), Values("auto | true | false")]
 Steps = Annotated[str, PlainValidator(_check_steps), Values(_STEPS_WORDS)]
 Spikes = Annotated[str | dict[str, Any], PlainValidator(_check_spikes), Values(_SPIKE_WORDS)]

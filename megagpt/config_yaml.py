@@ -10,7 +10,7 @@ import math
 import re
 import types
 from decimal import Decimal
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -191,12 +191,15 @@ def kind_below(kind: Any, key: str) -> Any:
 
 
 def _parts(kind: Any) -> list[Any]:
-    return [get_origin(part) or part for part in (get_args(kind) if get_origin(kind) is types.UnionType else [kind])]
+    parts = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else [kind]
+    return [get_origin(part) or part for part in parts]
 
 
 def _takes(kind: Any, wanted: Any) -> bool:
-    """Whether a key's type is, or has among others, `wanted`. Words such as fp32 count as texts."""
-    return any(part is wanted or (wanted is str and part is Literal) for part in _parts(kind))
+    """Whether a key's type is, or has among others, `wanted`. Words such as fp32 count as texts, but not a word beside
+    numbers."""
+    parts = _parts(kind)
+    return any(part is wanted or (wanted is str and part is Literal and int not in parts) for part in parts)
 
 
 def _is_flow(text: str, kind: Any) -> bool:

@@ -10,6 +10,10 @@ from pathlib import Path
 import psutil
 import torch
 
+# Parts of the messages with which allocators and libraries say that memory ran out, but not as torch.OutOfMemoryError.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "OutOfMemoryError")
+# Memory of a GPU that this process itself may hold beside PyTorch's tensors when a run begins: CUDA's context (bytes).
+_CONTEXT_BYTES = 1e9
 # Names of the allocator's settings. PyTorch 2.11 to 2.13 read both.
 _ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
@@ -59,3 +63,26 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def gpu_memory(device: torch.device) -> float | None:
+    """Bytes of a GPU that this process may use: all of them, but for what other programs hold; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return float(total - others if others > _CONTEXT_BYTES else total)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out. A compiler wraps the error in its own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    return says_out_of_memory(str(error)) or is_out_of_memory(error.__cause__)
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether an error's message means that memory ran out."""
+    return any(part in text for part in _OUT_OF_MEMORY)

@@ -37,6 +37,8 @@ class Event(enum.StrEnum):
     RANKS = "ranks"
     """The ranks' own work, compared."""
     STRAGGLER = "straggler"
+    PLAN = "plan"
+    """Predicted beside measured memory and speed."""
     STOPPED = "stopped"
     FINISHED = "finished"
 

@@ -1,12 +1,16 @@
 """Learning rate and batch size as pure functions of tokens (GPT-3, appendix B)."""
 
+import functools
 import math
+from typing import NamedTuple
 
 from megagpt.config import Config
 from megagpt.config_types import steps_of
 from megagpt.console import say
 from megagpt.errors import UserError
 
+# Sizes of batches that a ramp is counted in, if it has more.
+_SIZES = 4096
 # First steps of an incarnation that may compile the model.
 _COMPILING_STEPS = 2
 
@@ -33,6 +37,54 @@ def batch_sequences(config: Config, sequences_seen: int) -> int:
         return config.batch_sequences
     grown = (train.batch_tokens - train.batch_ramp_start) * tokens // train.batch_ramp_tokens
     return (train.batch_ramp_start + grown + context // 2) // context
+
+
+class RampWork(NamedTuple):
+    """Counts of the steps that begin during the batch ramp."""
+
+    single: int
+    """Steps in which each rank takes one micro-batch."""
+    other: int
+    """Steps in which it takes several."""
+    micro_batches: int
+    """Of a rank in these other steps."""
+    sequences: int
+    """Of all steps of the ramp."""
+
+
+def ramp_work(config: Config, unit: int) -> RampWork:
+    """Count the steps of the ramp without a walk through all of them. `unit`: sequences in one micro-batch of all
+    ranks. The ramp's last step may pass the end of the run."""
+    train, context = config.train, config.model.context
+    end = min(train.batch_ramp_tokens, config.total_sequences * context)
+    return _ramp_work(train.batch_ramp_start, train.batch_tokens, train.batch_ramp_tokens, context, end, unit)
+
+
+@functools.lru_cache(maxsize=512)
+def _ramp_work(start: int, full: int, ramp: int, context: int, end: int, unit: int) -> RampWork:
+    batches = _ramp_batches(start, full, ramp, context, end)
+    several = [(-(-size // unit), steps) for size, steps in batches if size > unit]
+    return RampWork(
+        sum(steps for size, steps in batches if size <= unit),
+        sum(steps for _, steps in several),
+        sum(count * steps for count, steps in several),
+        sum(size * steps for size, steps in batches),
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _ramp_batches(start: int, full: int, ramp: int, context: int, end: int) -> list[tuple[int, int]]:
+    """Pairs of the sequences in a batch and the number of such steps."""
+    found, tokens, growth = [], 0, full - start
+    grain = 1 + full // context // _SIZES
+    while tokens < end:
+        size = (start + growth * tokens // ramp + context // 2) // context
+        larger = (size + grain) * context - context // 2 - start
+        until = min(end, -(-larger * ramp // growth)) if growth else end  # the first position with a larger batch
+        steps = max(1, -(-(until - tokens) // (size * context)))
+        found.append((size, steps))
+        tokens += steps * size * context
+    return found
 
 
 def check_profile_steps(config: Config) -> None:

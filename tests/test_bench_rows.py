@@ -19,6 +19,7 @@ from megagpt.config_file import build_config
 from megagpt.engines import engine
 from megagpt.errors import Killed, UserError
 from megagpt.measure import bench, processes, steps
+from megagpt.process_memory import is_out_of_memory
 from megagpt.world import World
 from tests.conftest import Refusal
 from tests.test_bench import BENCH, found, untimed
@@ -57,7 +58,7 @@ def test_memory_that_runs_out_ends_a_row_only(
     ],
 )
 def test_full_memory_is_told_from_other_errors(error: Exception, full: bool) -> None:
-    assert steps.is_out_of_memory(error) == full
+    assert is_out_of_memory(error) == full
 
 
 def test_other_errors_are_not_taken_for_full_memory(monkeypatch: pytest.MonkeyPatch, refusal: Refusal) -> None:

@@ -85,8 +85,8 @@ def _dropout_changes(meta: CheckpointMeta, config: Config, world: World) -> list
         return []
     train, before = config.train, meta.config["train"]
     changes = [f"on {world.size} ranks instead of {meta.world_size}"] if world.size != meta.world_size else []
-    if train.micro_batch != before["micro_batch"]:
-        changes.append(f"with train.micro_batch {train.micro_batch} instead of {before['micro_batch']}")
+    if config.micro_batch != before["micro_batch"]:
+        changes.append(f"with train.micro_batch {config.micro_batch} instead of {before['micro_batch']}")
     then, device = before.get("compile", False), world.device.type
     if compiles(train.compile, device) != compiles(then, device):
         changes.append(f"with train.compile {train.compile} instead of {then}".lower())

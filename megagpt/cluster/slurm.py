@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megagpt.cards import CARDS
 from megagpt.config import Config
-from megagpt.errors import UserError
-from megagpt.hardware import LARGEST_GPU_GB
-from megagpt.planning.memory import state_bytes
+from megagpt.config_types import AUTO
+from megagpt.errors import UserError, did_you_mean
+from megagpt.planning.fit import check_fit, gigabytes
+from megagpt.planning.gpus import find_gpu, gpu_names
+from megagpt.planning.micro_batch import resolved
 
 # Time (s) from the signal to the time limit, besides the save's: Slurm may be a minute late, and one step comes first.
 _SIGNAL_SECONDS = 120
@@ -14,29 +17,39 @@ _SIGNAL_SECONDS = 120
 _DISK_BYTES = 250e6
 
 
-def check_fits(config: Config, ranks: int, gpu_gb: float | None) -> str:
-    """A sentence about the memory that each rank needs. Raises UserError if a GPU has less, and if the run cannot be
-    divided among the ranks. `gpu_gb`: memory of a GPU (GB); None: that of the largest known GPU."""
+def check_job(config: Config, ranks: int, gpu: str | None, gpu_gb: float | None) -> tuple[str, str]:
+    """The micro-batches and the memory of each rank in a sentence, and a warning if that is nearly all that a GPU has.
+    Raises UserError if a GPU has less, and if the ranks do not divide the batch. `gpu`: the GPU's name; `gpu_gb`: its
+    memory (GB), if it is not that of the name. Without either, only what no known GPU could hold is refused."""
     config.check_ranks(ranks)
-    state = state_bytes(config, ranks)
-    on_host = {"none": 0.0, "optimizer": state.optimizer, "all": state.total}[config.engine.offload]
-    held = (state.total - on_host) / 1e9
-    limit = gpu_gb or LARGEST_GPU_GB
-    sentence = f"weights, gradients and optimizer take {held:.1f} GB of each GPU; activations come on top"
-    if held <= limit:
-        return sentence
-    of = f"{limit:g} GB" if gpu_gb else f"{limit:g} GB, which the largest known GPU has (set --gpu-memory for others)"
-    raise UserError(f"{config.run.name} does not fit on {ranks} GPU(s): {sentence}, of {of}; {_way_out(config, ranks)}")
+    if config.train.device == "cpu":
+        return f"{_micro_batches(resolved(config, ranks, None), ranks)}; memory is not checked on CPUs", ""
+    if gpu is not None or gpu_gb is not None:
+        capacity = gpu_gb * 1e9 if gpu_gb is not None else _memory(gpu or "")
+        fit = check_fit(config, ranks, capacity, gpu or "")
+        return f"{_micro_batches(resolved(config, ranks, capacity), ranks)}; {fit.sentence}", fit.warning
+    largest = max(card.memory for card in CARDS.values()) * 1e9
+    ask = "name yours with --gpu or --gpu-memory"
+    memory = check_fit(config, ranks, largest, f"the largest known; {ask}").memory
+    if config.train.micro_batch == AUTO:
+        return f"train.micro_batch auto depends on the GPU; {ask} to see it", ""
+    needs = f"{gigabytes(memory.total)} at the peak and {gigabytes(memory.reserve)} beside it"
+    return f"{_micro_batches(config, ranks)}; each GPU needs {needs}; {ask} to have that checked", ""
 
 
-def _way_out(config: Config, ranks: int) -> str:
-    if config.engine.name == "ddp":
-        return "shard it: engine.name=fsdp, or engine.name=zero engine.stage=3"
-    if config.engine.name == "zero" and config.engine.stage < 3:
-        return "shard more of it with engine.stage=3, or take more nodes"
-    if config.engine.name == "fsdp" and config.sharing_ranks(ranks) < ranks:
-        return "let more ranks share a copy (engine.shard_ranks), or take more nodes"
-    return "take more nodes, or engine.offload"
+def _memory(gpu: str) -> float:
+    """Bytes of the GPU of that name. Raises UserError if it is unknown."""
+    try:
+        return find_gpu(gpu).memory
+    except UserError:
+        near = did_you_mean(gpu, gpu_names())
+        raise UserError(
+            f"--gpu {gpu!r} is unknown: {near}; of any other GPU, give the memory with --gpu-memory"
+        ) from None
+
+
+def _micro_batches(config: Config, ranks: int) -> str:
+    return f"{config.accumulation(ranks)} micro-batch(es) of {config.micro_batch} per step and rank"
 
 
 def sbatch_command(

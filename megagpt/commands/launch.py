@@ -22,7 +22,8 @@ def register(add: Add) -> None:
     _add_run(sub)
     sub.add_argument("--nodes", type=count, required=True, help="number of machines")
     sub.add_argument("--gpus-per-node", type=count, default=8, help="ranks on each node (8)")
-    sub.add_argument("--gpu-memory", type=count, metavar="GB", help="memory of one GPU (the largest known GPU's)")
+    sub.add_argument("--gpu", metavar="NAME", help="kind of GPU, such as h100 or a100-40gb, whose memory is checked")
+    sub.add_argument("--gpu-memory", type=count, metavar="GB", help="memory of one GPU, for kinds without a known name")
     sub.add_argument("--time", help="time limit, as sbatch takes it (24:00:00)")
     sub.add_argument("--account", help="account to charge, as sbatch takes it")
     sub.add_argument("--partition", help="partition of the cluster, as sbatch takes it")
@@ -73,17 +74,19 @@ def _train_arguments(arguments: argparse.Namespace) -> list[str]:
 
 
 def _slurm(arguments: argparse.Namespace) -> int:
-    from megagpt.cluster.slurm import check_fits, sbatch_command
+    from megagpt.cluster.slurm import check_job, sbatch_command
+    from megagpt.console import warn
 
     config = config_of(arguments)
     ranks = arguments.nodes * arguments.gpus_per_node
-    fits = check_fits(config, ranks, arguments.gpu_memory)
+    needs, warning = check_job(config, ranks, arguments.gpu, arguments.gpu_memory)
+    if warning:
+        warn(f"warning: {warning}")
     options = [f"--{n}={v}" for n in ("time", "account", "partition") if (v := getattr(arguments, n)) is not None]
     options += arguments.sbatch
     script, words = find_script("multinode.sh"), _train_arguments(arguments)
     command = sbatch_command(config, script, words, arguments.nodes, arguments.gpus_per_node, options)
-    accumulation = config.accumulation(ranks)
-    print(f"# {ranks} ranks, {accumulation} micro-batch(es) of {config.train.micro_batch} per step and rank; {fits}")
+    print(f"# {ranks} ranks, {needs}")
     print(shlex.join(command), flush=True)
     if not arguments.submit:
         return 0

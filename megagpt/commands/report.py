@@ -1,14 +1,12 @@
 """plot, report: pictures of runs, and the page that shows one to others."""
 
 import argparse
-import importlib.util
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megagpt.commands.files import check_drawing, picture_kind, target_file, write_file
 from megagpt.commands.options import Add, Parser
-from megagpt.errors import UserError, did_you_mean, first_line
-from megagpt.extras import install_extra
+from megagpt.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from megagpt.report.record import Record
@@ -48,11 +46,9 @@ def _price(text: str) -> float:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    target = _target(arguments.out)
-    kind = target.suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg"):
-        raise UserError(f"--out {arguments.out}: the picture is a .png or an .svg file; give it such a name")
-    _check_installed("plot")
+    target = target_file(arguments.out, "--out")
+    kind = picture_kind(target, "--out")
+    check_drawing("plot")
     records = [_record(run) for run in arguments.runs]
     if all(record.is_empty for record in records):
         listed = ", ".join(arguments.runs)
@@ -65,7 +61,8 @@ def _plot(arguments: argparse.Namespace) -> int:
     with figures.themed(theme):
         figure = figures.all_panels(records, arguments.x, arguments.references, theme, tasks)
         data = figures.image(figure, kind)
-    _write(target, data)
+    write_file(target, data, "--out")
+    print(f"wrote {target}")
     return 0
 
 
@@ -85,13 +82,14 @@ def _wanted_exams(words: str | None, taken: list[str]) -> list[str] | None:
 
 def _report(arguments: argparse.Namespace) -> int:
     record = _record(arguments.run)
-    _check_installed("report")
-    target = _target(str(record.folder / "report.html") if arguments.out is None else arguments.out)
+    check_drawing("report")
+    target = target_file(str(record.folder / "report.html") if arguments.out is None else arguments.out, "--out")
 
     from megagpt.report.page import page
 
     text = page(record, arguments.x, arguments.references, arguments.dollars_per_gpu_hour)
-    _write(target, text.encode("utf-8", errors="backslashreplace"))
+    write_file(target, text.encode("utf-8", errors="backslashreplace"), "--out")
+    print(f"wrote {target}")
     return 0
 
 
@@ -103,32 +101,3 @@ def _record(name: str) -> "Record":
     if not (run / "config.yaml").is_file() and (inside := sorted(run.glob("*/config.yaml"))):
         raise UserError(f"{run}: not a run's folder, but one that holds runs; name a run, such as {inside[0].parent}")
     return read_record(run)
-
-
-def _check_installed(command: str) -> None:
-    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{command} needs {' and '.join(missing)}: install it: {install_extra('report')}")
-
-
-def _target(name: str) -> Path:
-    """The file to write. Raises UserError before any work if it cannot be one."""
-    from megagpt.files import named_path
-
-    target = named_path(name)
-    if target.is_dir():
-        raise UserError(f"{target}: cannot be written: it is a folder; name a file with --out")
-    if not target.parent.is_dir():
-        raise UserError(f"{target}: cannot be written: there is no folder {target.parent}; make it, or change --out")
-    return target
-
-
-def _write(target: Path, data: bytes) -> None:
-    """Write the file and name it. Raises UserError if that is not possible."""
-    from megagpt.files import write_atomic
-
-    try:
-        write_atomic(target, data)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({first_line(error)}); name another file with --out") from None
-    print(f"wrote {target}")

@@ -16,6 +16,7 @@ from megagpt.config_types import ActivationCheckpointing
 from megagpt.models.attention import KeyValueCache
 from megagpt.models.gpt import GPT
 from megagpt.models.packing import Packing
+from megagpt.models.presets import ModelConfig
 
 _aten = torch.ops.aten
 # Operators whose outputs `selective` keeps: matrix products and attention's kernels. All others are cheap to repeat.
@@ -38,17 +39,23 @@ def checkpoint_activations(model: GPT, mode: ActivationCheckpointing) -> None:
         return
     every = mode["every"] if isinstance(mode, dict) else 1
     dropout = model.config.dropout > 0
-    # A kernel that draws its own dropout must run again; otherwise all later draws would differ from the forward pass.
-    kept = [*_PRODUCTS, *_FLOAT8, *([] if dropout else _ATTENTION)]
     # Dropout must draw the same numbers again; without dropout there is no generator state to keep.
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
     if mode == "selective":
-        # Dropout reads the output of the block's last product, and must draw in its turn.
-        policy = functools.partial(_policy, frozenset(kept), 0 if dropout else 4 * model.config.width)
+        policy = selective_policy(model.config)
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     for layer, block in enumerate(model.blocks):
         if layer % every == 0:
             block.forward = _checkpointed(block.forward, settings)
+
+
+def selective_policy(config: ModelConfig) -> Callable[..., CheckpointPolicy]:
+    """The rule of `selective` for a block's operators: (context, operator, *arguments) -> whether its output is kept."""
+    dropout = config.dropout > 0
+    # A kernel that draws its own dropout must run again; otherwise all later draws would differ from the forward pass.
+    kept = frozenset([*_PRODUCTS, *_FLOAT8, *([] if dropout else _ATTENTION)])
+    # Dropout reads the output of the block's last product, and must draw in its turn.
+    return functools.partial(_policy, kept, 0 if dropout else 4 * config.width)
 
 
 def _policy(kept: frozenset[Any], last_inner: int, context: Any, operator: Any, *arguments: Any, **_: Any) -> Any:

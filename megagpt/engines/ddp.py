@@ -29,6 +29,8 @@ class DDPEngine(NativeEngine):
             # Buckets share memory with the gradients, which saves a copy. Every rank gives the weights their values
             # by itself, so rank 0 need not send its own.
             self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True, init_sync=False)
+            # The buckets stay. A dropped gradient would come back beside them until the step's last micro-batch.
+            self.keeps_gradients = True
 
     def _accumulate(self, tokens: Tensor, targets: Tensor, scale: float, last: bool) -> Tensor:
         local = not last and isinstance(self.wrapped, DistributedDataParallel)

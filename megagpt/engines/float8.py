@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megagpt.cards import FLOAT8_CAPABILITIES
 from megagpt.config import Config
 from megagpt.console import say
 from megagpt.errors import UserError, first_line
@@ -19,8 +20,6 @@ from megagpt.extras import install_extra
 from megagpt.hardware import device_name
 from megagpt.models.gpt import GPT
 
-# Smallest compute capability: 8.9 is the first that has such products. torchao tests rowwise scaling from 9.0 on.
-_CAPABILITIES = {"tensorwise": (8, 9), "rowwise": (9, 0)}
 _CARDS = {"tensorwise": "such as L40S, RTX 4090, H100, B200", "rowwise": "such as H100, B200"}
 
 emulated = False
@@ -40,9 +39,9 @@ def check_float8(config: Config, device: torch.device) -> None:
         raise UserError(f"{place} needs a GPU, and this rank runs on {device.type}; {advice}")
     # On AMD's cards these numbers mean something else; the trial decides.
     capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < _CAPABILITIES[scaling]:
+    if torch.version.hip is None and capability < FLOAT8_CAPABILITIES[scaling]:
         has = f"{device_name(device)} has compute capability {capability[0]}.{capability[1]}"
-        least, cards = ".".join(map(str, _CAPABILITIES[scaling])), _CARDS[scaling]
+        least, cards = ".".join(map(str, FLOAT8_CAPABILITIES[scaling])), _CARDS[scaling]
         raise UserError(f"{place}: {has}, and it needs {least} or higher ({cards}); {advice}, or another GPU")
     float8 = _load(scaling)
     try:

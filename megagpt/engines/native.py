@@ -19,6 +19,8 @@ class NativeEngine(Engine):
 
     shard_group: dist.ProcessGroup | None = None
     """Ranks over which gradients are sharded; None if each rank has all of them."""
+    keeps_gradients = False
+    """Whether gradients lie in memory that is never given back. A step then sets them to zero, and does not drop them."""
 
     def _backward(self, loss: Tensor, scale: float, last: bool) -> Tensor:
         self._scaled(loss, scale * self.loss_scale.value, last).backward()
@@ -41,7 +43,7 @@ class NativeEngine(Engine):
         # AdamW then leaves everything as it is. The name is that of PyTorch's own gradient scaler.
         self.optimizer.found_inf = (~torch.isfinite(norm)).to(device, torch.float32)  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         return norm
 
     def state(self) -> dict[str, FlatShard]:

@@ -52,7 +52,7 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
         zero["offload_param"] = target
     generated: dict[str, Any] = {
         "train_batch_size": config.batch_sequences,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": config.accumulation(ranks),
         "gradient_clipping": config.optimizer.clip_norm,
         "steps_per_print": 1_000_000_000,

@@ -18,7 +18,7 @@ def validation_loss(
     """Mean loss in nats over the first `sequences` sequences of the validation split, the same on any number of ranks.
     None if `interrupted`, which must answer the same on every rank, becomes true before the end."""
     world = engine.world
-    share = Share(world.rank, world.size, engine.config.train.micro_batch)
+    share = Share(world.rank, world.size, engine.config.micro_batch)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     chunk = share.ranks * share.micro_batch
     with engine.evaluation() as model:

@@ -122,7 +122,7 @@ class Report:
             "compile": entry.compiled,
             "activation_checkpointing": train.activation_checkpointing if own else "none",
             "tuned_allocator": row.tuned_allocator,
-            "micro_batch": train.micro_batch,
+            "micro_batch": config.micro_batch,
             "accumulation": config.accumulation(1),
             "tokens_per_step": train.batch_tokens,
             "flops_per_step": train.batch_tokens * config.model.flops_per_token,
@@ -200,9 +200,9 @@ class Report:
     def _title(self) -> list[str]:
         config = self.entries[0].row.config
         measured = next(measured for entry in self.entries for measured in entry.rounds)
-        model, train, accumulation = config.model, config.train, config.accumulation(1)
+        model, accumulation = config.model, config.accumulation(1)
         accumulated = f"{accumulation} x " if accumulation > 1 else ""
-        batch = "" if self.sweeps else f"{accumulated}{train.micro_batch} x {model.context} tokens a step, "
+        batch = "" if self.sweeps else f"{accumulated}{config.micro_batch} x {model.context} tokens a step, "
         where = f"one rank, {measured.device}, {measured.threads} threads, torch {measured.torch_version}"
         compiled = ""
         if not self.sweeps and len(self._compiled()) == 1:

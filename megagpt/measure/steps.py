@@ -22,13 +22,11 @@ from megagpt.hardware import device_name, peak_flops
 from megagpt.measure.matrix_rate import matrix_seconds
 from megagpt.measure.plain import PlainGPT, plain_loss, plain_step
 from megagpt.models.presets import ModelConfig
-from megagpt.process_memory import peak_memory
+from megagpt.process_memory import is_out_of_memory, peak_memory
 from megagpt.timing import time_steps
 from megagpt.world import World, join
 
 OUT_OF_MEMORY = "out of memory"
-# Parts of the messages with which allocators and libraries say the same, but not as torch.OutOfMemoryError.
-_OUT_OF_MEMORY = (OUT_OF_MEMORY, "can't allocate memory", "ALLOC_FAILED", "OutOfMemoryError")
 
 
 class Row(NamedTuple):
@@ -79,15 +77,6 @@ def measure(row: Row) -> Iterator[list[str] | Measured | str]:
         yield OUT_OF_MEMORY
 
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out. A compiler wraps the error in its own."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    return any(part in str(error) for part in _OUT_OF_MEMORY) or is_out_of_memory(error.__cause__)
-
-
 def _measure(row: Row, lines: list[str]) -> Iterator[list[str] | Measured]:
     config, train = row.config, row.config.train
     with join(train.device, tune_allocator=row.tuned_allocator) as world:
@@ -107,7 +96,7 @@ def _measure(row: Row, lines: list[str]) -> Iterator[list[str] | Measured]:
         gc.collect()  # the products need room for their own operands
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        tokens = train.micro_batch * config.model.context
+        tokens = config.micro_batch * config.model.context
         yield replace(found, matrix_seconds=matrix_seconds(config.model, tokens, DTYPES[train.precision], device))
 
 

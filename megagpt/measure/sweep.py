@@ -124,5 +124,5 @@ def ends(line: Sequence[Entry], report: Report) -> bool:
     free = free_memory()
     if needed > free:
         size = f"{needed / 2**30:.1f} GiB, of which {free / 2**30:.1f} are free"
-        warn(f"  batch {2 * last.row.config.train.micro_batch} is left out: it would take about {size}")
+        warn(f"  batch {2 * last.row.config.micro_batch} is left out: it would take about {size}")
     return needed > free

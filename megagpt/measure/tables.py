@@ -13,7 +13,7 @@ from megagpt.measure.cases import ENGINE_CASES, STEPS, WAYS, Case, EngineCase, d
 from megagpt.measure.crossings import crossing_table
 from megagpt.measure.processes import run_cases
 from megagpt.measure.worker import memory_config
-from megagpt.planning.memory import state_bytes
+from megagpt.planning.state import state_bytes
 
 TABLES = ("fp32", "bf16", "residual", "memory", "crossings")
 # Those that are measured on the CPU only: they take 4 ranks, and count a process's memory.
@@ -92,7 +92,7 @@ def memory_table() -> list[list[str]]:
         config = memory_config(case)
         count, formula = config.model.stored_parameters, state_bytes(config, ranks)
         held = {kind: (measured[kind], getattr(formula, kind)) for kind in kinds}
-        held["together"] = (sum(measured[kind] for kind in kinds), formula.total)
+        held["together"] = (sum(measured[kind] for kind in kinds), formula.between_passes)
         cells = [f"{counted / count:.2f} / {computed / count:.2f}" for counted, computed in held.values()]
         table.append([name, precision, str(ranks), *cells, f"{measured['seconds'] * 1e3:.0f}"])
         _show(table)

@@ -9,13 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Tokens whose logits exist at a time: enough that the products run at full rate. A GPU reads and writes the weight's
-# whole gradient for each chunk (309 MB at width 768), and a product of 1,024 rows has too few tiles for its processors.
-CHUNK = {"cpu": 1024, "cuda": 8192}
-# Rows of a chunk in one softmax that is not compiled. On a CPU, 16 x 50,304 in fp32 are 3 MB, which stay in cache. On a
-# GPU, 1,024 rows fill it, and take 206 MB.
-_ROWS = {"cpu": 16, "cuda": 1024}
-# Rows of the weight's gradient in one sum on a CPU, for the same reason.
+from megagpt.models.chunks import CHUNK, SOFTMAX_ROWS, chunk_rows
+
+# Rows of the weight's gradient in one sum on a CPU: few enough to stay in cache.
 _CPU_GRADIENT_ROWS = 1024
 # Value of targets that do not count.
 IGNORE = -100
@@ -87,14 +83,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None, None, None
 
 
-def chunk_rows(tokens: int, limit: int) -> int:
-    """Rows of a chunk, at most `limit`: all chunks are alike if few enough make that possible, because compiled code
-    and a GPU's choice of kernels depend on the shape."""
-    fewest = max(1, -(-tokens // limit))
-    count = next((n for n in range(fewest, 2 * fewest) if tokens % n == 0), fewest)
-    return -(-tokens // count)
-
-
 def _sums_in_fp32(weight: Tensor) -> bool:
     """Whether a product of such matrices can be added to an fp32 matrix as it is computed: always if they are fp32, and
     in half precision on NVIDIA's GPUs."""
@@ -128,7 +116,7 @@ def softmax_cross_entropy_(logits: Tensor, targets: Tensor, vocab_size: int, wit
     counted = (targets != IGNORE)[:, None]
     target = torch.where(counted, targets[:, None], 0)
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
-    step = _ROWS.get(logits.device.type, len(logits))
+    step = SOFTMAX_ROWS.get(logits.device.type, len(logits))
     for start in range(0, len(logits), step):
         rows = slice(start, start + step)
         z, t, c = logits[rows], target[rows], counted[rows]

@@ -6,17 +6,15 @@ XL has 16 heads of 128 (printed: 24), 13B has width 5120 (printed: 5140).
 """
 
 import dataclasses
-import itertools
 from typing import Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from megagpt.config_marks import Free, Recipe, Shape
+from megagpt.divisors import near_divisors
 from megagpt.errors import UserError, did_you_mean
 
-# Numbers tried for a message's advice: enough for every real shape, and done in a moment.
-_TRIED = 100_000
 SECTION = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
@@ -140,14 +138,6 @@ _ROWS = [
     _preset("gpt3-175b", 96, 12288, 96, _3M2, 0.6e-4),
 ]
 PRESETS = {row.model.preset: row for row in _ROWS}
-
-
-def near_divisors(number: int, near: int) -> list[int]:
-    """The two divisors of a number that are nearest to another, in order; fewer if they are too far away."""
-    near = min(near, number)
-    distances = range(min(number, _TRIED))
-    tried = (value for distance in distances for value in dict.fromkeys((near - distance, near + distance)))
-    return sorted(itertools.islice((value for value in tried if 0 < value <= number and number % value == 0), 2))
 
 
 def get_preset(name: str) -> Preset:

@@ -43,7 +43,7 @@ def work(config: Config, ranks: int, micro_batches: float) -> dict[Part, Work]:
     model, train = config.model, config.train
     c, layers, float8 = model.width, model.layers, train.float8 != "none"
     value, residual = (_FP32 if number == "fp32" else 2 for number in (train.precision, train.residual))
-    rows = train.micro_batch * model.context
+    rows = config.micro_batch * model.context
     tokens = micro_batches * rows
     again = _repeated_blocks(config) / layers
     # Of a block's four products, the last one's result is not needed again.
@@ -61,7 +61,7 @@ def work(config: Config, ranks: int, micro_batches: float) -> dict[Part, Work]:
     return {
         # Two products of a query and a key each way, forward once and backward twice; the causal half only.
         Part.ATTENTION: Work(
-            (12 + 4 * again) * c * pairs * micro_batches * train.micro_batch,
+            (12 + 4 * again) * c * pairs * micro_batches * config.micro_batch,
             (12 + 4 * again) * c * layers * tokens * value,
         ),
         Part.PRODUCTS: Work(
@@ -83,29 +83,6 @@ def floor(work: Work, rates: Rates) -> Floor | None:
         return None
     computing, moving = work.flops / (rates.flops * work.speedup), work.moved / rates.bandwidth
     return Floor(computing, "FLOPs") if computing >= moving else Floor(moving, "bytes")
-
-
-def exchanged_bytes(config: Config, ranks: int, micro_batches: float) -> float:
-    """Bytes that a rank sends in a step: weights in the compute precision, gradients in fp32. A gather or a scatter
-    over N ranks sends (N - 1)/N of a tensor, a sum of it twice as much (Patarasuk and Yuan 2009)."""
-    engine, parameters = config.engine, config.model.stored_parameters
-    value = _FP32 if config.train.precision == "fp32" else 2
-    share = (ranks - 1) / ranks
-    if engine.name == "ddp":
-        return 2 * share * _FP32 * parameters
-    if engine.name == "fsdp":
-        shard = config.sharing_ranks(ranks)
-        copies, inside = ranks // shard, (shard - 1) / shard
-        blocks = config.model.layers * config.model.block_parameters
-        gathered = parameters + (blocks if engine.reshard_after_forward else 0)
-        once = 2 * (copies - 1) / copies * _FP32 * parameters / shard
-        return micro_batches * inside * (value * gathered + _FP32 * parameters) + once
-    if engine.stage == 3:
-        return micro_batches * share * (2 * value + _FP32) * parameters
-    if engine.stage == 2:
-        return share * (micro_batches * _FP32 + value) * parameters
-    sums = 2 if config.train.precision == "bf16" else 1  # DeepSpeed's optimizer for bf16 sums on every rank
-    return share * (sums * _FP32 + value) * parameters
 
 
 def _product(rows: int, inner: int, columns: int, value: int, operand: int, again: float) -> Work:

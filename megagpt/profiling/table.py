@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 from megagpt.config import Config
 from megagpt.data.loader import Share
+from megagpt.planning.exchange import exchanged_bytes
 from megagpt.profiling.breakdown import Breakdown
-from megagpt.profiling.floors import Floor, Work, exchanged_bytes, floor, work
+from megagpt.profiling.floors import Floor, Work, floor, work
 from megagpt.profiling.parts import Part
 from megagpt.profiling.rates import DATA_SHEET, Rates
 
@@ -104,7 +105,7 @@ def make_table(
     config: Config, ranks: int, batches: Sequence[int], found: Breakdown, rates: Rates, title: str, notes: list[str]
 ) -> Table:
     """The table of rank 0. `batches`: the sequences of each step's global batch."""
-    share = Share(0, ranks, config.train.micro_batch)
+    share = Share(0, ranks, config.micro_batch)
     micro_batches = statistics.fmean(map(share.micro_batches, batches))
     todo = work(config, ranks, micro_batches)
     floors = {part: floor(todo[part], rates) for part in todo}

@@ -31,6 +31,7 @@ from megagpt.report.lines import (
     loss_references,
     shots_of,
 )
+from megagpt.report.outcome import plan_against_outcome
 from megagpt.report.record import Axis, Record, some
 from megagpt.report.texts import were_changed
 from megagpt.training.status import Status, read_status
@@ -76,6 +77,7 @@ def page(record: Record, axis: Axis, wanted: str, dollars_per_gpu_hour: float | 
         corpus=corpus.name if corpus else "", by_name=wanted == AUTO, curve=corpus.curve if corpus and drawn else None,
         references=_all_references(record, loss_references(record, corpus)),
         samples=_samples(record), speed=_speed(record, axis), speed_rows=_speed_rows(record),
+        plan=plan_against_outcome(record),
         data=data_rows(record), changed=were_changed(record), recipe=recipe_rows(record.config), chapters=chapters,
         restarts=max(0, len(chapters) - 1), bill=cost, events=_events(record), load=_load(record, status),
         config=to_yaml(record.config), version=megagpt.__version__,

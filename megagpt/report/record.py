@@ -56,6 +56,8 @@ class Record:
     samples: list[tuple[int, list[str]]]
     """Tokens and the texts that the model then made, oldest first."""
     notable: list[Line]
+    plan: Line | None = None
+    """The last comparison with the plan."""
 
     @property
     def name(self) -> str:
@@ -101,6 +103,7 @@ def read_record(run: Path) -> Record:
     validation, exams, newest = Points(), dict[str, Points](), dict[str, ExamScore]()
     samples: list[tuple[int, list[str]]] = []
     notable: list[Line] = []
+    plan = None
     for line in read(run):
         tokens = number(line["tokens_seen"])
         if not math.isfinite(tokens):
@@ -113,11 +116,13 @@ def read_record(run: Path) -> Record:
             validation.add(int(tokens), number(line.get("validation_loss")))
         elif event == Event.SAMPLES:
             samples.append((int(tokens), _texts(line.get("samples"))))
+        elif event == Event.PLAN:
+            plan = line
         elif event in _NOTABLE:
             notable.append(line)
         newest |= _add_exams(exams, int(tokens), line)
     steps = {name: np.frombuffer(column, dtype=np.float64) for name, column in columns.items()}
-    return Record(run, config, steps, validation, exams, newest, samples, notable)
+    return Record(run, config, steps, validation, exams, newest, samples, notable, plan)
 
 
 def _add_exams(exams: dict[str, Points], tokens: int, line: Line) -> dict[str, ExamScore]:

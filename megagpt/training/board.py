@@ -26,6 +26,10 @@ _PANELS = {
         "ranks_compute_median", "ranks_compute_slowest", "ranks_slowest_rank", "ranks_data_wait_longest",
         "ranks_communication_wait_median",
     ),
+    "plan": (
+        "predicted_memory_bytes", "measured_memory_bytes", "predicted_tokens_per_second", "measured_tokens_per_second",
+        "predicted_tokens_per_second_low", "predicted_tokens_per_second_high", "predicted_run_seconds",
+    ),
     "totals": ("tokens_seen", "sequences_seen", "skipped_updates", "spikes", "incarnation"),
 }  # fmt: skip
 _PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}

@@ -122,6 +122,9 @@ def _step(run: Run, before: Position, batches: Generator[Batch], speed: Speed, s
     if at.last or not config.log.every_tokens or crossed(config.log.every_tokens, before.tokens, at.tokens):
         _report_step(run, at, batch, result, speed, waited, times)
     _compare_ranks(run, at, took, waited, times)
+    run.planned.step(at, batch.tokens, took, run.profiler.active(at.step))
+    if run.planned.is_due(at):
+        run.reporter.event(Event.PLAN, at, *run.planned.compare(peak_memory(run.world.device)))
     return at
 
 

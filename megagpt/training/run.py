@@ -31,7 +31,7 @@ from megagpt.data.loader import (
 from megagpt.data.located import locate
 from megagpt.data.mixture import describe
 from megagpt.data.tokenizer import VOCAB_SIZE, gpt2
-from megagpt.engines.engine import Engine, build_engine
+from megagpt.engines.engine import Engine
 from megagpt.engines.float8 import check_float8
 from megagpt.errors import UserError
 from megagpt.evaluation.exam import Exam, exams_of
@@ -45,12 +45,14 @@ from megagpt.schedule import batch_sequences, check_profile_steps, step_count, s
 from megagpt.training.guard import Guard
 from megagpt.training.markdown import verbatim
 from megagpt.training.outcome import Ending
+from megagpt.training.planned import Planned
 from megagpt.training.reporter import Reporter
 from megagpt.training.reserve import Reserve
 from megagpt.training.run_folder import (
     check_free,
     claim_run,
     holds_run,
+    last_start,
     restarted_command,
     run_folder,
     start_as_markdown,
@@ -58,6 +60,7 @@ from megagpt.training.run_folder import (
     went_back,
 )
 from megagpt.training.safety import StopRequest
+from megagpt.training.sizing import build_sized, plan_of, size_run
 from megagpt.training.stragglers import Stragglers
 from megagpt.training.watchdog import Watchdog
 from megagpt.world import World
@@ -91,6 +94,7 @@ class Run:
     reserve: Reserve
     ending: Ending
     profiler: StepProfiler
+    planned: Planned
     raised: tuple[bool, ...] = (False, False, False)
     """The `flags` that some rank raised in the last step."""
     validation_compiles: bool = field(init=False)
@@ -103,7 +107,7 @@ class Run:
     def batches(self) -> Generator[Batch]:
         """This rank's share of every remaining batch, read ahead."""
         first, total = self.start.sequences, self.config.total_sequences
-        share = Share(self.world.rank, self.world.size, self.config.train.micro_batch)
+        share = Share(self.world.rank, self.world.size, self.config.micro_batch)
         size = functools.partial(batch_sequences, self.config)
         return read_ahead(placed(train_batches(self.train_data, first, total, size, share), self.world.device))
 
@@ -174,11 +178,12 @@ def open_run(
     """Begin the config's run or resume it, and record how it ended if that is an error. `resume_at`: tokens of the
     checkpoint to resume from; None: the newest. Raises UserError before anything is written, for all that can be known
     by then."""
-    folder = run_folder(config)
-    config.check_ranks(world.size)
+    folder, given = run_folder(config), config
     check_float8(config, world.device)
     if not resume:
         check_free(folder)
+    sizing = size_run(config, world, world.from_main(lambda: last_start(folder)) if resume else None)
+    config = sizing.config
     if world.from_main(lambda: resume_at is not None and went_back(folder, resume_at)):
         say(f"--at {resume_at} was done before this restart; resuming from the newest checkpoint")
         resume_at = None
@@ -197,7 +202,8 @@ def open_run(
     exams = exams_of(config, world, starts)
     rates = world.from_main(lambda: find_rates(config, world.device)) if config.train.profile_steps else None
     say("building the model")
-    engine = build_engine(config, world, initialized=False)
+    config, engine = build_sized(sizing, world)
+    planned = plan_of(sizing, config, world)
     fingerprints = [stream.fingerprint for stream in train_data.streams]
     seek = functools.partial(choose, folder, config, fingerprints, allowed, world, resume_at)
     # The run is claimed when it is known that it can resume here, and before anything of it is read.
@@ -205,7 +211,7 @@ def open_run(
     if found is not None:
         _check_length(config, found)
     tokens = found.meta.tokens_seen if found else 0
-    lease = Lease(claim_run(folder, engine, train_data.streams, tokens))
+    lease = Lease(claim_run(folder, given, engine, train_data.streams, tokens, planned))
     ending = Ending(lease.incarnation, world, tokens)
     with ending.recording(), contextlib.ExitStack() as stack:
         found = _load(found, seek, engine)
@@ -229,7 +235,7 @@ def open_run(
             renamed = f"; newer checkpoints were renamed: {', '.join(newer)}" if newer else ""
             values = {"abandoned": newer, "command": restarted_command()}
             reporter.event(Event.WENT_BACK, start, values, f"went back to {start.tokens:,} tokens{renamed}")
-        reporter.text(start, "config", verbatim(to_yaml(config), "pre"))
+        reporter.text(start, "config", verbatim(to_yaml(given), "pre"))
         reporter.text(start, "start", start_as_markdown(lease.incarnation))
         hangs = folder / "hangs" / f"{lease.incarnation.number:06d}"
         watchdog = stack.enter_context(Watchdog(world, hangs, config.train.hang_timeout, ending.hung))
@@ -243,6 +249,7 @@ def open_run(
             Guard(config.train, found.meta if found else None),
             Stragglers(world, world.hosts(), log.straggler_every_steps, log.straggler_factor), Reserve(saver), ending,
             stack.enter_context(contextlib.closing(_profiler(engine, folder, start, rates))),
+            Planned(planned, start, config.train.batch_tokens),
         )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from megagpt.files import write_atomic
 from megagpt.hardware import device_name
 from megagpt.incarnations import Incarnation, claim, list_incarnations
 from megagpt.launchers import job_number, slurm_job, torchrun_name
+from megagpt.planning.forecast import Forecast
 from megagpt.run_log import Event, log_path, read
 from megagpt.training.markdown import table, verbatim
 
@@ -74,17 +75,24 @@ def went_back(run: Path, tokens: int) -> bool:
     return command is not None and any(line.get("command") == command for line in back)
 
 
-def claim_run(run: Path, engine: Engine, streams: Sequence[TokenStream], from_tokens: int) -> Incarnation:
+def claim_run(
+    run: Path,
+    config: Config,
+    engine: Engine,
+    streams: Sequence[TokenStream],
+    from_tokens: int,
+    planned: Forecast | None = None,
+) -> Incarnation:
     """Begin the run's next incarnation: the main rank leaves the resolved config and the facts of this process group.
-    `streams`: the sources' training text, in the config's order.
-    Every rank calls it. Raises OSError."""
+    `config`: the run's, whose micro-batch may be auto; the engine's has the number. `streams`: the sources' training
+    text, in the config's order. `planned`: None on a CPU. Every rank calls it. Raises OSError."""
     hosts = collections.Counter(engine.world.hosts())
     weights = (source.weight for source in engine.config.data.sources)
 
     def leave() -> int:
         seen = last_written(run)
         run.mkdir(parents=True, exist_ok=True)
-        write_atomic(run / "config.yaml", to_yaml(engine.config).encode())
+        write_atomic(run / "config.yaml", to_yaml(config).encode())
         if settings := engine.settings():
             write_atomic(run / "deepspeed.json", json.dumps(settings, indent=2).encode())
         facts = {
@@ -92,15 +100,21 @@ def claim_run(run: Path, engine: Engine, streams: Sequence[TokenStream], from_to
             "job": slurm_job(os.environ), "platform": platform.platform(),
             "python": platform.python_version(), "megagpt": megagpt.__version__,
             "torch": torch.__version__, "engine": engine.describe(), "device": device_name(engine.world.device),
-            "world_size": engine.world.size, "from_tokens": from_tokens,
+            "world_size": engine.world.size, "micro_batch": engine.config.micro_batch, "from_tokens": from_tokens,
             "data": dict(zip((stream.fingerprint for stream in streams), weights, strict=True)),
             "texts": [{"folder": s.name, "text": text_of(Path(s.name)), "tokens": s.tokens} for s in streams],
             "hosts": hosts, "previous_seen": iso(seen) if seen else None,
-            "process": this_process(),
+            "process": this_process(), "plan": planned.as_json() if planned else None,
         }  # fmt: skip
         return claim(run, facts).number
 
     return Incarnation(run, engine.world.from_main(leave))
+
+
+def last_start(run: Path) -> dict[str, Any] | None:
+    """The facts of the run's last incarnation, and as `ended` those of its end; None if there is none."""
+    found = list_incarnations(run)
+    return {**found[-1].start(), "ended": found[-1].ended()} if found else None
 
 
 def last_sign_of_life(run: Path) -> float | None:

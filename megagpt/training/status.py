@@ -20,6 +20,7 @@ from megagpt.errors import ExpectedError, UserError
 from megagpt.evaluation.results import Value
 from megagpt.incarnations import Incarnation, list_incarnations
 from megagpt.launchers import job_number
+from megagpt.planning.forecast import beside, read_forecast
 from megagpt.run_log import Event, Line, exam_scores, log_path, read
 from megagpt.training.run_folder import TAIL_BYTES, has_ended, iso, last_sign_of_life, resume_command
 
@@ -52,6 +53,12 @@ class Status:
     """The newest scores: task -> `tokens` and the fields of `run_log.ExamScore`."""
     tokens_per_second: float | None = None
     seconds_left: float | None = None
+    micro_batch: int | None = None
+    """Sequences of a micro-batch in the last incarnation."""
+    plan: dict[str, Any] | None = None
+    """The last incarnation's plan, by the fields of Forecast; None on a CPU."""
+    peak_memory_bytes: float | None = None
+    """Of the last step: on a GPU PyTorch's tensors, on a CPU the process."""
     last_sign_of_life: str | None = None
     """The time of the last change in the folder, ISO 8601, UTC."""
     checkpoint: dict[str, Any] | None = None
@@ -84,10 +91,13 @@ def read_status(run: Path, config: Config) -> Status:
     speed = statistics.median(speeds) if speeds else None
     newest = newest_complete(run)
     tokens = last.get("tokens_seen", 0)
+    start = found[-1].start() if found else {}
+    planned = read_forecast(start.get("plan"))
     return Status(
         str(run), state, text, _next(run, config, state, found), tokens, total, _count(last.get("step")),
         _loss(last.get("loss")), validations[-1] if validations else None, exams, speed,
-        max(0, total - tokens) / speed if speed else None, iso(sign) if sign else None,
+        max(0, total - tokens) / speed if speed else None, _count(start.get("micro_batch")),
+        planned.as_json() if planned else None, _number(last.get("peak_memory_bytes")), iso(sign) if sign else None,
         _facts(newest) if newest else None, len(found),
     )  # fmt: skip
 
@@ -131,6 +141,9 @@ def status_lines(status: Status) -> Iterator[str]:
         yield f"progress     {status.progress:.1%} of {status.total_tokens:,} tokens, step {status.step:,}, {losses}"
         speed, left = status.tokens_per_second, duration(status.seconds_left)
         yield f"speed        {speed:,.0f} tok/s; {left} to go at that speed"
+        planned = read_forecast(status.plan)
+        if planned and (texts := list(beside(planned, status.peak_memory_bytes, speed))):
+            yield f"plan         {'; '.join(texts)}"
     else:
         yield "progress     no step yet"
     if status.exams:
@@ -144,6 +157,8 @@ def status_lines(status: Status) -> Iterator[str]:
         if end:
             ended = f"{end['outcome']} at {end['tokens_seen']:,} tokens: {end['reason']}"
         engine = start.get("engine", start.get("note", "?"))
+        if size := _count(start.get("micro_batch")):
+            engine += f", micro-batches of {size}"
         begun = f"{start.get('started', '?')} on {start.get('host', '?')}, {engine}"
         yield f"  {incarnation.number}: {begun}, from {start.get('from_tokens', 0):,} tokens; {ended}"
     for what, command in status.next.items():

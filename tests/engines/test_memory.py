@@ -9,7 +9,7 @@ import pytest
 from megagpt.measure.cases import ENGINE_CASES, Case
 from megagpt.measure.processes import run_cases
 from megagpt.measure.worker import memory_config
-from megagpt.planning.memory import state_bytes
+from megagpt.planning.state import state_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("memory")]
 

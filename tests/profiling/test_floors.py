@@ -9,9 +9,10 @@ import torch
 from megagpt.config import Config
 from megagpt.config_file import build_config
 from megagpt.models.gpt import GPT
+from megagpt.planning.exchange import exchanged_bytes
 from megagpt.profiling import rates
 from megagpt.profiling.breakdown import Breakdown
-from megagpt.profiling.floors import Floor, Work, exchanged_bytes, floor, work
+from megagpt.profiling.floors import Floor, Work, floor, work
 from megagpt.profiling.parts import Part
 from megagpt.profiling.rates import Rates, find_rates
 from megagpt.profiling.table import Row, Table, make_table

@@ -106,6 +106,29 @@ def test_exams_are_beside_the_references(run: Logged) -> None:
     assert f"{how}, not the published text 29.75% ± 0.46% 10,042 525M {beside}" in rows
 
 
+def test_the_plan_is_shown_against_the_outcome(run: Logged) -> None:
+    """1,000 steps of 0.25 s. The plan took no GPU that it does not know, and no run that has not ended, for a whole one."""
+    assert "Plan against outcome" not in shown(run.folder).text
+    speeds = {"predicted_tokens_per_second": 2e6, "predicted_tokens_per_second_low": 1.8e6}
+    speeds |= {"predicted_tokens_per_second_high": 2.2e6, "measured_tokens_per_second": 2.1e6}
+    memory = {"predicted_memory_bytes": 40e9, "measured_memory_bytes": 41e9}
+    run.write("plan", 10, predicted_memory_bytes=1e9, measured_memory_bytes=1e9)
+    run.write("plan", 1000, **memory, **speeds, predicted_run_seconds=300.0)
+    rows = [" ".join(text.split()) for text in shown(run.save().folder).of("tr")]
+    assert "peak memory of a rank (GB) 40.0 41.0 +2.5%" in rows
+    assert "tokens per second 2,000,000 (1,800,000 to 2,200,000) 2,100,000 +5.0%" in rows
+    assert "days of all steps 0.00347 0.00289 -16.7%" in rows
+    run.write("plan", 1000, **memory, **dict.fromkeys(speeds), predicted_run_seconds=None)
+    rows = [" ".join(text.split()) for text in shown(run.save().folder).of("tr")]
+    assert "peak memory of a rank (GB) 40.0 41.0 +2.5%" in rows
+    assert not [row for row in rows if row.startswith(("tokens per second 2", "days"))]
+    half = "train.tokens=1_048_576_000"
+    longer = Logged(run.folder.parent, "longer", half)
+    longer.steps(1000)
+    longer.write("plan", 1000, **memory, **speeds, predicted_run_seconds=86_400.0)
+    assert "days of all steps 1 04:10 for the first 50.0% of the tokens" in shown(longer.save().folder).text
+
+
 def test_the_source_of_the_reference_curve_is_told_if_it_is_drawn(run: Logged, tmp_path: Path) -> None:
     assert "records/track_1_short/2024-10-13_llmc" in shown(run.folder).text
     larger = Logged(tmp_path, "larger", "model.preset=gpt2-355m", "data.sources=[{path: data/fineweb_10bt}]")

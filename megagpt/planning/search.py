@@ -1,0 +1,177 @@
+"""The settings that a run can have on a cluster, planned and ranked; and the clusters that it can have."""
+
+import itertools
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megagpt.config import Config, EngineConfig
+from megagpt.planning.gpus import Cluster
+from megagpt.planning.memory import peak_memory
+from megagpt.planning.micro_batch import micro_batches
+from megagpt.planning.plan import Plan
+from megagpt.planning.setting import is_same, vary
+
+# Blocks of which one is computed again: what lies between the modes none and full.
+_EVERY = (2, 3, 4)
+# Largest number of GPUs that is tried.
+_MOST_GPUS = 16_384
+# Micro-batches that are planned of each engine and mode: the largest are not always the fastest.
+_TRIED = 2
+# Two speeds as near as this are the same for the prediction: the simpler setting is then the better one.
+_SAME = 0.01
+_ORDER = ("fits", "tight", "does not fit")
+Planner = Callable[[Config, Cluster], Plan]
+"""Plans a config on a cluster: `make_plan` with a price and a calibration."""
+
+
+def engines(config: Config, cluster: Cluster) -> list[EngineConfig]:
+    """The config's own engine, and each engine with each of its shardings; offload only if the config has it."""
+    own, gpus = config.engine, cluster.gpus
+    groups = [0, cluster.per_node] if gpus > cluster.per_node else [0]
+    made: list[dict[str, Any]] = [{"name": "ddp"}]
+    made += [
+        {"name": "fsdp", "shard_ranks": group, "reshard_after_forward": reshard}
+        for group, reshard in itertools.product(groups, (True, False))
+    ]
+    made += [{"name": "zero", "stage": stage} for stage in (1, 2, 3)]
+    others = [EngineConfig(**values) for values in made]
+    if own.shard_ranks == gpus:  # one group of all is the same as 0
+        others = [other for other in others if other != replace(own, shard_ranks=0)]
+    possible = [] if own.shard_ranks and gpus % own.shard_ranks else [own]
+    return [*possible, *(other for other in others if other != own)]
+
+
+def modes(config: Config, every: Sequence[int] = _EVERY) -> list[Any]:
+    """Values of `train.activation_checkpointing`, the config's own first. `every`: for its form {every: k}."""
+    own = config.train.activation_checkpointing
+    some = [{"every": k} for k in every if k < config.model.layers]
+    return [own, *(mode for mode in ["none", "selective", *some, "full"] if mode != own)]
+
+
+def search(
+    config: Config, cluster: Cluster, planner: Planner, thorough: bool = False, quick: bool = False
+) -> list[Plan]:
+    """Plans of the settings that divide, the best first: those that fit, by time; then the tight ones; then those that
+    do not fit, by memory. Of each engine, sharding and mode it has the micro-batches that may be the
+    fastest: the largest that fit, and the config's own. `thorough`: every one up to the first that does not fit. `quick`:
+    without settings that do not fit, and with fewer modes."""
+    sizes = micro_batches(config, cluster.gpus)
+    plans = []
+    for engine, mode in itertools.product(engines(config, cluster), modes(config, _EVERY[:1] if quick else _EVERY)):
+        tried = _Tried(vary(config, engine=vars(engine), train={"activation_checkpointing": mode}), cluster)
+        most = tried.count_of_fitting(sizes)
+        chosen = set(sizes[: most + 1] if thorough else sizes[max(0, most - _TRIED) : max(1, most)])
+        if quick and not most and not (sizes and tried.has_room(sizes[0])):
+            continue
+        chosen |= {size for size in sizes if size == config.train.micro_batch}
+        plans += [planner(tried.at(size), cluster) for size in sorted(chosen)]
+    return sorted(plans, key=_place)
+
+
+def own_plan(plans: Iterable[Plan], config: Config) -> Plan | None:
+    """The plan with the config's own setting; of an automatic micro-batch, the largest that fits. None if there is no
+    such plan, because its micro-batch does not divide."""
+    same = [plan for plan in plans if is_same(plan.config, config)]
+    fitting = [plan for plan in same if plan.verdict == "fits"]
+    if fitting:
+        return max(fitting, key=lambda plan: plan.config.micro_batch)
+    return min(same, key=lambda plan: plan.config.micro_batch, default=None)
+
+
+def recommend(plans: Sequence[Plan], config: Config) -> Plan | None:
+    """The fastest plan that fits, or a tight one if none fits; None if none does. Of those that are as fast, it is the
+    config's own, or else the simplest engine with the most memory to spare."""
+    possible = sorted((plan for plan in plans if plan.verdict != "does not fit"), key=_place)
+    if not possible:
+        return None
+    best, own = possible[0], own_plan(plans, config)
+    near = [p for p in possible if p.verdict == best.verdict and p.seconds <= best.seconds * (1 + _SAME)]
+    return min(near, key=lambda p: (p is not own, _simplicity(p.config.engine), -p.spare))
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Clusters of one kind of GPU for a run, each with its best setting."""
+
+    plans: list[Plan]
+    """The best plan on each number of GPUs that divides the batch and has room, fewest GPUs first."""
+    own: list[Plan]
+    """The plans with the config's own setting, where it divides, fewest GPUs first."""
+
+    @property
+    def smallest(self) -> Plan | None:
+        """On the fewest GPUs."""
+        return next(iter(self._roomy()), None)
+
+    @property
+    def cheapest(self) -> Plan | None:
+        """With the fewest GPU-hours."""
+        return min(self._roomy(), key=lambda plan: plan.gpu_hours, default=None)
+
+    @property
+    def fastest(self) -> Plan | None:
+        return min(self._roomy(), key=lambda plan: plan.seconds, default=None)
+
+    def in_time(self, days: float) -> Plan | None:
+        """On the fewest GPUs that need at most so many days."""
+        return next((plan for plan in self._roomy() if plan.days <= days), None)
+
+    def _roomy(self) -> Sequence[Plan]:
+        """Those that fit; the tight ones if none does."""
+        return [plan for plan in self.plans if plan.verdict == "fits"] or self.plans
+
+
+def find_clusters(config: Config, like: Cluster, planner: Planner) -> Clusters:
+    """Plan the run on every number of GPUs that divides its batch: on a part of a node, then on whole nodes. `like`: a
+    cluster with the GPU, the size of a node and the network."""
+    found, own = [], []
+    for gpus in gpu_counts(config, like.per_node):
+        plans = search(config, replace(like, gpus=gpus, per_node=min(gpus, like.per_node)), planner, quick=True)
+        best, same = recommend(plans, config), own_plan(plans, config)
+        found += [best] if best else []
+        own += [same] if same else []
+    return Clusters(found, own)
+
+
+def gpu_counts(config: Config, per_node: int) -> list[int]:
+    """Numbers of GPUs over which the batch can be divided, fewest first."""
+    most = min(config.batch_sequences, _MOST_GPUS)
+    counts = [*range(1, min(per_node, most + 1)), *range(per_node, most + 1, per_node)]
+    return [count for count in counts if config.batch_sequences % count == 0]
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """An engine and a mode, with any micro-batch."""
+
+    config: Config
+    cluster: Cluster
+
+    def at(self, size: int) -> Config:
+        return vary(self.config, train={"micro_batch": size})
+
+    def has_room(self, size: int) -> bool:
+        """Whether it fits at all, if only tightly."""
+        return peak_memory(self.at(size), self.cluster.gpus).total <= self.cluster.gpu.memory
+
+    def count_of_fitting(self, sizes: Sequence[int]) -> int:
+        """How many of the sizes, which are in order, fit."""
+
+        def too_large(size: int) -> bool:
+            memory = peak_memory(self.at(size), self.cluster.gpus)
+            return memory.verdict(self.cluster.gpu.memory) != "fits"
+
+        return bisect_left(sizes, True, key=too_large)
+
+
+def _place(plan: Plan) -> tuple[int, float, float]:
+    order = _ORDER.index(plan.verdict)
+    if plan.verdict == "does not fit":  # what needs least is the nearest to fitting
+        return order, plan.memory.total, plan.seconds
+    return order, plan.seconds, plan.memory.total
+
+
+def _simplicity(engine: EngineConfig) -> tuple[int, int, bool]:
+    return ("ddp", "fsdp", "zero").index(engine.name), engine.shard_ranks, not engine.reshard_after_forward

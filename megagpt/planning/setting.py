@@ -1,0 +1,83 @@
+"""A setting: the keys of a config that decide how a run is computed, and not what is computed. Other values of them
+train the same run."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from megagpt.config import Config, EngineConfig
+from megagpt.config_types import AUTO
+from megagpt.config_yaml import value_text
+
+T = TypeVar("T")
+
+# Keys of `train` that belong to a setting.
+_TRAIN = ("micro_batch", "activation_checkpointing")
+
+
+def vary(config: Config, **sections: dict[str, Any]) -> Config:
+    """The config with other values, which are not checked: `vary(config, train={"micro_batch": 4})`."""
+    changed = {name: _with(getattr(config, name), values) for name, values in sections.items()}
+    return _with(config, changed)
+
+
+def _with(section: T, values: dict[str, Any]) -> T:
+    # dataclasses.replace checks all values again, which takes longer than planning with them.
+    made = copy.copy(section)
+    vars(made).update(values)
+    return made
+
+
+def is_same(config: Config, own: Config) -> bool:
+    """Whether a config has the setting of another one, whose micro-batch may be auto."""
+    size, mode = own.train.micro_batch, own.train.activation_checkpointing
+    same = config.engine == own.engine and config.train.activation_checkpointing == mode
+    return same and size in (AUTO, config.train.micro_batch)
+
+
+def overrides(config: Config, wanted: Config) -> list[str]:
+    """What to type after the name of `config` to get the setting of `wanted`; empty if it has it."""
+    engine, other = dataclasses.asdict(config.engine), dataclasses.asdict(wanted.engine)
+    if other["name"] != engine["name"]:  # on the command line, another name drops the file's settings of an engine
+        engine = {**dataclasses.asdict(EngineConfig()), "name": engine["name"]}
+    changed = [f"engine.{key}={value_text(value)}" for key, value in other.items() if value != engine[key]]
+    for key in _TRAIN:
+        value = getattr(wanted.train, key)
+        if value != getattr(config.train, key):
+            changed.append(f"train.{key}={value_text(value)}")
+    return changed
+
+
+def typed(given: Sequence[str], changed: Sequence[str]) -> list[str]:
+    """Overrides that were given, and then those that change them: each key once."""
+    keys = {word.partition("=")[0] for word in changed}
+    replaced = ("engine.",) if "engine.name" in keys else ()
+    kept = [word for word in given if word.partition("=")[0] not in keys and not word.startswith(replaced)]
+    return [*kept, *changed]
+
+
+def engine_words(engine: EngineConfig, ranks: int) -> str:
+    """The engine with its sharding, as one short name: "fsdp in groups of 8"."""
+    words: str = engine.name
+    if engine.name == "zero":
+        words += f" stage {engine.stage}"
+    if engine.name == "fsdp" and engine.shard_ranks not in (0, ranks):
+        words += f" in groups of {engine.shard_ranks}"
+    if engine.name == "fsdp" and not engine.reshard_after_forward:
+        words += ", kept"
+    if engine.offload != "none":
+        words += f", offload {engine.offload}"
+    return words
+
+
+def mode_words(mode: str | dict[str, int]) -> str:
+    """The value of `train.activation_checkpointing` as one word."""
+    return mode if isinstance(mode, str) else f"every {mode['every']}"
+
+
+def setting_words(config: Config, ranks: int) -> str:
+    """The setting as part of a sentence."""
+    mode = mode_words(config.train.activation_checkpointing)
+    engine = engine_words(config.engine, ranks)
+    return f"{engine}, activation checkpointing {mode}, micro-batch {config.micro_batch}"

@@ -1,0 +1,131 @@
+"""megagpt plan: its JSON, its refusals, what it writes and draws, and the advice that it prints."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from megagpt.cli import main
+from megagpt.config_file import load_config
+from megagpt.planning.setting import typed
+from megagpt.schedule import batch_sequences, ramp_work
+from tests.conftest import Refusal
+from tests.runs import shrunk
+
+Capture = pytest.CaptureFixture[str]
+
+
+def record(capsys: Capture, *arguments: str) -> dict:
+    capsys.readouterr()
+    assert main(["plan", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_json_has_the_plan_of_the_config_as_it_is(capsys: Capture) -> None:
+    found = record(capsys, "gpt3_xl.yaml", "--gpus", "64", "--price", "2", "train.micro_batch=2")
+    own = found["as_configured"]
+    low, high = own["tokens_per_second_range"]
+    assert low < own["tokens_per_second"] < high
+    assert own["memory"]["total"] == pytest.approx(sum(own["memory"]["parts"].values()))
+    assert own["fits"] is True
+    assert (own["micro_batch"], own["engine"]["name"], own["overrides"]) == (2, "ddp", [])
+    assert own["days"] * 86_400 >= 300e9 / own["tokens_per_second"]
+    assert own["cost"] == pytest.approx(own["days"] * 24 * 64 * 2)
+    assert own["step_seconds"] == pytest.approx(sum(own["step_parts"].values()))
+
+
+def test_what_exceeds_the_gpu_does_not_fit(capsys: Capture) -> None:
+    found = record(capsys, "gpt3_175b.yaml", "--gpus", "8")
+    assert found["as_configured"]["fits"] is False
+    assert found["as_configured"]["memory"]["total"] > found["cluster"]["figures"]["memory"]
+    assert found["recommended"] is None
+    assert found["clusters"]["smallest"]["fits"] is True
+
+
+def test_without_gpus_the_clusters_are_found(capsys: Capture) -> None:
+    clusters = record(capsys, "gpt3_13b.yaml", "--days", "30")["clusters"]
+    everything = clusters["all"]
+    assert clusters["smallest"]["gpus"] == min(plan["gpus"] for plan in everything if plan["verdict"] == "fits")
+    assert clusters["cheapest"]["gpu_hours"] == min(plan["gpu_hours"] for plan in everything)
+    in_time = [plan["gpus"] for plan in everything if plan["days"] <= 30]
+    assert clusters["in_time"]["gpus"] == min(in_time)
+
+
+@pytest.mark.parametrize(("arguments", "parts"), [
+    (["gpt3_175b", "--gpus", "1024", "train.micro_batch=1"],
+     ["1024 rank(s)", "2097152 or 4194304", "768 or 1536 ranks"]),
+    (["gpt3_xl", "--gpus", "12"], ["nodes of 8", "8 or 16"]),
+    (["gpt3_xl", "--gpus", "8", "--gpu", "h1000"], ["unknown GPU", "--gpu-memory"]),
+    (["gpt3_xl", "--gpus", "8", "--write", "/nowhere/x.yaml"], ["/nowhere", "--write"]),
+    (["gpt3_xl", "--gpus", "8", "--picture", "x.pdf"], ["--picture", ".png"]),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], parts: list[str], refusal: Refusal) -> None:
+    refusal(["plan", *arguments], *parts)
+
+
+@pytest.mark.parametrize("option", ["--gpus", "--per-node", "--network", "--price", "--days", "--gpu-memory"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "many"])
+def test_numbers_that_are_not_above_zero_are_refused(option: str, value: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "gpt3_xl", f"{option}={value}"])
+    assert caught.value.code == 2
+    assert "above 0" in capsys.readouterr().err
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = "import sys; from megagpt.cli import main; main(['plan', 'gpt3_175b', '--gpus', '512']); "
+    code += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_the_written_config_reads_back_and_trains(tmp_path: Path, corpus: Path, capsys: Capture) -> None:
+    written = tmp_path / "my.yaml"
+    found = record(capsys, "gpt3_125m.yaml", "--gpus", "8", "--write", str(written))["recommended"]
+    config = load_config(str(written))
+    assert config == load_config("gpt3_125m.yaml", [*found["overrides"]])
+    run = [f"run.folder={tmp_path / 'runs'}", "engine.name=ddp", "train.micro_batch=4"]
+    assert main(["train", str(written), *shrunk(corpus), *run]) == 0
+
+
+def test_the_picture_is_drawn(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["plan", "gpt2_124m", "--gpus", "8", "--price", "2", "--picture", str(tmp_path / "a.svg")]) == 0
+    text = (tmp_path / "a.svg").read_text()
+    assert all(word in text for word in ("Memory of a GPU", "Time to the last token", "Cost at $2 an hour"))
+
+
+def test_the_recommended_command_is_understood(capsys: Capture) -> None:
+    assert main(["plan", "gpt3_175b", "--gpus", "512", "train.micro_batch=1"]) == 0
+    (command,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  megagpt launch slurm")]
+    assert main(shlex.split(command)[1:]) == 0
+    assert "train.micro_batch=1" not in command
+
+
+def test_every_term_is_explained_and_lines_are_short(capsys: Capture) -> None:
+    assert main(["plan", "gpt3_13b", "--gpus", "64", "--price", "2.5", "--compare", "--explain"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if "megagpt launch" not in line) <= 120
+    text = "\n".join(lines)
+    assert all(word in text for word in ("saved activations", "matrix products", "reserve", "energy", "data sheet"))
+
+
+def test_an_override_is_typed_once() -> None:
+    assert typed(["train.micro_batch=1", "run.name=a"], ["train.micro_batch=3"])[1:] == ["train.micro_batch=3"]
+    assert typed(["engine.stage=3", "engine.name=zero"], ["engine.name=ddp"]) == ["engine.name=ddp"]
+
+
+@pytest.mark.parametrize("name", ["gpt3_175b", "gpt3_125m", "gpt2_124m"])
+def test_steps_of_the_ramp_are_counted_without_a_walk(name: str) -> None:
+    config, unit, seen, walked = load_config(name), 64, 0, Counter[int]()
+    while seen * config.model.context < config.train.batch_ramp_tokens:
+        walked[batch_sequences(config, seen)] += 1
+        seen += batch_sequences(config, seen)
+    work = ramp_work(config, unit)
+    several = {size: steps for size, steps in walked.items() if size > unit}
+    assert work.single == sum(walked.values()) - sum(several.values())
+    assert (work.other, work.sequences) == (sum(several.values()), seen)
+    assert work.micro_batches == sum(-(-size // unit) * steps for size, steps in several.items())
