@@ -43,23 +43,26 @@ def engines(config: Config, cluster: Cluster) -> list[EngineConfig]:
     return [*possible, *(other for other in others if other != own)]
 
 
-def modes(config: Config) -> list[Any]:
-    """Values of `train.activation_checkpointing`, the config's own first."""
+def modes(config: Config, every: Sequence[int] = _EVERY) -> list[Any]:
+    """Values of `train.activation_checkpointing`, the config's own first. `every`: for its form {every: k}."""
     own = config.train.activation_checkpointing
-    every = [{"every": k} for k in _EVERY if k < config.model.layers]
-    return [own, *(mode for mode in ["none", "selective", *every, "full"] if mode != own)]
+    some = [{"every": k} for k in every if k < config.model.layers]
+    return [own, *(mode for mode in ["none", "selective", *some, "full"] if mode != own)]
 
 
-def search(config: Config, cluster: Cluster, planner: Planner, thorough: bool = False) -> list[Plan]:
+def search(config: Config, cluster: Cluster, planner: Planner, thorough: bool = False, quick: bool = False) -> list[Plan]:
     """Plans of the settings that divide, the best first: those that fit, by their time; then the tight ones; then those
     that do not fit, by their memory. Of each engine, sharding and mode it has the micro-batches that may be the
-    fastest: the largest that fit, and the config's own. `thorough`: every one up to the first that does not fit."""
+    fastest: the largest that fit, and the config's own. `thorough`: every one up to the first that does not fit. `quick`:
+    without settings that do not fit, and with fewer modes."""
     sizes = micro_batches(config, cluster.gpus)
     plans = []
-    for engine, mode in itertools.product(engines(config, cluster), modes(config)):
+    for engine, mode in itertools.product(engines(config, cluster), modes(config, _EVERY[:1] if quick else _EVERY)):
         tried = _Tried(vary(config, engine=vars(engine), train={"activation_checkpointing": mode}), cluster)
         most = tried.count_of_fitting(sizes)
         chosen = set(sizes[: most + 1] if thorough else sizes[max(0, most - _TRIED) : max(1, most)])
+        if quick and not most and not (sizes and tried.has_room(sizes[0])):
+            continue
         chosen |= {size for size in sizes if size == config.train.micro_batch}
         plans += [planner(tried.at(size), cluster) for size in sorted(chosen)]
     return sorted(plans, key=_place)
@@ -123,7 +126,7 @@ def find_clusters(config: Config, like: Cluster, planner: Planner) -> Clusters:
     cluster with the GPU, the size of a node and the network."""
     found, own = [], []
     for gpus in gpu_counts(config, like.per_node):
-        plans = search(config, replace(like, gpus=gpus, per_node=min(gpus, like.per_node)), planner)
+        plans = search(config, replace(like, gpus=gpus, per_node=min(gpus, like.per_node)), planner, quick=True)
         best, same = recommend(plans, config), own_plan(plans, config)
         found += [best] if best else []
         own += [same] if same else []
@@ -146,6 +149,10 @@ class _Tried:
 
     def at(self, size: int) -> Config:
         return vary(self.config, train={"micro_batch": size})
+
+    def has_room(self, size: int) -> bool:
+        """Whether it fits at all, if only tightly."""
+        return peak_memory(self.at(size), self.cluster.gpus).total <= self.cluster.gpu.memory
 
     def count_of_fitting(self, sizes: Sequence[int]) -> int:
         """How many of the sizes, which are in order, fit."""
