@@ -25,8 +25,8 @@ _WARMUP, _FEWEST = 3, 5
 _CPU_FLOPS, _CPU_BANDWIDTH, _CPU_LINK = 8e10, 1.5e10, 2e9
 # Shares and bytes of a CPU's step, from the CPU time of the 12 shapes of tests/planning/test_measured.py.
 _CPU_CONSTANTS = Calibration(
-    products=1.0, attention=0.5, products_origin="12 shapes on a CPU", half_tokens=0, other_bytes=2000, fp32_values=1.6,
-    logit_bytes=60, weight_bytes=10, update_bytes=40, launch=0, overlap=1.0, hop=0,
+    products=1.0, attention=1.0, products_origin="12 shapes on a CPU", half_tokens=80, other_bytes=2800,
+    fp32_values=1.6, logit_bytes=70, weight_bytes=10, update_bytes=20, launch=0, overlap=1.0, hop=0,
 )  # fmt: skip
 
 

@@ -50,6 +50,27 @@ def test_stage_3_partitions_every_parameter() -> None:
     assert on_two_ranks(stage_3_partitions, [small("zero-3")]) == [([], [])]
 
 
+def gradients_beside_buckets(case: Case, world: World) -> list[int]:
+    """After each micro-batch of the third step, when DDP has its final buckets: gradients with memory of their own."""
+    engine = build_engine(case.config(), world)
+    counts: list[int] = []
+
+    def count() -> None:
+        gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
+        counts.append(sum(g.untyped_storage().nbytes() == g.nbytes for g in gradients))
+
+    for step in range(3):
+        engine.on_micro_batch = count if step == 2 else lambda: None
+        engine.train_step(share(step, world.rank, case), LR)
+    return counts
+
+
+def test_ddps_gradients_stay_in_its_buckets() -> None:
+    """Also before a step's last micro-batch: otherwise all gradients would be there twice."""
+    case = small("ddp", accumulation=4)
+    assert on_two_ranks(gradients_beside_buckets, [case]) == [([0] * 4, [0] * 4)]
+
+
 def evaluating(case: Case, world: World) -> tuple[list[float], list[str]]:
     """The loss of a batch as evaluation sees it, and names of the weights that stayed gathered afterwards."""
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # without its C++, which takes minutes

@@ -107,7 +107,7 @@ def test_exams_are_beside_the_references(run: Logged) -> None:
 
 
 def test_the_plan_is_shown_against_the_outcome(run: Logged) -> None:
-    """1,000 steps of 0.25 s. The plan took no GPU that it does not know, and no run that has not ended, for a whole one."""
+    """After 1,000 steps of 0.25 s; of an unknown card memory only; of a run that has not ended, the time so far."""
     assert "Plan against outcome" not in shown(run.folder).text
     speeds = {"predicted_tokens_per_second": 2e6, "predicted_tokens_per_second_low": 1.8e6}
     speeds |= {"predicted_tokens_per_second_high": 2.2e6, "measured_tokens_per_second": 2.1e6}
