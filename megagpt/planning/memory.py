@@ -112,14 +112,17 @@ class _Step:
 
     def moments(self) -> Iterator[tuple[str, dict[str, float]]]:
         yield from self._head()
-        yield "the last block's forward pass", self._parts(
-            len(self.kinds) - 1,
-            {
-                "saved activations": kept_bytes(self.config),
-                "block at work": self.tokens * forward_per_token(self.config, self.kinds[-1]),
-                "copies of weights": self._copies(len(self.kinds), self.kinds),
-                "gathered weights": self._gathered(1 if self.config.engine.reshard_after_forward else -1),
-            },
+        yield (
+            "the last block's forward pass",
+            self._parts(
+                len(self.kinds) - 1,
+                {
+                    "saved activations": kept_bytes(self.config),
+                    "block at work": self.tokens * forward_per_token(self.config, self.kinds[-1]),
+                    "copies of weights": self._copies(len(self.kinds), self.kinds),
+                    "gathered weights": self._gathered(1 if self.config.engine.reshard_after_forward else -1),
+                },
+            ),
         )
         for index in self._representatives():
             for moment in _SQUARES:
