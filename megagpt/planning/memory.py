@@ -24,8 +24,8 @@ from megagpt.planning.state import StateBytes, gpu_state_bytes, matrices, sharde
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
-# Beside the tensors, from experience, not measured here: bytes of the CUDA context, cuBLAS and NCCL; and the allocator's
-# slack, as a share of what comes and goes.
+# Beside the tensors, from experience, not measured here: bytes of the CUDA context, cuBLAS and NCCL; and the slack of
+# the allocator, as a share of what comes and goes.
 _CONTEXT_BYTES = 2.5e9
 _SLACK = 0.06
 # Elements that ZeRO-3 keeps gathered: DeepSpeed's `stage3_max_live_parameters`.
