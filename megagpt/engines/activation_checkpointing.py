@@ -50,7 +50,7 @@ def checkpoint_activations(model: GPT, mode: ActivationCheckpointing) -> None:
 
 
 def selective_policy(config: ModelConfig) -> Callable[..., CheckpointPolicy]:
-    """The rule of `selective` for a block's operators: (context, operator, *arguments) -> whether its output is kept."""
+    """The rule of `selective`: (context, operator, *arguments) -> whether the operator's output is kept."""
     dropout = config.dropout > 0
     # A kernel that draws its own dropout must run again; otherwise all later draws would differ from the forward pass.
     kept = frozenset([*_PRODUCTS, *_FLOAT8, *([] if dropout else _ATTENTION)])

@@ -20,7 +20,7 @@ class NativeEngine(Engine):
     shard_group: dist.ProcessGroup | None = None
     """Ranks over which gradients are sharded; None if each rank has all of them."""
     keeps_gradients = False
-    """Whether gradients lie in memory that is never given back. A step then sets them to zero, and does not drop them."""
+    """Whether gradients lie in memory that is never given back: a step then sets them to zero."""
 
     def _backward(self, loss: Tensor, scale: float, last: bool) -> Tensor:
         self._scaled(loss, scale * self.loss_scale.value, last).backward()

@@ -24,8 +24,8 @@ from megagpt.planning.state import StateBytes, gpu_state_bytes, matrices, sharde
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
-# Beside the tensors, from experience, not measured here: bytes of the CUDA context, cuBLAS and NCCL; and the allocator's
-# slack, as a share of what comes and goes.
+# Beside the tensors, from experience, not measured here: bytes of the CUDA context, cuBLAS and NCCL; and the slack of
+# the allocator, as a share of what comes and goes.
 _CONTEXT_BYTES = 2.5e9
 _SLACK = 0.06
 # Elements that ZeRO-3 keeps gathered: DeepSpeed's `stage3_max_live_parameters`.
@@ -104,7 +104,6 @@ class _Step:
         """Elements of a gathered block, which FSDP fills up to a multiple of the ranks."""
         if self.name == "fsdp":
             self.block = sharing * sharded_block(self.model, sharing)
-        self.shard = self.block / sharing
         self.table = self.model.padded_vocab_size * self.model.width
         self.outside = self.table + (self.model.context + 2) * self.model.width
         # Without them, the gradients come into being during the only backward pass.
@@ -113,14 +112,17 @@ class _Step:
 
     def moments(self) -> Iterator[tuple[str, dict[str, float]]]:
         yield from self._head()
-        yield "the last block's forward pass", self._parts(
-            len(self.kinds) - 1,
-            {
-                "saved activations": kept_bytes(self.config),
-                "block at work": self.tokens * forward_per_token(self.config, self.kinds[-1]),
-                "copies of weights": self._copies(len(self.kinds), self.kinds),
-                "gathered weights": self._gathered(1 if self.config.engine.reshard_after_forward else -1),
-            },
+        yield (
+            "the last block's forward pass",
+            self._parts(
+                len(self.kinds) - 1,
+                {
+                    "saved activations": kept_bytes(self.config),
+                    "block at work": self.tokens * forward_per_token(self.config, self.kinds[-1]),
+                    "copies of weights": self._copies(len(self.kinds), self.kinds),
+                    "gathered weights": self._gathered(1 if self.config.engine.reshard_after_forward else -1),
+                },
+            ),
         )
         for index in self._representatives():
             for moment in _SQUARES:
@@ -184,8 +186,9 @@ class _Step:
             if self.name == "zero":
                 sums = 4.0 * bucket_elements(self.model)
             elif index < len(self.kinds) - 1:
-                sums = 4 * self.block + 8 * self.shard
-            blocks = -1 if not self.config.engine.reshard_after_forward else 2 if index else 1
+                sums = 4 * self.block
+            kept = not self.config.engine.reshard_after_forward
+            blocks = len(self.kinds) if kept else 2 if index else 1
             more = {"gathered weights": self._gathered(blocks), "block's gradients": a * done + sums}
             yield name, self._parts(index, parts | more | {"table's gradient": float(table)})
             return
@@ -209,7 +212,7 @@ class _Step:
         parts = {"gathered weights": self._gathered(0)}
         if self.name == "ddp":
             return "the end of the backward pass", self._parts(-1, parts | {"table's gradient": 12.0 * self.table})
-        sums = 4 * self.block + 8 * self.shard if self.name == "fsdp" else 4.0 * bucket_elements(self.model)
+        sums = 4 * self.block if self.name == "fsdp" else 4.0 * bucket_elements(self.model)
         sizes = (3 * self.a * self.table + sums, (4 + self.a) * self.outside - parts["gathered weights"])
         return "the end of the backward pass", self._parts(-1, parts | {"table's gradient": float(max(sizes))})
 

@@ -84,8 +84,8 @@ class PretendCompiler:
             return node.args[0].meta["recompute"]  # type: ignore[union-attr]
         return self._keep(None, node.target, *(a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args))
 
-    def _run(self, graph: fx.GraphModule, inputs: Any) -> Callable[[list[Any]], Any]:
-        interpreter = _Interpreter(graph, self._written)
+    def _run(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[[list[Any]], Any]:
+        interpreter = _Interpreter(gm, self._written)
 
         def boxed(arguments: list[Any]) -> Any:
             taken = list(arguments)
