@@ -4,13 +4,14 @@ import importlib.util
 from pathlib import Path
 
 from megagpt.errors import UserError, first_line
+from megagpt.extras import install_extra
 
 
 def check_drawing(command: str) -> None:
     """Raises UserError if the libraries that draw are not installed."""
     missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{command} needs {' and '.join(missing)}: install it with pip install 'megagpt[report]'")
+        raise UserError(f"{command} needs {' and '.join(missing)}: install it: {install_extra('report')}")
 
 
 def picture_kind(target: Path, option: str) -> str:
