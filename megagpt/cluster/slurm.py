@@ -7,7 +7,8 @@ from megagpt.cards import CARDS
 from megagpt.config import Config
 from megagpt.config_types import AUTO
 from megagpt.errors import UserError, did_you_mean
-from megagpt.planning.fit import check_fit, gigabytes
+from megagpt.planning.amounts import gigabytes
+from megagpt.planning.fit import check_fit
 from megagpt.planning.gpus import find_gpu, gpu_names
 from megagpt.planning.micro_batch import resolved
 
@@ -33,7 +34,7 @@ def check_job(config: Config, ranks: int, gpu: str | None, gpu_gb: float | None)
     memory = check_fit(config, ranks, largest, f"the largest known; {ask}").memory
     if config.train.micro_batch == AUTO:
         return f"train.micro_batch auto depends on the GPU; {ask} to see it", ""
-    needs = f"{gigabytes(memory.total)} at the peak and {gigabytes(memory.reserve)} beside it"
+    needs = f"{gigabytes(memory.total)} GB at the peak and {gigabytes(memory.reserve)} GB beside it"
     return f"{_micro_batches(config, ranks)}; each GPU needs {needs}; {ask} to have that checked", ""
 
 

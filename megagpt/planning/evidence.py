@@ -19,7 +19,7 @@ _OTHERS = "they are of other people's code; this project's own step has not been
 def find_evidence(config: Config, cluster: Cluster, calibration: Calibration) -> tuple[tuple[float, float], str]:
     """The 80% range as factors of the predicted speed, and the sentence that says what the range rests on."""
     if calibration.run:
-        factor = f"{calibration.factor:.2f} times the published constants' time"
+        factor = f"{calibration.factor:.2f} times the constants' time"
         return _CALIBRATED, f"calibrated with the run {calibration.run}, which took {factor}: ±15%"
     assumed = ""
     if calibration.products_origin.startswith(ASSUMED):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megagpt.config import Config
 from megagpt.errors import UserError
+from megagpt.planning.amounts import gigabytes
 from megagpt.planning.memory import Memory, peak_memory
 from megagpt.planning.micro_batch import resolved
 from megagpt.planning.way_out import way_out
@@ -27,21 +28,16 @@ def check_fit(config: Config, ranks: int, capacity: float, card: str = "") -> Fi
     wanted, config = config, resolved(config, ranks, capacity)
     memory = peak_memory(config, ranks)
     verdict = memory.verdict(capacity)
-    needs = f"{gigabytes(memory.total)} at the peak, {memory.moment}"
-    sentence = f"each GPU needs {needs}, and has {gigabytes(capacity)}"
+    needs = f"{gigabytes(memory.total)} GB at the peak, {memory.moment}"
+    sentence = f"each GPU needs {needs}, and has {gigabytes(capacity)} GB"
     if verdict == "fits":
         return Fit(memory, sentence, "")
     found = way_out(wanted, ranks, capacity)
     if verdict == "tight":
-        beside = f"CUDA and the allocator may need {gigabytes(memory.reserve)} besides"
+        beside = f"CUDA and the allocator may need {gigabytes(memory.reserve)} GB besides"
         way = f"; if memory runs out: {found}" if found else ""
         return Fit(memory, sentence, f"memory is tight: {sentence}, and {beside}{way}")
     way = found or "no setting of this code makes it fit: take GPUs with more memory"
-    parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in memory.parts.items() if size)
-    where = f"{ranks} GPU(s) of {gigabytes(capacity)}{f' ({card})' if card else ''}"
+    parts = ", ".join(f"{name} {gigabytes(size)} GB" for name, size in memory.parts.items() if size)
+    where = f"{ranks} GPU(s) of {gigabytes(capacity)} GB{f' ({card})' if card else ''}"
     raise UserError(f"{config.run.name} does not fit on {where}: each needs {needs} ({parts}); {way}")
-
-
-def gigabytes(size: float) -> str:
-    """Bytes for people, in GB of 1e9, as makers count."""
-    return f"{size / 1e9:,.1f} GB"

@@ -7,7 +7,7 @@ from typing import Any
 
 from megagpt.config import Config
 from megagpt.errors import UserError
-from megagpt.planning.fit import gigabytes
+from megagpt.planning.amounts import gigabytes
 from megagpt.planning.gpus import Cluster, gpu_of_device
 from megagpt.planning.memory import peak_memory
 from megagpt.planning.plan import make_plan
@@ -67,7 +67,7 @@ def beside(planned: Forecast, memory: float | None, tokens_per_second: float | N
     """Predicted beside measured, one text for memory and one for speed, as far as both are known."""
     if memory:
         off = _off(memory, planned.memory_bytes)
-        yield f"memory {gigabytes(memory)}, {off} the plan's {gigabytes(planned.memory_bytes)}"
+        yield f"memory {gigabytes(memory)} GB, {off} the plan's {gigabytes(planned.memory_bytes)} GB"
     if tokens_per_second and planned.tokens_per_second:
         low, high = planned.tokens_per_second_low, planned.tokens_per_second_high
         text = f"speed {tokens_per_second:,.0f} tok/s, {_off(tokens_per_second, planned.tokens_per_second)} the plan's"

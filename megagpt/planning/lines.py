@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from megagpt.planning.amounts import energy, gigabytes, large, money, seconds, time, whole, wrapped
 from megagpt.planning.answer import Answer, Question
 from megagpt.planning.explain import explained
-from megagpt.planning.gpus import Cluster
+from megagpt.planning.gpus import CPU, Cluster
 from megagpt.planning.plan import Plan
 from megagpt.planning.setting import overrides, setting_words, typed
 from megagpt.planning.tables import best_of, table
@@ -65,6 +65,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     peak = f"{gigabytes(memory.total)} GB a GPU at the fullest moment, {memory.moment}: "
     yield from _labelled("memory", peak + fit_words(plan))
     yield from _labelled("", _sum({name: gigabytes(size) for name, size in memory.parts.items()}))
+    for note in memory.notes:
+        yield from _labelled("", note)
     batches = f"{plan.accumulation} micro-batch{'es' if plan.accumulation > 1 else ''} of each rank"
     parts = _sum({name: seconds(taken) for name, taken in speed.seconds.items()})
     yield from _labelled("step", f"{seconds(speed.step)} for {batches}: {parts}")
@@ -72,11 +74,12 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield from _labelled("", f"beside them {seconds(speed.hidden_exchange)} of exchange that computation hides")
     facts = [f"{large(speed.tokens_per_second)} tokens/s ({large(speed.range[0])} to {large(speed.range[1])})"]
     facts += [f"{large(speed.tokens_per_second / ranks)} a GPU"] if ranks > 1 else []
-    yield from _labelled("speed", ", ".join([*facts, f"MFU {speed.mfu:.0%}"]))
+    facts += [] if plan.cluster.gpu.name == CPU else [f"MFU {speed.mfu:.0%}"]  # a CPU's peak is nominal
+    yield from _labelled("speed", ", ".join(facts))
     days = f"{time(plan.days)} ({time(low * plan.days)} to {time(high * plan.days)})"
     extra = f" (validations: up to {validating:.1%})" if (validating := _validating(plan)) > 0.001 else ""
     yield from _labelled("time", f"{days}; validations, exams, samples and saves come on top{extra}")
-    bill = f"{whole(plan.gpu_hours)} GPU-hours"
+    bill = _hours(plan)
     if plan.cost is not None:
         spread = f"{money(low * plan.cost)} to {money(high * plan.cost)}"
         bill += f" at ${plan.price:g} = {money(plan.cost)} ({spread})"
@@ -85,6 +88,10 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     if plan.config.train.batch_ramp_tokens:
         yield from _labelled("batch ramp", _ramp_words(plan))
     yield from _labelled("evidence", speed.evidence)
+
+
+def _hours(plan: Plan) -> str:
+    return f"{whole(plan.gpu_hours)} {'rank' if plan.cluster.gpu.name == CPU else 'GPU'}-hours"
 
 
 def _validating(plan: Plan) -> float:
@@ -125,7 +132,7 @@ def _advice(answer: Answer) -> Iterator[str]:
     else:
         facts = [
             time(best.days),
-            f"{whole(best.gpu_hours)} GPU-hours",
+            _hours(best),
             *([] if best.cost is None else [money(best.cost)]),
         ]
         words = f"{setting_words(best.config, best.cluster.gpus)}: {', '.join(facts)}"
@@ -188,7 +195,7 @@ def _choice(label: str, question: Question, plan: Plan) -> Iterator[str]:
 
 
 def _bill(plan: Plan) -> str:
-    facts = [time(plan.days), f"{whole(plan.gpu_hours)} GPU-hours"]
+    facts = [time(plan.days), _hours(plan)]
     return ", ".join(facts if plan.cost is None else [*facts, money(plan.cost)])
 
 

@@ -82,7 +82,7 @@ def _notes(config: Config) -> Iterator[str]:
     if config.train.float8 != "none":
         yield f"train.float8 {config.train.float8}: planned as bf16; not traced, because its products need a GPU"
     if config.engine.name == "zero":
-        yield "engine.name zero: DeepSpeed's buffers by its own rules; checked on two ranks of a CPU only"
+        yield "engine.name zero: DeepSpeed's buffers are counted by its settings; its peaks were not measured"
     if config.engine.offload != "none":
         yield f"engine.offload {config.engine.offload}: what is copied to the GPU for a moment is not counted"
 
@@ -96,6 +96,8 @@ class _Step:
         self.compiled = compiles(config.train.compile, "cuda")
         self.state: StateBytes = gpu_state_bytes(config, ranks)
         self.kinds = kinds_of_blocks(config)
+        self.kept = {kind: kept_per_token(config, kind) for kind in set(self.kinds)}
+        """Bytes a token that a block of each kind keeps."""
         self.name = config.engine.name
         self.whole = self.name == "zero" and config.engine.stage < 3
         """Whether every rank has all weights in the compute precision."""
@@ -175,7 +177,7 @@ class _Step:
     def _block(self, index: int, moment: str) -> Iterator[tuple[str, dict[str, float]]]:
         kind, a, c = self.kinds[index], self.a, self.model.width
         current, done = (count * c * c for count in _SQUARES[moment])
-        before = sum(kept_per_token(self.config, other) for other in self.kinds[:index])
+        before = sum(kept * self.kinds[:index].count(other) for other, kept in self.kept.items())
         before += c if self.model.dropout else 0  # the embedding's mask
         at_work = self.tokens * backward_per_token(self.config, kind)[moment]
         name = f"the backward pass of block {index + 1} of {len(self.kinds)}, gradient of {moment}"

@@ -6,7 +6,7 @@ from typing import Any
 from megagpt.config import Config
 from megagpt.planning.answer import Answer
 from megagpt.planning.explain import plan_terms
-from megagpt.planning.gpus import Cluster
+from megagpt.planning.gpus import CPU, Cluster
 from megagpt.planning.plan import Plan
 from megagpt.planning.setting import overrides
 from megagpt.planning.tables import best_of
@@ -57,6 +57,7 @@ def plan_record(plan: Plan, own: Config) -> dict[str, Any]:
             "state": memory.state,
             "total": memory.total,
             "reserve": memory.reserve,
+            "notes": list(memory.notes),
         },
         "fits": plan.verdict != "does not fit",
         "verdict": plan.verdict,
@@ -66,7 +67,7 @@ def plan_record(plan: Plan, own: Config) -> dict[str, Any]:
         "hidden_exchange_seconds": speed.hidden_exchange,
         "tokens_per_second": speed.tokens_per_second,
         "tokens_per_second_range": list(speed.range),
-        "mfu": speed.mfu,
+        "mfu": None if plan.cluster.gpu.name == CPU else speed.mfu,
         "evidence": speed.evidence,
         "days": plan.days,
         "days_range": [plan.days * low, plan.days * high],

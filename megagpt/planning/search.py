@@ -54,9 +54,9 @@ def search(
     config: Config, cluster: Cluster, planner: Planner, thorough: bool = False, quick: bool = False
 ) -> list[Plan]:
     """Plans of the settings that divide, the best first: those that fit, by time; then the tight ones; then those that
-    do not fit, by memory. Of each engine, sharding and mode it has the micro-batches that may be the
-    fastest: the largest that fit, and the config's own. `thorough`: every one up to the first that does not fit. `quick`:
-    without settings that do not fit, and with fewer modes."""
+    do not fit, by memory. Of each engine, sharding and mode it has the micro-batches that may be the fastest: the
+    largest that fit, and the config's own. `thorough`: every one up to the first that does not fit. `quick`: without
+    settings that do not fit, and with fewer modes."""
     sizes = micro_batches(config, cluster.gpus)
     plans = []
     for engine, mode in itertools.product(engines(config, cluster), modes(config, _EVERY[:1] if quick else _EVERY)):

@@ -17,7 +17,8 @@ from megagpt.data.loader import Batch
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.errors import UserError
 from megagpt.hardware import device_name
-from megagpt.planning.fit import check_fit, gigabytes
+from megagpt.planning.amounts import gigabytes
+from megagpt.planning.fit import check_fit
 from megagpt.planning.forecast import Forecast, forecast
 from megagpt.planning.memory import peak_memory
 from megagpt.planning.micro_batch import largest_micro_batch, micro_batch_choices, with_micro_batch
@@ -91,8 +92,8 @@ def _warn_of_host(config: Config, world: World) -> None:
     here = world.hosts().count(world.host)
     needed, free = here * state_bytes(config, world.size).total, float(free_memory())
     if needed > free:
-        problem = f"weights, gradients and moments take {gigabytes(needed)} of this host's memory"
-        say(f"warning: {problem}, and {gigabytes(free)} are free")
+        problem = f"weights, gradients and moments take {gigabytes(needed)} GB of this host's memory"
+        say(f"warning: {problem}, and {gigabytes(free)} GB are free")
 
 
 def _known(config: Config, world: World, last: dict[str, Any]) -> int | None:
