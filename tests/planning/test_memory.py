@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,22 +26,24 @@ def assert_same_peak(shape: dict[str, Any], engine: dict[str, Any], ranks: int, 
     assert peak_memory(settings, ranks).total == pytest.approx(trace(settings, ranks).peak, rel=0.03)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("engine", "ranks"), [(DDP, 1), (FSDP, 16)], ids=["ddp", "fsdp"])
-def test_the_formula_is_the_traced_peak(mode: Any, precision: str, engine: dict[str, Any], ranks: int) -> None:
-    """Within 3%, in eager blocks."""
-    for shape, batch in ((LONG, 8), (WIDE, 1)):
-        train = {"precision": precision, "activation_checkpointing": mode, "compile": False}
-        assert_same_peak(shape, engine, ranks, batch, **train)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("engine", "ranks"), [(DDP, 1), (FSDP, 16)], ids=["ddp", "fsdp"])
-def test_compiled_blocks_have_a_formula_too(mode: Any, precision: str, engine: dict[str, Any], ranks: int) -> None:
-    for shape, batch in ((LONG, 8), (WIDE, 1)):
+def test_the_formula_is_the_traced_peak(mode: Any, precision: str, engine: dict[str, Any], ranks: int) -> None:
+    """Within 3%, in eager blocks. Each mode and engine meets both shapes."""
+    wide = (precision == "bf16") == (mode in ("none", "full"))
+    settings = {"precision": precision, "activation_checkpointing": mode, "compile": False}
+    assert_same_peak(*((WIDE, engine, ranks, 1) if wide else (LONG, engine, ranks, 8)), **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize(("engine", "ranks"), [(DDP, 1), (FSDP, 16)], ids=["ddp", "fsdp"])
+def test_compiled_blocks_have_a_formula_too(mode: Any, engine: dict[str, Any], ranks: int) -> None:
+    """In bf16 and, for two modes, in fp32."""
+    shape, batch = (LONG, 8) if mode in ("none", "full") else (WIDE, 1)
+    for precision in ("bf16", "fp32") if mode in ("none", "selective") else ("bf16",):
         assert_same_peak(shape, engine, ranks, batch, precision=precision, activation_checkpointing=mode)
 
 
@@ -128,16 +131,17 @@ def test_fsdp_fills_uneven_rows_up() -> None:
 
 
 @pytest.mark.slow
-def test_175b_on_1024_ranks_takes_two_minutes_and_1_gb() -> None:
-    """All 96 layers. The memory is this process's own; the time is bounded by the test's timeout."""
+def test_175b_on_1024_ranks_is_traced_within_1_gb() -> None:
+    """A quarter of its layers; docs/planning.md has all of them. The memory is that of a process of its own."""
     code = (
         "import resource\nfrom tests.planning.configs import config\nfrom megagpt.planning.trace import trace\n"
-        "run = config({'preset': 'gpt3-175b'}, {'name': 'fsdp'}, 1024, 1, activation_checkpointing='full')\n"
+        "shape = {'preset': 'gpt3-175b', 'layers': 24}\n"
+        "run = config(shape, {'name': 'fsdp'}, 1024, 1, activation_checkpointing='full')\n"
         "print(trace(run, 1024).peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)
     peak, kilobytes = map(float, done.stdout.split())
-    run = config({"preset": "gpt3-175b"}, FSDP, 1024, 1, activation_checkpointing="full")
+    run = config({"preset": "gpt3-175b", "layers": 24}, FSDP, 1024, 1, activation_checkpointing="full")
     assert peak_memory(run, 1024).total == pytest.approx(peak, rel=0.03)
     assert kilobytes < 1e6
 
@@ -148,5 +152,6 @@ def test_planning_memory_needs_no_pytorch() -> None:
 
 
 def test_every_shipped_config_has_a_peak() -> None:
-    settings = load_config("gpt2_124m")
-    assert 10e9 < peak_memory(settings, 8).total < 20e9
+    for path in Path("configs").glob("gpt*.yaml"):
+        memory = peak_memory(load_config(str(path)), 512 if "175b" in path.stem else 8)
+        assert memory.state < memory.total < 90e9, path
