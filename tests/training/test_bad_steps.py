@@ -118,28 +118,28 @@ def test_a_changed_batch_numbers_steps_on(tiny: Tiny, tmp_path: Path) -> None:
 def test_a_run_resumes_from_the_checkpoint_that_was_chosen(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = str(tiny(checkpoint={"every_tokens": 640, "keep_last": 9}))
+    config = str(tiny(train={"tokens": 1024}, checkpoint={"every_tokens": 256, "keep_last": 9}))
     run = tmp_path / "runs" / "tiny"
     assert main(["train", config]) == 0
     whole = metrics(run)
     before = (run / "config.yaml").read_bytes()
     for arguments, words in {
-        ("--at", "700"): "has no checkpoint at 700 tokens; there are: 640, 1280, 1920, 2560",
-        ("train.tokens=1280",): "train.tokens 1,280 is less than the 2,560",
+        ("--at", "700"): "has no checkpoint at 700 tokens; there are: 256, 512, 768, 1024",
+        ("train.tokens=512",): "train.tokens 512 is less than the 1,024",
     }.items():
         capsys.readouterr()
         assert main(["train", "--resume", str(run), *arguments]) == 2
         assert words in capsys.readouterr().err
     assert (run / "config.yaml").read_bytes() == before
-    assert main(["train", "--resume", str(run / "checkpoints" / f"{1280:015d}")]) == 0
-    assert "000000000001920.abandoned, 000000000002560.abandoned" in capsys.readouterr().out
-    assert tokens_of(run) == [640, 1280, 1920, 2560]
+    assert main(["train", "--resume", str(run / "checkpoints" / f"{512:015d}")]) == 0
+    assert "000000000000768.abandoned, 000000000001024.abandoned" in capsys.readouterr().out
+    assert tokens_of(run) == [256, 512, 768, 1024]
     assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in whole]
-    assert metrics(run, Event.WENT_BACK)[0]["abandoned"] == ["000000000001920.abandoned", "000000000002560.abandoned"]
+    assert metrics(run, Event.WENT_BACK)[0]["abandoned"] == ["000000000000768.abandoned", "000000000001024.abandoned"]
     abandoned = (run / "metrics.abandoned.jsonl").read_text().splitlines()
-    assert sum('"event": "step"' in line for line in abandoned) == 10
+    assert sum('"event": "step"' in line for line in abandoned) == 4
     # Whoever types it again goes back again. A job that is requeued does not, once it has gone back.
-    again = ["train", "--auto-resume", config, "--at", "1280"]
+    again = ["train", "--auto-resume", config, "--at", "512"]
     for job, done_before in ((None, False), ("7", False), ("7", True), ("8", False)):
         if job:
             monkeypatch.setenv("SLURM_JOB_ID", job)
