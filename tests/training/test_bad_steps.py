@@ -18,11 +18,11 @@ from megagpt.config import SkipConfig, TrainConfig
 from megagpt.data.loader import Batch, Corpus
 from megagpt.engines.engine import Engine, StepResult
 from megagpt.engines.loss_scale import LossScale
+from megagpt.errors import ExitCode
 from megagpt.run_log import Event
 from megagpt.training.bad_steps import leave_out
 from megagpt.training.guard import Guard, Judgement
 from tests.conftest import Tiny, metrics
-from tests.processes import megagpt
 from tests.runs import losses
 
 TOO_HIGH = ["--allow-recipe-change", "optimizer.lr=3e19", "schedule.warmup_tokens=0", "train.nonfinite_limit=4"]
@@ -83,22 +83,22 @@ def test_a_run_that_was_never_good_says_how_to_begin_again(
 
 
 @pytest.mark.slow
-def test_a_stop_in_a_streak_saves_unproven_and_its_counts(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_stop_in_a_streak_saves_unproven_and_its_counts(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The uninterrupted run ends after four skipped steps; stopped after two, the resumed one ends after two more."""
     config = str(tiny(train={"tokens": 640}, checkpoint={"every_tokens": 128, "keep_last": 1}))
     run = tmp_path / "runs" / "tiny"
     assert main(["train", config]) == 0
-    first = megagpt(
-        "train", "--resume", str(run), "train.tokens=2560", *TOO_HIGH, "train.time_limit=0.001", cwd=tmp_path
-    )
-    assert first.returncode == 75, first.stderr  # after the one step that spoils the weights
-    second = megagpt("train", "--resume", str(run), *TOO_HIGH, "train.time_limit=0.001", cwd=tmp_path)
-    assert second.returncode == 75, second.stderr
+    resume = ["train", "--resume", str(run), *TOO_HIGH]
+    # After the one step that spoils the weights.
+    assert main([*resume, "train.tokens=2560", "train.time_limit=0.001"]) == ExitCode.STOPPED
+    assert main([*resume, "train.time_limit=0.001"]) == ExitCode.STOPPED
     assert tokens_of(run) == [640, 768, 896]
     assert [c.is_proven for c in list_checkpoints(run)] == [True, False, False]
-    last = megagpt("train", "--resume", str(run), *TOO_HIGH, "train.time_limit=0", cwd=tmp_path)
-    assert last.returncode == 2, last.stderr
-    assert "not finite in 4 steps in a row" in last.stderr
+    capsys.readouterr()
+    assert main([*resume, "train.time_limit=0"]) == ExitCode.FAILED
+    assert "not finite in 4 steps in a row" in capsys.readouterr().err
     assert [line["skipped_updates"] for line in metrics(run)][-5:] == [0, 0, 1, 2, 3]
     assert [line["step"] for line in metrics(run)] == list(range(1, 10))
     assert tokens_of(run) == [640]
