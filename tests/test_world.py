@@ -1,6 +1,5 @@
 """A failing rank ends all ranks within seconds, whatever they wait for, and one line says why."""
 
-import contextlib
 import os
 import signal
 import time
@@ -10,11 +9,9 @@ from unittest import mock
 import pytest
 
 from megagpt import world
-from megagpt.cli import main
 from megagpt.errors import ExitCode, Reported, UserError
 from megagpt.incarnations import list_incarnations
 from megagpt.launchers import RankInfo
-from megagpt.run_log import Event, Line, RunLog
 from megagpt.world import World, fail_together, join
 from tests.conftest import Tiny, metrics
 from tests.processes import REPOSITORY, Process, free_port, rank_environment, run_launcher, torchrun_command
@@ -76,20 +73,6 @@ def late_job(failing: int, failure: str, peer: str) -> int:
         return job(failing, failure, peer)
 
 
-def train_with_a_fault(config: str) -> int:
-    """`megagpt train` on one of torchrun's ranks; in its first attempt, rank 0 fails as it logs step 8."""
-    append = RunLog.append
-
-    def broken(log: RunLog, event: Event, step: int, tokens: int, values: Line) -> None:
-        if step == 8:
-            raise ValueError("broken on purpose")
-        append(log, event, step, tokens, values)
-
-    patch = mock.patch.object(RunLog, "append", broken)
-    with patch if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else contextlib.nullcontext():
-        return main(["train", config, "checkpoint.every_tokens=640", "--auto-resume"])
-
-
 def without_launcher(folder: Path, failing: int, failure: str, peer: str, function: object = job) -> Ended:
     """Two ranks that nobody watches: no launcher kills one that waits for ever."""
     port, logs = free_port(), [folder / f"{rank}.stderr" for rank in range(2)]
@@ -110,7 +93,7 @@ def test_ranks_that_torchrun_starts_again_finish_the_run(tiny: Tiny, tmp_path: P
     script, config = tmp_path / "job.py", str(tiny(train={"micro_batch": 2}))
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from tests.test_world import train_with_a_fault\n"
+        "from tests.faulty_run import train_with_a_fault\n"
         f"sys.exit(train_with_a_fault({config!r}))\n"
     )
     done = run_launcher([*torchrun_command(2), "--max-restarts=1", str(script)], tmp_path)

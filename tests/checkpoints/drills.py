@@ -193,7 +193,8 @@ class Drill:
 
     def damage(self) -> None:
         """A flipped byte, a lost end and a lost file, in every kind of file of the newest checkpoint."""
-        ranks = self.start("sound", f"checkpoint.every_tokens={128 * (self.steps // 3)}", "checkpoint.keep_last=9")
+        # Two saves, and one at the end, a step after the second.
+        ranks = self.start("sound", f"checkpoint.every_tokens={128 * (self.steps // 2)}", "checkpoint.keep_last=9")
         self.wait(ranks, [0, 0])
         last = list_checkpoints(self.run("sound"))[-1].path.name
         kinds = ["__0_0.distcp", "__1_0.distcp", ".metadata", "meta.json", "COMPLETE"]

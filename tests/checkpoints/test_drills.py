@@ -15,24 +15,24 @@ pytestmark = [pytest.mark.drill, pytest.mark.xdist_group("drills")]
 
 @pytest.fixture(scope="module")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return uninterrupted(tmp_path_factory.mktemp("whole"), corpus, steps=75)
+    return uninterrupted(tmp_path_factory.mktemp("whole"), corpus, steps=60)
 
 
 def test_kills_at_random_moments(tmp_path: Path, corpus: Path, whole: Path) -> None:
-    drill = Drill(tmp_path, corpus, whole, steps=75)
-    drill.kill(5, random.Random(1))
-    assert drill.done.total() == 5
+    drill = Drill(tmp_path, corpus, whole, steps=60)
+    drill.kill(4, random.Random(1))
+    assert drill.done.total() == 4
 
 
 def test_signals_to_one_rank_stop_all(tmp_path: Path, corpus: Path, whole: Path) -> None:
-    drill = Drill(tmp_path, corpus, whole, steps=60)
+    drill = Drill(tmp_path, corpus, whole, steps=45)
     drill.signals()
     assert drill.done.total() == 3
 
 
 @pytest.mark.parametrize("kind", ["full_disk", "read_only"])
 def test_a_disk_that_fails_leaves_the_last_checkpoint(kind: str, tmp_path: Path, corpus: Path, whole: Path) -> None:
-    drill = Drill(tmp_path, corpus, whole, steps=15 if kind == "full_disk" else 45)
+    drill = Drill(tmp_path, corpus, whole, steps=15 if kind == "full_disk" else 30)
     try:
         getattr(drill, kind)()
     except PermissionError as error:

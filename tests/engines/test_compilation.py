@@ -118,14 +118,13 @@ def graphs(engine: dict[str, Any], world: World, mode: Any, banded: bool = False
     return found
 
 
-def all_graphs(engines: list[str], modes: list[Any]) -> dict[str, list[dict[str, int]]]:
+def all_graphs(ways: list[tuple[str, Any]], banded: bool) -> dict[str, list[dict[str, int]]]:
     original = torch.compile
     torch.compile = lambda f, **options: original(f, backend="eager", **options)  # the graphs, without their C++
     try:
         with join("cpu") as world:
-            found = {f"{name} {mode}": graphs(ENGINES[name], world, mode) for name in engines for mode in modes}
-            found["banded"] = graphs(ENGINES["ddp"], world, "none", banded=True)
-            return found
+            found = {f"{name} {mode}": graphs(ENGINES[name], world, mode) for name, mode in ways}
+            return found | ({"banded": graphs(ENGINES["ddp"], world, "none", banded=True)} if banded else {})
     finally:
         torch.compile = original
 
@@ -141,13 +140,16 @@ def assert_one_each(found: dict[str, list[dict[str, int]]]) -> None:
 
 @pytest.mark.slow
 def test_each_kind_of_block_is_one_graph() -> None:
-    """Under each engine and activation checkpointing, without a break, and traced once."""
-    (found,) = run_ranks(1, all_graphs, list(ENGINES), list(MODES))
-    assert len(found) == len(ENGINES) * len(MODES) + 1
+    """Under each engine and activation checkpointing, without a break, and traced once: all pairs of them under FSDP,
+    which wraps each block, and under DDP."""
+    ways = [(name, mode) for name in ("ddp", "fsdp") for mode in MODES]
+    ways += [("zero-1", "selective"), ("zero-2", {"every": 2}), ("zero-3", "none"), ("zero-3", "full")]
+    (found,) = run_ranks(1, all_graphs, ways, True)
+    assert len(found) == len(ways) + 1
     assert_one_each(found)
 
 
 @pytest.mark.slow
 def test_buckets_of_two_ranks_cut_no_block() -> None:
-    for found in run_ranks(2, all_graphs, ["ddp", "fsdp", "zero-3"], ["none"]):
+    for found in run_ranks(2, all_graphs, [(name, "none") for name in ("ddp", "fsdp", "zero-3")], False):
         assert_one_each(found)

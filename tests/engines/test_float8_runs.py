@@ -32,7 +32,7 @@ GPU = torch.device("cuda", 0)
 def curve(case: Case, scaling: Scaling, world: World) -> tuple[Curve, int]:
     """This rank's curve, and the number of converted layers."""
     engine = build_engine(configured(case, scaling), world)
-    results = [engine.train_step(share(step, world.rank, case), LR) for step in range(3)]
+    results = [engine.train_step(share(step, world.rank, case), LR) for step in range(2)]
     converted = sum(type(module).__name__ == "Float8Linear" for module in engine.model.modules())
     return [(r.loss, r.gradient_norm) for r in results], converted
 
@@ -46,8 +46,8 @@ def curves(ways: list[tuple[str, Scaling]]) -> list[tuple[Curve, int]]:
 @pytest.mark.slow
 def test_every_engine_trains_in_float8() -> None:
     """Near bf16, and every rank sees the same."""
-    ways: list[tuple[str, Scaling]] = [("ddp", "none"), ("ddp", "tensorwise"), ("fsdp", "tensorwise")]
-    ways += [("fsdp", "rowwise"), ("zero-1", "rowwise"), ("zero-2", "tensorwise"), ("zero-3", "tensorwise")]
+    ways: list[tuple[str, Scaling]] = [("ddp", "none"), ("ddp", "tensorwise"), ("fsdp", "rowwise")]
+    ways += [("zero-1", "rowwise"), ("zero-2", "tensorwise"), ("zero-3", "tensorwise")]
     one, other = run_ranks(2, curves, ways)
     assert one == other
     (bf16, _), *others = one

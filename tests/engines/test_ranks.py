@@ -73,7 +73,7 @@ def test_ddps_gradients_stay_in_its_buckets() -> None:
 
 def evaluating(case: Case, world: World) -> tuple[list[float], list[str]]:
     """The loss of a batch as evaluation sees it, and names of the weights that stayed gathered afterwards."""
-    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # without its C++, which takes minutes
+    torch.compile = functools.partial(torch.compile, backend="eager")  # the graphs, without their C++
     engine = build_engine(case.config(), world)
     before = {key: s.flat.numel() for key, s in engine.state().items()}
     with engine.evaluation() as model:
@@ -176,9 +176,9 @@ def half_precision(case: Case, world: World) -> tuple[list[tuple[float, float, b
         # CPUs without fp16 instructions do it all the same, slowly.
         load_deepspeed(on_gpu=False).get_accelerator().is_fp16_supported = lambda: True
     engine = build_engine(case.config(), world)
-    engine.loss_scale.value = 2.0**24
+    engine.loss_scale.value = 2.0**20
     results, scales = [], []
-    for _ in range(14):
+    for _ in range(8):
         results.append(_step(engine, world, case, sum(updated for *_, updated in results)))
         scales.append(engine.loss_scale.value)
     return results, scales
@@ -192,6 +192,6 @@ def test_fp16_scales_the_loss(plain: Curve) -> None:
         assert skipped[0], case
         assert not skipped[-1], case
         for i, scale in enumerate(scales):
-            assert scale == 2.0**24 / 2 ** sum(skipped[: i + 1]), case
+            assert scale == 2.0**20 / 2 ** sum(skipped[: i + 1]), case
         kept = [(loss, norm) for loss, norm, updated in results if updated]
         assert_same(kept, plain[: len(kept)], "bf16", case)

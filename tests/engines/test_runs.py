@@ -31,7 +31,9 @@ def assert_same_run(run: Path, expected: Path) -> None:
 def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A config, and its run in one process under DDP."""
     folder = tmp_path_factory.mktemp("one")
-    config = write_tiny(folder, corpus, validation={"every_tokens": 640}, optimizer={"clip_norm": 0.5})
+    config = write_tiny(
+        folder, corpus, train={"tokens": 768}, validation={"every_tokens": 384}, optimizer={"clip_norm": 0.5}
+    )
     assert main(["train", str(config), "run.name=one"]) == 0
     return config, folder / "runs" / "one"
 

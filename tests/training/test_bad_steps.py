@@ -18,11 +18,11 @@ from megagpt.config import SkipConfig, TrainConfig
 from megagpt.data.loader import Batch, Corpus
 from megagpt.engines.engine import Engine, StepResult
 from megagpt.engines.loss_scale import LossScale
+from megagpt.errors import ExitCode
 from megagpt.run_log import Event
 from megagpt.training.bad_steps import leave_out
 from megagpt.training.guard import Guard, Judgement
 from tests.conftest import Tiny, metrics
-from tests.processes import megagpt
 from tests.runs import losses
 
 TOO_HIGH = ["--allow-recipe-change", "optimizer.lr=3e19", "schedule.warmup_tokens=0", "train.nonfinite_limit=4"]
@@ -83,22 +83,22 @@ def test_a_run_that_was_never_good_says_how_to_begin_again(
 
 
 @pytest.mark.slow
-def test_a_stop_in_a_streak_saves_unproven_and_its_counts(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_stop_in_a_streak_saves_unproven_and_its_counts(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The uninterrupted run ends after four skipped steps; stopped after two, the resumed one ends after two more."""
     config = str(tiny(train={"tokens": 640}, checkpoint={"every_tokens": 128, "keep_last": 1}))
     run = tmp_path / "runs" / "tiny"
     assert main(["train", config]) == 0
-    first = megagpt(
-        "train", "--resume", str(run), "train.tokens=2560", *TOO_HIGH, "train.time_limit=0.001", cwd=tmp_path
-    )
-    assert first.returncode == 75, first.stderr  # after the one step that spoils the weights
-    second = megagpt("train", "--resume", str(run), *TOO_HIGH, "train.time_limit=0.001", cwd=tmp_path)
-    assert second.returncode == 75, second.stderr
+    resume = ["train", "--resume", str(run), *TOO_HIGH]
+    # After the one step that spoils the weights.
+    assert main([*resume, "train.tokens=2560", "train.time_limit=0.001"]) == ExitCode.STOPPED
+    assert main([*resume, "train.time_limit=0.001"]) == ExitCode.STOPPED
     assert tokens_of(run) == [640, 768, 896]
     assert [c.is_proven for c in list_checkpoints(run)] == [True, False, False]
-    last = megagpt("train", "--resume", str(run), *TOO_HIGH, "train.time_limit=0", cwd=tmp_path)
-    assert last.returncode == 2, last.stderr
-    assert "not finite in 4 steps in a row" in last.stderr
+    capsys.readouterr()
+    assert main([*resume, "train.time_limit=0"]) == ExitCode.FAILED
+    assert "not finite in 4 steps in a row" in capsys.readouterr().err
     assert [line["skipped_updates"] for line in metrics(run)][-5:] == [0, 0, 1, 2, 3]
     assert [line["step"] for line in metrics(run)] == list(range(1, 10))
     assert tokens_of(run) == [640]
@@ -118,28 +118,28 @@ def test_a_changed_batch_numbers_steps_on(tiny: Tiny, tmp_path: Path) -> None:
 def test_a_run_resumes_from_the_checkpoint_that_was_chosen(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = str(tiny(checkpoint={"every_tokens": 640, "keep_last": 9}))
+    config = str(tiny(train={"tokens": 1024}, checkpoint={"every_tokens": 256, "keep_last": 9}))
     run = tmp_path / "runs" / "tiny"
     assert main(["train", config]) == 0
     whole = metrics(run)
     before = (run / "config.yaml").read_bytes()
     for arguments, words in {
-        ("--at", "700"): "has no checkpoint at 700 tokens; there are: 640, 1280, 1920, 2560",
-        ("train.tokens=1280",): "train.tokens 1,280 is less than the 2,560",
+        ("--at", "700"): "has no checkpoint at 700 tokens; there are: 256, 512, 768, 1024",
+        ("train.tokens=512",): "train.tokens 512 is less than the 1,024",
     }.items():
         capsys.readouterr()
         assert main(["train", "--resume", str(run), *arguments]) == 2
         assert words in capsys.readouterr().err
     assert (run / "config.yaml").read_bytes() == before
-    assert main(["train", "--resume", str(run / "checkpoints" / f"{1280:015d}")]) == 0
-    assert "000000000001920.abandoned, 000000000002560.abandoned" in capsys.readouterr().out
-    assert tokens_of(run) == [640, 1280, 1920, 2560]
+    assert main(["train", "--resume", str(run / "checkpoints" / f"{512:015d}")]) == 0
+    assert "000000000000768.abandoned, 000000000001024.abandoned" in capsys.readouterr().out
+    assert tokens_of(run) == [256, 512, 768, 1024]
     assert [line["loss"] for line in metrics(run)] == [line["loss"] for line in whole]
-    assert metrics(run, Event.WENT_BACK)[0]["abandoned"] == ["000000000001920.abandoned", "000000000002560.abandoned"]
+    assert metrics(run, Event.WENT_BACK)[0]["abandoned"] == ["000000000000768.abandoned", "000000000001024.abandoned"]
     abandoned = (run / "metrics.abandoned.jsonl").read_text().splitlines()
-    assert sum('"event": "step"' in line for line in abandoned) == 10
+    assert sum('"event": "step"' in line for line in abandoned) == 4
     # Whoever types it again goes back again. A job that is requeued does not, once it has gone back.
-    again = ["train", "--auto-resume", config, "--at", "1280"]
+    again = ["train", "--auto-resume", config, "--at", "512"]
     for job, done_before in ((None, False), ("7", False), ("7", True), ("8", False)):
         if job:
             monkeypatch.setenv("SLURM_JOB_ID", job)

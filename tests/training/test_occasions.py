@@ -20,7 +20,7 @@ from megagpt.training import loop, occasions
 from megagpt.training.occasions import Occasion, crossed
 from megagpt.training.run import Run
 from megagpt.training.safety import StopRequest
-from tests.conftest import Tiny, metrics
+from tests.conftest import Tiny, metrics, write_tiny
 
 
 class Killed(BaseException):
@@ -119,15 +119,29 @@ def test_crossed_is_a_multiple_in_between(every: int, before: int, more: int) ->
     assert crossed(every, before, now) == any(before < n <= now for n in range(0, now + 1, every))
 
 
+# SIGTERM comes where all of them are due for the second time, after six of ten steps.
+DUE = {"every_tokens": 384}
+SHORT: dict[str, dict[str, int]] = {
+    "train": {"tokens": 1280}, "validation": DUE, "sampling": DUE, "checkpoint": {**DUE, "keep_last": 9},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(["train", str(write_tiny(folder, corpus, **SHORT))]) == 0
+    return folder / "runs" / "tiny"
+
+
 @pytest.mark.slow
+@pytest.mark.xdist_group("occasions")
 @pytest.mark.parametrize("where", ["step", "save", "validation", "samples"])
 def test_a_stop_loses_no_validation_and_no_samples(
-    where: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, whole_run: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGTERM at the position where all three are due; the resumed run has the uninterrupted one's values."""
-    every = {"every_tokens": 640}
-    config = str(tiny(validation=every, sampling=every, checkpoint={"every_tokens": 640, "keep_last": 9}))
-    assert main(["train", config, "run.name=whole"]) == 0
+    config = str(tiny(**SHORT))
     targets: dict[str, tuple[object, str]] = {
         "step": (Engine, "train_step"), "save": (Run, "save"),
         "validation": (occasions, "validation_loss"), "samples": (occasions, "generate"),
@@ -137,7 +151,7 @@ def test_a_stop_loses_no_validation_and_no_samples(
 
     def signalled(*arguments: Any, **named: Any) -> Any:
         calls[0] += 1
-        if calls[0] == (10 if where == "step" else 2):  # 10 steps of 128 tokens: the second time that all are due
+        if calls[0] == (6 if where == "step" else 2):
             os.kill(os.getpid(), signal.SIGTERM)
         return call(*arguments, **named)
 
@@ -148,7 +162,7 @@ def test_a_stop_loses_no_validation_and_no_samples(
     for event in ("step", "validation", "samples"):
         whole, cut = (
             [{k: line.get(k) for k in ("tokens_seen", "step", "loss", "validation_loss", "samples")} for line in lines]
-            for lines in (metrics(tmp_path / "runs" / run, event) for run in ("whole", "cut"))
+            for lines in (metrics(run, event) for run in (whole_run, tmp_path / "runs" / "cut"))
         )
         assert cut == whole
-        assert len(whole) == (20 if event == "step" else 4)
+        assert len(whole) == (10 if event == "step" else 4)

@@ -189,6 +189,7 @@ def test_a_signal_ends_a_validation_early(
     assert f"exits with code {ExitCode.STOPPED}" in output
 
 
+@pytest.mark.slow
 def test_the_printed_bound_is_the_time_that_is_kept(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,7 +53,7 @@ def test_an_impossible_run_is_refused_in_one_line(tiny: Tiny, tmp_path: Path, re
 
 @pytest.mark.slow
 def test_a_checkpoint_of_other_model_or_data_is_refused(tiny: Tiny, tmp_path: Path, refusal: Refusal) -> None:
-    assert train(str(tiny())) == 0
+    assert train(str(tiny(train={"tokens": 256}))) == 0
     run = tmp_path / "runs" / "tiny"
     wider = ["train", "--resume", str(run), "model.width=64"]
     refusal(wider, "model.width is 32 in the checkpoint, 64 now", "another run.name")
@@ -116,7 +116,7 @@ def test_a_change_of_what_dropout_drops_is_said(
 
 @pytest.mark.slow
 def test_incomplete_checkpoints_are_passed_over(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tiny(checkpoint={"every_tokens": 640, "keep_last": 9})
+    config = tiny(train={"tokens": 1024}, checkpoint={"every_tokens": 256, "keep_last": 9})
     assert train(str(config)) == 0
     run = tmp_path / "runs" / "tiny"
     expected = losses(run)

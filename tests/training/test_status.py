@@ -266,6 +266,7 @@ def test_a_slurm_job_is_stopped_by_its_number(run: Run) -> None:
     assert run.line("stop with") == "scancel --signal=INT 4711"
 
 
+@pytest.mark.slow
 def test_tokens_that_are_no_whole_sequence_do_not_count(tiny: Tiny, tmp_path: Path, capsys: Capture) -> None:
     """2,575 tokens are 80 sequences of 32, and 15 tokens."""
     folder = tmp_path / "runs" / "tiny"

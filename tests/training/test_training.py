@@ -67,9 +67,8 @@ def test_ranks_and_accumulation_keep_the_curve(tiny: Tiny, tmp_path: Path) -> No
     expected = reference_curve(config)
     assert train(str(config), "run.name=one") == 0
     assert train(str(config), "run.name=accumulated", "train.micro_batch=2") == 0
-    two_ranks(tmp_path, str(config), "run.name=two", "train.micro_batch=2")
     two_ranks(tmp_path, str(config), "run.name=two-accumulated", "train.micro_batch=1")
-    for name in ("one", "accumulated", "two", "two-accumulated"):
+    for name in ("one", "accumulated", "two-accumulated"):
         run = tmp_path / "runs" / name
         assert_same_curve(run, expected)
         assert losses(run)[-1] < losses(run)[0] - 0.5
@@ -139,15 +138,17 @@ def test_a_compiled_block_gives_the_same_losses(
 # --- resuming ---
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny: Tiny, tmp_path: Path) -> None:
-    config = str(tiny(model={"dropout": 0.1}, checkpoint={"every_tokens": 640, "keep_last": 9}))
+    checkpoint = {"every_tokens": 256, "keep_last": 9}
+    config = str(tiny(model={"dropout": 0.1}, train={"tokens": 1280}, checkpoint=checkpoint))
     assert train(config, "run.name=whole") == 0
     shutil.copytree(tmp_path / "runs" / "whole", tmp_path / "runs" / "cut")
     for checkpoint in list_checkpoints(tmp_path / "runs" / "cut")[2:]:
         shutil.rmtree(checkpoint.path)
     assert train("--resume", str(tmp_path / "runs" / "cut")) == 0
     whole, cut = metrics(tmp_path / "runs" / "whole"), metrics(tmp_path / "runs" / "cut")
-    assert [line["step"] for line in cut] == list(range(1, 21))
+    assert [line["step"] for line in cut] == list(range(1, 11))
     for key in ("loss", "gradient_norm", "lr", "tokens_seen"):
         assert [line[key] for line in cut] == [line[key] for line in whole]
     validations = [metrics(tmp_path / "runs" / name, "validation")[-1] for name in ("whole", "cut")]
@@ -174,7 +175,7 @@ def test_sigterm_under_torchrun_saves_on_all_ranks(tiny: Tiny, tmp_path: Path) -
 def test_an_unfinished_run_without_a_checkpoint_starts_over(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = str(tiny())
+    config = str(tiny(train={"tokens": 640}))
     assert train(config) == 0
     first = losses(tmp_path / "runs" / "tiny")
     shutil.rmtree(tmp_path / "runs" / "tiny" / "checkpoints")
@@ -184,7 +185,7 @@ def test_an_unfinished_run_without_a_checkpoint_starts_over(
 
 
 def test_a_finished_run_stays_as_it_is(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(str(tiny())) == 0
+    assert train(str(tiny(train={"tokens": 256}))) == 0
     before = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text()
     assert train("--resume", str(tmp_path / "runs" / "tiny")) == 0
     assert "finished already" in capsys.readouterr().out
