@@ -38,6 +38,7 @@ def test_each_short_name_has_a_commit() -> None:
     assert all(len(commit) == 40 and int(commit, 16) for commit in _COMMITS.values())
 
 
+@pytest.mark.slow
 def test_openais_gpt2_is_one_word(hub: Hub, tmp_path: Path, text: str) -> None:
     """The second time nothing is asked of the hub, which has gone."""
     variables = hub.environment(tmp_path / "home")

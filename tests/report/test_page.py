@@ -104,6 +104,7 @@ def test_exams_are_beside_the_references(run: Logged) -> None:
     assert any(row.startswith("loss GPT-2 124M 3.4250") and "llm.c, dev/vislog.ipynb" in row for row in rows)
 
 
+@pytest.mark.slow
 def test_the_source_of_the_reference_curve_is_told_if_it_is_drawn(run: Logged, tmp_path: Path) -> None:
     assert "records/track_1_short/2024-10-13_llmc" in shown(run.folder).text
     larger = Logged(tmp_path, "larger", "model.preset=gpt2-355m", "data.sources=[{path: data/fineweb_10bt}]")
@@ -212,6 +213,7 @@ def test_an_imported_run_names_its_first_weights(tmp_path: Path) -> None:
     assert ".cache" not in text
 
 
+@pytest.mark.slow
 def test_data_that_was_changed_is_told(tmp_path: Path) -> None:
     """Two of three steps were of other data."""
     run = Logged(tmp_path, "run", "data.sources=[{path: data/fineweb}]")
