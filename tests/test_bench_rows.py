@@ -127,6 +127,7 @@ def test_a_later_failure_is_in_the_table(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 @pytest.mark.parametrize("auto", [True, False])
+@pytest.mark.slow
 def test_rows_say_whether_they_were_compiled(
     auto: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face hub, streamed."""
 
+import sys
 from collections.abc import Iterator
 
 from megagpt.data.documents import Batch, Cursor, DocumentBatch, Source
@@ -14,6 +15,8 @@ def hub_source(name: str, text_key: str, subset: str | None, split: str, revisio
     import huggingface_hub
 
     datasets.utils.logging.set_verbosity_error()
+    # The library would import PyTorch, which takes seconds, to serve a training loop's workers.
+    datasets.config.TORCH_AVAILABLE = "torch" in sys.modules
 
     def newest() -> str | None:
         return huggingface_hub.HfApi().dataset_info(name, revision=revision or "main").sha

@@ -88,14 +88,19 @@ def embed(tokens: Tensor, positions: Tensor, token_table: Tensor, position_table
     return (of_token.float() + F.embedding(positions, position_table).float()).to(dtype)
 
 
+def _table(rows: int, width: int) -> nn.Embedding:
+    """`nn.Embedding(rows, width)`, which on a meta device would take the second of importing PyTorch's compiler."""
+    return nn.Embedding.from_pretrained(torch.randn(rows, width), freeze=False)
+
+
 class GPT(nn.Module):
     """The model. Build it on any device, meta included, then fill it with `initialize` or a checkpoint."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.padded_vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.context, config.width)
+        self.token_embedding = _table(config.padded_vocab_size, config.width)
+        self.position_embedding = _table(config.context, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.final_norm = LayerNorm(config.width)

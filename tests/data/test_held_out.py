@@ -74,17 +74,17 @@ def test_a_text_file_is_held_out_on_the_command_line(tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("val_fraction", [0.15, 0.8])
+@pytest.mark.parametrize(("val_fraction", "shard_tokens"), [(0.15, 25), (0.8, 60)])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_kill_while_the_end_is_moved_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool, val_fraction: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool, val_fraction: float, shard_tokens: int
 ) -> None:
     monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 400)
     monkeypatch.setattr(module, "_JOURNAL_SECONDS", -1.0)
     source = open_source(str(write_corpus(tmp_path / "a.jsonl", DOCUMENTS[:2])))
 
     def run(folder: Path) -> dict[str, Any]:
-        return prepare(source, folder, val_fraction=val_fraction, shard_tokens=25)
+        return prepare(source, folder, val_fraction=val_fraction, shard_tokens=shard_tokens)
 
     assert len(run(tmp_path / "expected")["splits"]["val"]["shards"]) > 1
     expected = contents(tmp_path / "expected")

@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +18,7 @@ from megagpt.data.shards import open_stream
 from megagpt.data.sources import open_source
 from megagpt.errors import UserError
 from tests.data.hub import REPOSITORY, Hub
+from tests.data.hub_preparations import arguments, prepared, start
 from tests.runs import PATIENCE
 
 pytestmark = pytest.mark.slow
@@ -33,6 +34,14 @@ configs:
   data_files:
   - split: train
     path: sample/10BT/*.parquet
+- config_name: lost
+  data_files:
+  - split: train
+    path: [sample/10BT/000_00000.parquet, broken/lost.parquet]
+- config_name: corrupt
+  data_files:
+  - split: train
+    path: [sample/10BT/000_00000.parquet, broken/corrupt.parquet]
 ---
 # A small corpus
 """
@@ -57,6 +66,7 @@ def parquet(documents: list[str]) -> bytes:
     return data
 
 
+SUBSET = ["--subset", "sample-10BT"]
 FILES = [f"sample/10BT/{i:03d}_00000.parquet" for i in range(3)]
 
 
@@ -88,17 +98,6 @@ def expected(tmp_path: Path, data_files: dict[str, bytes]) -> dict[str, bytes]:
     return shards(tmp_path / "expected")
 
 
-# The command line with batches and a journal for a small corpus.
-_PROGRAM = """
-import sys
-from megagpt.data import documents, prepare
-prepare._JOURNAL_SECONDS = -1
-documents._BATCH_CHARACTERS = 2000
-from megagpt.cli import main
-sys.exit(main())
-"""
-
-
 # Resumes at every cursor, which has been through JSON as between processes.
 _CURSORS = """
 import json, sys
@@ -110,6 +109,7 @@ rests = []
 for batch in batches:
     rest = source.batches(json.loads(json.dumps(batch.cursor)))
     rests.append([text for later in rest for text in later.documents])
+assert "torch" not in sys.modules, "imported, for seconds, though nothing needs it"
 print(json.dumps([[batch.documents for batch in batches], rests]))
 """
 
@@ -119,31 +119,10 @@ def environment_of(hub: Hub, home: Path) -> dict[str, str]:
     return kept | hub.environment(home)
 
 
-def start(hub: Hub, home: Path, out: Path, *options: str, name: str = REPOSITORY) -> subprocess.Popen[str]:
-    command = ["prepare", name, "--out", str(out), "--val-fraction", "0.05", "--shard-tokens", "3000"]
-    return subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, *command, "--workers", "1", *options],
-        env=environment_of(hub, home),
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    try:
-        _, err = process.communicate(timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return process.returncode, err
-
-
 def kill_at(hub: Hub, name: str, home: Path, out: Path) -> int:
     """Start, and kill when the hub is asked for file `name`; returns the documents journalled by then."""
     hub.hold(name)
-    process = start(hub, home, out, "--subset", "sample-10BT")
+    process = start(hub, home, arguments(out, *SUBSET))
     documents = 0
     try:
         assert hub.asked.wait(PATIENCE), process.poll()
@@ -153,15 +132,15 @@ def kill_at(hub: Hub, name: str, home: Path, out: Path) -> int:
             time.sleep(0.02)
         assert process.poll() is None
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        finish(process)
+        process.kill()
+        process.wait()
         hub.release()
     return documents
 
 
 def test_hub_files_give_the_bytes_of_local_files(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
     out = tmp_path / "out"
-    code, err = finish(start(hub, tmp_path / "home", out, "--subset", "sample-10BT"))
+    ((code, _, err),) = prepared(hub, tmp_path / "home", arguments(out, *SUBSET))
     assert (code, err) == (0, "")
     assert shards(out) == expected
 
@@ -184,29 +163,26 @@ def test_reading_resumes_at_every_cursor(hub: Hub, tmp_path: Path) -> None:
         assert rest == DOCUMENTS[read:]
 
 
-def test_a_killed_preparation_resumes(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
-    out = tmp_path / "out"
+def test_killed_preparations_resume_at_their_revision(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    """Two revisions of a data set are never mixed."""
+    out, copy = tmp_path / "out", tmp_path / "copy"
     documents = kill_at(hub, FILES[2], tmp_path / "home", out)
     assert 0 < documents < len(DOCUMENTS)
     with pytest.raises(UserError, match="not finished"):
         open_stream(out, "train")
+    shutil.copytree(out, copy)
     # A new home: the second process needs nothing that the first has cached.
-    code, err = finish(start(hub, tmp_path / "home2", out, "--subset", "sample-10BT"))
+    ((code, _, err),) = prepared(hub, tmp_path / "home2", arguments(copy, *SUBSET))
     assert (code, err) == (0, "")
-    assert shards(out) == expected
-
-
-def test_two_revisions_of_a_data_set_are_never_mixed(hub: Hub, tmp_path: Path, expected: dict[str, bytes]) -> None:
-    out = tmp_path / "out"
-    assert kill_at(hub, FILES[2], tmp_path / "home", out) > 0
+    assert shards(copy) == expected
     first = hub.commit
     hub.revise({FILES[2]: parquet([f"revised {i}" for i in range(200)])})
-    code, err = finish(start(hub, tmp_path / "home", out, "--subset", "sample-10BT"))
+    commands = [arguments(out, *SUBSET), arguments(out, *SUBSET, "--revision", first)]
+    (code, _, err), resumed = prepared(hub, tmp_path / "home", *commands)
     assert (code, len(err.splitlines())) == (2, 1)
     assert f"{out}: " in err
     assert f"--revision {first} goes on" in err
-    options = ["--subset", "sample-10BT", "--revision", first]
-    assert finish(start(hub, tmp_path / "home", out, *options)) == (0, "")
+    assert (resumed[0], resumed[2]) == (0, "")
     assert shards(out) == expected
 
 
@@ -215,44 +191,32 @@ def test_bad_rows_are_named_and_skipped(hub: Hub, tmp_path: Path, expected: dict
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"text": texts, "id": texts, "score": [0.5] * 12}), sink)
     hub.files = hub.files | {FILES[1]: sink.getvalue().to_pybytes()}
-    code, err = finish(start(hub, tmp_path / "home", tmp_path / "out", "--subset", "sample-10BT"))
+    out = tmp_path / "out"
+    commands = [arguments(out, *SUBSET), arguments(out, *SUBSET, "--skip-bad", "2")]
+    (code, _, err), skipped = prepared(hub, tmp_path / "home", *commands)
     assert (code, len(err.splitlines())) == (2, 1)
     assert f"{REPOSITORY} row 161: byte 2 of 'text' is not UTF-8" in err
-    options = ["--subset", "sample-10BT", "--skip-bad", "2"]
-    assert finish(start(hub, tmp_path / "home", tmp_path / "out", *options)) == (0, "")
-    assert shards(tmp_path / "out") == expected
+    assert (skipped[0], skipped[2]) == (0, "")
+    assert shards(out) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "words"),
-    [
+def test_missing_and_broken_parts_are_one_line(hub: Hub, tmp_path: Path) -> None:
+    """Each of a repository, a subset, a split, a column, and a file that is listed."""
+    whole = hub.files[FILES[2]]
+    hub.lost = "broken/lost.parquet"
+    hub.files |= {hub.lost: whole, "broken/corrupt.parquet": whole[:100] + b"\xff" * 300 + whole[400:]}
+    cases: list[tuple[str, list[str], list[str]]] = [
         ("nobody/nothing", [], ["nobody/nothing"]),
-        (REPOSITORY, ["--subset", "sample-10TB"], [REPOSITORY, "sample-10TB"]),
-        (REPOSITORY, ["--subset", "sample-10BT", "--split", "validation"], [REPOSITORY, "validation"]),
-        (REPOSITORY, ["--subset", "sample-10BT", "--text-key", "txt"], [REPOSITORY, "'txt'", "--text-key"]),
-        (REPOSITORY, ["--subset", "sample-10BT", "--text-key", "score"], [REPOSITORY, "'score'", "--text-key"]),
-    ],
-    ids=["repository", "subset", "split", "column", "not text"],
-)
-def test_missing_names_and_columns_are_one_line(
-    hub: Hub, tmp_path: Path, name: str, options: list[str], words: list[str]
-) -> None:
-    code, err = finish(start(hub, tmp_path / "home", tmp_path / "out", *options, name=name))
-    assert code == 2, err
-    assert len(err.splitlines()) == 1, err
-    assert err.startswith("megagpt: error: ")
-    for word in words:
-        assert word in err
-
-
-@pytest.mark.parametrize("broken", ["lost", "corrupt"])
-def test_a_lost_or_corrupt_file_is_one_line(hub: Hub, tmp_path: Path, broken: str) -> None:
-    out, whole = tmp_path / "out", hub.files[FILES[2]]
-    if broken == "lost":
-        hub.lost = FILES[2]
-    else:
-        hub.files[FILES[2]] = whole[:100] + b"\xff" * 300 + whole[400:]
-    code, err = finish(start(hub, tmp_path / "home", out, "--subset", "sample-10BT"))
-    assert code == 2, err
-    assert len(err.splitlines()) == 1, err
-    assert REPOSITORY in err
+        (REPOSITORY, ["--subset", "sample-10TB"], ["sample-10TB"]),
+        (REPOSITORY, [*SUBSET, "--split", "validation"], ["validation"]),
+        (REPOSITORY, [*SUBSET, "--text-key", "txt"], ["'txt'", "--text-key"]),
+        (REPOSITORY, [*SUBSET, "--text-key", "score"], ["'score'", "--text-key"]),
+        (REPOSITORY, ["--subset", "lost"], ["reading 'text'"]),
+        (REPOSITORY, ["--subset", "corrupt"], ["reading 'text'"]),
+    ]
+    commands = [arguments(tmp_path / str(i), *options, name=name) for i, (name, options, _) in enumerate(cases)]
+    done = prepared(hub, tmp_path / "home", *commands)
+    for (name, _, words), (code, _, err) in zip(cases, done, strict=True):
+        assert (code, len(err.splitlines())) == (2, 1), err
+        assert err.startswith("megagpt: error: ")
+        assert all(word in err for word in [name, *words]), err

@@ -80,6 +80,7 @@ def test_shards_are_plain_npy_files(large: Path) -> None:
 
 @given(data=st.data())
 @settings(max_examples=200, deadline=None)
+@pytest.mark.slow
 def test_reads_equal_the_concatenation(large: Path, large_tokens: np.ndarray, data: st.DataObject) -> None:
     stream, expected = open_stream(large, "train"), large_tokens
     assert stream.tokens == len(expected)

@@ -128,6 +128,7 @@ def test_splits_like_the_pattern_in_tiktoken() -> None:
     assert gpt2().encode_ordinary_batch(corpus) == theirs.encode_ordinary_batch(corpus)
 
 
+@pytest.mark.slow
 def test_equals_an_independent_encoder_on_a_fuzz_corpus(independent: Tokenizer) -> None:
     corpus = fuzz_corpus(5000)
     expected = [e.ids for e in independent.encode_batch(corpus, add_special_tokens=False)]

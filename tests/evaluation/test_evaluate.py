@@ -83,6 +83,7 @@ def test_all_rows_equal_transformers_also_when_they_are_cut(
     assert f"{sum(right) / 40:.4f} ± {mean['standard_error']:.4f}  40" in printed
 
 
+@pytest.mark.slow
 def test_batches_do_not_change_the_printed_digits(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,7 @@ imported. So this module imports neither the client nor a library that does."""
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,22 @@ def run(variables: dict[str, str], cwd: Path, *arguments: str) -> Done:
     return done
 
 
-def run_each(variables: dict[str, str], cwd: Path, commands: Sequence[Sequence[str]]) -> list[Done]:
-    """Several commands in one process, one after the other."""
+def run_each(
+    variables: dict[str, str],
+    cwd: Path,
+    commands: Sequence[Sequence[str]],
+    runner: Callable[[Sequence[Sequence[str]]], int] | None = None,
+) -> list[Done]:
+    """Several commands in one process, one after the other. `runner`: prepares that process and calls
+    `run_commands`."""
     files = [cwd / "stdout", cwd / "stderr"]
-    process = Process(_commands, commands, cwd=cwd, stdout=files[0], stderr=files[1], variables=variables)
+    process = Process(runner or run_commands, commands, cwd=cwd, stdout=files[0], stderr=files[1], variables=variables)
     assert process.wait(PATIENCE) == 0, files[1].read_text()
     out, err = (path.read_text().split(_END)[:-1] for path in files)
     return [(int(text[-1]), text[:-1], error) for text, error in zip(out, err, strict=True)]
 
 
-def _commands(commands: Sequence[Sequence[str]]) -> int:
+def run_commands(commands: Sequence[Sequence[str]]) -> int:
     from huggingface_hub import constants
 
     # Downloads are resumed behind the last whole chunk: the client's are of 10 MB.

@@ -46,6 +46,7 @@ def our_logits(run: Path, which: int, tokens: Tensor) -> Tensor:
         return model.eval()(tokens)
 
 
+@pytest.mark.slow
 def test_transformers_loads_an_exported_run(run: Path, tmp_path: Path) -> None:
     tokens = torch.randint(50257, (2, 32), generator=torch.Generator().manual_seed(0))
     for which, name in ((-1, str(run)), (0, str(list_checkpoints(run)[0].path))):

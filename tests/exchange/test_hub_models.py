@@ -38,6 +38,7 @@ def test_each_short_name_has_a_commit() -> None:
     assert all(len(commit) == 40 and int(commit, 16) for commit in _COMMITS.values())
 
 
+@pytest.mark.slow
 def test_openais_gpt2_is_one_word(hub: Hub, tmp_path: Path, text: str) -> None:
     """The second time nothing is asked of the hub, which has gone."""
     variables = hub.environment(tmp_path / "home")
@@ -59,13 +60,14 @@ def test_openais_gpt2_is_one_word(hub: Hub, tmp_path: Path, text: str) -> None:
 def test_hub_models_are_imported_and_exported(hub: Hub, tiny: Tiny, tmp_path: Path, folder: Path) -> None:
     """Both record the commit, also when the imported run is exported."""
     variables, shape = hub.environment(tmp_path / "home"), ["model.layers=1", "model.width=8", "model.heads=1"]
-    assert run(variables, tmp_path, "import", "gpt2", str(tiny()), *shape)[0] == 0
     tuned = tmp_path / "runs" / "tiny"
+    exports = (("gpt2", tmp_path / "direct"), (str(tuned), tmp_path / "of a run"))
+    commands = [["import", "gpt2", str(tiny()), *shape]]
+    commands += [["export", name, "--to", str(out)] for name, out in exports]
+    assert [code for code, _, _ in run_each(variables, tmp_path, commands)] == [0, 0, 0]
     assert json.loads((tuned / "imported.json").read_text())["hub"] == {"repo": GPT2, "commit": COMMIT}
     wanted = load_file(folder / WEIGHTS)
-    for name, to in (("gpt2", "direct"), (str(tuned), "of a run")):
-        out = tmp_path / to
-        assert run(variables, tmp_path, "export", name, "--to", str(out))[0] == 0
+    for _, out in exports:
         assert f"`{GPT2}` at commit `{COMMIT}`" in (out / "README.md").read_text()
         weights = load_file(out / WEIGHTS)
         assert weights.keys() == wanted.keys()

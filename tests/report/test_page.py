@@ -129,6 +129,7 @@ def test_the_plan_is_shown_against_the_outcome(run: Logged) -> None:
     assert "days of all steps 1 04:10 for the first 50.0% of the tokens" in shown(longer.save().folder).text
 
 
+@pytest.mark.slow
 def test_the_source_of_the_reference_curve_is_told_if_it_is_drawn(run: Logged, tmp_path: Path) -> None:
     assert "records/track_1_short/2024-10-13_llmc" in shown(run.folder).text
     larger = Logged(tmp_path, "larger", "model.preset=gpt2-355m", "data.sources=[{path: data/fineweb_10bt}]")
