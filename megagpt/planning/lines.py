@@ -15,14 +15,14 @@ from megagpt.planning.tables import best_of, table
 _LABEL = 15
 
 
-def answer_lines(answer: Answer, compare: bool, explain: bool) -> Iterator[str]:
-    """All of an answer. `compare`: with every setting, and not with the best of each engine; `explain`: with each term
-    of the plan as configured, or of the recommended one."""
-    config = answer.question.config
+def answer_lines(answer: Answer, explain: bool) -> Iterator[str]:
+    """All of an answer. `explain`: with each term of the plan as configured, or of the recommended one."""
     yield from _run_lines(answer.question)
     yield ""
     if not answer.question.fixed:
         yield from _clusters_lines(answer)
+        if answer.plans:
+            yield from ["", *_settings_lines(answer)]
         if explain and answer.explained is not None:
             yield from ["", plan_words(answer.explained), *explained(answer.explained)]
         return
@@ -32,11 +32,19 @@ def answer_lines(answer: Answer, compare: bool, explain: bool) -> Iterator[str]:
         yield ""
     yield from _advice(answer)
     yield ""
-    shown = answer.plans if answer.question.thorough else best_of(answer.plans, compare)
-    yield "Every setting, the best first:" if compare else "The best of each engine:"
-    yield from table(shown, config)
+    yield from _settings_lines(answer)
     if explain and answer.explained is not None:
         yield from ["", *explained(answer.explained)]
+
+
+def _settings_lines(answer: Answer) -> Iterator[str]:
+    """A ranking of the settings on one cluster."""
+    question = answer.question
+    shown = answer.plans if question.thorough else best_of(answer.plans, question.compare)
+    where = "" if question.fixed else f" on {_gpus(answer.plans[0].cluster)}"
+    ranked = question.compare or question.thorough
+    yield f"Every setting{where}, the best first:" if ranked else "The best of each engine:"
+    yield from table(shown, question.config)
 
 
 def _run_lines(question: Question) -> Iterator[str]:
@@ -188,10 +196,13 @@ def _clusters_lines(answer: Answer) -> Iterator[str]:
 
 
 def _choice(label: str, question: Question, plan: Plan) -> Iterator[str]:
-    gpus = f"{plan.cluster.gpus:,} GPU{'s' if plan.cluster.gpus > 1 else ''}"
-    words = f"{label}: {gpus}, {setting_words(plan.config, plan.cluster.gpus)}: {_bill(plan)}. Start it with:"
-    yield from wrapped(words)
+    setting = setting_words(plan.config, plan.cluster.gpus)
+    yield from wrapped(f"{label}: {_gpus(plan.cluster)}, {setting}: {_bill(plan)}. Start it with:")
     yield "  " + start_command(question, plan)
+
+
+def _gpus(cluster: Cluster) -> str:
+    return f"{cluster.gpus:,} GPU{'s' if cluster.gpus > 1 else ''}"
 
 
 def _bill(plan: Plan) -> str:

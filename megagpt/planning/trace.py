@@ -51,7 +51,7 @@ def trace(config: Config, ranks: int) -> Trace:
     """One step of the run on that many ranks. Raises UserError if the run cannot be divided among them, and for what
     cannot be traced."""
     config.check_ranks(ranks)
-    _check(config)
+    check_trace(config)
     start = time.perf_counter()
     on = "selective" if config.train.activation_checkpointing == "selective" else None
     keep = activation_checkpointing.selective_policy(config.model) if on else None
@@ -69,7 +69,8 @@ def trace(config: Config, ranks: int) -> Trace:
     return Trace(counter.peak, between[0], counter.moment, time.perf_counter() - start)
 
 
-def _check(config: Config) -> None:
+def check_trace(config: Config) -> None:
+    """Raises UserError for what cannot be traced."""
     advice = "; without --trace, the plan has its formula"
     if config.engine.name == "zero":
         raise UserError(f"engine.name zero cannot be traced: DeepSpeed needs ranks that exist{advice}")
