@@ -186,6 +186,10 @@ def _cluster(arguments: argparse.Namespace, own: "Own | None", config: "Config")
     from megagpt.planning.search import gpu_counts
 
     if own and own.gpu.name == CPU and arguments.gpu in (None, CPU):
+        if given := [f"--gpu-{option}" for option, field, *_ in _FIGURES if getattr(arguments, field)]:
+            raise UserError(
+                f"{', '.join(given)}: a figure of a GPU, and --calibrate {own.run.name} ran on a CPU; leave it out"
+            )
         return Cluster(own.gpu, arguments.gpus, arguments.gpus)
     if arguments.gpu == CPU:
         raise UserError("--gpu cpu: the speed of a CPU is known from a run of its own only; add --calibrate RUN")

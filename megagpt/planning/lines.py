@@ -70,7 +70,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     """Memory, step, speed, time and bill of one plan."""
     memory, speed, ranks = plan.memory, plan.speed, plan.cluster.gpus
     low, high = plan.range
-    peak = f"{gigabytes(memory.total)} GB a GPU at the fullest moment, {memory.moment}: "
+    peak = f"{gigabytes(memory.total)} GB a {_device(plan.cluster)} at the fullest moment, {memory.moment}: "
     yield from _labelled("memory", peak + fit_words(plan))
     yield from _labelled("", _sum({name: gigabytes(size) for name, size in memory.parts.items()}))
     for note in memory.notes:
@@ -99,7 +99,12 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 
 def _hours(plan: Plan) -> str:
-    return f"{whole(plan.gpu_hours)} {'rank' if plan.cluster.gpu.name == CPU else 'GPU'}-hours"
+    return f"{whole(plan.gpu_hours)} {_device(plan.cluster)}-hours"
+
+
+def _device(cluster: Cluster) -> str:
+    """Whose memory and hours are counted: ranks share a CPU."""
+    return "rank" if cluster.gpu.name == CPU else "GPU"
 
 
 def _validating(plan: Plan) -> float:
@@ -126,7 +131,7 @@ def fit_words(plan: Plan) -> str:
             return f"fits, with {reserve} and {gigabytes(plan.spare)} GB to spare"
         case "tight":
             return f"tight, because {reserve} needs {gigabytes(-plan.spare)} GB more than is left"
-    return f"does not fit this code: the GPU has {gigabytes(plan.memory.total - capacity)} GB less"
+    return f"does not fit this code: a {_device(plan.cluster)} has {gigabytes(plan.memory.total - capacity)} GB less"
 
 
 def _advice(answer: Answer) -> Iterator[str]:
@@ -202,7 +207,7 @@ def _choice(label: str, question: Question, plan: Plan) -> Iterator[str]:
 
 
 def _gpus(cluster: Cluster) -> str:
-    return f"{cluster.gpus:,} GPU{'s' if cluster.gpus > 1 else ''}"
+    return f"{cluster.gpus:,} {_device(cluster)}{'s' if cluster.gpus > 1 else ''}"
 
 
 def _bill(plan: Plan) -> str:
