@@ -9,8 +9,9 @@ from megagpt.config_types import AUTO
 from megagpt.errors import UserError, did_you_mean
 from megagpt.planning.amounts import gigabytes
 from megagpt.planning.fit import check_fit
-from megagpt.planning.gpus import find_gpu, gpu_names
+from megagpt.planning.gpus import Gpu, find_gpu, gpu_names
 from megagpt.planning.micro_batch import resolved
+from megagpt.planning.speed import check_precision
 
 # Time (s) from the signal to the time limit, besides the save's: Slurm may be a minute late, and one step comes first.
 _SIGNAL_SECONDS = 120
@@ -26,7 +27,11 @@ def check_job(config: Config, ranks: int, gpu: str | None, gpu_gb: float | None)
     if config.train.device == "cpu":
         return f"{_micro_batches(resolved(config, ranks, None), ranks)}; memory is not checked on CPUs", ""
     if gpu is not None or gpu_gb is not None:
-        capacity = gpu_gb * 1e9 if gpu_gb is not None else _memory(gpu or "")
+        capacity = gpu_gb * 1e9 if gpu_gb is not None else 0.0
+        if gpu is not None and (gpu_gb is None or gpu in gpu_names()):
+            known = _known(gpu)
+            check_precision(config, known)
+            capacity = capacity or known.memory
         fit = check_fit(config, ranks, capacity, gpu or "")
         return f"{_micro_batches(resolved(config, ranks, capacity), ranks)}; {fit.sentence}", fit.warning
     largest = max(card.memory for card in CARDS.values()) * 1e9
@@ -38,10 +43,10 @@ def check_job(config: Config, ranks: int, gpu: str | None, gpu_gb: float | None)
     return f"{_micro_batches(config, ranks)}; each GPU needs {needs}; {ask} to have that checked", ""
 
 
-def _memory(gpu: str) -> float:
-    """Bytes of the GPU of that name. Raises UserError if it is unknown."""
+def _known(gpu: str) -> Gpu:
+    """The GPU of that name. Raises UserError if it is unknown."""
     try:
-        return find_gpu(gpu).memory
+        return find_gpu(gpu)
     except UserError:
         near = did_you_mean(gpu, gpu_names())
         raise UserError(

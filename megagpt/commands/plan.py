@@ -14,6 +14,7 @@ from megagpt.console import warn
 from megagpt.errors import UserError
 
 if TYPE_CHECKING:
+    from megagpt.config import Config
     from megagpt.planning.answer import Answer
     from megagpt.planning.gpus import Cluster
     from megagpt.planning.measured import Own
@@ -83,17 +84,21 @@ def _plan(arguments: argparse.Namespace) -> int:
         picture_kind(picture, "--picture")
         check_drawing("plan --picture")
     config, own = load_config(name, given), _own(arguments)
-    cluster = _cluster(arguments, own)
+    cluster = _cluster(arguments, own, config)
     if own:
         own.check(config, cluster)
     planner = functools.partial(make_plan, price=arguments.price, calibration=own.calibration if own else None)
     question = Question(
         config, cluster, arguments.gpus is not None, planner, arguments.price,
-        name, given, arguments.days, arguments.all,
+        name, given, arguments.days, arguments.compare, arguments.all,
     )  # fmt: skip
     found = answer(question, with_clusters=picture is not None)
+    if arguments.trace and found.explained is not None:
+        from megagpt.planning.trace import check_trace
+
+        check_trace(found.explained.config)
     if not arguments.json:
-        print("\n".join(answer_lines(found, arguments.compare or arguments.all, arguments.explain)), flush=True)
+        print("\n".join(answer_lines(found, arguments.explain)), flush=True)
     traced = _trace(found, arguments.json) if arguments.trace else None
     if arguments.json:
         record = answer_record(found, arguments.explain)
@@ -113,7 +118,7 @@ def _trace(found: "Answer", silent: bool) -> dict[str, Any] | None:
     if plan is None:
         return None
     ranks, formula = plan.cluster.gpus, plan.memory.total
-    warn(f"tracing a step of {plan.config.run.name} on {ranks:,} pretend rank(s); 175B takes about two minutes")
+    warn(f"tracing a step of {plan.config.run.name} on {ranks:,} pretend rank(s): seconds, or two minutes for 175B")
     from megagpt.planning.trace import trace
 
     traced = trace(plan.config, ranks)
@@ -174,20 +179,27 @@ def _own(arguments: argparse.Namespace) -> "Own | None":
     return own
 
 
-def _cluster(arguments: argparse.Namespace, own: "Own | None") -> "Cluster":
-    """The cluster; without --gpus, one node of the GPU. Raises UserError if the GPUs are no whole nodes."""
+def _cluster(arguments: argparse.Namespace, own: "Own | None", config: "Config") -> "Cluster":
+    """The cluster; without --gpus, one node of the GPU. Raises UserError if the GPUs are no whole nodes, with the
+    nearest numbers over which the batch can be divided."""
     from megagpt.planning.gpus import CPU, Cluster, find_gpu
+    from megagpt.planning.search import gpu_counts
 
     if own and own.gpu.name == CPU and arguments.gpu in (None, CPU):
+        if given := [f"--gpu-{option}" for option, field, *_ in _FIGURES if getattr(arguments, field)]:
+            raise UserError(
+                f"{', '.join(given)}: a figure of a GPU, and --calibrate {own.run.name} ran on a CPU; leave it out"
+            )
         return Cluster(own.gpu, arguments.gpus, arguments.gpus)
     if arguments.gpu == CPU:
         raise UserError("--gpu cpu: the speed of a CPU is known from a run of its own only; add --calibrate RUN")
-    name = arguments.gpu or (own.gpu.name if own else "h100")
+    name = arguments.gpu if arguments.gpu is not None else own.gpu.name if own else "h100"
     gpu, per_node = find_gpu(name, **_figures(arguments)), arguments.per_node
     gpus = arguments.gpus or per_node
     if gpus > per_node and gpus % per_node:
-        low = gpus // per_node * per_node
+        counts = gpu_counts(config, per_node)
+        near = [*[n for n in counts if n < gpus][-1:], *[n for n in counts if n > gpus][:1]]
         sizes = ", ".join(str(size) for size in range(1, min(gpus, 16) + 1) if gpus % size == 0)
-        ways = f"use {low:,} or {low + per_node:,} GPUs, or --per-node with one of {sizes}"
+        ways = f"use {' or '.join(map(str, near))} GPUs, or --per-node with one of {sizes}"
         raise UserError(f"--gpus {gpus} are no whole nodes of {per_node}; {ways}")
     return Cluster(gpu, gpus, min(gpus, per_node), arguments.network or 0)

@@ -28,10 +28,10 @@ def seconds(value: float) -> str:
 
 
 def time(days: float) -> str:
-    """22.1 days; 5.3 hours; 45 min."""
+    """22.1 days; 5.3 hours; 45 min; 1.3 s."""
     minutes = days * 1440
     if minutes < 1:
-        return f"{minutes * 60:.0f} s"
+        return seconds(minutes * 60)
     if minutes < 90:
         return f"{minutes:.0f} min"
     return f"{minutes / 60:.3g} hours" if days < 3 else f"{whole(days)} days"

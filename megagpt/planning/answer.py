@@ -8,6 +8,7 @@ from megagpt.errors import UserError
 from megagpt.planning.gpus import Cluster
 from megagpt.planning.plan import Plan
 from megagpt.planning.search import Clusters, Planner, find_clusters, own_plan, recommend, search
+from megagpt.planning.speed import check_precision
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,10 @@ class Question:
     given: Sequence[str] = ()
     """The overrides, as typed."""
     days: float | None = None
+    compare: bool = False
+    """Whether all settings are ranked, and not only the best of each engine."""
     thorough: bool = False
-    """Whether each micro-batch is planned."""
+    """Whether they are, with each micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Answer:
     best: Plan | None
     """The recommended plan. None if no setting fits."""
     plans: list[Plan]
-    """Every plan on the given number of GPUs, the best first."""
+    """Every plan on the given number of GPUs, the best first; without a number: on the recommended one, if all are
+    ranked."""
     clusters: Clusters | None
     """Numbers of GPUs, if they were asked for."""
 
@@ -66,11 +70,15 @@ def answer(question: Question, with_clusters: bool = False) -> Answer:
     """Plan the run; `with_clusters`: on other numbers of GPUs, too. Raises UserError if the ranks do not divide its
     batch."""
     config, cluster = question.config, question.cluster
+    check_precision(config, cluster.gpu)
     if not question.fixed:
         clusters = find_clusters(config, cluster, question.planner)
         in_time = clusters.in_time(question.days) if question.days else None
         own = next((plan for plan in clusters.own if plan.verdict == "fits"), None)
-        return Answer(question, own, in_time or clusters.cheapest, [], clusters)
+        best = in_time or clusters.cheapest
+        ranked = best if question.compare or question.thorough else None
+        plans = search(config, ranked.cluster, question.planner, question.thorough) if ranked else []
+        return Answer(question, own, best, plans, clusters)
     config.check_ranks(cluster.gpus)
     plans = search(config, cluster, question.planner, question.thorough)
     own, best = own_plan(plans, config), recommend(plans, config)

@@ -15,14 +15,14 @@ from megagpt.planning.tables import best_of, table
 _LABEL = 15
 
 
-def answer_lines(answer: Answer, compare: bool, explain: bool) -> Iterator[str]:
-    """All of an answer. `compare`: with every setting, and not with the best of each engine; `explain`: with each term
-    of the plan as configured, or of the recommended one."""
-    config = answer.question.config
+def answer_lines(answer: Answer, explain: bool) -> Iterator[str]:
+    """All of an answer. `explain`: with each term of the plan as configured, or of the recommended one."""
     yield from _run_lines(answer.question)
     yield ""
     if not answer.question.fixed:
         yield from _clusters_lines(answer)
+        if answer.plans:
+            yield from ["", *_settings_lines(answer)]
         if explain and answer.explained is not None:
             yield from ["", plan_words(answer.explained), *explained(answer.explained)]
         return
@@ -32,11 +32,19 @@ def answer_lines(answer: Answer, compare: bool, explain: bool) -> Iterator[str]:
         yield ""
     yield from _advice(answer)
     yield ""
-    shown = answer.plans if answer.question.thorough else best_of(answer.plans, compare)
-    yield "Every setting, the best first:" if compare else "The best of each engine:"
-    yield from table(shown, config)
+    yield from _settings_lines(answer)
     if explain and answer.explained is not None:
         yield from ["", *explained(answer.explained)]
+
+
+def _settings_lines(answer: Answer) -> Iterator[str]:
+    """A ranking of the settings on one cluster."""
+    question = answer.question
+    shown = answer.plans if question.thorough else best_of(answer.plans, question.compare)
+    where = "" if question.fixed else f" on {_gpus(answer.plans[0].cluster)}"
+    ranked = question.compare or question.thorough
+    yield f"Every setting{where}, the best first:" if ranked else "The best of each engine:"
+    yield from table(shown, question.config)
 
 
 def _run_lines(question: Question) -> Iterator[str]:
@@ -62,7 +70,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     """Memory, step, speed, time and bill of one plan."""
     memory, speed, ranks = plan.memory, plan.speed, plan.cluster.gpus
     low, high = plan.range
-    peak = f"{gigabytes(memory.total)} GB a GPU at the fullest moment, {memory.moment}: "
+    peak = f"{gigabytes(memory.total)} GB a {_device(plan.cluster)} at the fullest moment, {memory.moment}: "
     yield from _labelled("memory", peak + fit_words(plan))
     yield from _labelled("", _sum({name: gigabytes(size) for name, size in memory.parts.items()}))
     for note in memory.notes:
@@ -91,7 +99,12 @@ def plan_lines(plan: Plan) -> Iterator[str]:
 
 
 def _hours(plan: Plan) -> str:
-    return f"{whole(plan.gpu_hours)} {'rank' if plan.cluster.gpu.name == CPU else 'GPU'}-hours"
+    return f"{whole(plan.gpu_hours)} {_device(plan.cluster)}-hours"
+
+
+def _device(cluster: Cluster) -> str:
+    """Whose memory and hours are counted: ranks share a CPU."""
+    return "rank" if cluster.gpu.name == CPU else "GPU"
 
 
 def _validating(plan: Plan) -> float:
@@ -118,7 +131,7 @@ def fit_words(plan: Plan) -> str:
             return f"fits, with {reserve} and {gigabytes(plan.spare)} GB to spare"
         case "tight":
             return f"tight, because {reserve} needs {gigabytes(-plan.spare)} GB more than is left"
-    return f"does not fit this code: the GPU has {gigabytes(plan.memory.total - capacity)} GB less"
+    return f"does not fit this code: a {_device(plan.cluster)} has {gigabytes(plan.memory.total - capacity)} GB less"
 
 
 def _advice(answer: Answer) -> Iterator[str]:
@@ -188,10 +201,13 @@ def _clusters_lines(answer: Answer) -> Iterator[str]:
 
 
 def _choice(label: str, question: Question, plan: Plan) -> Iterator[str]:
-    gpus = f"{plan.cluster.gpus:,} GPU{'s' if plan.cluster.gpus > 1 else ''}"
-    words = f"{label}: {gpus}, {setting_words(plan.config, plan.cluster.gpus)}: {_bill(plan)}. Start it with:"
-    yield from wrapped(words)
+    setting = setting_words(plan.config, plan.cluster.gpus)
+    yield from wrapped(f"{label}: {_gpus(plan.cluster)}, {setting}: {_bill(plan)}. Start it with:")
     yield "  " + start_command(question, plan)
+
+
+def _gpus(cluster: Cluster) -> str:
+    return f"{cluster.gpus:,} {_device(cluster)}{'s' if cluster.gpus > 1 else ''}"
 
 
 def _bill(plan: Plan) -> str:

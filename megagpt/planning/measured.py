@@ -88,7 +88,9 @@ def read_speed(run: Path) -> RunSpeed:
     ]  # fmt: skip
     if len(speeds) < _FEWEST:
         need = f"{_FEWEST} steps of full batches after the first {_WARMUP} of its last start"
-        raise UserError(f"{run}: has {len(speeds)} of the {need} that a plan needs; let it run a little longer")
+        raise UserError(
+            f"{run}: has {len(speeds)} of the {need} that a plan needs; let it run longer, or name a longer run"
+        )
     per_node = max(hosts.values()) if isinstance(hosts, dict) and hosts else ranks
     return RunSpeed(config.run.name, config, device, ranks, per_node, statistics.median(speeds))
 

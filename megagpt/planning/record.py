@@ -4,11 +4,12 @@ import dataclasses
 from typing import Any
 
 from megagpt.config import Config
-from megagpt.planning.answer import Answer
+from megagpt.planning.answer import Answer, Question
 from megagpt.planning.explain import plan_terms
 from megagpt.planning.gpus import CPU, Cluster
+from megagpt.planning.lines import start_command
 from megagpt.planning.plan import Plan
-from megagpt.planning.setting import overrides
+from megagpt.planning.setting import overrides, typed
 from megagpt.planning.tables import best_of
 
 
@@ -17,7 +18,7 @@ def answer_record(answer: Answer, explain: bool = False) -> dict[str, Any]:
     question, config, clusters = answer.question, answer.question.config, answer.clusters
 
     def plan(found: Plan | None) -> dict[str, Any] | None:
-        return None if found is None else plan_record(found, config)
+        return None if found is None else plan_record(found, question)
 
     record: dict[str, Any] = {
         "run": run_record(config),
@@ -40,8 +41,8 @@ def answer_record(answer: Answer, explain: bool = False) -> dict[str, Any]:
     return record
 
 
-def plan_record(plan: Plan, own: Config) -> dict[str, Any]:
-    """One plan. `own`: the config as given, from which `overrides` lead to the plan's setting."""
+def plan_record(plan: Plan, question: Question) -> dict[str, Any]:
+    """One plan. Its `overrides`, typed after the config's name, give its setting; `start` is the whole command."""
     memory, speed, train = plan.memory, plan.speed, plan.config.train
     low, high = plan.range
     return {
@@ -50,7 +51,8 @@ def plan_record(plan: Plan, own: Config) -> dict[str, Any]:
         "activation_checkpointing": train.activation_checkpointing,
         "micro_batch": plan.config.micro_batch,
         "accumulation": plan.accumulation,
-        "overrides": overrides(own, plan.config),
+        "overrides": typed(question.given, overrides(question.config, plan.config)),
+        "start": start_command(question, plan),
         "memory": {
             "moment": memory.moment,
             "parts": memory.parts,

@@ -11,7 +11,7 @@ from megagpt.planning.gpus import Cluster
 from megagpt.planning.memory import peak_memory
 from megagpt.planning.micro_batch import micro_batches
 from megagpt.planning.plan import Plan
-from megagpt.planning.setting import is_same, vary
+from megagpt.planning.setting import is_same, overrides, vary
 
 # Blocks of which one is computed again: what lies between the modes none and full.
 _EVERY = (2, 3, 4)
@@ -82,13 +82,15 @@ def own_plan(plans: Iterable[Plan], config: Config) -> Plan | None:
 
 def recommend(plans: Sequence[Plan], config: Config) -> Plan | None:
     """The fastest plan that fits, or a tight one if none fits; None if none does. Of those that are as fast, it is the
-    config's own, or else the simplest engine with the most memory to spare."""
+    config's own, or else the one with the fewest changed keys, the simplest engine and the most memory to spare."""
     possible = sorted((plan for plan in plans if plan.verdict != "does not fit"), key=_place)
     if not possible:
         return None
     best, own = possible[0], own_plan(plans, config)
     near = [p for p in possible if p.verdict == best.verdict and p.seconds <= best.seconds * (1 + _SAME)]
-    return min(near, key=lambda p: (p is not own, _simplicity(p.config.engine), -p.spare))
+    return min(
+        near, key=lambda p: (p is not own, len(overrides(config, p.config)), _simplicity(p.config.engine), -p.spare)
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from megagpt.errors import UserError
 from megagpt.planning.calibration import Calibration, calibration_of
 from megagpt.planning.evidence import find_evidence
 from megagpt.planning.exchange import Exchange
-from megagpt.planning.gpus import Cluster
+from megagpt.planning.gpus import Cluster, Gpu
 from megagpt.planning.terms import Term, speed_terms
 from megagpt.planning.work import Work, count_work
 
@@ -56,7 +56,7 @@ class Parts(NamedTuple):
 def predict_speed(config: Config, cluster: Cluster, calibration: Calibration | None = None) -> Speed:
     """Raises UserError if the batch cannot be divided among the GPUs, or if the GPU has no products in the run's
     precision. `calibration`: constants to use instead of the GPU's own ones."""
-    _check_precision(config, cluster)
+    check_precision(config, cluster.gpu)
     found = calibration or calibration_of(cluster.gpu)
     work = count_work(config, cluster.gpus)
     parts = step_parts(work, config, cluster, found)
@@ -141,8 +141,9 @@ def _host_update(work: Work, config: Config, c: Calibration) -> float:
     return moved + c.update_bytes * work.updated / c.host_memory + disk
 
 
-def _check_precision(config: Config, cluster: Cluster) -> None:
-    gpu, train = cluster.gpu, config.train
+def check_precision(config: Config, gpu: Gpu) -> None:
+    """Raises UserError if the GPU lacks products in the precision of the config."""
+    train = config.train
     if train.precision == "bf16" and not gpu.has_bf16:
         raise UserError(f"{gpu.name} has no products in bf16: set train.precision=fp16")
     least = FLOAT8_CAPABILITIES.get(train.float8)

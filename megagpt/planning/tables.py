@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from megagpt.config import Config
 from megagpt.planning.amounts import gigabytes, large, money, time, whole
+from megagpt.planning.gpus import CPU
 from megagpt.planning.plan import Plan
 from megagpt.planning.setting import engine_words, is_same, mode_words
 
@@ -13,6 +14,10 @@ _NAMES = (
 _LEGEND = (
     "GB: of a GPU, at the fullest moment of a step; to spare: GB beside them and a reserve; tight: less than the",
     "reserve is left. recomputed: train.activation_checkpointing. MFU: share of the GPU's peak rate. *: as configured.",
+)
+_CPU_LEGEND = (
+    "GB: of a rank, at the fullest moment of a step; to spare: GB beside them and a reserve; tight: less than the",
+    "reserve is left. recomputed: train.activation_checkpointing. *: as configured.",
 )
 _KEPT = "kept: gathered weights stay until the backward pass, engine.reshard_after_forward=false."
 
@@ -31,10 +36,12 @@ def table(plans: Sequence[Plan], own: Config, by_gpus: bool = False) -> Iterator
     """A row for each plan, and a legend. `own`: the config as given; `by_gpus`: with a column for the GPUs' number."""
     rows = [_row(plan, own) for plan in plans]
     priced = any(plan.cost is not None for plan in plans)
-    rows = [list(_NAMES), *rows]
+    on_cpu = bool(plans) and plans[0].cluster.gpu.name == CPU  # its peak rate is nominal, so that it has no MFU
+    rows = [[name.replace("GPU-", "rank-") if on_cpu else name for name in _NAMES], *rows]
     left = {left_engine := _NAMES.index("engine"), _NAMES.index("recomputed")}
     hidden = set() if by_gpus else {_NAMES.index("GPUs")}
     hidden |= set() if priced else {_NAMES.index("cost")}
+    hidden |= {_NAMES.index("MFU")} if on_cpu else set()
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [
@@ -43,7 +50,7 @@ def table(plans: Sequence[Plan], own: Config, by_gpus: bool = False) -> Iterator
             if i not in hidden
         ]
         yield "  ".join(cells).rstrip()
-    yield from _LEGEND
+    yield from _CPU_LEGEND if on_cpu else _LEGEND
     if any(", kept" in row[left_engine] for row in rows):
         yield _KEPT
 

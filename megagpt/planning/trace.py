@@ -51,7 +51,7 @@ def trace(config: Config, ranks: int) -> Trace:
     """One step of the run on that many ranks. Raises UserError if the run cannot be divided among them, and for what
     cannot be traced."""
     config.check_ranks(ranks)
-    _check(config)
+    check_trace(config)
     start = time.perf_counter()
     on = "selective" if config.train.activation_checkpointing == "selective" else None
     keep = activation_checkpointing.selective_policy(config.model) if on else None
@@ -69,7 +69,8 @@ def trace(config: Config, ranks: int) -> Trace:
     return Trace(counter.peak, between[0], counter.moment, time.perf_counter() - start)
 
 
-def _check(config: Config) -> None:
+def check_trace(config: Config) -> None:
+    """Raises UserError for what cannot be traced."""
     advice = "; without --trace, the plan has its formula"
     if config.engine.name == "zero":
         raise UserError(f"engine.name zero cannot be traced: DeepSpeed needs ranks that exist{advice}")
@@ -138,6 +139,7 @@ def _gpu_paths(compiler: PretendCompiler) -> Iterator[None]:
             (loss, "CHUNK", {"cpu": loss.CHUNK["cuda"]}),
             (loss, "SOFTMAX_ROWS", {"cpu": loss.SOFTMAX_ROWS["cuda"]}),
             (loss, "_sums_in_fp32", lambda weight: True),
+            (loss, "_product", lambda a, b, out: torch.mm(a, b, out=out)),
             (loss, "_add_product_", lambda *_, **__: None),
         ):
             patches.enter_context(mock.patch.object(owner, name, value))

@@ -108,6 +108,13 @@ def test_little_room_is_a_warning_beside_the_command(capsys: Capture) -> None:
     assert printed.err.count("\n") == 1
 
 
+def test_a_named_gpu_needs_products_in_the_runs_precision(capsys: Capture) -> None:
+    line = refusal(capsys, "slurm", "gpt2_124m.yaml", "--nodes", "1", "--gpu", "t4", "train.micro_batch=1")
+    assert "t4 has no products in bf16: set train.precision=fp16" in line
+    job = ["slurm", "gpt2_124m.yaml", "--nodes", "1", "--gpu", "t4", "train.micro_batch=1", "train.precision=fp16"]
+    assert main(["launch", *job]) == 0
+
+
 def test_an_unknown_gpu_is_asked_for_its_memory(capsys: Capture) -> None:
     job = ["slurm", "gpt2_124m.yaml", "--nodes", "1", "--gpu", "h2000"]
     line = refusal(capsys, *job)

@@ -32,7 +32,7 @@ def test_the_json_has_the_plan_of_the_config_as_it_is(capsys: Capture) -> None:
     assert low < own["tokens_per_second"] < high
     assert own["memory"]["total"] == pytest.approx(sum(own["memory"]["parts"].values()))
     assert own["fits"] is True
-    assert (own["micro_batch"], own["engine"]["name"], own["overrides"]) == (2, "ddp", [])
+    assert (own["micro_batch"], own["engine"]["name"], own["overrides"]) == (2, "ddp", ["train.micro_batch=2"])
     assert own["days"] * 86_400 >= 300e9 / own["tokens_per_second"]
     assert own["cost"] == pytest.approx(own["days"] * 24 * 64 * 2)
     assert own["step_seconds"] == pytest.approx(sum(own["step_parts"].values()))
@@ -59,6 +59,10 @@ def test_without_gpus_the_clusters_are_found(capsys: Capture) -> None:
     (["gpt3_175b", "--gpus", "1024", "train.micro_batch=1"],
      ["1024 rank(s)", "2097152 or 4194304", "768 or 1536 ranks"]),
     (["gpt3_xl", "--gpus", "12"], ["nodes of 8", "8 or 16"]),
+    (["gpt3_175b", "--gpus", "2000", "--per-node", "6"], ["whole nodes of 6", "use 1536 GPUs"]),
+    (["gpt3_xl", "--gpus", "8", "--gpu", ""], ["unknown GPU ''"]),
+    (["gpt3_175b", "--gpu", "t4"], ["t4 has no products in bf16", "set train.precision=fp16"]),
+    (["gpt3_xl", "--gpus", "8", "--trace", "engine.name=zero"], ["cannot be traced", "without --trace"]),
     (["gpt3_xl", "--gpus", "8", "--gpu", "h1000"], ["unknown GPU", "--gpu-memory"]),
     (["gpt3_xl", "--gpus", "8", "--write", "/nowhere/x.yaml"], ["/nowhere", "--write"]),
     (["gpt3_xl", "--gpus", "8", "--picture", "x.pdf"], ["--picture", ".png"]),
@@ -96,6 +100,26 @@ def test_the_picture_is_drawn(tmp_path: Path, capsys: Capture) -> None:
     assert main(["plan", "gpt2_124m", "--gpus", "8", "--price", "2", "--picture", str(tmp_path / "a.svg")]) == 0
     text = (tmp_path / "a.svg").read_text()
     assert all(word in text for word in ("Memory of a GPU", "Time to the last token", "Cost at $2 an hour"))
+
+
+def test_the_overrides_replace_those_of_another_engine(capsys: Capture) -> None:
+    given = ["engine.name=zero", "engine.stage=3", "engine.offload=all", "train.micro_batch=auto"]
+    best = record(capsys, "gpt3_xl", "--gpus", "64", *given)["recommended"]
+    again = record(capsys, "gpt3_xl", "--gpus", "64", *best["overrides"])["as_configured"]
+    assert again["step_seconds"] == best["step_seconds"]
+    assert best["start"] == shlex.join(["megagpt", "launch", "slurm", "gpt3_xl", *best["overrides"], "--nodes", "8",
+                                        "--gpus-per-node", "8"])  # fmt: skip
+
+
+def test_a_change_that_gains_nothing_is_not_recommended(capsys: Capture) -> None:
+    """A tiny model is as fast with activation checkpointing, which has no use there."""
+    best = record(capsys, "quickstart", "--gpus", "1")["recommended"]
+    assert best["overrides"] == ["train.micro_batch=16"]
+
+
+def test_compare_without_gpus_ranks_the_recommended_cluster(capsys: Capture) -> None:
+    assert main(["plan", "gpt2_124m", "--compare"]) == 0
+    assert "Every setting on 1 GPU, the best first:" in capsys.readouterr().out
 
 
 def test_the_recommended_command_is_understood(capsys: Capture) -> None:

@@ -99,6 +99,7 @@ def test_a_plan_of_which_the_run_says_nothing_is_refused(tmp_path: Path, refusal
     refusal([*plan, run, "train.precision=fp16"], "ran in bf16", "set train.precision=bf16")
     cpu = shaped((2, 64, 2, 64, 4, 1), "cpu")
     on_cpu = str(make_run(tmp_path, cpu, 1e3, world_size=2, device="cpu", micro_batch=2))
+    refusal([*plan[:2], "--calibrate", on_cpu, "--gpu-memory", "8"], "--gpu-memory: a figure of a GPU", "leave it out")
     refusal([*plan, on_cpu, "train.precision=fp32"], "ran on 2 rank(s) of a CPU", "plan for --gpus 2")
     unknown = str(make_run(tmp_path / "u", config, 1e6, device="NVIDIA RTX A1000", micro_batch=8))
     refusal([*plan, unknown], "'NVIDIA RTX A1000', whose figures are unknown", "--gpu-tflops")
@@ -108,7 +109,7 @@ def test_a_plan_of_which_the_run_says_nothing_is_refused(tmp_path: Path, refusal
     folder = make_run(tmp_path, short, 1e6, micro_batch=8)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     (folder / "metrics.jsonl").write_text("\n".join(lines[:6]))
-    refusal([*plan, str(folder)], "has 3 of the 5 steps", "let it run a little longer")
+    refusal([*plan, str(folder)], "has 3 of the 5 steps", "let it run longer, or name a longer run")
     refusal([*plan, str(tmp_path)], "not a run's folder")
     refusal(["plan", "gpt3_xl", "--gpu", "cpu"], "--gpu cpu", "add --calibrate RUN")
 
@@ -121,6 +122,10 @@ def test_the_command_takes_a_runs_devices(tmp_path: Path, capsys: pytest.Capture
     assert found["cluster"]["gpu"] == "cpu"
     assert found["as_configured"]["gpus"] == 1
     assert found["as_configured"]["tokens_per_second"] == pytest.approx(2345.0)
+    assert main(["plan", str(run / "config.yaml"), "--calibrate", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "rank-hours" in text
+    assert not [word for word in ("GB a GPU", "MFU", "GPU-hours") if word in text]
 
 
 def test_an_unknown_card_with_given_figures_is_calibrated(tmp_path: Path) -> None:

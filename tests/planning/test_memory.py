@@ -155,3 +155,9 @@ def test_every_shipped_config_has_a_peak() -> None:
     for path in Path("configs").glob("gpt*.yaml"):
         memory = peak_memory(load_config(str(path)), 512 if "175b" in path.stem else 8)
         assert memory.state < memory.total < 90e9, path
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_whole_preset_is_the_traced_one() -> None:
+    settings = load_config("gpt2_124m")
+    assert peak_memory(settings, 8).total == pytest.approx(trace(settings, 8).peak, rel=0.03)
