@@ -102,6 +102,8 @@ class _Step:
         self.whole = self.name == "zero" and config.engine.stage < 3
         """Whether every rank has all weights in the compute precision."""
         sharing = config.sharing_ranks(ranks) if self.name == "fsdp" else ranks
+        self.arriving = 0 if sharing == 1 else 1
+        """Blocks whose gathered weights are there twice for a moment, or ahead of their turn: none on one rank."""
         self.block = float(self.model.block_parameters)
         """Elements of a gathered block, which FSDP fills up to a multiple of the ranks."""
         if self.name == "fsdp":
@@ -122,7 +124,9 @@ class _Step:
                     "saved activations": kept_bytes(self.config),
                     "block at work": self.tokens * forward_per_token(self.config, self.kinds[-1]),
                     "copies of weights": self._copies(len(self.kinds), self.kinds),
-                    "gathered weights": self._gathered(1 if self.config.engine.reshard_after_forward else -1),
+                    "gathered weights": self._gathered(
+                        1 if self.config.engine.reshard_after_forward else len(self.kinds) + self.arriving
+                    ),
                 },
             ),
         )
@@ -152,10 +156,11 @@ class _Step:
             logits += some * v * ((8 if some < rows else 4) + (4 if self.a == 2 else 0))
         # Final LayerNorm: input and output, cast and gradient. Compiled, it takes a bf16 stream as it is.
         hidden = 10 if self.compiled and self.config.train.residual == "bf16" else 12
+        again = self.config.engine.reshard_after_forward
         parts = {
             "saved activations": kept_bytes(self.config),
             "copies of weights": self.state.copies,
-            "gathered weights": self._gathered(1 if self.config.engine.reshard_after_forward else -1),
+            "gathered weights": self._gathered((0 if again else len(self.kinds)) + self.arriving),
             "head": float(hidden * c * n),
             "table's gradient": 4.0 * self.table,
         }
@@ -163,6 +168,7 @@ class _Step:
         if self.name != "ddp":
             copy = self.a * self.table if self.a == 2 else 0
             parts |= {"head": float((hidden - 2) * c * n), "table's gradient": 4.0 * self.table + copy}
+            parts["gathered weights"] = self._gathered(self.arriving if again else len(self.kinds))
             yield "the begin of the backward pass", self._parts(last, parts)
 
     def _representatives(self) -> list[int]:
@@ -190,7 +196,7 @@ class _Step:
             elif index < len(self.kinds) - 1:
                 sums = 4 * self.block
             kept = not self.config.engine.reshard_after_forward
-            blocks = len(self.kinds) if kept else 2 if index else 1
+            blocks = index + 1 if kept else min(1 + self.arriving, index + 1)  # those of later blocks are gone
             more = {"gathered weights": self._gathered(blocks), "block's gradients": a * done + sums}
             yield name, self._parts(index, parts | more | {"table's gradient": float(table)})
             return
@@ -228,10 +234,9 @@ class _Step:
         return float(self.a * blocks * matrices(self.model))
 
     def _gathered(self, blocks: int) -> float:
-        """Gathered weights: those outside of the blocks, and so many blocks; -1: all of them."""
+        """Bytes of the gathered weights: of those outside of the blocks, and of a number of blocks."""
         if self.name == "ddp" or self.whole:
             return 0.0
         if self.name == "zero":
             return self.a * min(float(self.model.stored_parameters), _LIVE + self.block)
-        count = len(self.kinds) + 1 if blocks < 0 else min(blocks, len(self.kinds))  # one more: as it arrived
-        return self.a * (self.outside + count * self.block)
+        return self.a * (self.outside + blocks * self.block)

@@ -83,15 +83,16 @@ def check_trace(config: Config) -> None:
 @contextlib.contextmanager
 def _ranks(config: Config, ranks: int) -> Iterator[World]:
     """This process as rank 0 of as many pretend ranks."""
-    size = 1 if config.engine.name == "ddp" else ranks
-    if size > 1:
+    alone = config.engine.name == "ddp"
+    size = 1 if alone else ranks
+    if not alone:  # FSDP takes a process group even on one rank
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
         yield World(0, size, 0, torch.device("cpu"))
     finally:
-        if size > 1:
+        if not alone:
             dist.destroy_process_group()
 
 

@@ -64,6 +64,17 @@ def test_every_setting_is_in_the_formula(engine: dict[str, Any], ranks: int, cha
     assert_same_peak(LONG, engine, ranks, 4, compile=False, **changes)
 
 
+def test_fsdp_on_one_rank_gathers_nothing_ahead() -> None:
+    train = {"precision": "fp32", "activation_checkpointing": "full", "compile": False}
+    assert_same_peak(LONG, FSDP, 1, 1, **train)
+
+
+def test_kept_weights_go_block_by_block_in_the_backward_pass() -> None:
+    shape, engine = {"preset": "gpt3-13b", "layers": 2, "context": 1024}, FSDP | {"reshard_after_forward": False}
+    assert_same_peak(shape, engine, 2, 16, precision="fp16", activation_checkpointing="full")
+    assert_same_peak(shape | {"layers": 4}, engine, 64, 1)
+
+
 @pytest.mark.parametrize("mode", ["none", "full"])
 @pytest.mark.parametrize("change", [{"dropout": 0.1}, {"attention": "banded", "window": 128}], ids=str)
 def test_dropout_and_banded_attention_count(change: dict[str, Any], mode: str) -> None:
