@@ -271,10 +271,9 @@ def test_numbers_of_any_length_are_read_at_once() -> None:
         assert plain_value(text) == text
 
 
-@pytest.mark.slow
 def test_deep_nesting_is_refused() -> None:
-    assert parse_value('"a": ' + "[" * 2_000, str, "here") == '"a": ' + "[" * 2_000
-    for text in ("[" * 2_000, "[" * 2_000 + "]" * 2_000):
+    assert parse_value('"a": ' + "[" * 1_000, str, "here") == '"a": ' + "[" * 1_000
+    for text in ("[" * 1_000, "[" * 1_000 + "]" * 1_000):
         with pytest.raises(UserError, match="here"):
             parse(text, Any, "here")
 

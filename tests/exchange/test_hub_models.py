@@ -109,7 +109,7 @@ def test_another_attempt_follows_each_fault(hub: Hub, tmp_path: Path, text: str)
         "config.json": ["busy"], "vocab.json": ["silent"], WEIGHTS: ["reset"], "merges.txt": ["stalled"],
         "tokenizer.json": ["corrupt"],
     }  # fmt: skip
-    seconds = {"HF_HUB_ETAG_TIMEOUT": "10", "HF_HUB_DOWNLOAD_TIMEOUT": "10"}
+    seconds = {"HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}
     code, out, err = run(hub.environment(tmp_path / "home") | seconds, tmp_path, "sample", "gpt2", *SAMPLE)
     assert (code, out) == (0, text), err
     assert not any(hub.faults.values())
