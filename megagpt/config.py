@@ -327,7 +327,7 @@ class Config:
         return self.batch_sequences // (self.micro_batch * ranks)
 
     def _indivisible(self, ranks: int, size: int | None) -> UserError:
-        """The error for a batch that the ranks do not divide; `size`: in micro-batches of so many sequences."""
+        """The error for a batch that the ranks do not divide; `size`: sequences in their micro-batches; None: any."""
         ways = ways_to_divide(self.batch_sequences, self.model.context, ranks, size)
         batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
         divisor = f"{ranks} rank(s)" + (f" x train.micro_batch {size}" if size else "")

@@ -145,7 +145,7 @@ def test_segments_stay_where_they_may_not_expand(
 
 
 def late_settings() -> str:
-    """What PyTorch reads of a setting that is made after its import: the setting, or 2.11's complaint about it."""
+    """PyTorch's view of a setting that is made after its import: the setting, or 2.11's complaint about it."""
     os.environ["PYTORCH_ALLOC_CONF"] = "no_such_setting:1"
     if hasattr(torch._C, "_accelerator_getAllocatorSettings"):
         return torch._C._accelerator_getAllocatorSettings()

@@ -2,6 +2,7 @@
 other argument names the config. Both may come before or after options."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -150,3 +151,14 @@ def count(text: str, least: int = 1) -> int:
     if value < least or not value.is_integer():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {'above 0' if least else 'of 0 or more'}")
     return int(value)
+
+
+def above_zero(text: str, what: str = "a number above 0") -> float:
+    """A finite number above 0. `what`: its words in the refusal."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return value

@@ -4,12 +4,11 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megagpt.commands.files import check_drawing, picture_kind, target_file, write_file
-from megagpt.commands.options import Add, add_config, count, one_name, split_words
+from megagpt.commands.options import Add, above_zero, add_config, count, one_name, split_words
 from megagpt.console import warn
 from megagpt.errors import UserError
 
@@ -56,17 +55,6 @@ def register(add: Add) -> None:
     sub.add_argument("--write", metavar="FILE", help="write the recommended setting as a config")
     for option, field, _, unit, what in _FIGURES:
         sub.add_argument(f"--gpu-{option}", type=above_zero, dest=field, metavar=unit, help=f"of the GPU: {what}")
-
-
-def above_zero(text: str) -> float:
-    """A finite number above 0."""
-    try:
-        value = float(text.replace("_", ""))
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
 
 
 def _plan(arguments: argparse.Namespace) -> int:

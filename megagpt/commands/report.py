@@ -1,11 +1,11 @@
 """plot, report: pictures of runs, and the page that shows one to others."""
 
 import argparse
-import math
+import functools
 from typing import TYPE_CHECKING
 
 from megagpt.commands.files import check_drawing, picture_kind, target_file, write_file
-from megagpt.commands.options import Add, Parser
+from megagpt.commands.options import Add, Parser, above_zero
 from megagpt.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -25,7 +25,12 @@ def register(add: Add) -> None:
     sub.add_argument("run", metavar="RUN", help="a run's folder")
     _add_shared(sub, None, "the page (RUN/report.html)")
     text = "price of a GPU for an hour: the page then says what the run has cost"
-    sub.add_argument("--dollars-per-gpu-hour", metavar="PRICE", type=_price, help=text)
+    sub.add_argument(
+        "--dollars-per-gpu-hour",
+        metavar="PRICE",
+        type=functools.partial(above_zero, what="a price above 0, such as 2.5"),
+        help=text,
+    )
 
 
 def _add_shared(sub: Parser, out: str | None, what: str) -> None:
@@ -33,16 +38,6 @@ def _add_shared(sub: Parser, out: str | None, what: str) -> None:
     sub.add_argument("--out", metavar="FILE", default=out, help=what + (f" ({out})" if out else ""))
     text = "whose losses to draw: fineweb-edu, fineweb, none, or auto, by the names of the run's texts (auto)"
     sub.add_argument("--references", metavar="TEXT", default="auto", help=text)
-
-
-def _price(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a price above 0, such as 2.5")
-    return value
 
 
 def _plot(arguments: argparse.Namespace) -> int:

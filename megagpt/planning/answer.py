@@ -1,4 +1,4 @@
-"""What the command `megagpt plan` says: about a given cluster, or about the clusters that a run can have."""
+"""The answer of `megagpt plan`, about a given cluster or about the clusters that a run can have."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ class Exchange(NamedTuple):
 
 
 def exchanges(config: Config, ranks: int) -> list[Exchange]:
-    """What a rank sends, by kind; nothing on one rank."""
+    """The exchanges of a rank, by kind; none on one rank."""
     engine, model = config.engine, config.model
     parameters, layers = model.stored_parameters, model.layers
     value = _FP32 if config.train.precision == "fp32" else 2

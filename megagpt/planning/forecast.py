@@ -27,7 +27,7 @@ class Forecast:
     run_seconds: float | None = None
     """Of all steps of the run, from its first token to its last, without saves, validations, exams and samples."""
     evidence: str = ""
-    """What the range rests on."""
+    """The sentence that says how sure the range is, and why."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

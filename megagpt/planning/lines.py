@@ -226,7 +226,7 @@ def plan_words(plan: Plan) -> str:
 
 
 def start_command(question: Question, plan: Plan, file: str | None = None) -> str:
-    """What to type to start the run with a plan's setting on the plan's cluster. `file`: a config that has it."""
+    """The command that starts the run with a plan's setting on its cluster. `file`: a config that has the setting."""
     cluster, words = plan.cluster, [file] if file else [question.name]
     if not file:
         words += typed(question.given, overrides(question.config, plan.config))

@@ -97,7 +97,7 @@ def cluster_record(cluster: Cluster, fixed: bool) -> dict[str, Any]:
 
 
 def run_record(config: Config) -> dict[str, Any]:
-    """What is trained."""
+    """The run: its model, tokens and batch."""
     model = config.model
     return {
         "name": config.run.name,

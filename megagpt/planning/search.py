@@ -100,16 +100,16 @@ class Clusters:
     plans: list[Plan]
     """The best plan on each number of GPUs that divides the batch and has room, fewest GPUs first."""
     own: list[Plan]
-    """The plans with the config's own setting, where it divides, fewest GPUs first."""
+    """Plans with the config's own setting, for the numbers of GPUs that it divides, fewest GPUs first."""
 
     @property
     def smallest(self) -> Plan | None:
-        """On the fewest GPUs."""
+        """The plan on the fewest GPUs."""
         return next(iter(self._roomy()), None)
 
     @property
     def cheapest(self) -> Plan | None:
-        """With the fewest GPU-hours."""
+        """The plan with the fewest GPU-hours."""
         return min(self._roomy(), key=lambda plan: plan.gpu_hours, default=None)
 
     @property
@@ -117,7 +117,7 @@ class Clusters:
         return min(self._roomy(), key=lambda plan: plan.seconds, default=None)
 
     def in_time(self, days: float) -> Plan | None:
-        """On the fewest GPUs that need at most so many days."""
+        """The plan on the fewest GPUs with which the run takes at most `days`."""
         return next((plan for plan in self._roomy() if plan.days <= days), None)
 
     def _roomy(self) -> Sequence[Plan]:

@@ -37,7 +37,7 @@ def is_same(config: Config, own: Config) -> bool:
 
 
 def overrides(config: Config, wanted: Config) -> list[str]:
-    """What to type after the name of `config` to get the setting of `wanted`; empty if it has it."""
+    """The overrides that give `config` the setting of `wanted`; empty if they have the same."""
     engine, other = dataclasses.asdict(config.engine), dataclasses.asdict(wanted.engine)
     if other["name"] != engine["name"]:  # on the command line, another name drops the file's settings of an engine
         engine = {**dataclasses.asdict(EngineConfig()), "name": engine["name"]}

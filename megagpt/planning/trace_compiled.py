@@ -164,7 +164,7 @@ def _call(function: Any, owner: nn.Module | None, names: Any, others: list[Any],
 
 
 def _form(owner: nn.Module | None) -> Any:
-    """What tells parts of one class apart: whether a block's attention is banded."""
+    """The property that tells parts of one class apart: the window of a block's attention."""
     return getattr(getattr(owner, "attention", None), "window", None)
 
 

@@ -1,4 +1,4 @@
-"""What a rank computes, moves and exchanges in a step, counted from the config."""
+"""FLOPs and bytes of a rank in a step, counted from the config."""
 
 from typing import NamedTuple
 

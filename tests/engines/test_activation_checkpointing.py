@@ -1,8 +1,6 @@
 """Activation checkpointing changes the memory that is kept, and no computed number."""
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from megagpt.models.attention import KeyValueCache
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
 from megagpt.models.presets import ModelConfig
+from tests.saved_tensors import saved_storages
 
 LAYERS = 4
 LENGTH = 48
@@ -190,20 +189,6 @@ def test_selective_keeps_no_output_that_nobody_reads() -> None:
 
 
 # --- memory ---
-
-
-@contextlib.contextmanager
-def saved_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
-    """The memory of everything that autograd keeps for a backward pass."""
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage  # held, so that no other tensor takes its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
 
 
 def kept_bytes(mode: ActivationCheckpointing, attention: str) -> int:

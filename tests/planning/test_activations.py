@@ -1,38 +1,22 @@
 """Bytes that a block keeps, by formula, against the tensors that autograd saves in a real forward pass."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megagpt.engines.engine import build_engine
 from megagpt.models.initialization import initialize
 from megagpt.planning.activations import kept_per_token
 from megagpt.world import World
 from tests.planning.configs import config
+from tests.saved_tensors import saved_storages
 
 SHAPES = [
     {"layers": 3, "width": 128, "heads": 4, "context": 96, "vocab_size": 300},
     {"layers": 3, "width": 320, "heads": 5, "context": 64, "vocab_size": 300},
 ]
 MICRO_BATCH = 3
-
-
-@contextlib.contextmanager
-def saved() -> Iterator[dict[int, torch.UntypedStorage]]:
-    """The memory behind all tensors that are saved for a backward pass."""
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage  # held, so that no other tensor takes its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
 
 
 def kept_by_blocks(shape: dict[str, Any], layers: int, **train: Any) -> int:
@@ -43,7 +27,7 @@ def kept_by_blocks(shape: dict[str, Any], layers: int, **train: Any) -> int:
     tokens = torch.randint(settings.model.vocab_size, (MICRO_BATCH, settings.model.context))
     if train["activation_checkpointing"] != "selective":
         weights = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
-        with saved() as kept:
+        with saved_storages() as kept:
             engine.model(tokens, tokens)
         # Copies of the blocks' matrices, which autocast makes.
         copied = {2 * p.numel() for name, p in engine.model.named_parameters() if "blocks" in name}
