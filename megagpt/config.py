@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from megagpt.config_marks import Data, ForFSDP, ForZero, Free, Recipe, Was
+from megagpt.config_marks import Data, ForFSDP, ForSharded, ForZero, Free, Recipe, Was
+from megagpt.config_occasions import CheckpointConfig, EvaluationConfig, LogConfig, SamplingConfig, ValidationConfig
 from megagpt.config_types import (
     AUTO,
     ActivationCheckpointing,
     Compile,
     MicroBatch,
-    Names,
     PathText,
     RunName,
     Seconds,
@@ -168,9 +168,13 @@ class EngineConfig:
     `stage`. A name given on the command line drops the file's settings for another engine."""
     stage: ForZero[int] = Field(default=2, ge=1, le=3)
     """zero: state that is sharded. 1: optimizer state; 2: gradients too; 3: weights too."""
+    tensor_ranks: ForSharded[int] = Field(default=1, ge=1)
+    """fsdp and zero: number of neighbouring ranks of one machine that share every matrix product and the activations
+    around it (tensor and sequence parallelism). They take the same sequences, so the batch is dealt to groups of ranks.
+    It must divide the model's heads and context. 1: each rank computes whole products."""
     shard_ranks: ForFSDP[int] = Field(default=0, ge=0)
     """fsdp: number of ranks that share one copy of the model, such as a node's; an all-reduce in each step keeps the
-    copies equal (hybrid sharding). 0: all ranks share one copy."""
+    copies equal (hybrid sharding). A multiple of `tensor_ranks`. 0: all ranks share one copy."""
     reshard_after_forward: ForFSDP[bool] = True
     """fsdp: drop a block's gathered weights after its forward pass and gather them again for its backward pass.
     false: keep them, which saves a gather and takes the memory of a whole model in the compute precision."""
@@ -183,85 +187,6 @@ class EngineConfig:
     """zero: DeepSpeed settings merged over the generated ones, such as
     {zero_optimization: {stage3_prefetch_bucket_size: 1e7}}. Settings that other keys of the config decide are
     refused."""
-
-
-@dataclass(frozen=True, config=SECTION)
-class ValidationConfig:
-    """Loss on held-out documents."""
-
-    every_tokens: Free[int] = Field(default=131_072_000, ge=0)
-    """Interval in tokens; 0: only at the end. The default is 250 steps of 0.5M tokens."""
-    tokens: Free[int] = Field(default=10_485_760, ge=0)
-    """Size of the validation set, the same on any number of ranks; less if the corpus holds less. 0: no validation."""
-
-
-@dataclass(frozen=True, config=SECTION)
-class EvaluationConfig:
-    """Exams of the model while it trains."""
-
-    tasks: Free[Names] = ()
-    """Exams, such as [hellaswag, lambada]; `megagpt evaluate --tasks list` shows all. Empty: none."""
-    every_tokens: Free[int] = Field(default=131_072_000, ge=0)
-    """Interval in tokens; 0: only at the end. The default is 250 steps of 0.5M tokens."""
-    limit: Free[int] = Field(default=0, ge=0)
-    """Rows of each exam, the same ones in every run; 0: all."""
-    shots: Free[int] = Field(default=0, ge=0)
-    """Solved examples in front of each row."""
-    data: Free[PathText] = ""
-    """Folder of the exams' rows; empty: they come from the Hugging Face hub."""
-    precision: Free[Literal["fp32", "bf16"]] = "fp32"
-    """Number format of matrix products in exams, whatever `train.precision` is. Weights are the optimizer's, fp32."""
-
-
-@dataclass(frozen=True, config=SECTION)
-class SamplingConfig:
-    """Text drawn from the model while it trains."""
-
-    every_tokens: Free[int] = Field(default=524_288_000, ge=0)
-    """Interval in tokens; 0: only at the end. The default is 1,000 steps of 0.5M tokens."""
-    prompt: Free[str] = "Hello, I'm a language model,"
-    """Text that the samples continue."""
-    samples: Free[int] = Field(default=4, ge=0)
-    """Number of samples; 0: none."""
-    max_tokens: Free[int] = Field(default=32, gt=0)
-    """New tokens in each sample."""
-    temperature: Free[float] = Field(default=1.0, ge=0)
-    """Temperature of the draw; 0: greedy."""
-    top_k: Free[int] = Field(default=50, ge=0)
-    """Draw from the k likeliest tokens only; 0: from all tokens."""
-    top_p: Free[float] = Field(default=1.0, gt=0, le=1)
-    """Draw from the likeliest tokens that together reach this probability."""
-
-
-@dataclass(frozen=True, config=SECTION)
-class CheckpointConfig:
-    """How and when checkpoints are saved, and which are kept."""
-
-    asynchronous: Free[bool] = True
-    """Training stops only while each rank's share is copied into CPU memory; a thread then writes the copy. If false,
-    or if memory is short, training waits until everything is written."""
-    every_tokens: Free[int] = Field(default=524_288_000, ge=0)
-    """Interval in tokens; 0: only at the end and when stopped. The default is 1,000 steps of 0.5M tokens."""
-    keep_last: Annotated[Free[int], Was("keep")] = Field(default=3, ge=1)
-    """Number of interval checkpoints to keep: the newest of those from which a later step was finite."""
-    milestone_every_tokens: Free[int] = Field(default=0, ge=0)
-    """Interval of milestones in tokens: the first checkpoint at or past each multiple is kept for good. 0: none."""
-
-
-@dataclass(frozen=True, config=SECTION)
-class LogConfig:
-    """How often metrics are written and ranks compared."""
-
-    every_tokens: Free[int] = Field(default=0, ge=0)
-    """Interval in tokens; 0: every step."""
-    peak_tflops: Free[float] = Field(default=0.0, ge=0)
-    """Peak of one device in TFLOP/s, dense, in `train.precision`: what MFU is a fraction of. 0: by the GPU's name, if
-    it is a known one."""
-    straggler_every_steps: Annotated[Free[int], Was("pace_steps")] = Field(default=50, ge=0)
-    """Steps between comparisons of the time that each rank works without waiting for others; 0: never."""
-    straggler_factor: Annotated[Free[float], Was("slow_rank")] = Field(default=1.2, gt=1)
-    """A rank that works longer than this multiple of the median in three comparisons in a row is a straggler: the log
-    and TensorBoard name it."""
 
 
 @dataclass(frozen=True, config=SECTION)
@@ -312,33 +237,48 @@ class Config:
             ways = f"raise it to {context} or more, or set it to 0 for no validation"
             raise UserError(f"validation.tokens {tokens} is less than one sequence, model.context {context}; {ways}")
 
+    def shares(self, ranks: int) -> int:
+        """Parts into which every batch is dealt: one for each group of tensor ranks. Raises UserError if the groups do
+        not divide all ranks."""
+        size = self.engine.tensor_ranks
+        if ranks % size:
+            able = ", ".join(str(n) for n in self.model.ways_to_split() if ranks % n == 0)
+            raise UserError(f"engine.tensor_ranks {size} does not divide {ranks} ranks; these fit: {able}")
+        return ranks // size
+
     def sequences_of_a_rank(self, ranks: int) -> int:
         """Sequences that each rank takes of a full batch. Raises UserError with the nearest batches and ranks that
         divide."""
-        if self.batch_sequences % ranks:
+        shares = self.shares(ranks)
+        if self.batch_sequences % shares:
             raise self._indivisible(ranks, None)
-        return self.batch_sequences // ranks
+        return self.batch_sequences // shares
 
     def accumulation(self, ranks: int) -> int:
         """Micro-batches of a rank in a full step. Raises UserError with the nearest batches, ranks and micro-batches
         that divide."""
-        if self.batch_sequences % (self.micro_batch * ranks):
+        unit = self.micro_batch * self.shares(ranks)
+        if self.batch_sequences % unit:
             raise self._indivisible(ranks, self.micro_batch)
-        return self.batch_sequences // (self.micro_batch * ranks)
+        return self.batch_sequences // unit
 
     def _indivisible(self, ranks: int, size: int | None) -> UserError:
         """The error for a batch that the ranks do not divide; `size`: sequences in their micro-batches; None: any."""
-        ways = ways_to_divide(self.batch_sequences, self.model.context, ranks, size)
+        group = self.engine.tensor_ranks
+        ways = ways_to_divide(self.batch_sequences, self.model.context, ranks // group, size, group)
         batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
-        divisor = f"{ranks} rank(s)" + (f" x train.micro_batch {size}" if size else "")
+        divisor = f"{ranks} rank(s)" if group == 1 else f"{ranks // group} group(s) of {group} tensor ranks"
+        divisor += f" x train.micro_batch {size}" if size else ""
         return UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {ways}")
 
     def sharing_ranks(self, ranks: int) -> int:
-        """Ranks that share one copy of the model under FSDP. Raises UserError if they do not divide all ranks."""
-        shard = self.engine.shard_ranks or ranks
-        if ranks % shard:
-            fits = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
-            raise UserError(f"engine.shard_ranks {shard} does not divide {ranks} ranks; these do: {fits}")
+        """Ranks that share one copy of the model under FSDP. Raises UserError if they do not divide all ranks, or if
+        groups of tensor ranks do not divide them."""
+        shard, group = self.engine.shard_ranks or ranks, self.engine.tensor_ranks
+        if ranks % shard or shard % group:
+            fits = ", ".join(str(n) for n in range(group, ranks + 1, group) if ranks % n == 0)
+            multiple = f" or is no multiple of engine.tensor_ranks {group}" if group > 1 else ""
+            raise UserError(f"engine.shard_ranks {shard} does not divide {ranks} ranks{multiple}; these fit: {fits}")
         return shard
 
 

@@ -32,6 +32,7 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"schedule.decay_end_tokens {schedule.decay_end_tokens} must exceed the start of the decay, {start}"
     yield from _check_float8(config)
     yield from _check_engine(config.engine)
+    yield from _check_tensor_ranks(config)
     for source in config.data.sources:
         if not source.path:
             yield "data.sources: a path is empty; name a folder of shards, or stdlib"
@@ -55,12 +56,23 @@ def _check_float8(config: Config) -> Iterator[str]:
             yield f"train.float8 {scaling} needs multiples of 16, and model.{key} is {value}; the nearest: {near}"
 
 
+def _check_tensor_ranks(config: Config) -> Iterator[str]:
+    model, size = config.model, config.engine.tensor_ranks
+    able = model.ways_to_split()
+    if size not in able:
+        shape = f"model.heads {model.heads}, model.context {model.context} and {model.padded_vocab_size} rows of tokens"
+        yield f"engine.tensor_ranks {size} must divide {shape}; these do: {', '.join(map(str, able))}"
+    if size > 1 and config.train.float8 != "none":
+        reason = "whose scales are those of whole tensors, and tensor ranks hold parts of them"
+        yield f"train.float8 {config.train.float8}, {reason}: set train.float8=none or engine.tensor_ranks=1"
+
+
 def _check_engine(engine: EngineConfig) -> Iterator[str]:
     default = EngineConfig()
     for key, field in fields_of(EngineConfig).items():
         only = mark_of(field, For)
-        if only and only.engine != engine.name and getattr(engine, key) != getattr(default, key):
-            yield f"engine.{key} is for engine.name {only.engine}, and engine.name is {engine.name}"
+        if only and engine.name not in only.engines and getattr(engine, key) != getattr(default, key):
+            yield f"engine.{key} is for engine.name {' or '.join(only.engines)}, and engine.name is {engine.name}"
     stage = f" stage {engine.stage}" if engine.name == "zero" else ""
     ways = {"ddp": ("none",), "fsdp": ("none", "all"), "zero": ("none", "optimizer")}[engine.name]
     if engine.name == "zero" and engine.stage == 3:

@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megagpt.config import Config, EngineConfig
 from megagpt.config_checks import contradictions
-from megagpt.config_marks import Was, fields_of, mark_of
+from megagpt.config_marks import For, Was, fields_of, mark_of
 from megagpt.config_types import name_problem
 from megagpt.config_yaml import dump, kind_below, parse, parse_value
 from megagpt.errors import UserError, did_you_mean
@@ -183,7 +183,11 @@ def _other_engine(tree: dict[str, Any], text: str) -> dict[str, Any]:
     engine, over = tree.get("engine"), override({}, text).get("engine")
     if not isinstance(engine, dict) or not isinstance(over, dict) or "name" not in over:
         return tree
-    return tree if over["name"] == engine.get("name", EngineConfig.name) else {**tree, "engine": {}}
+    if over["name"] == engine.get("name", EngineConfig.name):
+        return tree
+    marks = {key: mark_of(field, For) for key, field in fields_of(EngineConfig).items()}
+    shared = {key for key, mark in marks.items() if mark and len(mark.engines) > 1 and over["name"] in mark.engines}
+    return {**tree, "engine": {key: value for key, value in engine.items() if key in shared}}
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:

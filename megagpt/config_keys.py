@@ -57,8 +57,8 @@ class Key:
 
     def lines(self) -> Iterator[str]:
         """Lines for people."""
-        engine = mark_of(self.field, For)
-        only = f"engine.name {engine.engine} only; " if engine else ""
+        mark = mark_of(self.field, For)
+        only = f"engine.name {' or '.join(mark.engines)} only; " if mark else ""
         yield f"{self.name} = {self.default}"
         change = mark_of(self.field, Change)
         yield f"{_INDENT}{self.values}; {only}{change.value if change else ''}"

@@ -24,9 +24,9 @@ class Change(enum.Enum):
 
 @dataclass(frozen=True)
 class For:
-    """The only engine that a key is for; the others refuse a value that is not the default."""
+    """The only engines that a key is for; the others refuse a value that is not the default."""
 
-    engine: str
+    engines: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ Free = Annotated[T, Change.FREE]
 Recipe = Annotated[T, Change.RECIPE]
 Data = Annotated[T, Change.DATA]
 Shape = Annotated[T, Change.SHAPE]
-ForFSDP = Annotated[T, Change.FREE, For("fsdp")]
-ForZero = Annotated[T, Change.FREE, For("zero")]
+ForFSDP = Annotated[T, Change.FREE, For(("fsdp",))]
+ForZero = Annotated[T, Change.FREE, For(("zero",))]
+ForSharded = Annotated[T, Change.FREE, For(("fsdp", "zero"))]
 
 
 def fields_of(section: Any) -> dict[str, FieldInfo]:

@@ -22,19 +22,20 @@ def divisors_around(number: int, near: int) -> list[int]:
     return [*itertools.islice(below, 1), *itertools.islice(above, 1)]
 
 
-def ways_to_divide(sequences: int, context: int, ranks: int, size: int | None) -> str:
-    """Changes, each of one key or of the ranks, after which ranks divide a batch in micro-batches of `size` sequences;
-    None: of any size. If no micro-batch divides it over these ranks, those on the nearest ranks are named."""
-    unit = ranks * (size or 1)
+def ways_to_divide(sequences: int, context: int, shares: int, size: int | None, group: int = 1) -> str:
+    """Changes, each of one key or of the ranks, after which shares of a batch, one for each group of `group` ranks,
+    divide it in micro-batches of `size` sequences; None: of any size. If no micro-batch divides it over these ranks,
+    those on the nearest ranks are named."""
+    unit = shares * (size or 1)
     low = sequences // unit * unit
     ways = [f"train.batch_tokens {_either(batch * context for batch in (low, low + unit) if batch)}"]
     if sequences % (size or 1) == 0:
-        ways.append(f"{_either(divisors_around(sequences // (size or 1), ranks))} ranks")
-    if size and sequences % ranks == 0:
-        ways.append(f"train.micro_batch {_either(near_divisors(sequences // ranks, size))}")
-    elif size and (others := divisors_around(sequences, ranks)):
-        other = min(others, key=lambda other: abs(other - ranks))
-        ways.append(f"train.micro_batch {_either(near_divisors(sequences // other, size))} on {other} ranks")
+        ways.append(f"{_either(group * n for n in divisors_around(sequences // (size or 1), shares))} ranks")
+    if size and sequences % shares == 0:
+        ways.append(f"train.micro_batch {_either(near_divisors(sequences // shares, size))}")
+    elif size and (others := divisors_around(sequences, shares)):
+        other = min(others, key=lambda other: abs(other - shares))
+        ways.append(f"train.micro_batch {_either(near_divisors(sequences // other, size))} on {group * other} ranks")
     return ", or ".join(ways)
 
 

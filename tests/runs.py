@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as ServedAccumulator
 
 from megagpt.checkpoints.saving import Saver, meta_of
-from megagpt.config import CheckpointConfig
 from megagpt.config_file import load_config
+from megagpt.config_occasions import CheckpointConfig
 from megagpt.engines.engine import build_engine
 from megagpt.incarnations import list_incarnations
 from megagpt.models.gpt import GPT

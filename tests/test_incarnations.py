@@ -8,7 +8,7 @@ import pytest
 from megagpt.checkpoints.checkpoint import Checkpoint
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.checkpoints.saving import Saver
-from megagpt.config import CheckpointConfig
+from megagpt.config_occasions import CheckpointConfig
 from megagpt.incarnations import Incarnation, Superseded, claim, list_incarnations
 from megagpt.world import World
 from tests.checkpoints.toy_state import WHOLE, is_complete, meta, saved_value, state_of

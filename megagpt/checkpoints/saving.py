@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megagpt.checkpoints.checkpoint import SHARE, UNPROVEN, Checkpoint, CheckpointMeta
 from megagpt.checkpoints.folder import Rotation, at_tokens, checkpoints_folder, remove_unfinished, saving_folder
 from megagpt.checkpoints.storage import Writer
-from megagpt.config import CheckpointConfig
+from megagpt.config_occasions import CheckpointConfig
 from megagpt.console import say
 from megagpt.engines.engine import Engine, Replica
 from megagpt.engines.flat_shard import FlatShard

@@ -28,16 +28,16 @@ _WINDOWS, _WINDOW_TOKENS = 16, 256
 
 @dataclass(frozen=True)
 class Share:
-    """The part of every global batch that one rank takes, and how it cuts it up."""
+    """One of the equal parts of every global batch, and how it is cut up. Tensor ranks of one group take the same."""
 
-    rank: int
-    ranks: int
+    index: int
+    count: int
     micro_batch: int
     """Sequences."""
 
     def micro_batches(self, sequences: int) -> int:
         """Micro-batches that every rank takes for a global batch of `sequences`."""
-        return -(-sequences // (self.ranks * self.micro_batch))
+        return -(-sequences // (self.count * self.micro_batch))
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Corpus:
         """The sequences at these positions of the run, dealt to the ranks in turn; this rank's share, cut into
         micro-batches. The ranks' shares differ by at most one sequence. Rows that do not count fill them up, so all
         ranks take the same number of micro-batches, even if the batch does not divide over them."""
-        rows = self.rows(self.numbers_at(np.array(sequences[share.rank :: share.ranks], dtype=np.int64)))
+        rows = self.rows(self.numbers_at(np.array(sequences[share.index :: share.count], dtype=np.int64)))
         filled_rows = share.micro_batches(len(sequences)) * share.micro_batch
         filled = np.full((filled_rows, self.context + 1), IGNORE, dtype=np.int64)
         filled[: len(rows)] = rows

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megagpt.config import Config
-from megagpt.data.loader import Batch
+from megagpt.data.loader import Batch, Share
 from megagpt.engines.activation_checkpointing import checkpoint_activations
 from megagpt.engines.clock import StepClock
 from megagpt.engines.compilation import compile_model, is_compiled
@@ -110,8 +110,8 @@ class Engine(abc.ABC):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         device = self.world.device
-        # Engines average gradients over the ranks; the loss is a sum over them.
-        scale = self.world.size / batch.tokens
+        # Engines average gradients over the shares of the batch; the loss is a sum over them.
+        scale = self.share.count / batch.tokens
         total = torch.zeros((), device=device)
         spiked = False
 
@@ -121,7 +121,7 @@ class Engine(abc.ABC):
             whole = total + loss.detach()
             if self.world.size > 1:
                 dist.all_reduce(whole)
-            spiked = is_spike(float(whole) / batch.tokens)
+            spiked = is_spike(self._mean(float(whole), batch))
             return spiked
 
         self._refuse = refuse if is_spike else None
@@ -142,8 +142,13 @@ class Engine(abc.ABC):
         if not spiked:
             self.loss_scale.update(finite)
         return StepResult(
-            loss / batch.tokens, gradient_norm, batch.tokens, finite, spiked, tuple(count > 0 for count in raised)
+            self._mean(loss, batch), gradient_norm, batch.tokens, finite, spiked, tuple(count > 0 for count in raised)
         )
+
+    def _mean(self, total: float, batch: Batch) -> float:
+        """The mean over a batch's tokens of a loss that is summed over all ranks: those of a group have the same."""
+        group = self.config.engine.tensor_ranks
+        return total / batch.tokens if group == 1 else total / group / batch.tokens
 
     def _scaled(self, loss: Tensor, scale: float, last: bool) -> Tensor:
         """`scale` times the loss, with a gradient of NaN if the loss is not finite or is refused: so a check of the
@@ -190,6 +195,12 @@ class Engine(abc.ABC):
         """Set the range of a weight that this rank holds to its initial values."""
         config, start, stop = self.config, weight.start, weight.start + weight.flat.numel()
         weight.flat.copy_(initial_values(name, tuple(weight.shape), config.model, config.run.seed, start, stop))
+
+    @property
+    def share(self) -> Share:
+        """The part of every batch that this rank takes, with the other tensor ranks of its group."""
+        group = self.config.engine.tensor_ranks
+        return Share(self.world.rank // group, self.world.size // group, self.config.micro_batch)
 
     @property
     def updates(self) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from megagpt.data.loader import Corpus, Share
+from megagpt.data.loader import Corpus
 from megagpt.engines.engine import Engine
 
 # Training tokens on which the unigram frequencies are counted; the estimate is stable long before that many.
@@ -18,9 +18,9 @@ def validation_loss(
     """Mean loss in nats over the first `sequences` sequences of the validation split, the same on any number of ranks.
     None if `interrupted`, which must answer the same on every rank, becomes true before the end."""
     world = engine.world
-    share = Share(world.rank, world.size, engine.config.micro_batch)
+    share = engine.share
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    chunk = share.ranks * share.micro_batch
+    chunk = share.count * share.micro_batch
     with engine.evaluation() as model:
         for first in range(0, sequences, chunk):
             if interrupted():
@@ -28,7 +28,8 @@ def validation_loss(
             batch = corpus.batch(range(first, min(first + chunk, sequences)), share)
             for tokens, targets in batch.micro_batches:
                 total += model(tokens.to(world.device), targets.to(world.device))
-    return world.sum(float(total)) / (sequences * corpus.context)
+    # Tensor ranks of one group have the same sums.
+    return world.sum(float(total)) * share.count / world.size / (sequences * corpus.context)
 
 
 def unigram_loss(train: Corpus, validation: Corpus, sequences: int) -> float:

@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megagpt.checkpoints.checkpoint import CheckpointMeta, OpenCheckpoint
 from megagpt.checkpoints.folder import at_tokens
 from megagpt.checkpoints.saving import Saver
-from megagpt.config import CheckpointConfig, Config
+from megagpt.config import Config
 from megagpt.config_file import to_yaml
+from megagpt.config_occasions import CheckpointConfig
 from megagpt.engines.engine import MOMENTS, Replica
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.engines.loss_scale import loss_scale

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from megagpt.checkpoints.saving import Saver
-from megagpt.config import CheckpointConfig, Config
+from megagpt.config import Config
+from megagpt.config_occasions import CheckpointConfig
 from megagpt.console import warn
 from megagpt.engines.engine import build_engine
 from megagpt.errors import UserError

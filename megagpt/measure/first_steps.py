@@ -5,7 +5,7 @@ import contextlib
 from megagpt.config import Config
 from megagpt.console import say
 from megagpt.data.builtin import prepare_builtin
-from megagpt.data.loader import Share, open_corpus, placed, read_ahead, train_batches
+from megagpt.data.loader import open_corpus, placed, read_ahead, train_batches
 from megagpt.engines.engine import seed_dropout
 from megagpt.profiling.profiler import StepProfiler, profile_folder
 from megagpt.profiling.rates import find_rates
@@ -39,7 +39,7 @@ def profile_first_steps(config: Config, world: World, steps: int) -> None:
     warmup = _WARMUP_STEPS[world.device.type]
     numbers = range(warmup + 1, warmup + steps + 1)
     profiler = StepProfiler(engine, numbers, place, rates, must_succeed=True)
-    size, share = config.batch_sequences, Share(world.rank, world.size, config.micro_batch)
+    size, share = config.batch_sequences, engine.share
     batches = read_ahead(placed(train_batches(corpus, 0, numbers.stop * size, lambda seen: size, share), world.device))
     with contextlib.closing(profiler), contextlib.closing(batches):
         say(f"warming up for {warmup} steps, then profiling {steps}")

@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from megagpt.checkpoints.compatibility import Allowed
 from megagpt.checkpoints.loading import choose, load
 from megagpt.checkpoints.saving import Saver, meta_of
-from megagpt.config import CheckpointConfig, Config
+from megagpt.config import Config
+from megagpt.config_occasions import CheckpointConfig
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.measure.cases import LR, Case, Curve, rows, share, share_of

@@ -6,6 +6,7 @@ XL has 16 heads of 128 (printed: 24), 13B has width 5120 (printed: 5140).
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from pydantic import ConfigDict, Field
@@ -58,6 +59,12 @@ class ModelConfig:
 
     def is_banded(self, layer: int) -> bool:
         return self.attention == "banded" and layer % 2 == 1
+
+    def ways_to_split(self) -> list[int]:
+        """The numbers of tensor ranks that can share this model: each gets as many heads, tokens of the context and
+        rows of the token embedding as the others."""
+        common = math.gcd(self.heads, self.context, self.padded_vocab_size)
+        return [size for size in range(1, common + 1) if common % size == 0]
 
     @property
     def block_parameters(self) -> int:

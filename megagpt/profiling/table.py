@@ -105,7 +105,7 @@ def make_table(
     config: Config, ranks: int, batches: Sequence[int], found: Breakdown, rates: Rates, title: str, notes: list[str]
 ) -> Table:
     """The table of rank 0. `batches`: the sequences of each step's global batch."""
-    share = Share(0, ranks, config.micro_batch)
+    share = Share(0, config.shares(ranks), config.micro_batch)
     micro_batches = statistics.fmean(map(share.micro_batches, batches))
     todo = work(config, ranks, micro_batches)
     floors = {part: floor(todo[part], rates) for part in todo}

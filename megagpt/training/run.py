@@ -20,7 +20,6 @@ from megagpt.data.builtin import prepare_builtin
 from megagpt.data.loader import (
     Batch,
     Corpus,
-    Share,
     open_corpus,
     placed,
     read_ahead,
@@ -107,9 +106,10 @@ class Run:
     def batches(self) -> Generator[Batch]:
         """This rank's share of every remaining batch, read ahead."""
         first, total = self.start.sequences, self.config.total_sequences
-        share = Share(self.world.rank, self.world.size, self.config.micro_batch)
         size = functools.partial(batch_sequences, self.config)
-        return read_ahead(placed(train_batches(self.train_data, first, total, size, share), self.world.device))
+        return read_ahead(
+            placed(train_batches(self.train_data, first, total, size, self.engine.share), self.world.device)
+        )
 
     def agree_to_stop(self, stop: StopRequest) -> bool:
         """Whether some rank was asked to stop, or has too little of its time left for another step and a save."""

@@ -176,9 +176,10 @@ def _batch(config: Config, world: World) -> Batch:
     """A step's share of random tokens."""
     count = min(_TRIED, config.accumulation(world.size))
     shape = (config.micro_batch, config.model.context)
-    generator = torch.Generator().manual_seed(world.rank)
+    shares = config.shares(world.size)
+    generator = torch.Generator().manual_seed(world.rank * shares // world.size)  # tensor ranks take the same tokens
     drawn = [torch.randint(config.model.vocab_size, shape, generator=generator) for _ in range(2 * count)]
-    sequences = world.size * count * config.micro_batch
+    sequences = shares * count * config.micro_batch
     return Batch(list(zip(drawn[::2], drawn[1::2], strict=True)), sequences, sequences * config.model.context)
 
 

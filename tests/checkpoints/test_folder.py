@@ -13,7 +13,7 @@ from megagpt.checkpoints.folder import Rotation, find_checkpoint, list_checkpoin
 from megagpt.checkpoints.loading import tensor_shapes
 from megagpt.checkpoints.saving import Saver
 from megagpt.checkpoints.storage import CorruptError, Writer
-from megagpt.config import CheckpointConfig
+from megagpt.config_occasions import CheckpointConfig
 from megagpt.errors import UserError
 from tests.checkpoints.toy_state import ALONE, SHAPES, WHOLE, is_complete, meta, save, saved_value, state_of
 

@@ -19,8 +19,9 @@ from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.checkpoints.loading import choose, load
 from megagpt.checkpoints.saving import Saver, meta_of, share_of
 from megagpt.checkpoints.storage import Writer
-from megagpt.config import CheckpointConfig, Config
+from megagpt.config import Config
 from megagpt.config_file import build_config
+from megagpt.config_occasions import CheckpointConfig
 from megagpt.engines.engine import Replica, build_engine
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.errors import UserError

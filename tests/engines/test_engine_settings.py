@@ -125,7 +125,7 @@ def test_the_engine_section_reads_back_to_itself(zero_file: str, tmp_path: Path)
 def test_ranks_that_share_a_copy_divide_the_world() -> None:
     run = load_config("gpt3_xl", ["engine.name=fsdp", "engine.shard_ranks=4"])
     assert [run.sharing_ranks(ranks) for ranks in (4, 8, 12)] == [4, 4, 4]
-    with pytest.raises(UserError, match=r"engine\.shard_ranks 4 does not divide 6 ranks; these do: 1, 2, 3, 6"):
+    with pytest.raises(UserError, match=r"engine\.shard_ranks 4 does not divide 6 ranks; these fit: 1, 2, 3, 6"):
         run.sharing_ranks(6)
     assert load_config("gpt3_xl", ["engine.name=fsdp"]).sharing_ranks(6) == 6
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from megagpt.cli import main
-from megagpt.config import EvaluationConfig
 from megagpt.config_file import load_config, to_yaml
+from megagpt.config_occasions import EvaluationConfig
 from megagpt.incarnations import claim
 from megagpt.training.run_folder import this_process
 from megagpt.training.status import read_status, status_lines
