@@ -40,7 +40,9 @@ class Exchange(NamedTuple):
     groups: int = 1
     """Groups of ranks that do the same at the same time, each with every `groups`-th rank."""
     between_products: bool = False
-    """Whether it is one of tensor ranks, which the next operation waits for; no computation hides it."""
+    """Whether it is one of tensor ranks, for which the next operation waits; no computation hides it."""
+    copied: float = 0.0
+    """Bytes that the rank reads and writes around it, to put tokens in order and to add up what it got."""
 
 
 def exchanges(config: Config, ranks: int) -> list[Exchange]:
@@ -83,8 +85,11 @@ def _tensor_exchanges(config: Config, shares: int) -> list[Exchange]:
     part, tokens = (size - 1) / size, config.micro_batch * model.context
     repeated = sum(mode != "none" for mode, _ in kinds_of_blocks(config))
     calls = _OUTSIDE + _OF_BLOCK * model.layers + _REPEATED * repeated
-    moved = part * tokens * (calls * compute_bytes(config) * model.width + size * _LOSS * _FP32)
-    found = [Exchange("activations", moved, size, calls, True, between_products=True)]
+    values = calls * tokens * model.width * compute_bytes(config)
+    moved = part * (values + size * tokens * _LOSS * _FP32)
+    # A single sequence is in order. Every second exchange adds up what it got.
+    copied = values * ((2 if config.micro_batch > 1 else 0) + 0.5)
+    found = [Exchange("activations", moved, size, calls, True, between_products=True, copied=copied)]
     uncut = 2 * part * _FP32 * uncut_parameters(model)
     if config.engine.name == "zero":  # each parameter by itself, as it gets its gradient
         number = 3 + _UNCUT * model.layers

@@ -64,6 +64,8 @@ def engine_words(engine: EngineConfig, ranks: int) -> str:
         words += f" stage {engine.stage}"
     if engine.name == "fsdp" and engine.shard_ranks not in (0, ranks):
         words += f" in groups of {engine.shard_ranks}"
+    if engine.tensor_ranks > 1:
+        words += f", {engine.tensor_ranks} tensor ranks"
     if engine.name == "fsdp" and not engine.reshard_after_forward:
         words += ", kept"
     if engine.offload != "none":
