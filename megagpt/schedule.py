@@ -39,6 +39,27 @@ def batch_sequences(config: Config, sequences_seen: int) -> int:
     return (train.batch_ramp_start + grown + context // 2) // context
 
 
+class Cut(NamedTuple):
+    """The micro-batches of one share of a batch, alike on all ranks."""
+
+    count: int
+    size: int
+    """Sequences, with rows that only fill up."""
+
+
+def cut(sequences: int, shares: int, micro_batch: int, compiled: bool = False) -> Cut:
+    """The micro-batches of each of the equal shares of a batch: as few as `micro_batch` sequences at a time allow, all
+    of one size, no longer than the longest share needs. `compiled`: the model is compiled for each size, so there are
+    at most two sizes between a power of two and its double."""
+    longest = -(-sequences // shares)
+    count = -(-longest // micro_batch)
+    size = -(-longest // count)
+    if compiled:
+        grain = max(1, (1 << (size - 1).bit_length()) // 4)
+        size = min(micro_batch, -(-size // grain) * grain)
+    return Cut(count, size)
+
+
 class RampWork(NamedTuple):
     """Counts of the steps that begin during the batch ramp."""
 
