@@ -63,34 +63,30 @@ def cut(sequences: int, shares: int, micro_batch: int, compiled: bool = False) -
 class RampWork(NamedTuple):
     """Counts of the steps that begin during the batch ramp."""
 
-    single: int
-    """Steps in which each rank takes one micro-batch."""
-    other: int
-    """Steps in which it takes several."""
-    micro_batches: int
-    """Of a rank in these other steps."""
+    cuts: dict[int, tuple[int, int]]
+    """Size of micro-batches -> number of steps with such ones, and of a rank's micro-batches in these steps."""
     sequences: int
     """Of all steps of the ramp."""
 
 
-def ramp_work(config: Config, unit: int) -> RampWork:
-    """Count the steps of the ramp without a walk through all of them. `unit`: sequences in one micro-batch of all
-    ranks. The ramp's last step may pass the end of the run."""
+def ramp_work(config: Config, shares: int, compiled: bool) -> RampWork:
+    """Count the steps of the ramp without a walk through all of them. `shares`, `compiled`: as for `cut`. The ramp's last
+    step may pass the end of the run."""
     train, context = config.train, config.model.context
     end = min(train.batch_ramp_tokens, config.total_sequences * context)
-    return _ramp_work(train.batch_ramp_start, train.batch_tokens, train.batch_ramp_tokens, context, end, unit)
+    ramp = train.batch_ramp_start, train.batch_tokens, train.batch_ramp_tokens, context, end
+    return _ramp_work(ramp, shares, config.micro_batch, compiled)
 
 
 @functools.lru_cache(maxsize=512)
-def _ramp_work(start: int, full: int, ramp: int, context: int, end: int, unit: int) -> RampWork:
-    batches = _ramp_batches(start, full, ramp, context, end)
-    several = [(-(-size // unit), steps) for size, steps in batches if size > unit]
-    return RampWork(
-        sum(steps for size, steps in batches if size <= unit),
-        sum(steps for _, steps in several),
-        sum(count * steps for count, steps in several),
-        sum(size * steps for size, steps in batches),
-    )
+def _ramp_work(ramp: tuple[int, int, int, int, int], shares: int, micro_batch: int, compiled: bool) -> RampWork:
+    cuts: dict[int, tuple[int, int]] = {}
+    batches = _ramp_batches(*ramp)
+    for sequences, steps in batches:
+        count, size = cut(sequences, shares, micro_batch, compiled)
+        before = cuts.get(size, (0, 0))
+        cuts[size] = before[0] + steps, before[1] + count * steps
+    return RampWork(cuts, sum(sequences * steps for sequences, steps in batches))
 
 
 @functools.lru_cache(maxsize=8)

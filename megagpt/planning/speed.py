@@ -69,6 +69,12 @@ def predict_speed(config: Config, cluster: Cluster, calibration: Calibration | N
     return Speed(parts.seconds, step, rate, spread, mfu, sentence, parts.hidden_exchange, inputs)
 
 
+def step_seconds(config: Config, cluster: Cluster, calibration: Calibration | None = None) -> float:
+    """The time of a full step alone. Raises UserError if the batch cannot be divided among the GPUs."""
+    work, found = count_work(config, cluster.gpus), calibration or calibration_of(cluster.gpu)
+    return sum(step_parts(work, config, cluster, found).seconds.values())
+
+
 def step_parts(work: Work, config: Config, cluster: Cluster, c: Calibration) -> Parts:
     """Seconds of a full step by part, from its counts."""
     train, engine, gpu = config.train, config.engine, cluster.gpu
