@@ -70,8 +70,8 @@ class RampWork(NamedTuple):
 
 
 def ramp_work(config: Config, shares: int, compiled: bool) -> RampWork:
-    """Count the steps of the ramp without a walk through all of them. `shares`, `compiled`: as for `cut`. The ramp's last
-    step may pass the end of the run."""
+    """Count the steps of the ramp without a walk through all of them. `shares`, `compiled`: as for `cut`. The ramp's
+    last step may pass the end of the run."""
     train, context = config.train, config.model.context
     end = min(train.batch_ramp_tokens, config.total_sequences * context)
     ramp = train.batch_ramp_start, train.batch_tokens, train.batch_ramp_tokens, context, end

@@ -86,18 +86,18 @@ def _run_seconds(
     config: Config, cluster: Cluster, speed: Speed, calibration: Calibration | None
 ) -> tuple[float, float]:
     """Time of all steps, and the part of it that the batch ramp costs."""
-    shares, context = config.shares(cluster.gpus), config.model.context
+    shares = config.shares(cluster.gpus)
     work = ramp_work(config, shares, compiles(config.train.compile, "cpu" if cluster.gpu.name == CPU else "cuda"))
     of_full, ramp = speed.step / config.batch_sequences, 0.0
     for size, (steps, micro_batches) in work.cuts.items():
         one, two = (
-            step_seconds(
-                vary(config, train={"micro_batch": size, "batch_tokens": count * size * shares * context}),
-                cluster,
-                calibration,
-            )
-            for count in (1, 2)
+            step_seconds(_with_batch(config, size, count * size * shares), cluster, calibration) for count in (1, 2)
         )
         # From the second micro-batch on, each one adds the same time.
         ramp += steps * one + (micro_batches - steps) * (two - one)
     return ramp + max(0, config.total_sequences - work.sequences) * of_full, ramp - work.sequences * of_full
+
+
+def _with_batch(config: Config, micro_batch: int, sequences: int) -> Config:
+    """The run with batches of so many sequences."""
+    return vary(config, train={"micro_batch": micro_batch, "batch_tokens": sequences * config.model.context})

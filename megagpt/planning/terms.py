@@ -18,8 +18,8 @@ class Term(NamedTuple):
     origin: str
 
 
-# Formulas of a step's parts. N: tokens of a micro-batch; M: micro-batches of a step; t: tensor ranks; P: parameters of a
-# rank's part of the model; R: share of blocks that are recomputed; C, L, T, V: width, layers, context and padded
+# Formulas of a step's parts. N: tokens of a micro-batch; M: micro-batches of a step; t: tensor ranks; P: parameters of
+# a rank's part of the model; R: share of blocks that are recomputed; C, L, T, V: width, layers, context and padded
 # vocabulary; a: bytes of a number in the compute precision.
 _FORMULAS = {
     "matrix products": "M N/t (24 C^2 L (3 + 2/3 R) / float8 + 6 V C) (1 + half_tokens / N) / (peak x products)",
