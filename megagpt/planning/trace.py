@@ -54,7 +54,7 @@ def trace(config: Config, ranks: int) -> Trace:
     check_trace(config)
     start = time.perf_counter()
     on = "selective" if config.train.activation_checkpointing == "selective" else None
-    keep = activation_checkpointing.selective_policy(config.model) if on else None
+    keep = activation_checkpointing.selective_policy(config.model, config.engine.tensor_ranks) if on else None
     # Fake tensors are on a CPU, where `auto` would mean no.
     train = replace(config.train, device="cpu", compile=compiles(config.train.compile, "cuda"))
     config = replace(config, train=train)
