@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from megagpt.config import Config
@@ -42,9 +43,14 @@ def batch_sequences(config: Config, sequences_seen: int) -> int:
 class Cut(NamedTuple):
     """The micro-batches of one share of a batch, alike on all ranks."""
 
-    count: int
+    micro_batches: int
     size: int
-    """Sequences, with rows that only fill up."""
+    """Sequences of each, with rows that only fill up."""
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that a share computes."""
+        return self.micro_batches * self.size
 
 
 def cut(sequences: int, shares: int, micro_batch: int, compiled: bool = False) -> Cut:
@@ -58,6 +64,23 @@ def cut(sequences: int, shares: int, micro_batch: int, compiled: bool = False) -
         grain = max(1, (1 << (size - 1).bit_length()) // 4)
         size = min(micro_batch, -(-size // grain) * grain)
     return Cut(count, size)
+
+
+def sizes_ahead(config: Config, sequences_seen: int, cut_of: Callable[[int], Cut]) -> set[int]:
+    """Sizes of the micro-batches of the steps from `sequences_seen` on, and perhaps some between them. `cut_of`:
+    sequences of a batch -> its micro-batches."""
+    sizes = range(batch_sequences(config, sequences_seen), config.batch_sequences + 1)
+    return {cut_of(sequences).size for sequences in sizes}
+
+
+def ramp_efficiency(config: Config, shares: int, compiled: bool) -> float:
+    """Share of the arithmetic of the batch ramp that counts: the sequences of its steps, divided by those that all
+    shares compute, with rows that only fill up. Exact for batches of up to 4,096 sequences."""
+    counted = computed = 0
+    for sequences, steps in _ramp_batches(*_ramp_of(config)):
+        counted += steps * sequences
+        computed += steps * shares * cut(sequences, shares, config.micro_batch, compiled).sequences
+    return counted / computed
 
 
 class RampWork(NamedTuple):
@@ -76,9 +99,14 @@ class RampWork(NamedTuple):
 def ramp_work(config: Config, unit: int) -> RampWork:
     """Count the steps of the ramp without a walk through all of them. `unit`: sequences in one micro-batch of all
     ranks. The ramp's last step may pass the end of the run."""
+    return _ramp_work(*_ramp_of(config), unit)
+
+
+def _ramp_of(config: Config) -> tuple[int, int, int, int, int]:
+    """Tokens of the first and of the full batch, tokens of the ramp, context, and the token at which the steps end."""
     train, context = config.train, config.model.context
     end = min(train.batch_ramp_tokens, config.total_sequences * context)
-    return _ramp_work(train.batch_ramp_start, train.batch_tokens, train.batch_ramp_tokens, context, end, unit)
+    return train.batch_ramp_start, train.batch_tokens, train.batch_ramp_tokens, context, end
 
 
 @functools.lru_cache(maxsize=512)
