@@ -267,7 +267,7 @@ def share_of(state: dict[str, FlatShard], replica: Replica) -> dict[str, FlatSha
         count = shard.flat.numel()
         start, stop = max(first - position, 0), min(last - position, count)
         if start < stop:
-            share[key] = FlatShard(shard.flat[start:stop], tuple(shard.shape), shard.start + start)
+            share[key] = shard.range(start, stop)
         position += count
     return share
 
@@ -277,7 +277,7 @@ def _copy(shard: FlatShard) -> FlatShard:
     on_gpu = shard.flat.device.type == "cuda"
     copy = torch.empty(shard.flat.shape, dtype=shard.flat.dtype, pin_memory=on_gpu)
     copy.copy_(shard.flat, non_blocking=on_gpu)
-    return FlatShard(copy, tuple(shard.shape), shard.start)
+    return FlatShard(copy, tuple(shard.shape), shard.start, shard.parts)
 
 
 def hush() -> None:

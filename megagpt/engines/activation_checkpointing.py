@@ -42,27 +42,36 @@ def checkpoint_activations(model: GPT, mode: ActivationCheckpointing) -> None:
     # Dropout must draw the same numbers again; without dropout there is no generator state to keep.
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": dropout}
     if mode == "selective":
-        policy = selective_policy(model.config)
+        policy = selective_policy(model.config, model.ranks.size)
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
     for layer, block in enumerate(model.blocks):
         if layer % every == 0:
             block.forward = _checkpointed(block.forward, settings)
 
 
-def selective_policy(config: ModelConfig) -> Callable[..., CheckpointPolicy]:
+def selective_policy(config: ModelConfig, tensor_ranks: int = 1) -> Callable[..., CheckpointPolicy]:
     """The rule of `selective`: (context, operator, *arguments) -> whether the operator's output is kept."""
     dropout = config.dropout > 0
     # A kernel that draws its own dropout must run again; otherwise all later draws would differ from the forward pass.
     kept = frozenset([*_PRODUCTS, *_FLOAT8, *([] if dropout else _ATTENTION)])
     # Dropout reads the output of the block's last product, and must draw in its turn.
-    return functools.partial(_policy, kept, 0 if dropout else 4 * config.width)
+    last = None if dropout else (_aten.addmm.default, 1) if tensor_ranks == 1 else (_aten.mm.default, 0)
+    return functools.partial(_policy, kept, last, 4 * config.width // tensor_ranks)
 
 
-def _policy(kept: frozenset[Any], last_inner: int, context: Any, operator: Any, *arguments: Any, **_: Any) -> Any:
-    """Whether to keep an operator's output. `last_inner`: inner dimension of the block's last product, whose output
-    nobody reads again; 0: somebody does."""
+def _policy(
+    kept: frozenset[Any],
+    last: tuple[Any, int] | None,
+    inner: int,
+    context: Any,
+    operator: Any,
+    *arguments: Any,
+    **_: Any,
+) -> Any:
+    """Whether to keep an operator's output. `last`: the operator of the block's last product, whose output nobody reads
+    again, and the place of its input among the arguments; `inner`: the input's width. None: somebody reads it."""
     # In float8 it is no addmm: operators behind it run again, so without its output the product would, too.
-    ends_block = operator is _aten.addmm.default and arguments[1].shape[1] == last_inner
+    ends_block = last is not None and operator is last[0] and arguments[last[1]].shape[1] == inner
     return CheckpointPolicy.MUST_SAVE if operator in kept and not ends_block else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -33,6 +33,7 @@ from megagpt.engines.loss_scale import LossScale, loss_scale
 from megagpt.models.attention import attention_kernels
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initial_values, is_decayed
+from megagpt.models.tensor_parallel import ALONE, TensorRanks
 from megagpt.world import World
 
 # Name -> the engine's class, which is imported on use, so that no engine costs the imports of another.
@@ -84,6 +85,8 @@ class Engine(abc.ABC):
         self.config, self.world = config, world
         self.compiled = is_compiled(config, world)
         """Whether the model runs in compiled graphs."""
+        self.ranks = ALONE
+        """The tensor ranks that share this model's products, and which of them this is."""
         self.replica = Replica(0, 1)
         """The copy of the state that this rank holds a part of."""
         self.loss_scale = loss_scale(config.train.precision)
@@ -193,8 +196,9 @@ class Engine(abc.ABC):
 
     def _initialize(self, name: str, weight: FlatShard) -> None:
         """Set the range of a weight that this rank holds to its initial values."""
-        config, start, stop = self.config, weight.start, weight.start + weight.flat.numel()
-        weight.flat.copy_(initial_values(name, tuple(weight.shape), config.model, config.run.seed, start, stop))
+        config = self.config
+        for box, piece in weight.pieces():
+            piece.copy_(initial_values(name, tuple(weight.shape), config.model, config.run.seed, *box))
 
     @property
     def share(self) -> Share:
@@ -209,7 +213,8 @@ class Engine(abc.ABC):
 
     def describe(self) -> str:
         """One line for logs."""
-        return f"{self.config.engine.name} on {self.world.size} x {self.world.device.type}"
+        groups = f", groups of {self.ranks.size} tensor ranks" if self.ranks.size > 1 else ""
+        return f"{self.config.engine.name} on {self.world.size} x {self.world.device.type}{groups}"
 
     def settings(self) -> dict[str, Any]:
         """The library's own config, to be saved in the run's folder; empty if it has none."""
@@ -238,6 +243,11 @@ def build_engine(config: Config, world: World, initialized: bool = True) -> Engi
     if initialized:
         engine.initialize()
     return engine
+
+
+def tensor_ranks(group: dist.ProcessGroup) -> TensorRanks:
+    """This rank among those of a process group."""
+    return TensorRanks(group.rank(), group.size(), group.group_name)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:

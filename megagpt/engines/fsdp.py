@@ -3,7 +3,10 @@
 Weights, gradients and optimizer state are fp32 shards. A block's weights are gathered in the compute precision before
 its forward and its backward pass; its gradients are summed in fp32 and scattered after each micro-batch. With hybrid
 sharding, each group of `shard_ranks` neighbouring ranks holds one copy of the model, and the shards' gradients are
-summed over the copies once per step."""
+summed over the copies once per step.
+
+With tensor ranks, a group of `tensor_ranks` neighbours shares each product (`models.tensor_parallel`), and FSDP shards
+each of their parts over the groups: to FSDP, a tensor rank's part is the parameter."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,9 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from megagpt.config import Config
-from megagpt.engines.engine import DTYPES, Replica, build_optimizer, prepare_model
+from megagpt.engines.engine import DTYPES, Replica, build_optimizer, prepare_model, tensor_ranks
 from megagpt.engines.native import NativeEngine
 from megagpt.models.gpt import GPT
+from megagpt.models.tensor_parallel import ALONE
 from megagpt.world import World
 
 
@@ -26,18 +30,22 @@ class FSDPEngine(NativeEngine):
     def __init__(self, config: Config, world: World) -> None:
         super().__init__(config, world)
         engine, device = config.engine, world.device
-        shard = config.sharing_ranks(world.size)
-        mesh = init_device_mesh(device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
-        self.replica = Replica(mesh.get_local_rank("replicate"), mesh.size(0))
-        self.shard_group = mesh["shard"].get_group()
+        copy, group = config.sharing_ranks(world.size), engine.tensor_ranks
+        sizes = {"replicate": world.size // copy, "shard": copy // group, "tensor": group}
+        if group == 1:
+            del sizes["tensor"]
+        mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        self.replica = Replica(mesh.get_local_rank("replicate"), sizes["replicate"])
+        self.gradient_groups = tuple(mesh[name].get_group() for name in sizes if name != "replicate")
+        self.ranks = tensor_ranks(mesh["tensor"].get_group()) if group > 1 else ALONE
         policy = MixedPrecisionPolicy(DTYPES[config.train.precision], torch.float32, cast_forward_inputs=False)
         on_gpu, on_host = device.type == "cuda", engine.offload == "all"
         offload = CPUOffloadPolicy(pin_memory=on_gpu) if on_host else OffloadPolicy()
         with torch.device("meta"):
-            self.model = GPT(config.model)
+            self.model = GPT(config.model, self.ranks)
         self.clock = prepare_model(self.model, config, device, self.compiled)
         # The root shards the rest as one group: the tied embedding and head, the positions, the final LayerNorm.
-        over = mesh if shard < world.size else mesh["shard"]
+        over = mesh["replicate", "shard"] if copy < world.size else mesh["shard"]
         for module in (*self.model.blocks, self.model):
             again = engine.reshard_after_forward and module is not self.model
             fully_shard(module, mesh=over, mp_policy=policy, offload_policy=offload, reshard_after_forward=again)

@@ -3,7 +3,6 @@ the precision in which the engine computes. Nothing of the engine changes, and n
 
 import contextlib
 from collections.abc import Iterator
-from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.func import functional_call
 from megagpt.engines.engine import Engine
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.models.gpt import GPT
+from megagpt.models.tensor_parallel import cut_of
 
 
 @contextlib.contextmanager
@@ -63,9 +63,10 @@ def _gathered(shards: dict[str, FlatShard], engine: Engine) -> dict[str, Tensor]
         return {name: shard.flat.to(world.device).view(tuple(shard.shape)) for name, shard in shards.items()}
     found = {}
     for name, shard in shards.items():
-        flat = torch.zeros(prod(shard.shape), dtype=torch.float32, device=world.device)
-        if replica.index == 0:
-            flat[shard.start : shard.start + shard.flat.numel()] = shard.flat
-        dist.all_reduce(flat)  # one rank's values and the zeros of all others: exact
-        found[name] = flat.view(tuple(shard.shape))
+        whole = torch.zeros(tuple(shard.shape), dtype=torch.float32, device=world.device)
+        if replica.index == 0 and (engine.ranks.rank == 0 or cut_of(name)):  # tensor ranks share the others
+            for box, piece in shard.pieces():
+                whole[box.place] = piece
+        dist.all_reduce(whole)  # one rank's values and the zeros of all others: exact
+        found[name] = whole
     return found

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from megagpt.engines.engine import MOMENTS, Engine, moments_of
-from megagpt.engines.flat_shard import FlatShard
+from megagpt.engines.flat_shard import FlatShard, parts_of
+from megagpt.models.tensor_parallel import TensorRanks, cut_of
 
 # Elements in one fp32 norm: few enough to be exact to 1e-7.
 _ROW = 1024
@@ -17,8 +18,8 @@ _ROW = 1024
 class NativeEngine(Engine):
     """An engine whose gradients and optimizer state are sharded like the parameters, or not at all."""
 
-    shard_group: dist.ProcessGroup | None = None
-    """Ranks over which gradients are sharded; None if each rank has all of them."""
+    gradient_groups: tuple[dist.ProcessGroup, ...] = ()
+    """Groups of ranks over which gradients are divided: by shards, by tensor ranks. None if each rank has all."""
     keeps_gradients = False
     """Whether gradients lie in memory that is never given back: a step then sets them to zero."""
 
@@ -28,11 +29,15 @@ class NativeEngine(Engine):
 
     @torch.no_grad()
     def _update(self) -> Tensor:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-        square = sum_of_squares(local).to(self.world.device)
-        if self.shard_group is not None:
-            dist.all_reduce(square, group=self.shard_group)
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        by_name = {name: g.to_local() if isinstance(g, DTensor) else g for name, g in gradients.items()}
+        local, counted = list(by_name.values()), list(by_name.values())
+        if self.ranks.size > 1:
+            self._sum_of_tensor_ranks([g for name, g in by_name.items() if not cut_of(name)])
+            counted = [g for name, g in by_name.items() if cut_of(name) or self.ranks.rank == 0]
+        square = sum_of_squares(counted).to(self.world.device)
+        for group in self.gradient_groups:
+            dist.all_reduce(square, group=group)
         norm = square.sqrt() / self.loss_scale.value
         # On the device, so that the host need not wait for the norm before the update is on its way.
         device = local[0].device
@@ -46,17 +51,24 @@ class NativeEngine(Engine):
         self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         return norm
 
+    def _sum_of_tensor_ranks(self, gradients: list[Tensor]) -> None:
+        """Add up the gradients of what every tensor rank has, each rank's from its own tokens, in one exchange."""
+        flat = torch.cat([g.flatten() for g in gradients]).to(self.world.device)
+        dist.all_reduce(flat, group=self.gradient_groups[-1])
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
     def state(self) -> dict[str, FlatShard]:
         state = {}
         for name, parameter in self.model.named_parameters():
             moments = moments_of(self.optimizer, parameter)
-            state[f"model.{name}"] = held(parameter.detach())
-            state |= {f"{kind}.{name}": held(moments[kind]) for kind in MOMENTS}
+            state[f"model.{name}"] = held(name, parameter.detach(), self.ranks)
+            state |= {f"{kind}.{name}": held(name, moments[kind], self.ranks) for kind in MOMENTS}
         return state
 
     def initialize(self) -> None:
         for name, parameter in self.model.named_parameters():
-            self._initialize(name, held(parameter.detach()))
+            self._initialize(name, held(name, parameter.detach(), self.ranks))
         self.optimizer.state.clear()  # zeros, made when they are needed
 
     def _state_loaded(self, updates: int) -> None:
@@ -84,12 +96,13 @@ def _sum_of_squares_on_cpu(flat: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(part, dim=1).double().square().sum() for part in parts]).sum()
 
 
-def held(tensor: Tensor) -> FlatShard:
-    """This rank's part of a tensor, as a flat range."""
+def held(name: str, tensor: Tensor, ranks: TensorRanks) -> FlatShard:
+    """This rank's part of the parameter of that name, or of one of its moments, as a flat range."""
+    shape, parts = parts_of(name, tuple(tensor.shape), ranks)
     if not isinstance(tensor, DTensor):
-        return FlatShard(tensor.view(-1), tuple(tensor.shape), 0)
+        return FlatShard(tensor.view(-1), shape, 0, parts)
     # FSDP cuts rows into equal chunks, the last one shorter.
     dimension = tensor.placements.index(Shard(0))
     rank, size = tensor.device_mesh.get_local_rank(dimension), tensor.device_mesh.size(dimension)
     rows, *inner = tensor.shape
-    return FlatShard(tensor.to_local().view(-1), tuple(tensor.shape), min(rows, rank * -(-rows // size)) * prod(inner))
+    return FlatShard(tensor.to_local().view(-1), shape, min(rows, rank * -(-rows // size)) * prod(inner), parts)

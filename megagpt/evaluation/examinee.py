@@ -45,7 +45,8 @@ def filled(found: NamedModel, world: World, engine: str) -> Engine:
     weights = {key.removeprefix("model."): v for key, v in built.state().items() if key.startswith("model.")}
     for name, shape in parameter_shapes(found.config).items():
         shard, whole = weights[name], found.read({name: shape})[name]
-        shard.flat.copy_(whole.flatten()[shard.start : shard.start + shard.flat.numel()])
+        for box, piece in shard.pieces():
+            piece.copy_(whole[box.place])
     built.state_loaded(built.scalars())
     return built
 

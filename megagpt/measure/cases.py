@@ -36,6 +36,10 @@ _ENGINES = (
     EngineCase("ddp", 2, {"name": "ddp"}),
     EngineCase("fsdp", 2, {"name": "fsdp"}),
     EngineCase("fsdp hybrid 2 x 2", 4, {"name": "fsdp", "shard_ranks": 2}),
+    EngineCase("fsdp 1 x 2 tensor", 2, {"name": "fsdp", "tensor_ranks": 2}),
+    EngineCase("fsdp 1 x 4 tensor", 4, {"name": "fsdp", "tensor_ranks": 4}),
+    EngineCase("fsdp 2 x 2 tensor", 4, {"name": "fsdp", "tensor_ranks": 2}),
+    EngineCase("fsdp hybrid 2 x 2 tensor", 4, {"name": "fsdp", "shard_ranks": 2, "tensor_ranks": 2}),
     EngineCase("zero-1", 2, {"name": "zero", "stage": 1}),
     EngineCase("zero-2", 2, {"name": "zero", "stage": 2}),
     EngineCase("zero-3", 2, {"name": "zero", "stage": 3, "deepspeed": _ALL_PARTITIONED}),
@@ -66,13 +70,18 @@ class Case:
     timed: bool = False
     """Whether the time of a step is measured as well as the memory."""
 
+    @property
+    def shares(self) -> int:
+        """Parts into which the batch is dealt, one for each group of tensor ranks."""
+        return self.ranks // self.engine.get("tensor_ranks", 1)
+
     def config(self) -> Config:
         """The case's config, in which every step is clipped: the gradient's norm stays above `CLIP`."""
         keys = ("precision", "device", "activation_checkpointing", "compile", "residual")
         train = {key: getattr(self, key) for key in keys}
         batch_tokens = _BATCH * _MODEL["context"]
         train |= {"tokens": self.steps * batch_tokens, "batch_tokens": batch_tokens}
-        train["micro_batch"] = _BATCH // self.ranks // self.accumulation
+        train["micro_batch"] = _BATCH // self.shares // self.accumulation
         optimizer = {"lr": LR, "clip_norm": CLIP}
         return build_config({"model": _MODEL, "engine": self.engine, "optimizer": optimizer, "train": train}, "parity")
 
@@ -90,7 +99,7 @@ def share(step: int, rank: int, case: Case) -> Batch:
 
 def share_of(whole: Tensor, rank: int, case: Case) -> Batch:
     """A rank's share of a whole batch, int64 (sequences, context + 1)."""
-    mine = whole[rank :: case.ranks]
+    mine = whole[rank * case.shares // case.ranks :: case.shares]
     pieces = mine.split(len(mine) // case.accumulation)
     return Batch([(p[:, :-1], p[:, 1:].contiguous()) for p in pieces], len(whole), whole[:, 1:].numel())
 

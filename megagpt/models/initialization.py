@@ -1,6 +1,6 @@
-"""Initial weights as a pure function of (seed, parameter name, row).
+"""Initial weights as a pure function of (seed, parameter name, row, column).
 
-Any rank can fill any rows of any parameter by itself, so the same model starts on one process, on a thousand shards,
+Any rank can fill any box of any parameter by itself, so the same model starts on one process, on a thousand shards,
 or from the meta device. The generator is Philox, keyed by a hash of seed, name and row block: no draw depends on the
 order in which parameters are built."""
 
@@ -44,23 +44,23 @@ def normal_rows(seed: int, name: str, columns: int, start: int, stop: int) -> np
     return out
 
 
-def initial_values(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of the flattened parameter `name` of that shape, fp32 (stop - start,)."""
+def initial_values(
+    name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, offsets: tuple[int, ...], sizes: tuple[int, ...]
+) -> Tensor:
+    """A box of the parameter `name` of that shape, fp32, in the box's own shape."""
     std = initial_std(name, config)
     if std is None:
         # LayerNorm gains start at one, every bias at zero.
-        return torch.full((stop - start,), 1.0 if name.endswith("norm.weight") else 0.0)
-    columns = shape[1]
-    first = start // columns
-    rows = normal_rows(seed, name, columns, first, -(-stop // columns))
-    return torch.from_numpy(rows).flatten()[start - first * columns : stop - first * columns].mul_(std)
+        return torch.full(sizes, 1.0 if name.endswith("norm.weight") else 0.0)
+    rows = normal_rows(seed, name, shape[1], offsets[0], offsets[0] + sizes[0])
+    return torch.from_numpy(rows).narrow(1, offsets[1], sizes[1]).mul_(std)
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter of an unsharded model in place, on its device."""
     for name, p in model.named_parameters():
-        p.copy_(initial_values(name, tuple(p.shape), config, seed, 0, p.numel()).view_as(p))
+        p.copy_(initial_values(name, tuple(p.shape), config, seed, (0,) * p.dim(), tuple(p.shape)))
 
 
 def is_decayed(name: str) -> bool:

@@ -27,7 +27,9 @@ def linear_cross_entropy(
     """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats, as an fp32 scalar. hidden (N, C),
     weight (V, C), targets (N,), -100 for tokens that do not count. Only the first `vocab_size` columns take part: the
     padding rows of the table get probability and gradient zero. Products run in the autocast dtype if autocast is on;
-    softmax and sums in fp32. `softmax`: that of a chunk, `softmax_cross_entropy_` if None."""
+    softmax and sums in fp32. `softmax`: that of a chunk, `softmax_cross_entropy_` if None. With `tensor_softmax`, the
+    weight has this rank's rows only, (V / t, C); the loss is that of all ranks, and hidden's gradient this rank's part
+    of a sum."""
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()  # so that no gradient is computed
     device = hidden.device.type
