@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from megagpt.config import Config
@@ -42,9 +43,14 @@ def batch_sequences(config: Config, sequences_seen: int) -> int:
 class Cut(NamedTuple):
     """The micro-batches of one share of a batch, alike on all ranks."""
 
-    count: int
+    micro_batches: int
     size: int
-    """Sequences, with rows that only fill up."""
+    """Sequences of each, with rows that only fill up."""
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that a share computes."""
+        return self.micro_batches * self.size
 
 
 def cut(sequences: int, shares: int, micro_batch: int, compiled: bool = False) -> Cut:
@@ -58,6 +64,13 @@ def cut(sequences: int, shares: int, micro_batch: int, compiled: bool = False) -
         grain = max(1, (1 << (size - 1).bit_length()) // 4)
         size = min(micro_batch, -(-size // grain) * grain)
     return Cut(count, size)
+
+
+def sizes_ahead(config: Config, sequences_seen: int, cut_of: Callable[[int], Cut]) -> set[int]:
+    """Sizes of the micro-batches of the steps from `sequences_seen` on, and perhaps some between them. `cut_of`:
+    sequences of a batch -> its micro-batches."""
+    sizes = range(batch_sequences(config, sequences_seen), config.batch_sequences + 1)
+    return {cut_of(sequences).size for sequences in sizes}
 
 
 class RampWork(NamedTuple):
@@ -76,6 +89,13 @@ def ramp_work(config: Config, shares: int, compiled: bool) -> RampWork:
     end = min(train.batch_ramp_tokens, config.total_sequences * context)
     ramp = train.batch_ramp_start, train.batch_tokens, train.batch_ramp_tokens, context, end
     return _ramp_work(ramp, shares, config.micro_batch, compiled)
+
+
+def ramp_efficiency(config: Config, shares: int, compiled: bool) -> float:
+    """Share of the arithmetic of the batch ramp that counts: the sequences of its steps, divided by those that all
+    shares compute, with rows that only fill up. Exact for batches of up to 4,096 sequences."""
+    work = ramp_work(config, shares, compiled)
+    return work.sequences / sum(shares * size * micro_batches for size, (_, micro_batches) in work.cuts.items())
 
 
 @functools.lru_cache(maxsize=512)
