@@ -19,8 +19,8 @@ _OF_BLOCK, _REPEATED = 8, 3
 _OUTSIDE = 4
 # Parameters of a block that tensor ranks have whole: of both LayerNorms, and two biases.
 _UNCUT = 6
-# Numbers a token, in fp32, that tensor ranks exchange in the loss: the logarithm of a sum, and a target's logit.
-_LOSS = 2
+# Numbers a token, in fp32, that tensor ranks exchange in the loss: a largest logit, a sum, and the target's logit.
+_LOSS = 3
 
 
 class Exchange(NamedTuple):

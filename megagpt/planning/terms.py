@@ -30,7 +30,7 @@ _FORMULAS = {
     "tensor exchange": (
         "M (bytes sent / (link x link_share) + calls x call + bytes copied / bandwidth), and the same of uncut "
         "gradients, which FSDP sums once a step; nothing hides it; bytes of activations: (8 L + 3 R L + 4) N C a "
-        "(t - 1)/t, and 8 N (t - 1) of the loss; selective: R = 1"
+        "(t - 1)/t, and 12 N (t - 1) of the loss; selective: R = 1"
     ),
     "exchange": (
         "what computation does not hide: M (max(c, e) + overlap min(c, e) - c); c: the parts above; e: bytes sent / "
