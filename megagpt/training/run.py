@@ -266,7 +266,7 @@ def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:
         try:
             load(found, engine)
             meta = found.meta
-            say(f"resuming at {meta.tokens_seen:,} tokens, saved by {meta.engine} on {meta.world_size} rank(s)")
+            say(f"resuming at {meta.tokens_seen:,} tokens, saved by {meta.engine} on {meta.layout}")
             if meta.compiled not in (None, engine.compiled):
                 now, before = ("compiled", "not compiled") if engine.compiled else ("not compiled", "compiled")
                 changed = f"blocks are {now} from here on, and were {before} before (train.compile)"
