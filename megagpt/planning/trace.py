@@ -113,10 +113,6 @@ def _empty_inside(fake: FakeTensorMode, counter: Counter) -> Iterator[None]:
 def _gpu_paths(compiler: PretendCompiler) -> Iterator[None]:
     """The ways that a GPU takes in the model and the step."""
 
-    def embed(tokens: Tensor, positions: Tensor, of_tokens: Tensor, of_positions: Tensor, dtype: Any) -> Tensor:
-        rows = F.embedding(tokens, of_tokens).float() + F.embedding(positions, of_positions).float()
-        return rows.to(dtype)
-
     def squares(tensors: list[Tensor]) -> Tensor:
         return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
 
@@ -135,7 +131,7 @@ def _gpu_paths(compiler: PretendCompiler) -> Iterator[None]:
             (torch, "compile", compile_),
             (F, "scaled_dot_product_attention", _attention),
             (F, "dropout", dropout),
-            (gpt, "embed", embed),
+            (gpt, "_look_up", F.embedding),
             (native, "sum_of_squares", squares),
             (loss, "CHUNK", {"cpu": loss.CHUNK["cuda"]}),
             (loss, "SOFTMAX_ROWS", {"cpu": loss.SOFTMAX_ROWS["cuda"]}),
