@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +60,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from megagpt.config_file import load_config
     from megagpt.planning.answer import Question, answer
     from megagpt.planning.lines import answer_lines
-    from megagpt.planning.plan import make_plan
+    from megagpt.planning.plan import Planner
     from megagpt.planning.record import answer_record
 
     names, given = split_words(arguments)
@@ -75,7 +74,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     cluster = _cluster(arguments, own, config)
     if own:
         own.check(config, cluster)
-    planner = functools.partial(make_plan, price=arguments.price, calibration=own.calibration if own else None)
+    planner = Planner(arguments.price, own.calibration if own else None)
     question = Question(
         config, cluster, arguments.gpus is not None, planner, arguments.price,
         name, given, arguments.days, arguments.compare, arguments.all,

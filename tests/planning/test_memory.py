@@ -175,7 +175,7 @@ def test_planning_memory_needs_no_pytorch() -> None:
 
 def test_every_shipped_config_has_a_peak() -> None:
     for path in Path("configs").glob("gpt*.yaml"):
-        memory = peak_memory(load_config(str(path)), 512 if "175b" in path.stem else 8)
+        memory = peak_memory(load_config(str(path)), 1024 if "175b" in path.stem else 8)
         assert memory.state < memory.total < 90e9, path
 
 
