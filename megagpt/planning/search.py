@@ -212,8 +212,10 @@ class _Tried:
         """Whether some micro-batch could take less time, of which the smallest has room."""
         if self.least_seconds(planner, self.sizes) >= seconds:
             return False
+        if self.least_seconds(planner, self.sizes[:1]) < seconds:
+            return self.has_room(self.sizes[0])
         enough = bisect_left(self.sizes, True, key=lambda size: self.least_seconds(planner, [size]) < seconds)
-        return self.has_room(self.sizes[min(enough, len(self.sizes) - 1)])
+        return self.has_room(self.sizes[enough])
 
     def has_room(self, size: int) -> bool:
         """Whether it fits at all, if only tightly."""
