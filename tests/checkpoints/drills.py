@@ -35,6 +35,7 @@ EVERY = 15
 ENGINES = {
     "ddp": ["engine.name=ddp"],
     "fsdp": ["engine.name=fsdp"],
+    "fsdp, tensor ranks": ["engine.name=fsdp", "engine.tensor_ranks=2"],
     "zero-1": ["engine.name=zero", "engine.stage=1"],
     "zero-3": ["engine.name=zero", "engine.stage=3"],
 }
