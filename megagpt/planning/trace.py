@@ -54,7 +54,7 @@ def trace(config: Config, ranks: int) -> Trace:
     check_trace(config)
     start = time.perf_counter()
     on = "selective" if config.train.activation_checkpointing == "selective" else None
-    keep = activation_checkpointing.selective_policy(config.model) if on else None
+    keep = activation_checkpointing.selective_policy(config.model, config.engine.tensor_ranks) if on else None
     # Fake tensors are on a CPU, where `auto` would mean no.
     train = replace(config.train, device="cpu", compile=compiles(config.train.compile, "cuda"))
     config = replace(config, train=train)
@@ -113,10 +113,6 @@ def _empty_inside(fake: FakeTensorMode, counter: Counter) -> Iterator[None]:
 def _gpu_paths(compiler: PretendCompiler) -> Iterator[None]:
     """The ways that a GPU takes in the model and the step."""
 
-    def embed(tokens: Tensor, positions: Tensor, of_tokens: Tensor, of_positions: Tensor, dtype: Any) -> Tensor:
-        rows = F.embedding(tokens, of_tokens).float() + F.embedding(positions, of_positions).float()
-        return rows.to(dtype)
-
     def squares(tensors: list[Tensor]) -> Tensor:
         return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
 
@@ -135,7 +131,7 @@ def _gpu_paths(compiler: PretendCompiler) -> Iterator[None]:
             (torch, "compile", compile_),
             (F, "scaled_dot_product_attention", _attention),
             (F, "dropout", dropout),
-            (gpt, "embed", embed),
+            (gpt, "_look_up", F.embedding),
             (native, "sum_of_squares", squares),
             (loss, "CHUNK", {"cpu": loss.CHUNK["cuda"]}),
             (loss, "SOFTMAX_ROWS", {"cpu": loss.SOFTMAX_ROWS["cuda"]}),
