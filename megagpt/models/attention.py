@@ -43,9 +43,10 @@ class KeyValueCache:
     than the longest are padded on the left; `padding[b]` is the number of padded positions of row b."""
 
     def __init__(self, config: ModelConfig, padding: Tensor, dtype: torch.dtype) -> None:
-        shape = (len(padding), config.heads, config.context, config.head_width)
-        self.keys = [torch.empty(shape, dtype=dtype, device=padding.device) for _ in range(config.layers)]
-        self.values = [torch.empty_like(k) for k in self.keys]
+        self._context, self._dtype = config.context, dtype
+        self.keys: dict[int, Tensor] = {}
+        """Of each layer that has run, (B, H, context, D)."""
+        self.values: dict[int, Tensor] = {}
         self.padding = padding  # (B,)
         self.length = 0
 
@@ -56,6 +57,9 @@ class KeyValueCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values, each (B, H, new, D); returns all so far, each (B, H, length + new, D)."""
+        if layer not in self.keys:  # of several tensor ranks, each has keys of its own heads only
+            shape = (*k.shape[:2], self._context, k.shape[3])
+            self.keys[layer], self.values[layer] = (k.new_empty(shape, dtype=self._dtype) for _ in "kv")
         end = self.length + k.shape[2]
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v

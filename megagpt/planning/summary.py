@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from megagpt.config import Config, compiles
 from megagpt.config_types import AUTO
 from megagpt.engines.zero_config import deepspeed_config
+from megagpt.placement import layout, sharer
 from megagpt.planning.gpus import find_gpu
 from megagpt.planning.micro_batch import largest_micro_batch, resolved
 from megagpt.planning.state import state_bytes
@@ -26,7 +27,8 @@ def summarize(config: Config, ranks: int) -> Iterator[str]:
     padding = model.padded_vocab_size - model.vocab_size
     yield f"parameters: {model.parameters:,} ({padding} padding rows of the vocabulary not counted)"
     yield f"FLOPs: {model.flops_per_token:.3e} per token, {model.flops_per_token * train.tokens:.3e} in all"
-    yield f"batch: {config.batch_sequences} sequences of {context} on {ranks} rank(s) = {_micro_batches(config, ranks)}"
+    shared = layout(ranks, config.engine.tensor_ranks)
+    yield f"batch: {config.batch_sequences} sequences of {context} on {shared} = {_micro_batches(config, ranks)}"
     yield f"steps: {step_count(config):,}, {step_count(config, config.schedule.warmup_tokens):,} of them warm-up"
     final = learning_rate(config, train.tokens)
     yield f"learning rate: {config.optimizer.lr:.2e} at its peak, {final:.2e} at the end"
@@ -53,8 +55,8 @@ def summarize(config: Config, ranks: int) -> Iterator[str]:
 
 def _micro_batches(config: Config, ranks: int) -> str:
     if config.train.micro_batch != AUTO:
-        return f"{config.accumulation(ranks)} micro-batch(es) of {config.micro_batch} per step and rank"
+        return f"{config.accumulation(ranks)} micro-batch(es) of {config.micro_batch} per step and {sharer(config)}"
     places = {"a CPU": None} if config.train.device == "cpu" else {**_EXAMPLES, "a CPU": None}
     sizes = [f"{largest_micro_batch(config, ranks, memory)} on {place}" for place, memory in places.items()]
     each = config.sequences_of_a_rank(ranks)
-    return f"{each} per step and rank, in micro-batches of {', '.join(sizes)} (train.micro_batch auto)"
+    return f"{each} per step and {sharer(config)}, in micro-batches of {', '.join(sizes)} (train.micro_batch auto)"
