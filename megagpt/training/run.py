@@ -96,12 +96,12 @@ class Run:
     planned: Planned
     raised: tuple[bool, ...] = (False, False, False)
     """The `flags` that some rank raised in the last step."""
-    validation_compiles: bool = field(init=False)
-    """Whether the next validation compiles; only the first one does. Its graphs are not those of a step, as they keep
-    nothing for gradients."""
+    compiled_sizes: set[int] = field(default_factory=set)
+    """Sizes of micro-batches for which the model was compiled in a step of this incarnation."""
 
     def __post_init__(self) -> None:
-        self.validation_compiles = self.engine.compiled and self.validation_sequences > 0
+        # Only the first one compiles. Its graphs are not those of a step, as they keep nothing for gradients.
+        self.reserve.validation_compiles = self.engine.compiled and self.validation_sequences > 0
 
     def batches(self) -> Generator[Batch]:
         """This rank's share of every remaining batch, read ahead."""

@@ -176,16 +176,20 @@ def test_selective_repeats_all_but_products(attention: str, dropout: float) -> N
     assert selective["native_layer_norm"] == plain["native_layer_norm"] + 2 * LAYERS
 
 
-def test_selective_keeps_no_output_that_nobody_reads() -> None:
-    """The MLP's second product ends its block: only the residual sum reads it."""
-    kept = frozenset({torch.ops.aten.addmm.default})
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_selective_keeps_no_output_that_nobody_reads(ranks: int) -> None:
+    """The MLP's second product ends its block: only the residual sum reads it, or the exchange of tensor ranks."""
+    policy = activation_checkpointing.selective_policy(ModelConfig(2, 32, 4, 16), ranks)
 
-    def policy(inner: int) -> CheckpointPolicy:
-        inputs = torch.empty(5), torch.empty(3, inner), torch.empty(inner, 5)
-        return activation_checkpointing._policy(kept, 4 * 32, None, torch.ops.aten.addmm.default, *inputs)
+    def of(inner: int, has_bias: bool) -> CheckpointPolicy:
+        factors = torch.empty(3, inner), torch.empty(inner, 5)
+        if has_bias:
+            return policy(None, torch.ops.aten.addmm.default, torch.empty(5), *factors)
+        return policy(None, torch.ops.aten.mm.default, *factors)
 
-    assert policy(32) == CheckpointPolicy.MUST_SAVE
-    assert policy(4 * 32) == CheckpointPolicy.PREFER_RECOMPUTE
+    by_rows = ranks == 1  # the bias of a product that is cut by rows is added behind the exchange
+    assert of(32, has_bias=True) == of(32 // ranks, by_rows) == CheckpointPolicy.MUST_SAVE  # qkv and up; out
+    assert of(4 * 32 // ranks, by_rows) == CheckpointPolicy.PREFER_RECOMPUTE  # down
 
 
 # --- memory ---
