@@ -64,6 +64,8 @@ def _problems(config: Config, cluster: Cluster, row: Evidence) -> Iterator[str]:
         yield "dropout" + of
     if train.activation_checkpointing == "selective":
         yield "selective activation checkpointing" + of
+    if engine.tensor_ranks > 1:
+        yield "tensor ranks" + of
     if engine.offload != "none":
         yield "offloaded state" + of
     if engine.name == "fsdp" and config.sharing_ranks(cluster.gpus) < cluster.gpus:
