@@ -49,6 +49,9 @@ _ENGINES = (
     EngineCase("zero-1", 2, {"name": "zero", "stage": 1}),
     EngineCase("zero-2", 2, {"name": "zero", "stage": 2}),
     EngineCase("zero-3", 2, {"name": "zero", "stage": 3, "deepspeed": _ALL_PARTITIONED}),
+    EngineCase(
+        "zero-3 2 x 2 tensor", 4, {"name": "zero", "stage": 3, "tensor_ranks": 2, "deepspeed": _ALL_PARTITIONED}
+    ),
 )
 ENGINE_CASES = {case.name: case for case in _ENGINES}
 # Micro-batches in a step, and activation checkpointing.
