@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from megagpt.config import Config
@@ -39,37 +40,73 @@ def batch_sequences(config: Config, sequences_seen: int) -> int:
     return (train.batch_ramp_start + grown + context // 2) // context
 
 
+class Cut(NamedTuple):
+    """The micro-batches of one share of a batch, alike on all ranks."""
+
+    micro_batches: int
+    size: int
+    """Sequences of each, with rows that only fill up."""
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that a share computes."""
+        return self.micro_batches * self.size
+
+
+def cut(sequences: int, shares: int, micro_batch: int, compiled: bool = False) -> Cut:
+    """The micro-batches of each of the equal shares of a batch: as few as `micro_batch` sequences at a time allow, all
+    of one size, no longer than the longest share needs. `compiled`: the model is compiled for each size, so there are
+    at most two sizes between a power of two and its double."""
+    longest = -(-sequences // shares)
+    count = -(-longest // micro_batch)
+    size = -(-longest // count)
+    if compiled:
+        grain = max(1, (1 << (size - 1).bit_length()) // 4)
+        size = min(micro_batch, -(-size // grain) * grain)
+    return Cut(count, size)
+
+
+def sizes_ahead(config: Config, sequences_seen: int, cut_of: Callable[[int], Cut]) -> set[int]:
+    """Sizes of the micro-batches of the steps from `sequences_seen` on, and perhaps some between them. `cut_of`:
+    sequences of a batch -> its micro-batches."""
+    sizes = range(batch_sequences(config, sequences_seen), config.batch_sequences + 1)
+    return {cut_of(sequences).size for sequences in sizes}
+
+
 class RampWork(NamedTuple):
     """Counts of the steps that begin during the batch ramp."""
 
-    single: int
-    """Steps in which each rank takes one micro-batch."""
-    other: int
-    """Steps in which it takes several."""
-    micro_batches: int
-    """Of a rank in these other steps."""
+    cuts: dict[int, tuple[int, int]]
+    """Size of micro-batches -> number of steps with such ones, and of a rank's micro-batches in these steps."""
     sequences: int
     """Of all steps of the ramp."""
 
 
-def ramp_work(config: Config, unit: int) -> RampWork:
-    """Count the steps of the ramp without a walk through all of them. `unit`: sequences in one micro-batch of all
-    ranks. The ramp's last step may pass the end of the run."""
+def ramp_work(config: Config, shares: int, compiled: bool) -> RampWork:
+    """Count the steps of the ramp without a walk through all of them. `shares`, `compiled`: as for `cut`. The ramp's
+    last step may pass the end of the run."""
     train, context = config.train, config.model.context
     end = min(train.batch_ramp_tokens, config.total_sequences * context)
-    return _ramp_work(train.batch_ramp_start, train.batch_tokens, train.batch_ramp_tokens, context, end, unit)
+    ramp = train.batch_ramp_start, train.batch_tokens, train.batch_ramp_tokens, context, end
+    return _ramp_work(ramp, shares, config.micro_batch, compiled)
+
+
+def ramp_efficiency(config: Config, shares: int, compiled: bool) -> float:
+    """Share of the arithmetic of the batch ramp that counts: the sequences of its steps, divided by those that all
+    shares compute, with rows that only fill up. Exact for batches of up to 4,096 sequences."""
+    work = ramp_work(config, shares, compiled)
+    return work.sequences / sum(shares * size * micro_batches for size, (_, micro_batches) in work.cuts.items())
 
 
 @functools.lru_cache(maxsize=512)
-def _ramp_work(start: int, full: int, ramp: int, context: int, end: int, unit: int) -> RampWork:
-    batches = _ramp_batches(start, full, ramp, context, end)
-    several = [(-(-size // unit), steps) for size, steps in batches if size > unit]
-    return RampWork(
-        sum(steps for size, steps in batches if size <= unit),
-        sum(steps for _, steps in several),
-        sum(count * steps for count, steps in several),
-        sum(size * steps for size, steps in batches),
-    )
+def _ramp_work(ramp: tuple[int, int, int, int, int], shares: int, micro_batch: int, compiled: bool) -> RampWork:
+    cuts: dict[int, tuple[int, int]] = {}
+    batches = _ramp_batches(*ramp)
+    for sequences, steps in batches:
+        count, size = cut(sequences, shares, micro_batch, compiled)
+        before = cuts.get(size, (0, 0))
+        cuts[size] = before[0] + steps, before[1] + count * steps
+    return RampWork(cuts, sum(sequences * steps for sequences, steps in batches))
 
 
 @functools.lru_cache(maxsize=8)

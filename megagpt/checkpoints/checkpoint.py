@@ -24,6 +24,7 @@ from megagpt.checkpoints.storage import BLOCK_BYTES, CheckedReader, CorruptError
 from megagpt.config_file import with_current_keys
 from megagpt.errors import UserError, first_line
 from megagpt.files import flush_folder, now, write_atomic
+from megagpt.placement import layout
 
 MARKER = "COMPLETE"
 META = "meta.json"
@@ -76,6 +77,11 @@ class CheckpointMeta:
     """Whether blocks were compiled, which changes last digits; None: not stored."""
     saved: str = field(default_factory=now)
     versions: dict[str, str] = field(default_factory=_versions)
+
+    @property
+    def layout(self) -> str:
+        """The ranks that saved it, with their groups of tensor ranks, in words."""
+        return layout(self.world_size, self.config.get("engine", {}).get("tensor_ranks", 1))
 
     def to_json(self) -> bytes:
         """The content of the file, in which the scalars are keys beside the others."""

@@ -21,6 +21,7 @@ from megagpt.console import say
 from megagpt.engines.engine import Engine
 from megagpt.errors import ExpectedError, UserError, first_line
 from megagpt.models.finite import check_finite
+from megagpt.placement import layout
 from megagpt.world import World
 
 
@@ -84,7 +85,9 @@ def _dropout_changes(meta: CheckpointMeta, config: Config, world: World) -> list
     if not meta.sequences_seen:  # nothing was dropped yet
         return []
     train, before = config.train, meta.config["train"]
-    changes = [f"on {world.size} ranks instead of {meta.world_size}"] if world.size != meta.world_size else []
+    changes, now = [], layout(world.size, config.engine.tensor_ranks)
+    if now != meta.layout:
+        changes.append(f"on {now} instead of {meta.layout}")
     if config.micro_batch != before["micro_batch"]:
         changes.append(f"with train.micro_batch {config.micro_batch} instead of {before['micro_batch']}")
     then, device = before.get("compile", False), world.device.type

@@ -7,6 +7,7 @@ from megagpt.cards import CARDS
 from megagpt.config import Config
 from megagpt.config_types import AUTO
 from megagpt.errors import UserError, did_you_mean
+from megagpt.placement import check_placement, layout, sharer
 from megagpt.planning.amounts import gigabytes
 from megagpt.planning.fit import check_fit
 from megagpt.planning.gpus import Gpu, find_gpu, gpu_names
@@ -19,11 +20,21 @@ _SIGNAL_SECONDS = 120
 _DISK_BYTES = 250e6
 
 
-def check_job(config: Config, ranks: int, gpu: str | None, gpu_gb: float | None) -> tuple[str, str]:
-    """The micro-batches and the memory of each rank in a sentence, and a warning if that is nearly all that a GPU has.
-    Raises UserError if a GPU has less, and if the ranks do not divide the batch. `gpu`: the GPU's name; `gpu_gb`: its
-    memory (GB), if it is not that of the name. Without either, only what no known GPU could hold is refused."""
+def check_job(
+    config: Config, nodes: int, ranks_per_node: int, gpu: str | None, gpu_gb: float | None
+) -> tuple[str, str]:
+    """The ranks, their micro-batches and the memory of each in a sentence, and a warning if that is nearly all that a
+    GPU has. Raises UserError if a GPU has less, if the ranks do not divide the batch, and if a group of tensor ranks
+    would be on two nodes. `gpu`: the GPU's name; `gpu_gb`: its memory (GB), if it is not that of the name. Without
+    either, only what no known GPU could hold is refused."""
+    ranks = nodes * ranks_per_node
     config.check_ranks(ranks)
+    check_placement(config, [f"node {node}" for node in range(1, nodes + 1) for _ in range(ranks_per_node)])
+    needs, warning = _needs(config, ranks, gpu, gpu_gb)
+    return f"{layout(ranks, config.engine.tensor_ranks)}, {needs}", warning
+
+
+def _needs(config: Config, ranks: int, gpu: str | None, gpu_gb: float | None) -> tuple[str, str]:
     if config.train.device == "cpu":
         return f"{_micro_batches(resolved(config, ranks, None), ranks)}; memory is not checked on CPUs", ""
     if gpu is not None or gpu_gb is not None:
@@ -55,7 +66,7 @@ def _known(gpu: str) -> Gpu:
 
 
 def _micro_batches(config: Config, ranks: int) -> str:
-    return f"{config.accumulation(ranks)} micro-batch(es) of {config.micro_batch} per step and rank"
+    return f"{config.accumulation(ranks)} micro-batch(es) of {config.micro_batch} per step and {sharer(config)}"
 
 
 def sbatch_command(

@@ -78,15 +78,15 @@ def _slurm(arguments: argparse.Namespace) -> int:
     from megagpt.console import warn
 
     config = config_of(arguments)
-    ranks = arguments.nodes * arguments.gpus_per_node
-    needs, warning = check_job(config, ranks, arguments.gpu, arguments.gpu_memory)
+    nodes, gpus = arguments.nodes, arguments.gpus_per_node
+    job, warning = check_job(config, nodes, gpus, arguments.gpu, arguments.gpu_memory)
     if warning:
         warn(f"warning: {warning}")
     options = [f"--{n}={v}" for n in ("time", "account", "partition") if (v := getattr(arguments, n)) is not None]
     options += arguments.sbatch
     script, words = find_script("multinode.sh"), _train_arguments(arguments)
-    command = sbatch_command(config, script, words, arguments.nodes, arguments.gpus_per_node, options)
-    print(f"# {ranks} ranks, {needs}")
+    command = sbatch_command(config, script, words, nodes, gpus, options)
+    print(f"# {job}")
     print(shlex.join(command), flush=True)
     if not arguments.submit:
         return 0
@@ -97,11 +97,13 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 def _hosts(arguments: argparse.Namespace) -> int:
     from megagpt.cluster.hosts import deepspeed_command, passed_on, read_hostfile
+    from megagpt.placement import check_placement
     from megagpt.training.run_folder import run_folder
 
     config = config_of(arguments)
     hosts = read_hostfile(arguments.hostfile)
     config.check_ranks(sum(hosts.values()))
+    check_placement(config, [host for host, slots in hosts.items() for _ in range(slots)])
     hostfile, script = arguments.hostfile.resolve(), find_script("train.py")
     words = [*_train_arguments(arguments), "--auto-resume"]
     command = deepspeed_command(hostfile, hosts, arguments.master, arguments.port, script, words)
@@ -131,12 +133,14 @@ def _check(arguments: argparse.Namespace) -> int:
     from megagpt.console import say, voice
     from megagpt.failures import failure
     from megagpt.launchers import job_setting, slurm_gpus, slurm_job
+    from megagpt.placement import check_placement
     from megagpt.training.run_folder import run_folder, went_back
 
     config, nodes = config_of(arguments), job_nodes()
     ranks, port = job_setting(os.environ, "RANKS_PER_NODE"), job_setting(os.environ, "MASTER_PORT")
     run, job = run_folder(config), slurm_job(os.environ) or ""
     config.check_ranks(len(nodes) * ranks)
+    check_placement(config, [node for node in nodes for _ in range(ranks)])
     with voice(to_stderr=True, prefix="== "):
         goes_back = arguments.at is not None and not went_back(run, arguments.at)
         if is_finished(run, config) and not goes_back:

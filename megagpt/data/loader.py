@@ -18,6 +18,7 @@ from megagpt.data.token_stream import TokenStream
 from megagpt.errors import UserError
 from megagpt.files import named_path
 from megagpt.models.loss import IGNORE
+from megagpt.schedule import Cut, cut
 
 _AHEAD = 3  # optimizer steps
 # Name of the range that a trace shows while a rank waits for its batch.
@@ -33,11 +34,13 @@ class Share:
     index: int
     count: int
     micro_batch: int
-    """Sequences."""
+    """Sequences of a micro-batch, at most."""
+    compiled: bool = False
+    """Whether the model is compiled, once for each size of a micro-batch."""
 
-    def micro_batches(self, sequences: int) -> int:
-        """Micro-batches that every rank takes for a global batch of `sequences`."""
-        return -(-sequences // (self.count * self.micro_batch))
+    def cut(self, sequences: int) -> Cut:
+        """The micro-batches that every rank takes for a global batch of `sequences`."""
+        return cut(sequences, self.count, self.micro_batch, self.compiled)
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class Batch:
     """One rank's share of one optimizer step."""
 
     micro_batches: list[tuple[Tensor, Tensor]]
-    """Tokens and targets, int64 (micro_batch, context) each; every rank has the same number of pairs. Targets are -100
-    in rows that only fill up a micro-batch."""
+    """Tokens and targets, int64 (sequences, context) each; every rank has as many pairs of the same shape. Targets are
+    -100 in rows that only fill up a micro-batch."""
     sequences: int
     """Sequences of the global batch."""
     tokens: int
@@ -88,15 +91,17 @@ class Corpus:
             numbers[positions >= at] += length
         return numbers
 
-    def batch(self, sequences: range, share: Share) -> Batch:
+    def batch(self, sequences: range, share: Share, size: int | None = None) -> Batch:
         """The sequences at these positions of the run, dealt to the ranks in turn; this rank's share, cut into
-        micro-batches. The ranks' shares differ by at most one sequence. Rows that do not count fill them up, so all
-        ranks take the same number of micro-batches, even if the batch does not divide over them."""
+        micro-batches of `size` sequences, or of as many as the longest share needs. The ranks' shares differ by at most
+        one sequence. Rows that do not count fill them up, so all ranks take micro-batches of one number and shape, even
+        if the batch does not divide over them."""
         rows = self.rows(self.numbers_at(np.array(sequences[share.index :: share.count], dtype=np.int64)))
-        filled_rows = share.micro_batches(len(sequences)) * share.micro_batch
-        filled = np.full((filled_rows, self.context + 1), IGNORE, dtype=np.int64)
+        size = size or share.cut(len(sequences)).size
+        count = -(-len(sequences) // (share.count * size))
+        filled = np.full((count * size, self.context + 1), IGNORE, dtype=np.int64)
         filled[: len(rows)] = rows
-        pairs = torch.from_numpy(filled).split(share.micro_batch)
+        pairs = torch.from_numpy(filled).split(size)
         micro_batches = [(p[:, :-1].clamp_min(0), p[:, 1:].contiguous()) for p in pairs]
         return Batch(micro_batches, len(sequences), len(sequences) * self.context)
 
@@ -183,8 +188,10 @@ def placed(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
 
 def train_batches(corpus: Corpus, start: int, total: int, size: Callable[[int], int], share: Share) -> Iterator[Batch]:
     """This rank's share of every step from sequence `start` to sequence `total`; size: number of sequences
-    already seen -> sequences in the next global batch."""
+    already seen -> sequences in the next global batch. If `total` cuts the last batch short, its micro-batches keep
+    their size: a compiled model would be compiled again for one step."""
     while start < total:
-        end = min(start + size(start), total)
-        yield corpus.batch(range(start, end), share)
+        wanted = size(start)
+        end = min(start + wanted, total)
+        yield corpus.batch(range(start, end), share, share.cut(wanted).size)
         start = end

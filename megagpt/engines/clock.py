@@ -1,7 +1,8 @@
 """The time that one rank itself spends on a step, measured in places where it waits for no other rank.
 
 Ranks end each step together, so the time of a step does not show which rank is slow. No engine communicates inside a
-block's forward pass, so the time of that pass does."""
+block's forward pass, so the time of that pass does. The exception are the tensor ranks of a group, which wait for each
+other there: their time is that of the group."""
 
 import time
 from collections.abc import Callable
@@ -20,7 +21,8 @@ class StepTimes(NamedTuple):
     """Seconds of one rank since the last reading."""
 
     compute: float
-    """Inside the forward passes of a few blocks, up to four, the same on every rank."""
+    """Inside the forward passes of a few blocks, up to four, the same on every rank. Of a tensor rank, this includes
+    its waits for the others of its group."""
     wait: float
     """From the end of the last backward pass through the blocks to the arrival of the sums over all ranks: of the
     gradients and of the loss."""

@@ -13,6 +13,10 @@ from megagpt.models.gpt import GPT
 from megagpt.models.loss import softmax_cross_entropy_to_compile_
 from megagpt.world import World
 
+# Largest number of graphs of one function, beyond which PyTorch runs it uncompiled: up to four kinds of blocks, with
+# and without gradients, for the two sizes of micro-batches in each of 16 doublings.
+_GRAPHS = 256
+
 
 def is_compiled(config: Config, world: World) -> bool:
     """Whether `train.compile` means yes for this run, the same on every rank; auto: on GPUs that can. Every rank calls
@@ -42,11 +46,12 @@ def _problem(device: torch.device) -> str:
 
 def compile_model(model: GPT, device: torch.device, options: dict[str, Any]) -> None:
     """Compile the model's parts, in place, for the device that it will run on, with these options for the blocks.
-    Shapes are static: all micro-batches have the same."""
+    Shapes are static: the model is compiled again for each size of micro-batches, of which there are few."""
     import torch._dynamo  # here, because it takes a second, and most runs on a CPU do without
 
     # Otherwise a block is cut where one of DDP's buckets ends, and results are written out at each cut.
     torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = _GRAPHS
     compiled = partial(torch.compile, dynamic=False)
     for block in model.blocks:
         block.forward = compiled(block.forward, options=options or None)

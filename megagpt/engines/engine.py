@@ -204,7 +204,7 @@ class Engine(abc.ABC):
     def share(self) -> Share:
         """The part of every batch that this rank takes, with the other tensor ranks of its group."""
         group = self.config.engine.tensor_ranks
-        return Share(self.world.rank // group, self.world.size // group, self.config.micro_batch)
+        return Share(self.world.rank // group, self.world.size // group, self.config.micro_batch, self.compiled)
 
     @property
     def updates(self) -> int:

@@ -20,12 +20,13 @@ def validation_loss(
     world = engine.world
     share = engine.share
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    chunk = share.count * share.micro_batch
+    size = share.cut(sequences).size
+    chunk = share.count * size
     with engine.evaluation() as model:
         for first in range(0, sequences, chunk):
             if interrupted():
                 return None
-            batch = corpus.batch(range(first, min(first + chunk, sequences)), share)
+            batch = corpus.batch(range(first, min(first + chunk, sequences)), share, size)
             for tokens, targets in batch.micro_batches:
                 total += model(tokens.to(world.device), targets.to(world.device))
     # Tensor ranks of one group have the same sums.

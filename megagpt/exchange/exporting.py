@@ -56,7 +56,7 @@ def _card(checkpoint: OpenCheckpoint, m: ModelConfig, dtype: str) -> str:
         ("batch", f"{train['batch_tokens']:,} tokens"),
         ("AdamW", f"peak learning rate {adam['lr']:g}, betas {adam['beta1']:g} and {adam['beta2']:g}, {decay}"),
         ("precision", _precision(train)),
-        ("saved by", f"{meta.engine} on {meta.world_size} rank(s), {meta.saved}"),
+        ("saved by", f"{meta.engine} on {meta.layout}, {meta.saved}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in meta.versions.items())),
     ]
     return _page(run["name"], summary, rows)

@@ -1,9 +1,12 @@
 """Activations of a block on a GPU: bytes that its forward pass keeps, and bytes in use while its backward pass runs.
 
 All numbers are in bytes a token. The tables count widths: 34 means 34 bytes for each of the `model.width` numbers of a
-token. They were counted on traces (trace.py), and tests count them again; the sums below say what they consist of."""
+token. They were counted on traces (trace.py), and tests count them again; the sums below say what they consist of.
+`tensor_activations` has the widths of tensor ranks."""
 
 from megagpt.config import Config, compiles
+from megagpt.planning import tensor_activations
+from megagpt.planning.tensor_activations import Widths
 
 _STREAM = {"fp32": 4, "bf16": 2}
 
@@ -15,6 +18,8 @@ _COMPILED = {(2, 4): (48, 32, 22, 14), (4, 4): (84, 56, 44, 28), (2, 2): (42, 28
 _COMPILED_SELECTIVE = {(2, 4): (36, 28, 20, 10), (4, 4): (60, 48, 40, 24), (2, 2): (30, 24, 20, 12)}
 _COMPILED_FULL = {(2, 4): (34, 26, 18, 10), (4, 4): (60, 48, 40, 24), (2, 2): (30, 24, 20, 12)}
 MOMENTS = ("down", "up", "attention", "qkv")
+# Those of tensor ranks at which tokens are exchanged: in front of the first gradient, and behind that of `up`.
+EXCHANGES = ("exchange", "sum")
 
 # Widths beside all kept activations while the last block's forward pass runs, if it is not compiled.
 _FORWARD = {"none": 0, "selective": 18, "full": 24}
@@ -47,63 +52,79 @@ def kept_per_token(config: Config, kind: Kind) -> float:
     LayerNorm's input as the output of `out`, from which it follows. selective: the block's input, the outputs of `qkv`,
     attention, `out` and `up`. full: the block's input."""
     mode, banded = kind
-    c, a, stream = config.model.width, compute_bytes(config), _STREAM[config.train.residual]
-    if mode == "full":
-        return stream * c
-    extra = _band(config) if banded and mode == "none" else 0.0
-    if mode == "selective":
-        # With dropout, attention runs again, and the output of `down` is kept in place of its own.
-        return c * (stream + 9 * a) + (0 if config.model.dropout else _sums(config))
-    masks = 2 * c if config.model.dropout else 0
-    kept = c * (stream + 15 * a) if _compiled(config) else c * (8 + 14 * a)
-    return kept + _sums(config) + 16 + masks + extra
+    a, stream, dropout = compute_bytes(config), _STREAM[config.train.residual], config.model.dropout > 0
+    if config.engine.tensor_ranks > 1:
+        widths = tensor_activations.kept(mode, a, stream, dropout)
+    elif mode == "none":
+        widths = Widths(stream + 15 * a if _compiled(config) else 8 + 14 * a)
+    else:  # with dropout, attention runs again, and the output of `down` is kept in place of its own
+        widths = Widths(stream if mode == "full" else stream + 9 * a)
+    kept = _bytes(config, widths)
+    if mode == "none":
+        kept += _bytes(config, Widths(2 if dropout else 0)) + 16 / config.engine.tensor_ranks
+    if mode == "none" or (mode == "selective" and not dropout):
+        kept += _sums(config)
+    return kept + (_band(config) if banded and mode == "none" else 0.0)
 
 
 def kept_bytes(config: Config) -> float:
     """Bytes of one micro-batch that all blocks keep, at the end of the forward pass."""
     kinds = kinds_of_blocks(config)
     per_token = sum(kinds.count(kind) * kept_per_token(config, kind) for kind in set(kinds))
-    mask = config.model.width if config.model.dropout else 0  # of the embedding's dropout
+    mask = _bytes(config, Widths(1 if config.model.dropout else 0))  # of the embedding's dropout
     return config.micro_batch * config.model.context * (per_token + mask)
 
 
 def backward_per_token(config: Config, kind: Kind) -> dict[str, float]:
     """Bytes a token of one block at each of `MOMENTS` of its backward pass: what it kept or has computed again, and the
-    gradients on their way."""
+    gradients on their way. Of tensor ranks, also at the exchanges of `EXCHANGES`."""
     mode, banded = kind
-    c, a, stream = config.model.width, compute_bytes(config), _STREAM[config.train.residual]
-    if _compiled(config):
-        tables = {"none": _COMPILED, "selective": _COMPILED_SELECTIVE, "full": _COMPILED_FULL}
-        widths = tables[mode][a, stream]
-        again = 0
+    a, stream, compiled = compute_bytes(config), _STREAM[config.train.residual], _compiled(config)
+    # LayerNorm takes a bf16 input as an fp32 copy, which is kept in its place, unless all is computed from it.
+    again = stream if mode != "none" and stream == 2 and not compiled else 0
+    if config.engine.tensor_ranks > 1:
+        widths = tensor_activations.backward(mode, a, stream, _reordered(config), compiled)
     else:
-        widths = _EAGER[a, stream]
-        # LayerNorm takes a bf16 input as an fp32 copy, which is kept in its place, unless all is computed from it.
-        again = stream if mode != "none" and stream == 2 else 0
-    taken = {moment: float(c * (width + again)) for moment, width in zip(MOMENTS, widths, strict=True)}
-    for moment in ("down", "up", "attention"):
+        tables = {"none": _COMPILED, "selective": _COMPILED_SELECTIVE, "full": _COMPILED_FULL}
+        counted = tables[mode][a, stream] if compiled else _EAGER[a, stream]
+        widths = dict(zip(MOMENTS, map(Widths, counted), strict=True))
+    taken = {moment: _bytes(config, width) + _bytes(config, Widths(again)) for moment, width in widths.items()}
+    for moment in taken.keys() - {"qkv"}:
         taken[moment] += _sums(config) + (_band(config) if banded else 0)
     if banded:
-        taken["attention"] += c * a
+        taken["attention"] += _bytes(config, Widths(a))
     if config.model.dropout:
-        taken["down"] += c
-        taken["up"] += c
+        for moment in taken.keys() - {"attention", "qkv"}:
+            taken[moment] += _bytes(config, Widths(1))
     return taken
 
 
 def forward_per_token(config: Config, kind: Kind) -> float:
     """Bytes a token in the forward pass of a block that are freed at its end, if it is not compiled: then more is
-    written to memory than is kept."""
-    return 0.0 if _compiled(config) else float(_FORWARD[kind[0]] * config.model.width * compute_bytes(config) / 2)
+    written to memory than is kept. Of tensor ranks, those at its last exchange."""
+    a, compiled = compute_bytes(config), _compiled(config)
+    if config.engine.tensor_ranks > 1:
+        return _bytes(config, tensor_activations.forward(kind[0], a, _reordered(config), compiled))
+    return 0.0 if compiled else _bytes(config, Widths(_FORWARD[kind[0]] * a / 2))
 
 
 def _compiled(config: Config) -> bool:
     return compiles(config.train.compile, "cuda")
 
 
-def _sums(config: Config) -> int:
+def _bytes(config: Config, widths: Widths) -> float:
+    """Bytes a token on one rank."""
+    return config.model.width * (widths.cut / config.engine.tensor_ranks + widths.whole)
+
+
+def _reordered(config: Config) -> int:
+    """Bytes of a number that lies in memory twice around an exchange of tensor ranks."""
+    return compute_bytes(config) if config.micro_batch > 1 else 0
+
+
+def _sums(config: Config) -> float:
     """The logarithm of each softmax's sum, in fp32."""
-    return 4 * config.model.heads
+    return 4 * config.model.heads / config.engine.tensor_ranks
 
 
 def _band(config: Config) -> float:
@@ -112,4 +133,4 @@ def _band(config: Config) -> float:
     rows = -(-model.context // model.window) * model.window / model.context
     longer = 3 * (rows - 1) + 2 * model.window / model.context
     padded = -(-model.window // 32) * 32 / model.window * rows - 1
-    return model.width * a * (1 + longer) + _sums(config) * padded
+    return _bytes(config, Widths(a * (1 + longer))) + _sums(config) * padded

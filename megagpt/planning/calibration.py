@@ -37,6 +37,8 @@ class Calibration:
     """Share of the node's network that an exchange between nodes reaches."""
     hop: float = 6.42e-6
     """Seconds for each rank beyond the node that a gather or scatter has to pass."""
+    call: float = 2e-5
+    """Seconds of an exchange of tensor ranks that carries nothing."""
     overlap: float = 0.445
     """Share of the shorter one of computation and exchange that the longer one does not hide (FSDP, DDP)."""
     zero_overlap: float = 1.0
@@ -79,7 +81,7 @@ ORIGINS = {
     "bf16_residual": "counted; rows with a bf16 residual stream give 0.94 to 0.97",
     "fp32_values": "counted",
     "dropout": "counted",
-    "launch": ASSUMED, "pcie": ASSUMED, "host_memory": ASSUMED, "disk": ASSUMED,
+    "call": ASSUMED, "launch": ASSUMED, "pcie": ASSUMED, "host_memory": ASSUMED, "disk": ASSUMED,
 }  # fmt: skip
 
 # Shares of the peak, by GPU: of products and of attention (FlashAttention of 2023; newer kernels are faster).

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 from megagpt.planning.amounts import wrapped
 from megagpt.planning.plan import Plan
+from megagpt.planning.state import held_parameters
 from megagpt.planning.terms import Term
 
-# Parts of the peak -> their formulas. P: stored parameters; N: tokens of a micro-batch; C, L, V: width, layers, padded
-# vocabulary; a: bytes of a number in the precision of matrix products.
+# Parts of the peak -> their formulas. P: stored parameters of a tensor rank's part of the model; N: tokens of a
+# micro-batch; C, L, V: width, layers, padded vocabulary; a: bytes of a number in the precision of matrix products.
 _MEMORY = {
     "weights": "4 P; FSDP: divided by the ranks that share a copy; ZeRO: a P, at stage 3 divided by the ranks",
     "gradients": "4 P, divided by the ranks that share them; ZeRO: and the buckets that stay",
@@ -27,7 +28,7 @@ def plan_terms(plan: Plan) -> list[Term]:
     terms.append(Term("reserve", memory.reserve, "bytes", slack, "experience"))
     terms.append(Term("memory of the GPU", gpu.memory, "bytes", "", dict(gpu.origins).get("memory", "")))
     terms += [
-        Term("P", model.stored_parameters, "", "stored parameters", "config"),
+        Term("P", held_parameters(model, config.engine.tensor_ranks), "", "stored parameters", "config"),
         Term("C, L, T", model.width, "", f"width; {model.layers:,} layers; context {model.context:,}", "config"),
         Term("V", model.padded_vocab_size, "", "rows of the vocabulary, padded", "config"),
         Term("N", size * model.context, "tokens", f"of a micro-batch: {size:,} x {model.context:,}", "config"),

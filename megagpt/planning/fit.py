@@ -21,9 +21,10 @@ class Fit:
     """Why it may run out of memory all the same; empty if there is room."""
 
 
-def check_fit(config: Config, ranks: int, capacity: float, card: str = "") -> Fit:
+def check_fit(config: Config, ranks: int, capacity: float, card: str = "", per_node: int = 1) -> Fit:
     """The memory of a run on GPUs of `capacity` bytes. Raises UserError if the ranks do not divide the batch, and with
-    the smallest change that helps if the run does not fit. `card`: the GPU's name, for people."""
+    the smallest change that helps if the run does not fit. `card`: the GPU's name, for people. `per_node`: GPUs of a
+    node, which hold whole groups of tensor ranks."""
     config.check_ranks(ranks)
     wanted, config = config, resolved(config, ranks, capacity)
     memory = peak_memory(config, ranks)
@@ -32,7 +33,7 @@ def check_fit(config: Config, ranks: int, capacity: float, card: str = "") -> Fi
     sentence = f"each GPU needs {needs}, and has {gigabytes(capacity)} GB"
     if verdict == "fits":
         return Fit(memory, sentence, "")
-    found = way_out(wanted, ranks, capacity)
+    found = way_out(wanted, ranks, capacity, per_node)
     if verdict == "tight":
         beside = f"CUDA and the allocator may need {gigabytes(memory.reserve)} GB besides"
         way = f"; if memory runs out: {found}" if found else ""

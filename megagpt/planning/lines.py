@@ -114,12 +114,13 @@ def _validating(plan: Plan) -> float:
 
 
 def _ramp_words(plan: Plan) -> str:
-    config, unit = plan.config, plan.cluster.gpus * plan.config.micro_batch
+    config, shares = plan.config, plan.config.shares(plan.cluster.gpus)
     share, start = plan.ramp_seconds / plan.seconds, config.train.batch_ramp_start // config.model.context
     cost = "" if plan.cost is None else f", {money(share * plan.cost)}"
     why = f"its first steps have {start:,} sequences"
-    if unit > start:
-        why += f", which take as long as the {unit:,} of one micro-batch on every rank"
+    if shares > start:
+        of = "ranks" if config.engine.tensor_ranks == 1 else "groups of tensor ranks"
+        why += f", which take as long as {shares:,}, one for each of the {of}"
     return f"{time(share * plan.days)} of the time{cost} ({share:.1%}): {why}"
 
 

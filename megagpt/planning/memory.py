@@ -12,6 +12,7 @@ from megagpt.config import Config, compiles
 from megagpt.engines.zero_config import bucket_elements
 from megagpt.models.chunks import CHUNK, SOFTMAX_ROWS, chunk_rows
 from megagpt.planning.activations import (
+    MOMENTS,
     Kind,
     backward_per_token,
     compute_bytes,
@@ -20,7 +21,15 @@ from megagpt.planning.activations import (
     kept_per_token,
     kinds_of_blocks,
 )
-from megagpt.planning.state import StateBytes, gpu_state_bytes, matrices, sharded_block
+from megagpt.planning.state import (
+    StateBytes,
+    gpu_state_bytes,
+    held_block,
+    held_outside,
+    held_parameters,
+    matrices,
+    sharded_block,
+)
 
 Verdict = Literal["fits", "tight", "does not fit"]
 
@@ -31,7 +40,7 @@ _SLACK = 0.06
 # Elements that ZeRO-3 keeps gathered: DeepSpeed's `stage3_max_live_parameters`.
 _LIVE = 1e9
 # Elements, in squares of the width, of the weight whose gradient is computed at a moment, and of all such so far.
-_SQUARES = {"down": (4, 4), "up": (4, 8), "attention": (0, 9), "qkv": (3, 12)}
+_SQUARES = {"exchange": (0, 0), "down": (4, 4), "up": (4, 8), "sum": (0, 8), "attention": (0, 9), "qkv": (3, 12)}
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,9 @@ class _Step:
 
     def __init__(self, config: Config, ranks: int) -> None:
         self.config, self.model, self.a = config, config.model, compute_bytes(config)
+        self.group = config.engine.tensor_ranks
+        self.parameters = held_parameters(self.model, self.group)
+        """Elements of the model, of the part that a tensor rank has; so are those below."""
         self.tokens = config.micro_batch * config.model.context
         self.compiled = compiles(config.train.compile, "cuda")
         self.state: StateBytes = gpu_state_bytes(config, ranks)
@@ -101,15 +113,15 @@ class _Step:
         self.name = config.engine.name
         self.whole = self.name == "zero" and config.engine.stage < 3
         """Whether every rank has all weights in the compute precision."""
-        sharing = config.sharing_ranks(ranks) if self.name == "fsdp" else ranks
+        sharing = (config.sharing_ranks(ranks) if self.name == "fsdp" else ranks) // self.group
         self.arriving = 0 if sharing == 1 else 1
         """Blocks whose gathered weights are there twice for a moment, or ahead of their turn: none on one rank."""
-        self.block = float(self.model.block_parameters)
+        self.block = float(held_block(self.model, self.group))
         """Elements of a gathered block, which FSDP fills up to a multiple of the ranks."""
         if self.name == "fsdp":
-            self.block = sharing * sharded_block(self.model, sharing)
-        self.table = self.model.padded_vocab_size * self.model.width
-        self.outside = self.table + (self.model.context + 2) * self.model.width
+            self.block = sharing * sharded_block(self.model, sharing, self.group)
+        self.table = self.model.padded_vocab_size // self.group * self.model.width
+        self.outside = held_outside(self.model, self.group)
         # Without them, the gradients come into being during the only backward pass.
         accumulates = config.accumulation(ranks) > 1
         self.has_gradients = accumulates or self.name == "zero" or (self.name == "ddp" and ranks > 1)
@@ -131,8 +143,8 @@ class _Step:
             ),
         )
         for index in self._representatives():
-            for moment in _SQUARES:
-                yield from self._block(index, moment)
+            for moment, at_work in backward_per_token(self.config, self.kinds[index]).items():
+                yield from self._block(index, moment, self.tokens * at_work)
         yield self._end()
 
     def _parts(self, done: int, more: dict[str, float]) -> dict[str, float]:
@@ -140,22 +152,24 @@ class _Step:
         ones exist."""
         gradients = self.state.gradients
         if not self.has_gradients:
-            share = (len(self.kinds) - 1 - done) * self.block / self.model.stored_parameters
+            share = (len(self.kinds) - 1 - done) * self.block / self.parameters
             gradients *= min(1.0, share)
         return {"weights": self.state.weights, "gradients": gradients, "optimizer": self.state.optimizer, **more}
 
     def _head(self) -> Iterator[tuple[str, dict[str, float]]]:
         """The loss, at the end of the forward pass, and the begin of its backward pass."""
         last = len(self.kinds) - 1
-        c, n, v = self.model.width, self.tokens, self.model.padded_vocab_size
+        c, n, v = self.model.width, self.tokens, self.model.padded_vocab_size // self.group
         rows = chunk_rows(n, CHUNK["cuda"])
         logits = float(rows * v * self.a)
         if not self.compiled:
             # The softmax of some rows, their fp32 copy in half precision, and the softmax of the rows before.
             some = min(SOFTMAX_ROWS["cuda"], rows)
-            logits += some * v * ((8 if some < rows else 4) + (4 if self.a == 2 else 0))
-        # Final LayerNorm: input and output, cast and gradient. Compiled, it takes a bf16 stream as it is.
-        hidden = 10 if self.compiled and self.config.train.residual == "bf16" else 12
+            if self.group > 1:  # the scores of the last rows, and of these the softmax and two steps to its gradient
+                logits += some * v * 16
+            else:
+                logits += some * v * ((8 if some < rows else 4) + (4 if self.a == 2 else 0))
+        hidden, behind = self._hidden()
         again = self.config.engine.reshard_after_forward
         parts = {
             "saved activations": kept_bytes(self.config),
@@ -167,9 +181,22 @@ class _Step:
         yield "the loss, at the end of the forward pass", self._parts(last, parts | {"logits": logits})
         if self.name != "ddp":
             copy = self.a * self.table if self.a == 2 else 0
-            parts |= {"head": float((hidden - 2) * c * n), "table's gradient": 4.0 * self.table + copy}
+            parts |= {"head": float(behind * c * n), "table's gradient": 4.0 * self.table + copy}
             parts["gathered weights"] = self._gathered(self.arriving if again else len(self.kinds))
             yield "the begin of the backward pass", self._parts(last, parts)
+        if self.group > 1:  # input and gradient of the final LayerNorm; partial sums, twice if they are put in order
+            exchanged = 8 / self.group + (3 if self.config.micro_batch > 1 else 2) * self.a
+            parts |= {"head": float(exchanged * c * n), "table's gradient": float(self.a * self.table)}
+            yield "the begin of the backward pass, exchange of tokens", self._parts(last, parts)
+
+    def _hidden(self) -> tuple[float, float]:
+        """Bytes of the final LayerNorm for each number of a token's width, in the loss and behind it: input, output,
+        cast and gradient. Compiled, it takes a bf16 stream as it is."""
+        narrow = self.compiled and self.config.train.residual == "bf16"
+        if self.group == 1:
+            return (10, 8) if narrow else (12, 10)
+        own = (2 if narrow else 4) / self.group  # its output is gathered
+        return own + 2 * self.a, own + self.a
 
     def _representatives(self) -> list[int]:
         """Blocks among which is the fullest: the last one, and of each kind the last and the first before it."""
@@ -180,13 +207,13 @@ class _Step:
             found |= {same[-1], same[0]}
         return sorted(found)
 
-    def _block(self, index: int, moment: str) -> Iterator[tuple[str, dict[str, float]]]:
-        kind, a, c = self.kinds[index], self.a, self.model.width
-        current, done = (count * c * c for count in _SQUARES[moment])
+    def _block(self, index: int, moment: str, at_work: float) -> Iterator[tuple[str, dict[str, float]]]:
+        a, c = self.a, self.model.width
+        current, done = (count * c * c / self.group for count in _SQUARES[moment])
         before = sum(kept * self.kinds[:index].count(other) for other, kept in self.kept.items())
-        before += c if self.model.dropout else 0  # the embedding's mask
-        at_work = self.tokens * backward_per_token(self.config, kind)[moment]
-        name = f"the backward pass of block {index + 1} of {len(self.kinds)}, gradient of {moment}"
+        before += c / self.group if self.model.dropout else 0  # the embedding's mask
+        what = f"gradient of {moment}" if moment in MOMENTS else "exchange of tokens"
+        name = f"the backward pass of block {index + 1} of {len(self.kinds)}, {what}"
         parts = {"saved activations": self.tokens * before, "block at work": at_work}
         table = self.table * (4 if self.name == "ddp" else a)
         if self.name != "ddp":
@@ -222,7 +249,11 @@ class _Step:
             return "the end of the backward pass", self._parts(-1, parts | {"table's gradient": 12.0 * self.table})
         sums = 4 * self.block if self.name == "fsdp" else 4.0 * bucket_elements(self.model)
         sizes = (3 * self.a * self.table + sums, (4 + self.a) * self.outside - parts["gathered weights"])
-        return "the end of the backward pass", self._parts(-1, parts | {"table's gradient": float(max(sizes))})
+        most = float(max(sizes))
+        if self.group > 1:  # the embedding's gradient comes of gathered tokens, of which each rank looks up some
+            exchanged = 2 * self.a * self.tokens * self.model.width
+            most = max(most, exchanged + self.a * self.table + sums, exchanged / 2 + 2 * self.a * self.table + sums)
+        return "the end of the backward pass", self._parts(-1, parts | {"table's gradient": most})
 
     def _copies(self, count: int, kinds: list[Kind]) -> float:
         """Copies in the compute precision of the matrices of the first `count` blocks, under DDP: in the forward pass
@@ -238,5 +269,5 @@ class _Step:
         if self.name == "ddp" or self.whole:
             return 0.0
         if self.name == "zero":
-            return self.a * min(float(self.model.stored_parameters), _LIVE + self.block)
+            return self.a * min(float(self.parameters), _LIVE + self.block)
         return self.a * (self.outside + blocks * self.block)

@@ -13,8 +13,9 @@ _CPU_TOKENS = 4096
 
 def micro_batches(config: Config, ranks: int) -> list[int]:
     """The micro-batches that divide the batch over that many ranks, smallest first; empty if none does."""
-    each, rest = divmod(config.batch_sequences, ranks)
-    if rest or not each:
+    shares, apart = divmod(ranks, config.engine.tensor_ranks)
+    each, rest = divmod(config.batch_sequences, max(1, shares))
+    if apart or rest or not each:
         return []
     return [size for size in range(1, min(each, _LARGEST) + 1) if each % size == 0]
 

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from megagpt.config import Config
+from megagpt.config import Config, compiles
 from megagpt.planning.gpus import CPU, Cluster
 from megagpt.planning.memory import Memory, Verdict, peak_memory
 from megagpt.planning.micro_batch import resolved
 from megagpt.planning.setting import vary
-from megagpt.planning.speed import Calibration, Speed, predict_speed
+from megagpt.planning.speed import Calibration, Speed, predict_speed, step_seconds
 from megagpt.schedule import ramp_work
 
 _DAY, _HOUR = 86_400.0, 3600.0
@@ -86,19 +86,18 @@ def _run_seconds(
     config: Config, cluster: Cluster, speed: Speed, calibration: Calibration | None
 ) -> tuple[float, float]:
     """Time of all steps, and the part of it that the batch ramp costs."""
-    unit, full = cluster.gpus * config.micro_batch, config.accumulation(cluster.gpus)
-
-    def step(micro_batches: int) -> float:
-        if micro_batches >= full:
-            return speed.step
-        tokens = micro_batches * unit * config.model.context
-        return predict_speed(vary(config, train={"batch_tokens": tokens}), cluster, calibration).step
-
-    work, of_full = ramp_work(config, unit), speed.step / config.batch_sequences
-    ramp = work.single * step(1) if work.single else 0.0
-    if work.other:
+    shares = config.shares(cluster.gpus)
+    work = ramp_work(config, shares, compiles(config.train.compile, "cpu" if cluster.gpu.name == CPU else "cuda"))
+    of_full, ramp = speed.step / config.batch_sequences, 0.0
+    for size, (steps, micro_batches) in work.cuts.items():
+        one, two = (
+            step_seconds(_with_batch(config, size, count * size * shares), cluster, calibration) for count in (1, 2)
+        )
         # From the second micro-batch on, each one adds the same time.
-        second = step(2)
-        more = (speed.step - second) / (full - 2) if full > 2 else 0.0
-        ramp += work.other * second + (work.micro_batches - 2 * work.other) * more
+        ramp += steps * one + (micro_batches - steps) * (two - one)
     return ramp + max(0, config.total_sequences - work.sequences) * of_full, ramp - work.sequences * of_full
+
+
+def _with_batch(config: Config, micro_batch: int, sequences: int) -> Config:
+    """The run with batches of so many sequences."""
+    return vary(config, train={"micro_batch": micro_batch, "batch_tokens": sequences * config.model.context})

@@ -1,6 +1,7 @@
 """The settings that a run can have on a cluster, planned and ranked; and the clusters that it can have."""
 
 import itertools
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from megagpt.planning.gpus import Cluster
 from megagpt.planning.memory import peak_memory
 from megagpt.planning.micro_batch import micro_batches
 from megagpt.planning.plan import Plan
-from megagpt.planning.setting import is_same, overrides, vary
+from megagpt.planning.setting import is_same, overrides, tensor_sizes, vary
 
 # Blocks of which one is computed again: what lies between the modes none and full.
 _EVERY = (2, 3, 4)
@@ -27,20 +28,25 @@ Planner = Callable[[Config, Cluster], Plan]
 
 
 def engines(config: Config, cluster: Cluster) -> list[EngineConfig]:
-    """The config's own engine, and each engine with each of its shardings; offload only if the config has it."""
+    """The config's own engine, and each engine with each of its shardings, without tensor ranks; offload only if the
+    config has it."""
     own, gpus = config.engine, cluster.gpus
-    groups = [0, cluster.per_node] if gpus > cluster.per_node else [0]
-    made: list[dict[str, Any]] = [{"name": "ddp"}]
-    made += [
-        {"name": "fsdp", "shard_ranks": group, "reshard_after_forward": reshard}
-        for group, reshard in itertools.product(groups, (True, False))
-    ]
-    made += [{"name": "zero", "stage": stage} for stage in (1, 2, 3)]
-    others = [EngineConfig(**values) for values in made]
+    others = [EngineConfig("ddp"), *_sharded(cluster, 1)]
     if own.shard_ranks == gpus:  # one group of all is the same as 0
         others = [other for other in others if other != replace(own, shard_ranks=0)]
     possible = [] if own.shard_ranks and gpus % own.shard_ranks else [own]
     return [*possible, *(other for other in others if other != own)]
+
+
+def _sharded(cluster: Cluster, tensor_ranks: int) -> list[EngineConfig]:
+    """Every sharding."""
+    groups = [0, cluster.per_node] if cluster.gpus > cluster.per_node else [0]
+    made: list[dict[str, Any]] = [
+        {"name": "fsdp", "shard_ranks": group, "reshard_after_forward": reshard}
+        for group, reshard in itertools.product(groups, (True, False))
+    ]
+    made += [{"name": "zero", "stage": stage} for stage in (1, 2, 3)]
+    return [EngineConfig(**values, tensor_ranks=tensor_ranks) for values in made]
 
 
 def modes(config: Config, every: Sequence[int] = _EVERY) -> list[Any]:
@@ -51,23 +57,47 @@ def modes(config: Config, every: Sequence[int] = _EVERY) -> list[Any]:
 
 
 def search(
-    config: Config, cluster: Cluster, planner: Planner, thorough: bool = False, quick: bool = False
+    config: Config, cluster: Cluster, planner: Planner, thorough: bool = False, quick: bool = False, whole: bool = False
 ) -> list[Plan]:
     """Plans of the settings that divide, the best first: those that fit, by time; then the tight ones; then those that
     do not fit, by memory. Of each engine, sharding and mode it has the micro-batches that may be the fastest: the
     largest that fit, and the config's own. `thorough`: every one up to the first that does not fit. `quick`: without
-    settings that do not fit, and with fewer modes."""
-    sizes = micro_batches(config, cluster.gpus)
-    plans = []
-    for engine, mode in itertools.product(engines(config, cluster), modes(config, _EVERY[:1] if quick else _EVERY)):
+    settings that do not fit, and with fewer modes. Tensor ranks that the config does not have are left out where their
+    products and exchanges alone take longer than the fastest plan, unless `whole` or `thorough`."""
+    every = _EVERY[:1] if quick else _EVERY
+    plans: list[Plan] = []
+
+    def add(engine: EngineConfig, mode: Any, fitting: bool) -> None:
         tried = _Tried(vary(config, engine=vars(engine), train={"activation_checkpointing": mode}), cluster)
+        sizes = micro_batches(tried.config, cluster.gpus)
+        if fitting and not (sizes and tried.has_room(sizes[0])):
+            return
         most = tried.count_of_fitting(sizes)
         chosen = set(sizes[: most + 1] if thorough else sizes[max(0, most - _TRIED) : max(1, most)])
-        if quick and not most and not (sizes and tried.has_room(sizes[0])):
-            continue
         chosen |= {size for size in sizes if size == config.train.micro_batch}
-        plans += [planner(tried.at(size), cluster) for size in sorted(chosen)]
+        plans.extend(planner(tried.at(size), cluster) for size in sorted(chosen))
+
+    for engine, mode in itertools.product(engines(config, cluster), modes(config, every)):
+        add(engine, mode, fitting=quick)
+    for size, mode in itertools.product(tensor_sizes(config, cluster.per_node), modes(config, every)):
+        best = min((plan.seconds for plan in plans if plan.verdict == "fits"), default=math.inf)
+        if thorough or whole or _least_seconds(config, cluster, planner, size, mode) < best:
+            for engine in _sharded(cluster, size):
+                if engine != config.engine:
+                    add(engine, mode, fitting=best < math.inf)
     return sorted(plans, key=_place)
+
+
+def _least_seconds(config: Config, cluster: Cluster, planner: Planner, tensor_ranks: int, mode: Any) -> float:
+    """A run's time with tensor ranks if it had memory for any micro-batch, and no other exchange took time."""
+    engine = vars(EngineConfig("fsdp", tensor_ranks=tensor_ranks))
+    tried = _Tried(vary(config, engine=engine, train={"activation_checkpointing": mode}), cluster)
+    sizes, least = micro_batches(tried.config, cluster.gpus), math.inf
+    # A single sequence needs no copies, and the largest micro-batch has the fewest calls.
+    for size in {*sizes[:1], *sizes[-1:]}:
+        speed = planner(tried.at(size), cluster).speed
+        least = min(least, speed.step - speed.seconds["exchange"])
+    return least * config.total_sequences / config.batch_sequences
 
 
 def own_plan(plans: Iterable[Plan], config: Config) -> Plan | None:
@@ -139,9 +169,11 @@ def find_clusters(config: Config, like: Cluster, planner: Planner) -> Clusters:
 
 def gpu_counts(config: Config, per_node: int) -> list[int]:
     """Numbers of GPUs over which the batch can be divided, fewest first."""
-    most = min(config.batch_sequences, _MOST_GPUS)
+    groups = {1, config.engine.tensor_ranks, *tensor_sizes(config, per_node)}
+    most = min(config.batch_sequences * max(groups), _MOST_GPUS)
     counts = [*range(1, min(per_node, most + 1)), *range(per_node, most + 1, per_node)]
-    return [count for count in counts if config.batch_sequences % count == 0]
+    sequences = config.batch_sequences
+    return [n for n in counts if any(n % group == 0 and sequences % (n // group) == 0 for group in groups)]
 
 
 @dataclass(frozen=True)
@@ -175,5 +207,6 @@ def _place(plan: Plan) -> tuple[int, float, float]:
     return order, plan.seconds, plan.memory.total
 
 
-def _simplicity(engine: EngineConfig) -> tuple[int, int, bool]:
-    return ("ddp", "fsdp", "zero").index(engine.name), engine.shard_ranks, not engine.reshard_after_forward
+def _simplicity(engine: EngineConfig) -> tuple[int, int, int, bool]:
+    name = ("ddp", "fsdp", "zero").index(engine.name)
+    return engine.tensor_ranks, name, engine.shard_ranks, not engine.reshard_after_forward

@@ -29,6 +29,13 @@ def _with(section: T, values: dict[str, Any]) -> T:
     return made
 
 
+def tensor_sizes(config: Config, per_node: int) -> list[int]:
+    """The numbers of tensor ranks, above one, that can share the model and divide a node's GPUs."""
+    if config.train.float8 != "none":
+        return []
+    return [size for size in config.model.ways_to_split() if size > 1 and per_node % size == 0]
+
+
 def is_same(config: Config, own: Config) -> bool:
     """Whether a config has the setting of another one, whose micro-batch may be auto."""
     size, mode = own.train.micro_batch, own.train.activation_checkpointing
@@ -64,6 +71,8 @@ def engine_words(engine: EngineConfig, ranks: int) -> str:
         words += f" stage {engine.stage}"
     if engine.name == "fsdp" and engine.shard_ranks not in (0, ranks):
         words += f" in groups of {engine.shard_ranks}"
+    if engine.tensor_ranks > 1:
+        words += f", {engine.tensor_ranks} tensor ranks"
     if engine.name == "fsdp" and not engine.reshard_after_forward:
         words += ", kept"
     if engine.offload != "none":

@@ -3,6 +3,7 @@
 The constants are fitted to published speeds of other people's code (`calibration`), so a prediction is a forecast that
 this project's step is as fast as theirs."""
 
+import collections
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,7 +27,7 @@ class Speed:
     """One full step, as each GPU sees it."""
 
     seconds: dict[str, float]
-    """Parts; their sum is `step`. Exchange is the part that computation does not hide."""
+    """Parts; their sum is `step`. Exchange is the part that computation does not hide; tensor exchange is whole."""
     step: float
     tokens_per_second: float
     """Of all GPUs."""
@@ -68,6 +69,12 @@ def predict_speed(config: Config, cluster: Cluster, calibration: Calibration | N
     return Speed(parts.seconds, step, rate, spread, mfu, sentence, parts.hidden_exchange, inputs)
 
 
+def step_seconds(config: Config, cluster: Cluster, calibration: Calibration | None = None) -> float:
+    """The time of a full step alone. Raises UserError if the batch cannot be divided among the GPUs."""
+    work, found = count_work(config, cluster.gpus), calibration or calibration_of(cluster.gpu)
+    return sum(step_parts(work, config, cluster, found).seconds.values())
+
+
 def step_parts(work: Work, config: Config, cluster: Cluster, c: Calibration) -> Parts:
     """Seconds of a full step by part, from its counts."""
     train, engine, gpu = config.train, config.engine, cluster.gpu
@@ -80,10 +87,12 @@ def step_parts(work: Work, config: Config, cluster: Cluster, c: Calibration) -> 
         "logits": work.logits * c.logit_bytes / gpu.bandwidth,
         "weights in each micro-batch": work.parameters * c.weight_bytes / gpu.bandwidth,
     }
-    computing = sum(compute.values())
     streaming = work.streamed / c.pcie
-    each = sum(_seconds(e, cluster, c) for e in work.exchanges if e.each_micro_batch)
-    once = sum(_seconds(e, cluster, c) for e in work.exchanges if not e.each_micro_batch)
+    taken = collections.Counter[tuple[bool, bool]]()
+    for exchange in work.exchanges:
+        taken[exchange.between_products, exchange.each_micro_batch] += _seconds(exchange, cluster, c)
+    each, once, between = taken[False, True], taken[False, False], taken[True, True]
+    computing = sum(compute.values()) + between
     exposed = c.zero_overlap if engine.name == "zero" else c.overlap
     middle, last = _together(computing, each, exposed), _together(computing, each + once, exposed)
     count, launching = work.micro_batches, work.launches * c.launch
@@ -91,6 +100,8 @@ def step_parts(work: Work, config: Config, cluster: Cluster, c: Calibration) -> 
     exchanging = (count - 1) * (middle - computing) + last - computing
     on_host = engine.offload != "none"
     seconds = {name: count * value for name, value in compute.items()}
+    if engine.tensor_ranks > 1:
+        seconds["tensor exchange"] = count * between + taken[True, False]
     seconds["exchange"] = exchanging
     seconds["update"] = 0.0 if on_host else work.updated * c.update_bytes / gpu.bandwidth
     if on_host:
@@ -110,14 +121,15 @@ def _seconds(exchange: Exchange, cluster: Cluster, c: Calibration) -> float:
     """Of an exchange, alone. Between nodes, a ring passes each node's network once, with all of the node's GPUs; rings
     that run side by side share it. Each gather or scatter passes all ranks, one after the other; a sum, two trees."""
     inside = c.link_share * cluster.gpu.link
+    beside = exchange.copied / cluster.gpu.bandwidth + (exchange.calls * c.call if exchange.between_products else 0.0)
     if exchange.ranks * exchange.groups <= cluster.per_node:
-        return exchange.moved / inside
+        return exchange.moved / inside + beside
     rings = min(exchange.groups, cluster.per_node)
     between = c.network_share * cluster.network * 1e9 / 8 * cluster.per_node / rings
     hops = exchange.ranks - cluster.per_node / rings
     if exchange.is_sum:
         hops = 2 * math.log2(exchange.ranks * rings / cluster.per_node)
-    return exchange.moved / min(inside, between) + exchange.calls * c.hop * max(0.0, hops)
+    return exchange.moved / min(inside, between) + exchange.calls * c.hop * max(0.0, hops) + beside
 
 
 def _value_bytes(config: Config, c: Calibration) -> float:

@@ -43,15 +43,17 @@ def state_bytes(config: Config, ranks: int) -> StateBytes:
     by the ranks that share a copy; its gathered weights are not counted here. ZeRO keeps weights in the compute
     precision (2 bytes in bf16 and fp16) and an fp32 copy that is part of the optimizer state; all sums of gradients are
     fp32. Stage 1 sums the gradients of all weights on each rank until the step ends; in bf16 it also keeps the bf16
-    gradient of the last micro-batch. A bucket that stays allocated counts as gradients."""
-    engine, parameters = config.engine, config.model.stored_parameters
+    gradient of the last micro-batch. A bucket that stays allocated counts as gradients. With tensor ranks,
+    all this is said of one rank's part of the model, and of the ranks that have the same part."""
+    engine, group = config.engine, config.engine.tensor_ranks
+    parameters = held_parameters(config.model, group)
     if engine.name == "fsdp":
-        held = sharded_parameters(config.model, config.sharing_ranks(ranks))
+        held = sharded_parameters(config.model, config.sharing_ranks(ranks) // group, group)
         return StateBytes(_FP32 * held, _FP32 * held, _MOMENTS * held)
     if engine.name == "ddp":
         return StateBytes(_FP32 * parameters, _FP32 * parameters, _MOMENTS * parameters, _copies(config))
     low = compute_bytes(config)
-    shard = parameters / ranks
+    shard = parameters / config.shares(ranks)
     weights = low * (shard if engine.stage == 3 else parameters)
     gradients: float = _FP32 * (parameters if engine.stage == 1 else shard)
     if engine.stage == 1 and config.train.precision == "bf16":
@@ -69,20 +71,42 @@ def gpu_state_bytes(config: Config, ranks: int) -> StateBytes:
     return replace(state, optimizer=0.0) if offload == "optimizer" else state
 
 
-def sharded_parameters(model: ModelConfig, ranks: int) -> int:
-    """Parameters on the first of the ranks that share a copy under FSDP, which cuts each by its rows: the rank with the
-    most."""
+def held_block(model: ModelConfig, tensor_ranks: int) -> int:
+    """Parameters of a block's part on one of the tensor ranks: the matrices with the biases of `qkv` and `up` are cut;
+    each rank has the LayerNorms and the biases of `out` and `down`."""
     c = model.width
-    outside = -(-model.padded_vocab_size // ranks) * c + -(-model.context // ranks) * c + 2 * -(-c // ranks)
-    return outside + model.layers * sharded_block(model, ranks)
+    return (12 * c * c + 7 * c) // tensor_ranks + 6 * c
 
 
-def sharded_block(model: ModelConfig, ranks: int) -> int:
+def held_outside(model: ModelConfig, tensor_ranks: int) -> int:
+    """The same outside of the blocks: the table of tokens is cut, and the positions and the final LayerNorm are not."""
+    return (model.padded_vocab_size // tensor_ranks + model.context + 2) * model.width
+
+
+def held_parameters(model: ModelConfig, tensor_ranks: int) -> int:
+    """Parameters of a model's part on one of the tensor ranks."""
+    return held_outside(model, tensor_ranks) + model.layers * held_block(model, tensor_ranks)
+
+
+def uncut_parameters(model: ModelConfig) -> int:
+    """Parameters that every tensor rank has, and whose gradients the ranks sum."""
+    return (model.context + 2 + 6 * model.layers) * model.width
+
+
+def sharded_parameters(model: ModelConfig, ranks: int, tensor_ranks: int = 1) -> int:
+    """Parameters on the first of the ranks that share a tensor rank's part of a copy under FSDP, which cuts each by its
+    rows: the rank with the most."""
+    c, rows = model.width, model.padded_vocab_size // tensor_ranks
+    outside = -(-rows // ranks) * c + -(-model.context // ranks) * c + 2 * -(-c // ranks)
+    return outside + model.layers * sharded_block(model, ranks, tensor_ranks)
+
+
+def sharded_block(model: ModelConfig, ranks: int, tensor_ranks: int = 1) -> int:
     """The same of one block."""
-    c = model.width
-    rows, triple, inner = (-(-k * c // ranks) for k in (1, 3, 4))
+    c, part = model.width, model.width // tensor_ranks
+    rows, triple, inner = -(-c // ranks), -(-3 * part // ranks), -(-4 * part // ranks)
     # Both LayerNorms; qkv, out, up and down with their biases.
-    return 4 * rows + triple * (c + 1) + rows * (c + 1) + inner * (c + 1) + rows * (4 * c + 1)
+    return 4 * rows + triple * (c + 1) + rows * (part + 1) + inner * (c + 1) + rows * (4 * part + 1)
 
 
 def matrices(model: ModelConfig) -> int:

@@ -18,14 +18,20 @@ class Term(NamedTuple):
     origin: str
 
 
-# Formulas of a step's parts. N: tokens of a micro-batch; M: micro-batches of a step; P: stored parameters; R: share of
-# blocks that are recomputed; C, L, T, V: width, layers, context, padded vocabulary.
+# Formulas of a step's parts. N: tokens of a micro-batch; M: micro-batches of a step; t: tensor ranks; P: parameters of
+# a rank's part of the model; R: share of blocks that are recomputed; C, L, T, V: width, layers, context and padded
+# vocabulary; a: bytes of a number in the compute precision.
 _FORMULAS = {
-    "matrix products": "M N (24 C^2 L (3 + 2/3 R) / float8 + 6 V C) (1 + half_tokens / N) / (peak x products)",
-    "attention": "M N 4 C L T/2 (3.5 + R) / (peak x attention); a banded layer: 2 window instead of T/2",
-    "other operations": "M N C L (3 + R)/3 other_bytes / bandwidth; selective: R = 1",
-    "logits": "M N V logit_bytes / bandwidth",
+    "matrix products": "M N/t (24 C^2 L (3 + 2/3 R) / float8 + 6 V C) (1 + half_tokens / N) / (peak x products)",
+    "attention": "M N/t 4 C L T/2 (3.5 + R) / (peak x attention); a banded layer: 2 window instead of T/2",
+    "other operations": "M N/t C L (3 + R)/3 other_bytes / bandwidth; selective: R = 1",
+    "logits": "M N/t V logit_bytes / bandwidth",
     "weights in each micro-batch": "M P weight_bytes / bandwidth",
+    "tensor exchange": (
+        "M (bytes sent / (link x link_share) + calls x call + bytes copied / bandwidth), and the same of uncut "
+        "gradients, which FSDP sums once a step; nothing hides it; bytes of activations: (8 L + 3 R L + 4) N C a "
+        "(t - 1)/t, and 12 N (t - 1) of the loss; selective: R = 1"
+    ),
     "exchange": (
         "what computation does not hide: M (max(c, e) + overlap min(c, e) - c); c: the parts above; e: bytes sent / "
         "min(link x link_share, network x network_share) + calls x hop x ranks beyond the node; DDP: with the last "
@@ -37,7 +43,8 @@ _FORMULAS = {
 }
 _UNITS = {
     "half_tokens": "tokens", "other_bytes": "bytes", "logit_bytes": "bytes", "weight_bytes": "bytes",
-    "update_bytes": "bytes", "hop": "s", "launch": "s", "pcie": "bytes/s", "host_memory": "bytes/s", "disk": "bytes/s",
+    "update_bytes": "bytes", "call": "s", "hop": "s", "launch": "s", "pcie": "bytes/s", "host_memory": "bytes/s",
+    "disk": "bytes/s",
 }  # fmt: skip
 
 
@@ -51,11 +58,16 @@ def speed_terms(seconds: dict[str, float], config: Config, cluster: Cluster, c: 
     counts = [
         Term("P / sharing ranks", work.updated, "parameters", "that a GPU updates", "config"),
         Term("R", repeated_share(config), "", "share of blocks that are recomputed", "config"),
+        Term("t", config.engine.tensor_ranks, "", "tensor ranks", "config"),
     ]
     for sent in work.exchanges:
         when = f"in each {'micro-batch' if sent.each_micro_batch else 'step'}, among {sent.ranks} ranks"
         counts.append(Term(f"{sent.name}: sent", sent.moved, "bytes", when, "counted"))
         counts.append(Term(f"{sent.name}: calls", sent.calls, "", when, "counted"))
+        if sent.copied:
+            counts.append(
+                Term(f"{sent.name}: copied", sent.copied, "bytes", "to put tokens in order, and sums", "counted")
+            )
     figures = [
         Term("peak", gpu.peak(train.precision), "FLOP/s", train.precision, origins.get(peak, "")),
         Term("bandwidth", gpu.bandwidth, "bytes/s", "of the GPU's memory", origins.get("bandwidth", "")),

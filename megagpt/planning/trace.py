@@ -25,7 +25,8 @@ from megagpt.data.loader import Batch
 from megagpt.engines import activation_checkpointing, native
 from megagpt.engines.engine import Engine, build_engine, moments_of
 from megagpt.errors import UserError
-from megagpt.models import gpt, loss
+from megagpt.models import gpt, loss, tensor_softmax
+from megagpt.models.chunks import SOFTMAX_ROWS
 from megagpt.planning.trace_compiled import PretendCompiler
 from megagpt.planning.trace_counter import Counter
 from megagpt.world import World
@@ -123,8 +124,8 @@ def _gpu_paths(compiler: PretendCompiler) -> Iterator[None]:
         return logits.new_zeros((), dtype=torch.float32)
 
     def compile_(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-        own = loss.softmax_cross_entropy_to_compile_
-        return compiled_softmax if function is own else compiler.compile(function, **settings)
+        softmax = function.__module__ in (loss.__name__, tensor_softmax.__name__)
+        return compiled_softmax if softmax else compiler.compile(function, **settings)
 
     with contextlib.ExitStack() as patches:
         for owner, name, value in (
@@ -134,7 +135,7 @@ def _gpu_paths(compiler: PretendCompiler) -> Iterator[None]:
             (gpt, "_look_up", F.embedding),
             (native, "sum_of_squares", squares),
             (loss, "CHUNK", {"cpu": loss.CHUNK["cuda"]}),
-            (loss, "SOFTMAX_ROWS", {"cpu": loss.SOFTMAX_ROWS["cuda"]}),
+            *((module, "SOFTMAX_ROWS", {"cpu": SOFTMAX_ROWS["cuda"]}) for module in (loss, tensor_softmax)),
             (loss, "_sums_in_fp32", lambda weight: True),
             (loss, "_product", lambda a, b, out: torch.mm(a, b, out=out)),
             (loss, "_add_product_", lambda *_, **__: None),

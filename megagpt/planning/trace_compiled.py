@@ -21,10 +21,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 from megagpt.planning.trace_counter import Counter
 
 # Operators that are kernels of their own: the word in their name.
-_KERNELS = ("mm", "attention", "embedding_dense_backward", "index_put", "rng_state")
+_KERNELS = ("mm", "all_gather", "all_to_all", "attention", "embedding_dense_backward", "index_put", "rng_state")
 _REDUCTIONS = ("sum", "amax", "amin", "var_mean", "mean", "max")
 _VIEWS = ("view", "permute", "transpose", "expand", "squeeze", "slice", "split", "as_strided", "select", "alias",
-          "detach", "getitem")  # fmt: skip
+          "detach", "getitem", "wait_tensor")  # fmt: skip
 
 Keep = Callable[..., CheckpointPolicy]
 """Whether activation checkpointing keeps the output of an operator: (context, operator, *arguments)."""
@@ -126,6 +126,8 @@ class _Interpreter(fx.Interpreter):
             return torch.empty(16, dtype=torch.uint8), args[0](*args[1:], **kwargs)
         if name == "run_with_rng_state":
             return args[1](*args[2:], **kwargs)
+        if name == "wait_tensor.default":  # it returns what it waits for; of a fake tensor it would make another one
+            return args[0]
         return super().call_function(target, args, kwargs)
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 # DTensor derives the shapes of results by running operators on whole tensors that nobody allocates.
 _PROPAGATION = "_propagate_tensor_meta_non_cached"
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 
 class Counter(TorchDispatchMode):
@@ -83,7 +84,8 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
+        # It returns what it waits for; of a fake tensor it would make another one.
+        result = args[0] if function is _WAIT else function(*args, **(kwargs or {}))
         if not self._paused:
             for leaf in tree_leaves(result):
                 if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):

@@ -11,7 +11,7 @@ from megagpt.config_types import AUTO
 from megagpt.errors import UserError
 from megagpt.planning.memory import peak_memory
 from megagpt.planning.micro_batch import micro_batches
-from megagpt.planning.setting import overrides, vary
+from megagpt.planning.setting import overrides, tensor_sizes, vary
 from megagpt.planning.state import gpu_state_bytes, state_bytes
 
 # Doublings of the number of GPUs that are tried.
@@ -21,18 +21,20 @@ _DOUBLINGS = 12
 class _Place(NamedTuple):
     config: Config
     ranks: int
+    per_node: int
 
 
 # A kind of change: the places to which one change of that kind leads, the smallest change first.
 _Change = Callable[[_Place], Iterator[_Place]]
 
 
-def way_out(config: Config, ranks: int, capacity: float) -> str:
+def way_out(config: Config, ranks: int, capacity: float, per_node: int = 1) -> str:
     """What to set so that the run fits GPUs of `capacity` bytes, as an order with overrides; empty if nothing that is
     tried helps. Of several, the one that changes fewest kinds of settings, in this order: a smaller micro-batch,
-    activation checkpointing, sharding, offload, more GPUs. `config`: its micro-batch may be auto."""
+    activation checkpointing, sharding, tensor ranks, offload, more GPUs. `config`: its micro-batch may be auto.
+    `per_node`: GPUs of a node, which hold whole groups of tensor ranks."""
     for wanted in ("fits", "tight"):
-        for place in _places(_Place(config, ranks)):
+        for place in _places(_Place(config, ranks, per_node)):
             if peak_memory(place.config, place.ranks).verdict(capacity) == wanted:
                 return _order(config, ranks, place)
     return ""
@@ -40,7 +42,7 @@ def way_out(config: Config, ranks: int, capacity: float) -> str:
 
 def _places(start: _Place) -> Iterator[_Place]:
     """All combinations of changes that can run, those of the fewest kinds first."""
-    kinds: tuple[_Change, ...] = (_smaller, _recomputing, _sharded, _offloaded, _more_gpus)
+    kinds: tuple[_Change, ...] = (_smaller, _recomputing, _sharded, _split, _offloaded, _more_gpus)
     for count in range(1, len(kinds) + 1):
         for chosen in itertools.combinations(kinds, count):
             # The micro-batch comes last: the largest that fits depends on all else.
@@ -92,6 +94,13 @@ def _sharded(place: _Place) -> Iterator[_Place]:
         yield place._replace(config=vary(place.config, engine={"shard_ranks": 0, "reshard_after_forward": True}))
 
 
+def _split(place: _Place) -> Iterator[_Place]:
+    now = place.config.engine.tensor_ranks
+    for size in tensor_sizes(place.config, place.per_node):
+        if size > now:
+            yield place._replace(config=vary(place.config, engine={"tensor_ranks": size}))
+
+
 def _offloaded(place: _Place) -> Iterator[_Place]:
     now, values = place.config.engine.offload, ("none", "optimizer", "all")
     for value in values[values.index(now) + 1 :]:
@@ -101,7 +110,7 @@ def _offloaded(place: _Place) -> Iterator[_Place]:
 def _more_gpus(place: _Place) -> Iterator[_Place]:
     for power in range(1, _DOUBLINGS + 1):
         more = place._replace(ranks=place.ranks * 2**power)
-        if more.ranks <= place.config.batch_sequences:
+        if more.ranks <= place.config.batch_sequences * place.config.engine.tensor_ranks:
             yield more
 
 

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from megagpt.config import Config
 from megagpt.planning.exchange import Exchange, exchanges
+from megagpt.planning.state import held_parameters
 
 # Share of a block's products that recomputation repeats: all but the last one, `down`, whose result nothing needs.
 _REPEATED = 2 / 3
@@ -12,7 +13,8 @@ _STREAMED = 12
 
 
 class Work(NamedTuple):
-    """Counts of one rank: of a micro-batch, unless a line says otherwise."""
+    """Counts of one rank: of a micro-batch, unless a line says otherwise. Tensor ranks have equal parts of each count
+    but the tokens, which all of them multiply with their parts of the matrices."""
 
     micro_batches: int
     """In a full step."""
@@ -42,16 +44,17 @@ def count_work(config: Config, ranks: int) -> Work:
     tokens = config.micro_batch * model.context
     again = repeated_share(config)
     other_again = 1.0 if train.activation_checkpointing == "selective" else again
-    sharing = {"ddp": 1, "zero": ranks}.get(engine.name) or config.sharing_ranks(ranks)
-    parameters = model.stored_parameters
+    group, shares = engine.tensor_ranks, config.shares(ranks)
+    sharing = {"ddp": 1, "zero": shares}.get(engine.name) or config.sharing_ranks(ranks) // group
+    parameters, part = held_parameters(model, group), tokens / group
     return Work(
         micro_batches=config.accumulation(ranks),
         tokens=tokens,
-        block_flops=24 * model.width**2 * model.layers * (3 + _REPEATED * again) * tokens,
-        head_flops=6 * model.padded_vocab_size * model.width * tokens,
-        attention_flops=4 * model.width * _keys(config) * (3.5 + again) * tokens,
-        values=model.layers * model.width * (3 + other_again) / 3 * tokens,
-        logits=model.padded_vocab_size * tokens,
+        block_flops=24 * model.width**2 * model.layers * (3 + _REPEATED * again) * part,
+        head_flops=6 * model.padded_vocab_size * model.width * part,
+        attention_flops=4 * model.width * _keys(config) * (3.5 + again) * part,
+        values=model.layers * model.width * (3 + other_again) / 3 * part,
+        logits=model.padded_vocab_size * part,
         parameters=parameters,
         updated=parameters / sharing,
         launches=model.layers * (3 + again) / 3,

@@ -37,21 +37,20 @@ class Floor(NamedTuple):
     """The count that it comes from: "FLOPs" or "bytes"."""
 
 
-def work(config: Config, ranks: int, micro_batches: float) -> dict[Part, Work]:
+def work(config: Config, ranks: int, micro_batches: float, sequences: float) -> dict[Part, Work]:
     """The work of those parts that have a floor, with the operators that activation checkpointing repeats.
-    `micro_batches`: those of one rank in a step, on average."""
+    `micro_batches`, `sequences`: those that one rank computes in a step, on average."""
     model, train = config.model, config.train
     c, layers, float8 = model.width, model.layers, train.float8 != "none"
     value, residual = (_FP32 if number == "fp32" else 2 for number in (train.precision, train.residual))
-    rows = config.micro_batch * model.context
-    tokens = micro_batches * rows
+    tokens = sequences * model.context
     again = _repeated_blocks(config) / layers
     # Of a block's four products, the last one's result is not needed again.
     operand = _FLOAT8 if float8 else value
-    products = [_product(rows, c, out, value, operand, again) for out in (3 * c, c, 4 * c)]
-    products.append(_product(rows, 4 * c, c, value, operand, 0))
+    products = [_product(tokens, micro_batches, c, out, value, operand, again) for out in (3 * c, c, 4 * c)]
+    products.append(_product(tokens, micro_batches, 4 * c, c, value, operand, 0))
     pairs = sum(_pairs(model.context, model.window if model.is_banded(layer) else None) for layer in range(layers))
-    head = _product(rows, c, model.padded_vocab_size, value, value, 0)
+    head = _product(tokens, micro_batches, c, model.padded_vocab_size, value, value, 0).flops
     # Forward: two LayerNorms with the sums before them, and GELU. Backward: the same the other way.
     forward = 2 * (2 * residual + 2 * value) + 8 * value
     backward = 2 * (3 * residual + 2 * value) + 12 * value
@@ -61,18 +60,18 @@ def work(config: Config, ranks: int, micro_batches: float) -> dict[Part, Work]:
     return {
         # Two products of a query and a key each way, forward once and backward twice; the causal half only.
         Part.ATTENTION: Work(
-            (12 + 4 * again) * c * pairs * micro_batches * config.micro_batch,
+            (12 + 4 * again) * c * pairs * sequences,
             (12 + 4 * again) * c * layers * tokens * value,
         ),
         Part.PRODUCTS: Work(
-            micro_batches * layers * sum(p.flops for p in products),
-            micro_batches * layers * sum(p.moved or 0 for p in products),
+            layers * sum(p.flops for p in products),
+            layers * sum(p.moved or 0 for p in products),
             _FLOAT8_SPEEDUP if float8 else 1,
         ),
         Part.BLOCKS: Work(0, layers * tokens * c * (forward + all_again * repeated + backward)),
         # A token's row is read, and its gradient is added; the residual stream is written, and its gradient is read.
         Part.EMBEDDING: Work(0, tokens * c * (2 * _FP32 + 2 * residual)),
-        Part.HEAD: Work(micro_batches * head.flops, micro_batches * 3 * value * c * (rows + model.padded_vocab_size)),
+        Part.HEAD: Work(head, 3 * value * c * (tokens + micro_batches * model.padded_vocab_size)),
         Part.OPTIMIZER: Work(0, None if config.engine.offload != "none" else _optimizer_bytes(config, ranks, value)),
     }
 
@@ -85,13 +84,15 @@ def floor(work: Work, rates: Rates) -> Floor | None:
     return Floor(computing, "FLOPs") if computing >= moving else Floor(moving, "bytes")
 
 
-def _product(rows: int, inner: int, columns: int, value: int, operand: int, again: float) -> Work:
-    """A layer's three products: its output and both gradients. `value`, `operand`: bytes of a result's and of an
-    operand's value; `again`: the share of outputs that are computed twice."""
-    inputs, weight, outputs = rows * inner, inner * columns, rows * columns
+def _product(
+    tokens: float, micro_batches: float, inner: int, columns: int, value: int, operand: int, again: float
+) -> Work:
+    """A layer's three products, in so many micro-batches: its output and both gradients. `value`, `operand`: bytes of a
+    result's and of an operand's value; `again`: the share of outputs that are computed twice."""
+    inputs, weight, outputs = tokens * inner, micro_batches * inner * columns, tokens * columns
     moved = (2 * operand + value) * (inputs + weight + outputs)
     moved_again = operand * (inputs + weight) + value * outputs
-    return Work((3 + again) * 2 * rows * inner * columns, moved + again * moved_again)
+    return Work((3 + again) * 2 * tokens * inner * columns, moved + again * moved_again)
 
 
 def _pairs(context: int, window: int | None) -> int:

@@ -186,7 +186,8 @@ class StepProfiler:
         batch = f"{least} sequences" if least == most else f"{least} to {most} sequences"
         title = f"{config.run.name}: {which} of {batch}, rank 0 of {world.size}, {self._engine.describe()}"
         found = breakdown(trace, shortest)
-        table = make_table(config, world.size, self._batches, found, self._rates, title, notes)
+        cuts = [self._engine.share.cut(sequences) for sequences in self._batches]
+        table = make_table(config, world.size, cuts, found, self._rates, title, notes)
         memory = f"{config.run.name}: memory of {device_name(world.device)}, rank 0, {which}"
         numbers = circumstances(config, world, self._steps, self._batches) | table.as_json()
         write_report(self._folder, table, numbers, memory_picture(trace, memory), last)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from megagpt.config import Config
-from megagpt.data.loader import Share
 from megagpt.planning.exchange import exchanged_bytes
 from megagpt.profiling.breakdown import Breakdown
 from megagpt.profiling.floors import Floor, Work, floor, work
 from megagpt.profiling.parts import Part
 from megagpt.profiling.rates import DATA_SHEET, Rates
+from megagpt.schedule import Cut
 
 _HEAD = ("part", "ms a step", "share", "floor ms", "x floor", "floor from")
 # Longest name of an operator that is shown: names of kernels hold all their template's arguments.
@@ -102,12 +102,11 @@ class Table(NamedTuple):
 
 
 def make_table(
-    config: Config, ranks: int, batches: Sequence[int], found: Breakdown, rates: Rates, title: str, notes: list[str]
+    config: Config, ranks: int, cuts: Sequence[Cut], found: Breakdown, rates: Rates, title: str, notes: list[str]
 ) -> Table:
-    """The table of rank 0. `batches`: the sequences of each step's global batch."""
-    share = Share(0, config.shares(ranks), config.micro_batch)
-    micro_batches = statistics.fmean(map(share.micro_batches, batches))
-    todo = work(config, ranks, micro_batches)
+    """The table of rank 0. `cuts`: the micro-batches of each step."""
+    micro_batches = statistics.fmean(cut.micro_batches for cut in cuts)
+    todo = work(config, ranks, micro_batches, statistics.fmean(cut.sequences for cut in cuts))
     floors = {part: floor(todo[part], rates) for part in todo}
     notes = [f"floors: FLOPs or bytes, whichever takes longer, at {rates}", *notes]
     if config.train.float8 != "none":

@@ -18,7 +18,7 @@ from megagpt.models.attention import attention_kernel
 from megagpt.position import Position
 from megagpt.process_memory import peak_memory
 from megagpt.run_log import Event
-from megagpt.schedule import learning_rate
+from megagpt.schedule import learning_rate, sizes_ahead
 from megagpt.training.bad_steps import act_on
 from megagpt.training.markdown import verbatim
 from megagpt.training.occasions import crossed, occasions
@@ -90,9 +90,12 @@ def _step(run: Run, before: Position, batches: Generator[Batch], speed: Speed, s
     if config.model.dropout:
         seed_dropout(config, at.sequences, run.world.rank)
     run.watchdog.phase(f"step {at.step}")
-    first = before == run.start
-    # Compiling may take long, once.
-    patient = run.watchdog.patient(f"step {at.step}, compiling") if first and run.engine.compiled else None
+    first, size = before == run.start, len(batch.micro_batches[0][0])
+    # Compiling may take long, once for each size.
+    compiles = run.engine.compiled and size not in run.compiled_sizes
+    if compiles and not first:
+        say(f"step {at.step}, the first with micro-batches of {size}, compiles the model again: it may take minutes")
+    patient = run.watchdog.patient(f"step {at.step}, compiling") if compiles else None
     with patient or contextlib.nullcontext():
         is_spike = run.guard.is_spike if run.guard.watches_spikes else None
         result = run.engine.train_step(
@@ -107,13 +110,15 @@ def _step(run: Run, before: Position, batches: Generator[Batch], speed: Speed, s
         since = seconds_since_start()
         values = {"seconds_to_first_step": since, "incarnation": run.lease.incarnation.number}
         run.reporter.event(Event.RESUMED, at, values, f"first step {since:.1f} s after the process began")
-    if not first:
-        run.reserve.took(step=took)
+    if compiles:
+        say(f"{'the first step' if first else f'step {at.step}'} took {duration(took)}, compiling included")
+        run.compiled_sizes.add(size)
+        run.reserve.took(compiling=took)
     else:
-        run.reserve.took(first_step=0 if run.engine.compiled else took)
-        if run.engine.compiled:
-            say(f"the first step took {duration(took)}, compiling included")
-            run.reserve.compiling(took if run.validation_compiles else 0)
+        run.reserve.took(**{"first_step" if first else "step": took})
+    if run.engine.compiled:
+        run.reserve.step_compiles = not sizes_ahead(config, at.sequences, run.engine.share.cut) <= run.compiled_sizes
+    if first:
         # All that lives now stays: Python's collector need not look at it again and again, which would hold a rank up.
         gc.collect()
         gc.freeze()

@@ -101,11 +101,10 @@ def _validate(run: Run) -> Work:
             run.watchdog.phase("validation")
             if run.agree_to_stop(stop):
                 return True
-            if run.validation_compiles:
-                run.validation_compiles = False
+            if run.reserve.validation_compiles:
                 say("first validation, which compiles the model without gradients: it may take minutes")
                 first_batch.enter_context(run.watchdog.patient("validation, compiling"))
-                first_batch.callback(run.reserve.compiling, 0)
+                first_batch.callback(setattr, run.reserve, "validation_compiles", False)
             return False
 
         with first_batch:

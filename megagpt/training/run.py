@@ -96,12 +96,12 @@ class Run:
     planned: Planned
     raised: tuple[bool, ...] = (False, False, False)
     """The `flags` that some rank raised in the last step."""
-    validation_compiles: bool = field(init=False)
-    """Whether the next validation compiles; only the first one does. Its graphs are not those of a step, as they keep
-    nothing for gradients."""
+    compiled_sizes: set[int] = field(default_factory=set)
+    """Sizes of micro-batches for which the model was compiled in a step of this incarnation."""
 
     def __post_init__(self) -> None:
-        self.validation_compiles = self.engine.compiled and self.validation_sequences > 0
+        # Only the first one compiles. Its graphs are not those of a step, as they keep nothing for gradients.
+        self.reserve.validation_compiles = self.engine.compiled and self.validation_sequences > 0
 
     def batches(self) -> Generator[Batch]:
         """This rank's share of every remaining batch, read ahead."""
@@ -240,14 +240,13 @@ def open_run(
         hangs = folder / "hangs" / f"{lease.incarnation.number:06d}"
         watchdog = stack.enter_context(Watchdog(world, hangs, config.train.hang_timeout, ending.hung))
         engine.clock.on_pass = watchdog.progress
-        log = config.log
         yield Run(
             config, world, folder, engine, train_data, validation_data,
             validation_sequences(validation_data, config.validation.tokens), exams, start, resume,
             world.from_main(lambda: {event: line["tokens_seen"] for event, line in newest(folder).items()}),
             lease, saver, watchdog, reporter,
             Guard(config.train, found.meta if found else None),
-            Stragglers(world, world.hosts(), log.straggler_every_steps, log.straggler_factor), Reserve(saver), ending,
+            Stragglers(world, world.hosts(), config.log, config.engine.tensor_ranks), Reserve(saver), ending,
             stack.enter_context(contextlib.closing(_profiler(engine, folder, start, rates))),
             Planned(planned, start, config.train.batch_tokens),
         )  # fmt: skip
@@ -266,7 +265,7 @@ def _load(found: Found, seek: Callable[[], Found], engine: Engine) -> Found:
         try:
             load(found, engine)
             meta = found.meta
-            say(f"resuming at {meta.tokens_seen:,} tokens, saved by {meta.engine} on {meta.world_size} rank(s)")
+            say(f"resuming at {meta.tokens_seen:,} tokens, saved by {meta.engine} on {meta.layout}")
             if meta.compiled not in (None, engine.compiled):
                 now, before = ("compiled", "not compiled") if engine.compiled else ("not compiled", "compiled")
                 changed = f"blocks are {now} from here on, and were {before} before (train.compile)"

@@ -45,12 +45,16 @@ def test_check_outside_of_a_job_is_refused_in_one_line(capsys: Capture, monkeypa
     assert "not inside a Slurm job" in refusal(capsys, "check", "gpt3_xl.yaml")
 
 
-def test_check_refuses_a_batch_that_the_nodes_do_not_divide(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_refuses_a_run_that_does_not_suit_the_nodes(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     program("scontrol", 'printf "n1\\nn2\\nn3\\n"')
     monkeypatch.setenv("MASTER_PORT", "20123")
     monkeypatch.setenv("RANKS_PER_NODE", "8")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
     assert "24 rank(s)" in refusal(capsys, "check", "gpt3_xl.yaml")
+    monkeypatch.setenv("RANKS_PER_NODE", "2")
+    program("scontrol", 'printf "n1\\nn2\\n"')
+    groups = ["engine.name=fsdp", "engine.tensor_ranks=4", "train.micro_batch=1"]
+    assert "ranks 0 to 3 are on n1 and n2" in refusal(capsys, "check", "gpt3_xl.yaml", *groups)
     assert not Path("runs").exists()
 
 

@@ -59,6 +59,15 @@ def test_a_batch_that_the_ranks_do_not_divide_is_refused(capsys: Capture) -> Non
     assert "11 rank(s)" in refusal(capsys, "hosts", "gpt3_xl.yaml", "--hostfile", "hosts", "--print")
 
 
+def test_groups_of_tensor_ranks_stay_on_a_host(capsys: Capture) -> None:
+    hostfile("n1 slots=4\nn2 slots=2\nn3 slots=2\n")
+    job = ["hosts", "gpt3_xl.yaml", "--hostfile", "hosts", "--print", "engine.name=fsdp", "train.micro_batch=1"]
+    line = refusal(capsys, *job, "engine.tensor_ranks=4")
+    assert "ranks 4 to 7 are on n2 and n3" in line
+    assert "set engine.tensor_ranks=2, or start a multiple of 4 ranks on each machine" in line
+    assert main(["launch", *job, "engine.tensor_ranks=2"]) == 0
+
+
 def test_the_launchers_command_is_printed(capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
     monkeypatch.setenv("SLURM_JOB_ID", "7")

@@ -218,3 +218,18 @@ def test_ranks_that_do_not_divide_into_copies_are_refused(capsys: Capture) -> No
 def test_the_config_may_be_an_option(capsys: Capture) -> None:
     command = slurm(capsys, "run.name=x", "--nodes", "2", "--config", "gpt3_xl.yaml", "run.folder=y")
     assert command[command.index(SCRIPT) + 1 :] == ["gpt3_xl.yaml", "run.name=x", "run.folder=y"]
+
+
+def test_groups_of_tensor_ranks_stay_on_a_node(capsys: Capture) -> None:
+    """The number that a refusal names works; the ranks are described with their groups."""
+    job = ["slurm", "gpt3_13b.yaml", "engine.name=fsdp", "train.micro_batch=1", "--nodes", "8"]
+    line = refusal(capsys, *job, "--gpus-per-node", "4", "engine.tensor_ranks=8")
+    assert "engine.tensor_ranks 8: ranks 0 to 7 are on node 1 and node 2" in line
+    (way,) = re.findall(r"set (engine\.tensor_ranks=\d+)", line)
+    assert way == "engine.tensor_ranks=4"
+    assert main(["launch", *job, "--gpus-per-node", "4", way]) == 0
+    assert "# 32 ranks in 8 groups of 4 tensor ranks, " in capsys.readouterr().out
+    assert main(["launch", *job, "engine.tensor_ranks=8"]) == 0
+    comment = capsys.readouterr().out.splitlines()[0]
+    # 1,024 sequences of 2,048 tokens
+    assert comment.startswith("# 64 ranks in 8 groups of 8 tensor ranks, 128 micro-batch(es) of 1 per step and group; ")

@@ -12,7 +12,7 @@ import pytest
 from megagpt.cli import main
 from megagpt.config_file import load_config
 from megagpt.planning.setting import typed
-from megagpt.schedule import batch_sequences, ramp_work
+from megagpt.schedule import batch_sequences, cut, ramp_work
 from tests.conftest import Refusal
 from tests.runs import shrunk
 
@@ -56,7 +56,7 @@ def test_without_gpus_the_clusters_are_found(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "parts"), [
-    (["gpt3_175b", "--gpus", "1024", "train.micro_batch=1"],
+    (["gpt3_175b", "--gpus", "1024", "engine.tensor_ranks=1", "train.micro_batch=1"],
      ["1024 rank(s)", "2097152 or 4194304", "768 or 1536 ranks"]),
     (["gpt3_xl", "--gpus", "12"], ["nodes of 8", "8 or 16"]),
     (["gpt3_175b", "--gpus", "2000", "--per-node", "6"], ["whole nodes of 6", "use 1536 GPUs"]),
@@ -73,11 +73,8 @@ def test_what_cannot_be_is_refused_in_one_line(arguments: list[str], parts: list
 
 @pytest.mark.parametrize("option", ["--gpus", "--per-node", "--network", "--price", "--days", "--gpu-memory"])
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "many"])
-def test_numbers_that_are_not_above_zero_are_refused(option: str, value: str, capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["plan", "gpt3_xl", f"{option}={value}"])
-    assert caught.value.code == 2
-    assert "above 0" in capsys.readouterr().err
+def test_numbers_that_are_not_above_zero_are_refused(option: str, value: str, refusal: Refusal) -> None:
+    refusal(["plan", "gpt3_xl", f"{option}={value}"], f"argument {option}: '{value}' is not", "above 0")
 
 
 def test_a_plan_needs_no_torch() -> None:
@@ -144,12 +141,16 @@ def test_an_override_is_typed_once() -> None:
 
 @pytest.mark.parametrize("name", ["gpt3_175b", "gpt3_125m", "gpt2_124m"])
 def test_steps_of_the_ramp_are_counted_without_a_walk(name: str) -> None:
-    config, unit, seen, walked = load_config(name), 64, 0, Counter[int]()
+    config, shares, seen, walked = load_config(name), 64, 0, Counter[int]()
     while seen * config.model.context < config.train.batch_ramp_tokens:
         walked[batch_sequences(config, seen)] += 1
         seen += batch_sequences(config, seen)
-    work = ramp_work(config, unit)
-    several = {size: steps for size, steps in walked.items() if size > unit}
-    assert work.single == sum(walked.values()) - sum(several.values())
-    assert (work.other, work.sequences) == (sum(several.values()), seen)
-    assert work.micro_batches == sum(-(-size // unit) * steps for size, steps in several.items())
+    for compiled in (False, True):
+        work = ramp_work(config, shares, compiled)
+        counted, micro_batches = Counter[int](), Counter[int]()
+        for sequences, steps in walked.items():
+            count, size = cut(sequences, shares, config.micro_batch, compiled)
+            counted[size] += steps
+            micro_batches[size] += count * steps
+        assert work.sequences == seen
+        assert work.cuts == {size: (counted[size], micro_batches[size]) for size in counted}

@@ -15,6 +15,7 @@ from megagpt.planning.trace import trace
 from tests.planning.configs import config
 
 FSDP, DDP = {"name": "fsdp"}, {"name": "ddp"}
+TENSOR = {size: FSDP | {"tensor_ranks": size} for size in (2, 4, 8)}
 MODES = ["none", "selective", "full", {"every": 2}]
 # Long sequences, so that blocks weigh more than the table does; and short ones, where it is the other way round.
 LONG = {"layers": 4, "width": 512, "heads": 8, "context": 1024, "vocab_size": 2000}
@@ -29,7 +30,7 @@ def assert_same_peak(shape: dict[str, Any], engine: dict[str, Any], ranks: int, 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("engine", "ranks"), [(DDP, 1), (FSDP, 16)], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(("engine", "ranks"), [(DDP, 1), (FSDP, 16), (TENSOR[4], 8)], ids=["ddp", "fsdp", "tensor"])
 def test_the_formula_is_the_traced_peak(mode: Any, precision: str, engine: dict[str, Any], ranks: int) -> None:
     """Within 3%, in eager blocks. Each mode and engine meets both shapes."""
     wide = (precision == "bf16") == (mode in ("none", "full"))
@@ -39,7 +40,7 @@ def test_the_formula_is_the_traced_peak(mode: Any, precision: str, engine: dict[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize(("engine", "ranks"), [(DDP, 1), (FSDP, 16)], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(("engine", "ranks"), [(DDP, 1), (FSDP, 16), (TENSOR[2], 8)], ids=["ddp", "fsdp", "tensor"])
 def test_compiled_blocks_have_a_formula_too(mode: Any, engine: dict[str, Any], ranks: int) -> None:
     """In bf16 and, for two modes, in fp32."""
     shape, batch = (LONG, 8) if mode in ("none", "full") else (WIDE, 1)
@@ -58,6 +59,10 @@ def test_compiled_blocks_have_a_formula_too(mode: Any, engine: dict[str, Any], r
         (DDP, 1, {"residual": "bf16"}),
         (FSDP, 4, {"residual": "bf16", "activation_checkpointing": "selective"}),
         (DDP, 1, {"precision": "fp16"}),
+        (TENSOR[8], 16, {}),
+        (TENSOR[8], 16, {"activation_checkpointing": "full", "accumulation": 1}),
+        (TENSOR[2] | {"shard_ranks": 4}, 8, {"activation_checkpointing": "selective"}),
+        (TENSOR[4] | {"reshard_after_forward": False}, 4, {"residual": "bf16"}),
     ],
 )
 def test_every_setting_is_in_the_formula(engine: dict[str, Any], ranks: int, changes: dict[str, Any]) -> None:
@@ -77,8 +82,9 @@ def test_kept_weights_go_block_by_block_in_the_backward_pass() -> None:
 
 @pytest.mark.parametrize("mode", ["none", "full"])
 @pytest.mark.parametrize("change", [{"dropout": 0.1}, {"attention": "banded", "window": 128}], ids=str)
-def test_dropout_and_banded_attention_count(change: dict[str, Any], mode: str) -> None:
-    assert_same_peak(LONG | change, FSDP, 4, 4, compile=False, activation_checkpointing=mode)
+@pytest.mark.parametrize("engine", [FSDP, TENSOR[4]], ids=["fsdp", "tensor"])
+def test_dropout_and_banded_attention_count(engine: dict[str, Any], change: dict[str, Any], mode: str) -> None:
+    assert_same_peak(LONG | change, engine, 4, 4, compile=False, activation_checkpointing=mode)
 
 
 def test_parts_add_up_to_the_peak() -> None:
@@ -116,6 +122,8 @@ def test_more_sharding_and_recomputation_take_less() -> None:
     assert none > every_2 > full
     stages = [peak_memory(config(shape, {"name": "zero", "stage": n}, 8, 2), 8).total for n in (1, 2, 3)]
     assert stages == sorted(stages, reverse=True)
+    split = [peak_memory(config(shape, FSDP | {"tensor_ranks": n}, 8, 2), 8).total for n in (1, 2, 4, 8)]
+    assert split == sorted(split, reverse=True)
     offloaded = {"name": "zero", "stage": 3, "offload": "all"}
     assert peak_memory(config(shape, offloaded, 8, 2), 8).total < stages[-1]
 

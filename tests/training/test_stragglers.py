@@ -62,14 +62,28 @@ def test_a_wait_that_is_short_beside_the_step_is_ignored() -> None:
     assert compared({3: [1.0, 0.05, 0.50, 0.0]}, 9) == []
 
 
-def slow_second_rank(arguments: list[str]) -> int:
+def test_tensor_ranks_are_compared_by_groups() -> None:
+    """All ranks of a group take as long as its slowest. A wait for data is each rank's own, and comes before."""
+    slow, late = [1.0, 0.01, 0.75, 0.0], [1.0, 0.30, 0.50, 0.0]
+    counts: dict[int, int] = {}
+    for _ in range(3):
+        found = compare([USUAL, late, slow, slow], 1.2, HOSTS, counts, group=2)
+    assert (found.compute_median, found.compute_slowest, found.slowest_rank) == (0.5, 0.75, 2)
+    assert found.stragglers == [
+        "rank 1 on a is a straggler: it waits 300 ms a step for data, the median 10 ms",
+        "one of tensor ranks 2 to 3 on b is a straggler: their group computes 1.50 times as long as the median of the"
+        " groups",
+    ]
+
+
+def slow_last_rank(arguments: list[str]) -> int:
     usual = Block.forward
 
     def forward(self: Block, *inputs: Any) -> Any:
         time.sleep(0.02)
         return usual(self, *inputs)
 
-    if os.environ["RANK"] == "1":
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         Block.forward = forward  # type: ignore[method-assign]
     return main(arguments)
 
@@ -79,7 +93,7 @@ def slow_second_rank(arguments: list[str]) -> int:
 def test_a_slow_rank_of_a_real_run_is_named(engine: list[str], tmp_path: Path, corpus: Path) -> None:
     """Both ranks end each step together: only what a rank does by itself tells them apart."""
     config = write_tiny(tmp_path, corpus, train={"micro_batch": 2})
-    assert run_ranks(2, slow_second_rank, ["train", str(config), "log.straggler_every_steps=4", *engine]) == [0, 0]
+    assert run_ranks(2, slow_last_rank, ["train", str(config), "log.straggler_every_steps=4", *engine]) == [0, 0]
     run = tmp_path / "runs" / "tiny"
     comparisons = metrics(run, Event.RANKS)
     assert [line["step"] for line in comparisons] == [4, 8, 12, 16, 20]
@@ -92,3 +106,15 @@ def test_a_slow_rank_of_a_real_run_is_named(engine: list[str], tmp_path: Path, c
     events.Reload()
     assert [e.value for e in events.Scalars("ranks/ranks_slowest_rank")] == [1.0] * 5
     assert "stragglers/text_summary" in events.Tags()["tensors"]
+
+
+@pytest.mark.timing
+def test_a_slow_tensor_rank_is_named_with_its_group(tmp_path: Path, corpus: Path) -> None:
+    config = write_tiny(tmp_path, corpus, train={"micro_batch": 2})
+    settings = ["engine.name=fsdp", "engine.tensor_ranks=2", "log.straggler_every_steps=4"]
+    assert run_ranks(4, slow_last_rank, ["train", str(config), *settings]) == [0] * 4
+    run = tmp_path / "runs" / "tiny"
+    assert {line["ranks_slowest_rank"] for line in metrics(run, Event.RANKS)} == {2}
+    sentences = metrics(run, Event.STRAGGLER)
+    assert [line["step"] for line in sentences] == [12, 16, 20]
+    assert all(line["text"].startswith("one of tensor ranks 2 to 3 on ") for line in sentences)

@@ -1,0 +1,58 @@
+"""Activations of a block on one of several tensor ranks, in bytes a token for each number of the model's width.
+
+Each rank has its part of the residual stream, of the heads and of the MLP's inner columns: these bytes are `cut`.
+Inputs of products that were gathered, partial sums and gathered gradients are `whole`. At an exchange, all tokens lie
+there in two orders, by ranks and by sequences, unless a micro-batch is one sequence. Counted on traces, as in
+`activations`."""
+
+from typing import NamedTuple
+
+
+class Widths(NamedTuple):
+    """Bytes for each number of a token's width."""
+
+    cut: float
+    """Divided by the tensor ranks."""
+    whole: float = 0.0
+    """On each of them."""
+
+
+# a: bytes of a number in matrix products; stream: of one in the residual stream; twice: `a` if tokens lie there in two
+# orders, else 0.
+
+
+def kept(mode: str, a: int, stream: int, dropout: bool) -> Widths:
+    """What a block keeps for its backward pass."""
+    if mode == "full":
+        return Widths(stream, 0)
+    if mode == "selective":  # with dropout, the output of `down` instead of attention's
+        return Widths(stream + (7 if dropout else 8) * a, (2 if dropout else 1) * a)
+    return Widths(8 + 12 * a, 2 * a)
+
+
+def forward(mode: str, a: int, twice: int, compiled: bool) -> Widths:
+    """What the block's last exchange of the forward pass takes beside what is kept."""
+    if compiled:
+        return Widths(0 if mode == "none" else 4, 2 * a)
+    return Widths(8, 2 * a + twice) if mode == "none" else Widths(12 + 4 * a, 3 * a + twice)
+
+
+def backward(mode: str, a: int, stream: int, twice: int, compiled: bool) -> dict[str, Widths]:
+    """What is in use when the gradient of a weight is computed, and at exchanges of tokens: at the fullest one in front
+    of the first gradient, which under activation checkpointing is one of the repeated forward pass, and behind `up`."""
+    if compiled and mode == "selective":
+        most, held = Widths(2 * stream + 8 * a, 3 * a), Widths(2 * stream + 8 * a, 2 * a)
+        return {"exchange": most, "down": held, "up": held, "attention": held, "qkv": Widths(stream + 3 * a, 2 * a)}
+    if compiled and mode == "full":
+        most, held = Widths(2 * stream + 4 * a, 4 * a), Widths(stream + 8 * a, 3 * a)
+        return {"exchange": most, "down": held, "up": held, "attention": held, "qkv": Widths(stream + 3 * a, 2 * a)}
+    cast = a if stream != a and not compiled else 0
+    repeated = Widths(2 * stream + 8 + (8 if mode == "selective" else 4) * a, 4 * a + twice)
+    return {
+        "exchange": Widths(8 + 12 * a + stream + cast, 3 * a + twice) if mode == "none" else repeated,
+        "down": Widths(8 + 16 * a + stream, 3 * a),
+        "up": Widths(8 + 8 * a + stream, 3 * a),
+        "sum": Widths(12 + 4 * a + stream, 3 * a + twice),
+        "attention": Widths(4 + 8 * a + stream, a),
+        "qkv": Widths(4 + 3 * a + stream, 2 * a),
+    }
