@@ -18,7 +18,7 @@ from megagpt.incarnations import list_incarnations
 from tests.conftest import metrics, write_tiny
 from tests.minicluster import MiniCluster, mini_cluster, missing, missing_ssh
 from tests.processes import REPOSITORY, free_port, megagpt
-from tests.runs import LOSS, PATIENCE, STEP_TOKENS, losses, wait_for_steps
+from tests.runs import LOSS, PATIENCE, STEP_TOKENS, assert_one_error, losses, wait_for_steps
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
 
@@ -258,6 +258,21 @@ def test_srun_without_the_script_trains_the_same_curve(
     command = ["srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, script, *job.arguments]
     cluster.control(*command, cwd=tmp_path, env=ENVIRONMENT)
     job.assert_complete_curve(expected)
+
+
+def test_srun_puts_a_groups_tensor_ranks_on_one_node(cluster: MiniCluster, corpus: Path, tmp_path: Path) -> None:
+    """With the distribution that the refusal of the other one names."""
+    groups = ["engine.name=fsdp", "engine.tensor_ranks=2", f"train.tokens={5 * STEP_TOKENS}"]
+    job = Job(cluster, tmp_path, corpus, *groups)
+    script = str(REPOSITORY / "launch" / "train.py")
+    srun, run = ["srun", "--nodes=2", "--ntasks-per-node=2"], [sys.executable, script, *job.arguments]
+    refused = cluster.control(*srun, "--distribution=cyclic", *run, cwd=tmp_path, env=ENVIRONMENT, check=False)
+    assert refused.returncode != 0
+    assert_one_error(refused.stderr, "engine.tensor_ranks 2: ranks 0 to 1 are on n1 and n2", "--distribution=block")
+    assert not job.run.exists()
+    cluster.control(*srun, "--distribution=block", *run, cwd=tmp_path, env=ENVIRONMENT)
+    assert [line["step"] for line in metrics(job.run)] == [1, 2, 3, 4, 5]
+    assert list_incarnations(job.run)[-1].start()["hosts"] == {"n1": 2, "n2": 2}
 
 
 def test_deepspeed_over_ssh_stops_and_resumes(

@@ -111,11 +111,8 @@ def test_a_file_that_cannot_be_written_is_refused(run: Logged, tmp_path: Path, r
 
 
 @pytest.mark.parametrize("price", ["free", "0", "-1", "nan", "inf"])
-def test_a_price_is_a_number_above_zero(price: str, run: Logged, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["report", str(run.folder), f"--dollars-per-gpu-hour={price}"])
-    assert end.value.code == 2
-    assert f"{price!r} is not a price above 0" in capsys.readouterr().err
+def test_a_price_is_a_number_above_zero(price: str, run: Logged, refusal: Refusal) -> None:
+    refusal(["report", str(run.folder), f"--dollars-per-gpu-hour={price}"], f"{price!r} is not a price above 0")
 
 
 def test_a_missing_library_is_named_with_its_extra(
