@@ -34,7 +34,7 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     config = write_tiny(
         folder, corpus, model={"heads": 4}, train={"micro_batch": 2}, optimizer={"clip_norm": 0.5},
         validation={"every_tokens": HALF // 2, "tokens": 640},
-        sampling={"every_tokens": HALF, "samples": 2, "max_tokens": 40},
+        sampling={"every_tokens": HALF, "samples": 2, "max_tokens": 30},
         checkpoint={"every_tokens": HALF, "keep_last": 9},
         evaluation={"tasks": ["hellaswag", "lambada"], "every_tokens": HALF, "data": str(folder / "exams")},
     )  # fmt: skip
