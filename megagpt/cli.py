@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    arguments = parse(make_parser(), argv)
-    command: Command = arguments.command
     try:
+        arguments = parse(make_parser(), argv)
+        command: Command = arguments.command
         code = command(arguments)
         sys.stdout.flush()
         return code

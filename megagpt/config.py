@@ -85,9 +85,9 @@ class TrainConfig:
     batch_ramp_tokens: Recipe[int] = Field(default=0, ge=0)
     """Tokens over which the batch grows linearly from `batch_ramp_start` to `batch_tokens`."""
     micro_batch: Free[MicroBatch] = 8
-    """Sequences that a rank takes through the model at a time. Gradient accumulation is derived from it. auto: on a
-    GPU, the largest that fits and divides the batch, by the plan, and confirmed by a trial step; on a CPU, the largest
-    of at most 4,096 tokens. It changes time and memory only."""
+    """Sequences that a rank takes through the model at a time; fewer if its share of the batch is smaller. Gradient
+    accumulation is derived from it. auto: on a GPU, the largest that fits and divides the batch, by the plan, and
+    confirmed by a trial step; on a CPU, the largest of at most 4,096 tokens. It changes time and memory only."""
     precision: Free[Literal["fp32", "bf16", "fp16"]] = "bf16"
     """Number format of matrix products. The optimizer's weights, the sum of the gradients over micro-batches and over
     ranks, LayerNorm and softmax are always fp32. fp16 uses dynamic loss scaling."""
@@ -100,7 +100,8 @@ class TrainConfig:
     embeddings and the head stay bf16; MFU stays a fraction of bf16's peak."""
     compile: Free[Compile] = "auto"
     """torch.compile each block, the head's softmax and what is between them. auto: on a GPU. The first step then takes
-    up to a few minutes. Sampling runs uncompiled."""
+    up to a few minutes, and so does each step of a batch ramp that is the first with micro-batches of its size.
+    Sampling runs uncompiled."""
     activation_checkpointing: Free[ActivationCheckpointing] = "none"
     """Activations that the backward pass computes again, so that they need not be kept. none: no activations; full: all
     blocks'; {every: k}: those of one in every k blocks; selective: all but outputs of matrix products and attention."""

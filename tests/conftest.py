@@ -28,10 +28,13 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that need a cluster, kill again and again, or are about time as slow ones."""
+    """Marks the tests that need a cluster, kill again and again, or are about time as slow ones. Files with slow tests
+    come first: at the end, when one of two processes has nothing left to do, the other one is nearly done."""
     for item in items:
         if any(item.get_closest_marker(name) for name in ("cluster", "drill", "timing")):
             item.add_marker("slow")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,9 @@ from torch._dynamo.testing import CompileCounter
 from megagpt.cli import main
 from megagpt.errors import UserError
 from megagpt.measure import bench, matrix_rate, steps
+from megagpt.measure.cases import ENGINE_CASES, Case
 from megagpt.measure.plain import PlainGPT, plain_loss, plain_optimizer, plain_step
+from megagpt.measure.tables import on_gpus
 from megagpt.models.presets import ModelConfig
 from tests.conftest import Refusal
 from tests.processes import REPOSITORY
@@ -164,6 +166,19 @@ def test_parity_refuses_tables_that_it_cannot_measure(refusal: Refusal, monkeypa
     for name in ("memory", "crossings"):
         command = ["parity", "--device", "cuda", "--tables", f"fp32,{name}"]
         refusal(command, f"--tables {name}: is measured on the CPU only", "--device cpu")
+
+
+def test_parity_compares_the_layouts_for_which_there_are_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = {}
+    for gpus in (1, 2, 3, 4, 8):
+        cases = on_gpus(gpus)
+        assert all(Case(c.engine, c.ranks).config().sharing_ranks(c.ranks) for c in cases), "a layout that cannot be"
+        counts[gpus] = [case.name for case in cases]
+        said = capsys.readouterr().err
+        assert all(name in said for name in ENGINE_CASES.keys() - set(counts[gpus]))
+    assert counts[1] == ["ddp", "fsdp", "zero-1", "zero-2", "zero-3"]
+    assert counts[2] == counts[3] == [name for name, case in ENGINE_CASES.items() if case.ranks == 2]
+    assert counts[4] == counts[8] == list(ENGINE_CASES)
 
 
 def test_a_step_is_all_its_micro_batches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,9 @@
 
 import argparse
 import itertools
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +14,10 @@ from megagpt.cli import main, make_parser
 from megagpt.commands.options import config_of, parse, split_words
 from megagpt.errors import UserError
 from tests.conftest import Refusal
+from tests.processes import REPOSITORY, environment
 
 Capture = pytest.CaptureFixture[str]
+OLD_RUN = REPOSITORY / "tests" / "data" / "old_run"
 # The start of each command that takes a config, and an option of it.
 COMMANDS = [
     (["train"], ["--auto-resume"]),
@@ -69,15 +74,10 @@ def test_bench_takes_a_preset_and_overrides() -> None:
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_unknown_arguments_are_refused(argv: list[str], capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(argv)
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert "unrecognized arguments: " in error
-    assert "train.tokens" not in error, "it is a valid word"
-    command = " ".join(itertools.takewhile(str.isalpha, argv[: 1 + (argv[0] == "data")]))
-    assert error.startswith(f"usage: megagpt {command} ")
+def test_unknown_arguments_are_refused(argv: list[str], refusal: Refusal) -> None:
+    command = " ".join(argv[: 1 + (argv[0] == "data")])
+    line = refusal(argv, "unrecognized arguments: ", f"; see megagpt {command} --help")
+    assert "train.tokens" not in line, "it is a valid word"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,8 @@ def test_unknown_arguments_are_refused(argv: list[str], capsys: Capture) -> None
         (["train", "gpt3_xl", "--rseume", "x"], "--rseume: did you mean --resume"),
         (["train", "gpt3_xl", "--train.tokens=1e9"], "an override has no dashes: train.tokens=1e9"),
         (["train", "gpt3_xl", "--auto-resum3"], "did you mean --auto-resume"),
+        (["launch", "slurm", "gpt3_xl", "--ndes", "2"], "--ndes: did you mean --nodes"),
+        (["--verson"], "--verson: did you mean --version"),
         (["trian"], "'trian' does not exist: did you mean train?"),
         (["launch", "hots"], "'hots' does not exist: did you mean hosts?"),
         (["launch", "verdit"], "'verdit' does not exist: valid: slurm, hosts"),
@@ -95,13 +97,8 @@ def test_unknown_arguments_are_refused(argv: list[str], capsys: Capture) -> None
     ],
     ids=str,
 )
-def test_a_slip_is_answered_with_the_nearest(argv: list[str], hint: str, capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(argv)
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert hint in error
-    assert "prepare" not in error.replace("'prepar'", "")
+def test_a_slip_is_answered_with_the_nearest(argv: list[str], hint: str, refusal: Refusal) -> None:
+    assert "prepare" not in refusal(argv, hint).replace("'prepar'", "")
 
 
 def parsers(parser: argparse.ArgumentParser, name: str = "megagpt") -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -123,6 +120,36 @@ def test_every_option_has_a_help_text(name: str) -> None:
             continue
         assert action.help, f"{name}: {action.option_strings or action.dest} needs a help text"
         assert action.help != argparse.SUPPRESS, f"{name}: {action.option_strings}"
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_refusal_is_one_line_and_its_advice_works(name: str, refusal: Refusal, capsys: Capture) -> None:
+    """Every option of every command without its value, and with one that it does not take; words of several lines."""
+    _, *command = name.split()
+    advice = f"; see {name} --help"
+    refusal([*command, "--x\ny"], "unrecognized arguments: --x y: ", advice)
+    for action in PARSERS[name]._actions:
+        if action.nargs == 0 or not action.option_strings:
+            continue
+        option = action.option_strings[0]
+        if action.nargs is None:
+            refusal([*command, option], f"argument {'/'.join(action.option_strings)}: expected one argument", advice)
+        if action.choices or action.type not in (None, str, Path):
+            refusal([*command, f"{option}=?\n"], f"argument {'/'.join(action.option_strings)}: ", "'?\\n'", advice)
+    with pytest.raises(SystemExit) as end:
+        main([*advice.split()[3:]])
+    assert end.value.code == 0
+    assert f"usage: {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("start", [["-m", "megagpt", "train"], ["launch/train.py"]], ids=" ".join)
+def test_scripts_refuse_in_one_line_too(start: list[str]) -> None:
+    repository = Path(__file__).parents[1]
+    found = subprocess.run([sys.executable, *start, "--rseume", "x"], cwd=repository, capture_output=True, text=True)
+    line = "megagpt: error: unrecognized arguments: --rseume: did you mean --resume"
+    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+    assert found.stderr.startswith(line)
+    assert found.stderr.endswith("; see megagpt train --help\n")
 
 
 @pytest.mark.parametrize("argv", [["sample", "run"], ["bench", "gpt2-124m"], ["parity"]], ids=" ".join)
@@ -164,3 +191,35 @@ def test_help_lists_what_users_call(argv: list[str], shown: list[str], hidden: l
     listed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")}
     assert set(shown) <= listed
     assert not set(hidden) & listed
+
+
+# Runs commands, and ends with what they end with; PyTorch is missing.
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from megagpt.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "printed"),
+    [
+        (["status", "old_run"], 0, "stopped (SIGTERM)"),
+        (["launch", "check", "gpt2_124m", "train.device=cpu"], 2, "2 of 2 node(s) are not fit"),
+        (["launch", "verdict", "gpt2_124m", "--logs", "logs"], 75, "the job resumes from its last checkpoint"),
+    ],
+    ids=["status", "check", "verdict"],
+)
+def test_commands_that_compute_nothing_need_no_torch(argv: list[str], code: int, printed: str, tmp_path: Path) -> None:
+    """Its import takes seconds, of each start of a job: the script of a job calls check and verdict."""
+    shutil.copytree(OLD_RUN, tmp_path / "old_run")
+    for name, script in (("scontrol", "echo n1; echo n2"), ("srun", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {**environment(), "PATH": str(tmp_path), "PYTHONPATH": str(REPOSITORY), "SLURM_JOB_ID": "7"}
+    variables |= {"SLURM_JOB_NODELIST": "n[1-2]", "RANKS_PER_NODE": "1", "MASTER_PORT": "20123"}
+    command = [sys.executable, "-c", WITHOUT_TORCH, *argv]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert printed in done.stdout + done.stderr

@@ -3,15 +3,19 @@
 import itertools
 import platform
 import re
+from dataclasses import asdict
 
 import pytest
+import torch
 
+from megagpt.checkpoints.checkpoint import CheckpointMeta
+from megagpt.checkpoints.loading import _dropout_changes
 from megagpt.config import Config
 from megagpt.config_file import load_config
 from megagpt.errors import UserError
 from megagpt.placement import check_placement, layout
 from megagpt.training.sizing import size_run
-from megagpt.world import join
+from megagpt.world import World, join
 from tests.conftest import Tiny
 from tests.processes import run_ranks
 
@@ -72,6 +76,19 @@ def test_ranks_are_put_into_words() -> None:
     assert [layout(1, 1), layout(8, 1)] == ["1 rank", "8 ranks"]
     assert layout(8, 8) == "8 ranks in 1 group of 8 tensor ranks"
     assert layout(1024, 8) == "1024 ranks in 128 groups of 8 tensor ranks"
+
+
+def test_dropout_says_that_the_layout_has_changed() -> None:
+    """The same number of ranks in other groups drops other elements, too."""
+
+    def changes(before: tuple[int, int], now: tuple[int, int]) -> list[str]:
+        ranks, size = before
+        saved = CheckpointMeta(1024, 1, 1, "fsdp", ranks, asdict(wide(size)), None, {})
+        return _dropout_changes(saved, wide(now[1]), World(0, now[0], 0, torch.device("cpu")))
+
+    assert changes((8, 4), (8, 4)) == changes((8, 1), (8, 1)) == []
+    assert changes((8, 1), (4, 1)) == ["on 4 ranks instead of 8 ranks"]
+    assert changes((8, 1), (8, 2)) == ["on 8 ranks in 4 groups of 2 tensor ranks instead of 8 ranks"]
 
 
 def at_the_start(config: str, layouts: list[str]) -> list[str]:

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from megagpt.config import Config
 from megagpt.config_file import build_config, load_config
-from megagpt.schedule import batch_sequences, learning_rate, step_count, steps_to_profile
+from megagpt.schedule import (
+    Cut,
+    batch_sequences,
+    cut,
+    learning_rate,
+    ramp_efficiency,
+    sizes_ahead,
+    step_count,
+    steps_to_profile,
+)
 
 
 def run(**sections: Any) -> Config:
@@ -95,6 +104,40 @@ def test_ramp_grows_linearly_and_steps_add_up(start: int, more: int, ramp: int, 
         seen = min(config.total_sequences, seen + batch)
         steps += 1
     assert step_count(config) == steps
+
+
+@given(st.integers(1, 4000), st.integers(1, 200), st.integers(1, 200))
+def test_a_compiled_model_has_few_sizes(sequences: int, shares: int, micro_batch: int) -> None:
+    """At most two between a power of two and its double, and less than half larger than the longest share needs."""
+    exact, compiled = (cut(sequences, shares, micro_batch, compiled) for compiled in (False, True))
+    assert compiled.micro_batches == exact.micro_batches
+    assert exact.size <= compiled.size <= min(micro_batch, exact.size * 1.5)
+    few = {micro_batch} | {size * 2**power for power in range(8) for size in (1, 3)}
+    assert compiled.size in few
+    if exact.size == micro_batch:
+        assert compiled == exact
+
+
+@given(st.integers(1, 30), st.integers(0, 30), st.integers(1, 3000), st.integers(1, 9), st.booleans())
+def test_the_ramps_arithmetic_is_counted_without_a_walk(
+    start: int, more: int, ramp: int, shares: int, compiled: bool
+) -> None:
+    train = {"tokens": 8000, "batch_tokens": 8 * (start + more), "batch_ramp_start": 8 * start, "micro_batch": 5}
+    config = run(train=train | {"batch_ramp_tokens": ramp}, schedule={"shape": "constant"})
+    seen, computed, sizes = 0, 0, []
+    while seen * 8 < ramp:
+        batch = batch_sequences(config, seen)
+        micro_batches, size = cut(batch, shares, 5, compiled)
+        seen, computed = seen + batch, computed + shares * micro_batches * size
+        sizes.append(size)
+    assert ramp_efficiency(config, shares, compiled) == pytest.approx(seen / computed, rel=1e-12)
+    last = cut(start + more, shares, 5, compiled).size
+
+    def cut_of(sequences: int) -> Cut:
+        return cut(sequences, shares, 5, compiled)
+
+    assert sizes_ahead(config, 0, cut_of) >= {*sizes, last}
+    assert sizes_ahead(config, seen, cut_of) == {last}
 
 
 @pytest.mark.parametrize(

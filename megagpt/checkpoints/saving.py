@@ -30,6 +30,8 @@ from megagpt.position import Position
 from megagpt.process_memory import free_memory
 from megagpt.world import World
 
+SAVES = "saves"
+"""Description of the process group in which ranks agree on saves, in the background."""
 # Longest time that ranks wait for the slowest writer of a save.
 _TIMEOUT = datetime.timedelta(hours=3)
 # Bytes that each rank writes once at the start, to learn how fast the disk is.
@@ -61,7 +63,8 @@ class Saver:
         self._run, self._config, self._world, self._incarnation = run, config, world, incarnation
         # A group of its own: collectives of a step and of a save in the background must not mix. gloo connects
         # lazily, so this group needs sockets only between the ranks that a save connects.
-        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if world.size > 1 else None
+        several = world.size > 1
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT, group_desc=SAVES) if several else None
         self._ranks_here = world.hosts().count(world.host)
         self._thread: threading.Thread | None = None
         self._outcome: Saved | BaseException | None = None

@@ -3,7 +3,8 @@ other argument names the config. Both may come before or after options."""
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -14,19 +15,47 @@ if TYPE_CHECKING:
 
 Command = Callable[[argparse.Namespace], int]
 Actions = argparse._SubParsersAction
+# Part of what argparse says of missing arguments.
+_MISSING = "required"
 
 
 class Parser(argparse.ArgumentParser):
-    """Names the nearest command or option for one that does not exist."""
+    """Refuses arguments in one line, as every error of a user: with a UserError, not with the usage. Names the nearest
+    command or option for one that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{' '.join(message.splitlines())}; see {self.prog} --help")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        words = sys.argv[1:] if args is None else list(args)
+        try:
+            return super().parse_known_args(words, namespace)
+        except UserError as error:
+            # An option with a slip in it is missing, too: `--ndes 2` for the required --nodes.
+            unknown = list(self._unknown(words)) if _MISSING in str(error) else []
+            if not unknown:
+                raise
+        self.refuse(unknown)
+
+    def _unknown(self, words: list[str]) -> Iterator[str]:
+        """Options that this parser does not have, up to the command or action whose own ones follow."""
+        known = [name for action in self._actions for name in action.option_strings]
+        has_commands = any(isinstance(action, Actions) for action in self._actions)
+        for word in words:
+            if word == "--" or (has_commands and not word.startswith("-")):
+                return
+            name = word.partition("=")[0]
+            if word.startswith("--") and " " not in name and not any(option.startswith(name) for option in known):
+                yield word
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+        if isinstance(action, Actions) and value not in action.choices:
             listed = [choice.dest for choice in action._choices_actions]  # without internal ones
             raise argparse.ArgumentError(action, f"{value!r} does not exist: {did_you_mean(value, listed)}")
         super()._check_value(action, value)
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
-        """Exit with code 2, the usage, and the arguments that this command does not take."""
+        """Raises UserError for the arguments that this command does not take."""
         word = words[0].partition("=")[0]
         listed = [action for action in self._actions if action.help != argparse.SUPPRESS]
         options = [name for action in listed for name in action.option_strings if name.startswith("--")]
@@ -83,7 +112,7 @@ def add_device(parser: Parser) -> None:
 
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Exits with code 2 and the usage for arguments that no command takes."""
+    """Raises UserError for arguments that no command takes."""
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes no positional arguments after an option that follows the first ones.
     words = [text for text in rest if not text.startswith("-")] if hasattr(arguments, "words") else []

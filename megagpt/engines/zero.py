@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from megagpt.config import Config
 from megagpt.engines.deepspeed_library import load_deepspeed
 from megagpt.engines.engine import DTYPES, MOMENTS, Engine, build_optimizer, moments_of, prepare_model
-from megagpt.engines.flat_shard import FlatShard
+from megagpt.engines.flat_shard import FlatShard, parts_of
 from megagpt.engines.zero_config import check_nvme, deepspeed_config
 from megagpt.engines.zero_settings import check_on_cpu, refusals
+from megagpt.engines.zero_tensor_ranks import ModelParallelUnit, model_parallel_unit, share_gradients
 from megagpt.errors import UserError
 from megagpt.models.gpt import GPT, Block
+from megagpt.models.tensor_parallel import TensorRanks
 from megagpt.world import World
 
 
@@ -42,28 +44,36 @@ class ZeroEngine(Engine):
         index = world.device.index
         os.environ["LOCAL_RANK"] = str(world.local_rank if index is None else index)
         deepspeed.init_distributed(auto_mpi_discovery=False)
+        unit = model_parallel_unit(config, world)
+        # DeepSpeed keeps one for the whole process, and would use that of an earlier engine.
+        deepspeed.utils.groups.mpu = unit
+        if unit is not None:
+            self.ranks = unit.ranks
         with refusals(config):
-            self.model = self._build(deepspeed)
+            self.model = self._build(deepspeed, unit)
+            if unit is not None:
+                share_gradients(self.model, unit)
             self.clock = prepare_model(self.model, config, world.device, self.compiled)
-            parts = {"model": self.model, "optimizer": build_optimizer(self.model, config)}
+            parts = {"model": self.model, "optimizer": build_optimizer(self.model, config), "mpu": unit}
             self._engine, *_ = deepspeed.initialize(**parts, config=self._settings, dist_init_required=False)
         shards: type[_WholeWeights | _PartitionedWeights] = _WholeWeights
         if config.engine.stage == 3:
             shards = _SwappedWeights if config.engine.nvme_path else _PartitionedWeights
-        self._shards = shards(self._engine.optimizer, self.model)
+        self._shards = shards(self._engine.optimizer, self.model, self.ranks)
         self.optimizer = self._engine.optimizer.optimizer
 
-    def _build(self, deepspeed: Any) -> GPT:
+    def _build(self, deepspeed: Any, unit: ModelParallelUnit | None) -> GPT:
         config = self.config
         if config.engine.stage < 3:
             with torch.device("meta"):
-                model = GPT(config.model).to(DTYPES[config.train.precision])
+                model = GPT(config.model, self.ranks).to(DTYPES[config.train.precision])
             # Zeroed, because DeepSpeed broadcasts the values: uninitialized memory may hold NaN.
             for parameter in model.to_empty(device=self.world.device).parameters():
                 nn.init.zeros_(parameter)
             return model
-        with deepspeed.zero.Init(config_dict_or_path=self._settings):
-            model = GPT(config.model)
+        group = None if unit is None else unit.get_data_parallel_group()
+        with deepspeed.zero.Init(config_dict_or_path=self._settings, data_parallel_group=group, mpu=unit):
+            model = GPT(config.model, self.ranks)
         # Weights are gathered block by block, as under FSDP, so a block contains no communication: compiled graphs and
         # selective activation checkpointing need that.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
@@ -88,7 +98,7 @@ class ZeroEngine(Engine):
     def state(self) -> dict[str, FlatShard]:
         self._shards.make_moments()
         return {
-            f"{moment or 'model'}.{name}": self._shards.shard(parameter, moment)
+            f"{moment or 'model'}.{name}": self._shards.shard(name, parameter, moment)
             for name, parameter in self.model.named_parameters()
             for moment in (None, *MOMENTS)
         }
@@ -117,8 +127,8 @@ class ZeroEngine(Engine):
 class _WholeWeights:
     """Stages 1 and 2: this rank's part of each parameter, inside DeepSpeed's flat fp32 copy."""
 
-    def __init__(self, zero: Any, model: GPT) -> None:
-        self._zero = zero
+    def __init__(self, zero: Any, model: GPT, ranks: TensorRanks) -> None:
+        self._zero, self._ranks = zero, ranks
         # BF16_Optimizer, which stage 1 uses in bf16, has another name for the flat copies.
         others: list[Tensor] = getattr(zero, "fp32_groups_flat_partition", [])
         self._flats = getattr(zero, "single_partition_of_fp32_groups", others)
@@ -130,12 +140,13 @@ class _WholeWeights:
         self._zero._hp_optimizer_states_linked = False
         self._zero._lazy_init_hp_params_optimizer_state()
 
-    def shard(self, parameter: Any, moment: str | None) -> FlatShard:
+    def shard(self, name: str, parameter: Any, moment: str | None) -> FlatShard:
+        shape, parts = parts_of(name, tuple(parameter.shape), self._ranks)
         mapping = parameter._hp_mapping
-        if mapping is None:  # this rank holds no part of the parameter
-            return FlatShard(torch.empty(0), tuple(parameter.shape), 0)
+        if mapping is None:  # this rank holds nothing of the parameter
+            return FlatShard(torch.empty(0), shape, 0, parts)
         flat = mapping.get_hp_fragment(moment).detach()
-        return FlatShard(flat, tuple(parameter.shape), mapping.lp_fragment_address.start)
+        return FlatShard(flat, shape, mapping.lp_fragment_address.start, parts)
 
     def publish(self) -> None:
         """Set the weights of every rank from the fp32 copies."""
@@ -145,18 +156,19 @@ class _WholeWeights:
 class _PartitionedWeights:
     """Stage 3: each parameter is cut into equal flat ranges, the last of them shorter."""
 
-    def __init__(self, zero: Any, model: GPT) -> None:
-        self._zero, self._model = zero, model
+    def __init__(self, zero: Any, model: GPT, ranks: TensorRanks) -> None:
+        self._zero, self._model, self._ranks = zero, model, ranks
 
     def make_moments(self) -> None:
         for flat in self._zero.fp32_partitioned_groups_flat:
             moments_of(self._zero.optimizer, flat)
 
-    def shard(self, parameter: Any, moment: str | None) -> FlatShard:
+    def shard(self, name: str, parameter: Any, moment: str | None) -> FlatShard:
+        shape, parts = parts_of(name, tuple(parameter.ds_shape), self._ranks)
         size = parameter.partition_numel()
         start = self._zero._get_param_partition_rank(parameter) * size
         held = max(0, min(size, parameter.ds_numel - start))
-        return FlatShard(self._padded(parameter, moment).narrow(0, 0, held), tuple(parameter.ds_shape), start)
+        return FlatShard(self._padded(parameter, moment).narrow(0, 0, held), shape, start, parts)
 
     def _padded(self, parameter: Any, moment: str | None) -> Tensor:
         """This rank's range, with padding if it is the parameter's last range."""
@@ -201,8 +213,8 @@ class _SwappedWeights(_PartitionedWeights):
             if swapped:
                 zero._optimizer_states_and_gradient_swap_out(i)
 
-    def shard(self, parameter: Any, moment: str | None) -> FlatShard:
-        shard = super().shard(parameter, moment)
+    def shard(self, name: str, parameter: Any, moment: str | None) -> FlatShard:
+        shard = super().shard(name, parameter, moment)
         self._read.append((parameter, moment, weakref.ref(shard)))
         return shard
 

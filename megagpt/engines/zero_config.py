@@ -74,7 +74,7 @@ def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]
         zero |= passed["zero_optimization"]
         check_zero_section(zero, on_gpu)
     made = generated | passed | {"zero_optimization": zero}
-    check_combination(made, ranks)
+    check_combination(made, ranks, engine.tensor_ranks)
     if train.device == "cpu":
         check_on_cpu(made)
     return made

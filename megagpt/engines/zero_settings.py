@@ -201,11 +201,23 @@ def refusals(config: Config) -> Iterator[None]:
         raise UserError(f"{problem}: {first_line(error)}; {advice}") from error
 
 
-def check_combination(made: dict[str, Any], ranks: int) -> None:
+def check_combination(made: dict[str, Any], ranks: int, tensor_ranks: int = 1) -> None:
     """Raise UserError, naming the key, for what DeepSpeed 0.19 refuses in the whole config, or computes wrongly, when
-    its engine is built on `ranks` ranks."""
-    for key, value, problem in _contradictions(made, ranks):
+    its engine is built on `ranks` ranks, in groups of `tensor_ranks`."""
+    for key, value, problem in (*_unlike_neighbours(made, tensor_ranks), *_contradictions(made, ranks)):
         raise UserError(f"engine.deepspeed.{key} {json.dumps(value)}: {problem}")
+
+
+def _unlike_neighbours(made: dict[str, Any], tensor_ranks: int) -> Iterator[tuple[str, Any, str]]:
+    """ZeRO++ makes its groups of neighbouring ranks, and tensor ranks are neighbours."""
+    zero = made["zero_optimization"]
+    if zero["stage"] < 3 or tensor_ranks == 1:
+        return
+    for key, off in {"zero_hpz_partition_size": 1, "zero_quantized_gradients": False}.items():
+        if (value := zero.get(key, off)) > off:
+            problem = "DeepSpeed would do it among neighbouring ranks, which hold different weights with "
+            problem += f"engine.tensor_ranks {tensor_ranks}; leave it out, or set engine.tensor_ranks=1"
+            yield f"zero_optimization.{key}", value, problem
 
 
 def _contradictions(made: dict[str, Any], ranks: int) -> Iterator[tuple[str, Any, str]]:

@@ -62,7 +62,9 @@ def examined(engine: Engine) -> Iterator[Model]:
 @contextlib.contextmanager
 def _called(engine: Engine, precision: str) -> Iterator[Model]:
     """The engine's model with fp32 weights, and matrix products in `precision`: the same bits under every engine."""
-    if engine.config.train.precision == precision == "fp32":  # then residual stream and linear layers are fp32, too
+    # Each rank has sequences of its own, and tensor ranks share the products of the same ones.
+    alone = engine.ranks.size == 1
+    if alone and engine.config.train.precision == precision == "fp32":  # residual stream and linear layers, too
         with engine.evaluation(any_shape=True) as model:
             yield model
     else:  # in bf16, FSDP and ZeRO would round whole weights, those of norms and embeddings, too

@@ -23,11 +23,17 @@ Curve = list[tuple[float, float]]  # loss and gradient norm of each step
 
 
 class EngineCase(NamedTuple):
-    """An engine with its settings, and its number of ranks."""
+    """An engine with its settings, and its number of ranks. Names of layouts: "2 x 2" is 2 copies of the model over 2
+    ranks each, "2 x 2 tensor" is 2 groups of 2 tensor ranks."""
 
     name: str
     ranks: int
     engine: dict[str, Any]
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the settings are a layout of exactly that many ranks."""
+        return "tensor_ranks" in self.engine
 
 
 # Settings under which every parameter is partitioned, even the smallest bias.
@@ -43,6 +49,9 @@ _ENGINES = (
     EngineCase("zero-1", 2, {"name": "zero", "stage": 1}),
     EngineCase("zero-2", 2, {"name": "zero", "stage": 2}),
     EngineCase("zero-3", 2, {"name": "zero", "stage": 3, "deepspeed": _ALL_PARTITIONED}),
+    EngineCase(
+        "zero-3 2 x 2 tensor", 4, {"name": "zero", "stage": 3, "tensor_ranks": 2, "deepspeed": _ALL_PARTITIONED}
+    ),
 )
 ENGINE_CASES = {case.name: case for case in _ENGINES}
 # Micro-batches in a step, and activation checkpointing.

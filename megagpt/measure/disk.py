@@ -15,6 +15,7 @@ from megagpt.console import warn
 from megagpt.engines.engine import build_engine
 from megagpt.errors import UserError
 from megagpt.measure.worker import resume, save
+from megagpt.placement import layout
 from megagpt.world import World
 
 _PIECE = 2**24
@@ -66,7 +67,7 @@ def bench(config: Config, world: World, folder: Path, rounds: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     if not world.is_main:
         return
-    run = f"{config.run.name}, {config.engine.name} on {world.size} rank(s)"
+    run = f"{config.run.name}, {config.engine.name} on {layout(world.size, config.engine.tensor_ranks)}"
     print(f"{run}, {size / 1e9:.2f} GB, best of the rounds")
     best = {name: min(seconds) for name, seconds in results.items()}
     disk = {"save": "raw write", "load": "raw read"}

@@ -39,11 +39,7 @@ def parity(arguments: argparse.Namespace) -> int:
             raise UserError(f"--tables {name}: is measured on the CPU only; leave it out, or use --device cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    engines = list(ENGINE_CASES.values())
-    if device == "cuda":
-        # One rank per GPU: an engine that wants more ranks than there are GPUs runs on as many as there are.
-        gpus = torch.cuda.device_count()
-        engines = [s._replace(ranks=min(s.ranks, gpus)) for s in engines if "hybrid" not in s.name or gpus > 3]
+    engines = on_gpus(torch.cuda.device_count()) if device == "cuda" else list(ENGINE_CASES.values())
     within = True
     for name in wanted:
         if name in _ON_CPU and device == "cuda":
@@ -55,6 +51,16 @@ def parity(arguments: argparse.Namespace) -> int:
         _print(table)
         within = within and same
     return ExitCode.DONE if within else ExitCode.DIFFERENT
+
+
+def on_gpus(gpus: int) -> list[EngineCase]:
+    """The cases with one rank on each of that many GPUs, or fewer. A layout of several groups of ranks is left out if
+    there are too few GPUs for it; any other case runs on as many as there are."""
+    cases = list(ENGINE_CASES.values())
+    able = [case for case in cases if case.ranks <= gpus or not {"shard_ranks", "tensor_ranks"} & case.engine.keys()]
+    if left_out := [case.name for case in cases if case not in able]:
+        warn(f"parity: {gpus} GPU(s) are too few for: {', '.join(left_out)}")
+    return [case._replace(ranks=min(case.ranks, gpus)) for case in able]
 
 
 def curve_table(engines: Sequence[EngineCase], name: str, device: str) -> tuple[list[list[str]], bool]:
@@ -83,8 +89,9 @@ def memory_table() -> list[list[str]]:
     kinds = ("weights", "gradients", "optimizer")
     title = "memory: bytes per parameter on one rank at the fullest point between passes, measured / by formula"
     table = [[title], ["engine", "precision", "ranks", *kinds, "together", "ms per step"]]
-    names = [name for name in ENGINE_CASES if "hybrid" not in name]
-    grid = [(name, ranks, "bf16") for name in names for ranks in (1, 2, 4)] + [(name, 2, "fp32") for name in names]
+    cases = [case for case in ENGINE_CASES.values() if "hybrid" not in case.name]
+    grid = [(c.name, ranks, "bf16") for c in cases for ranks in ((c.ranks,) if c.fixed else (1, 2, 4))]
+    grid += [(case.name, case.ranks, "fp32") for case in cases]
     for name, ranks, precision in tqdm(grid, unit="run", desc="memory", disable=None):
         _say(f"{name}, {precision}, {ranks} rank(s)")
         case = Case(ENGINE_CASES[name].engine, ranks, 2, "none", precision, timed=True)

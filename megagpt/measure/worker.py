@@ -100,7 +100,7 @@ _MEMORY_MODEL: dict[str, Any] = {"layers": 4, "width": 128, "heads": 4, "context
 def memory_config(case: Case) -> Config:
     """A model large enough that its matrices outweigh everything else."""
     config = case.config()
-    micro_batch = _SEQUENCES // case.ranks // case.accumulation
+    micro_batch = _SEQUENCES // case.shares // case.accumulation
     train = replace(config.train, tokens=160 * _CONTEXT, batch_tokens=_SEQUENCES * _CONTEXT, micro_batch=micro_batch)
     return replace(config, model=ModelConfig(**_MEMORY_MODEL), train=train)
 

@@ -5,24 +5,25 @@ timeout, and nothing tells which rank is missing, or what it does instead."""
 
 import contextlib
 import faulthandler
+import json
 import math
 import os
-import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self, TypeVar
 
-import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
 from megagpt import console
 from megagpt.errors import ExitCode
+from megagpt.training.collectives import Collectives, flight_recorder, read_collectives, say_who_is_missing
 from megagpt.world import World
 
-# Keys in the store: each rank that notices a hang counts itself in the first, and writes its phase to the second.
-_HUNG, _SEEN = "megagpt/hung", "megagpt/hung/{rank}"
+# Keys in the store: each rank that notices a hang counts itself in the first, and writes its phase to the second, after
+# its collectives to the third.
+_HUNG, _SEEN, _COLLECTIVES = "megagpt/hung", "megagpt/hung/{rank}", "megagpt/hung/{rank}/collectives"
 _LOOK_SECONDS = 1.0
 # Time (s) that ranks get to write their stacks after one has noticed a hang.
 _DUMP_SECONDS = 10.0
@@ -39,6 +40,7 @@ class Watchdog:
     def __init__(self, world: World, folder: Path, timeout: float, ending: Callable[[str], None]) -> None:
         self._world, self._folder, self._timeout, self._ending = world, folder, timeout, ending
         self._phase, self._since, self._limit = "starting", time.monotonic(), timeout
+        self._trace = b""
         self._left, self._others_noticed = threading.Event(), threading.Event()
         self._store = world.store if world.size > 1 else None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -108,8 +110,9 @@ class Watchdog:
                 file.write(f"rank {rank} on {self._world.host}, in {self._phase} for {silent:.0f} s\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-                if trace := _flight_recorder(self._world.device.type):
-                    (self._folder / f"flight_recorder_{rank}").write_bytes(trace)
+                self._trace = flight_recorder(self._world.device.type)
+                if self._trace:
+                    (self._folder / f"flight_recorder_{rank}").write_bytes(self._trace)
                 else:
                     file.write("\nno flight recorder: this PyTorch has recorded no collective\n")
 
@@ -118,7 +121,9 @@ class Watchdog:
         an empty text on the others."""
         others = ""
         if self._store is not None:
-            self._store.set(_SEEN.format(rank=self._world.rank), self._phase)
+            rank, collectives = self._world.rank, _bounded(read_collectives, self._trace) or {}
+            self._store.set(_COLLECTIVES.format(rank=rank), json.dumps(collectives))
+            self._store.set(_SEEN.format(rank=rank), self._phase)
             if self._store.add(_HUNG, 1) != 1:
                 # Stay: the rank that noticed first still collects the phases, and this rank may hold the store.
                 time.sleep(_DUMP_SECONDS)
@@ -128,16 +133,19 @@ class Watchdog:
         return f"no progress for {silent:.0f} s in {self._phase}{others}; every rank's stack is in {self._folder}"
 
     def _others(self) -> str:
-        """The ranks that left no stack, and those in another phase than this rank."""
+        """The ranks that left no stack, those in another phase than this rank, and those that keep a collective."""
         assert self._store is not None
-        silent, elsewhere = [], []
+        silent, elsewhere, collectives = [], [], {}
         for rank in range(self._world.size):
             key = _SEEN.format(rank=rank)
             if not self._store.check([key]):
                 silent.append(rank)
-            elif (phase := self._store.get(key).decode()) != self._phase:
+                continue
+            if (phase := self._store.get(key).decode()) != self._phase:
                 elsewhere.append(f"rank {rank} in {phase}")
-        text = f"; {', '.join(elsewhere[:8])}" if elsewhere else ""
+            groups = json.loads(self._store.get(_COLLECTIVES.format(rank=rank)))
+            collectives[rank] = {name: Collectives(*values) for name, values in groups.items()}
+        text = "".join(f"; {', '.join(words[:8])}" for words in (elsewhere, say_who_is_missing(collectives)) if words)
         if silent:
             names = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
             text += f"; no answer from rank(s) {names}: stopped, or their host is gone"
@@ -152,15 +160,3 @@ def _bounded(work: Callable[[_A], _T], argument: _A) -> _T | None:
     worker.start()
     worker.join(2 * _DUMP_SECONDS)
     return results[0] if results else None
-
-
-def _flight_recorder(device: str) -> bytes:
-    """PyTorch's record of this rank's last collectives, a pickle; empty if it has none. The functions' names and what
-    they record differ between versions and builds."""
-    names = ("_dump_nccl_trace", "_dump_fr_trace")
-    for name in names if device == "cuda" else reversed(names):
-        if dist.is_initialized() and hasattr(c10d, name):
-            trace = bytes(getattr(c10d, name)())
-            if trace and pickle.loads(trace).get("entries"):
-                return trace
-    return b""

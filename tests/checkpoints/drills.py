@@ -35,6 +35,7 @@ EVERY = 15
 ENGINES = {
     "ddp": ["engine.name=ddp"],
     "fsdp": ["engine.name=fsdp"],
+    "fsdp, tensor ranks": ["engine.name=fsdp", "engine.tensor_ranks=2"],
     "zero-1": ["engine.name=zero", "engine.stage=1"],
     "zero-3": ["engine.name=zero", "engine.stage=3"],
 }
@@ -118,15 +119,17 @@ class Drill:
 
     # --- what is done to runs ---
 
-    def kill(self, kills: int, moments: random.Random, setups: Sequence[str] = ("ddp",)) -> None:
-        """SIGKILL one rank, or all, at random moments, most of them inside a save."""
+    def kill(
+        self, kills: int, moments: random.Random, setups: Sequence[str] = ("ddp",), one_of_all: float = 0.5
+    ) -> None:
+        """SIGKILL one rank, with that probability, or all, at random moments, most of them inside a save."""
         name = "killed"
         for kill in range(kills):
             ranks = self.start(name, *ENGINES[moments.choice(setups)])
             wait_for_steps(self.run(name), 3, ranks, kill + 1)
             time.sleep(moments.random() * 0.4)
             saving = any((self.run(name) / "checkpoints").glob("*.saving-*"))
-            one = moments.random() < 0.5
+            one = moments.random() < one_of_all
             victims = [moments.choice(ranks)] if one else ranks
             for rank in victims:
                 rank.kill()

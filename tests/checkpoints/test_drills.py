@@ -24,6 +24,12 @@ def test_kills_at_random_moments(tmp_path: Path, corpus: Path, whole: Path) -> N
     assert drill.done.total() == 4
 
 
+def test_the_kill_of_one_tensor_rank_loses_nothing(tmp_path: Path, corpus: Path, whole: Path) -> None:
+    drill = Drill(tmp_path, corpus, whole, steps=30, tolerance=5e-6)
+    drill.kill(2, random.Random(1), ["fsdp, tensor ranks"], one_of_all=1.0)
+    assert sum(count for kind, count in drill.done.items() if "one rank" in kind) == 2
+
+
 def test_signals_to_one_rank_stop_all(tmp_path: Path, corpus: Path, whole: Path) -> None:
     drill = Drill(tmp_path, corpus, whole, steps=45)
     drill.signals()

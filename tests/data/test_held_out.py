@@ -147,7 +147,9 @@ def test_a_validation_set_of_its_own_is_all_validation(tmp_path: Path, monkeypat
     assert "v.jsonl" in error_of(lambda: prepare(source, tmp_path / "out", val=changed, shard_tokens=100))
 
 
-def test_files_of_the_validation_set_are_not_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_of_the_validation_set_are_not_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], refusal: Refusal
+) -> None:
     folder = tmp_path / "stories"
     folder.mkdir()
     (folder / "train.txt").write_text("one<|end|>two")
@@ -162,8 +164,8 @@ def test_files_of_the_validation_set_are_not_trained_on(tmp_path: Path, capsys: 
     same = f"{folder}/train.txt"
     assert main(["prepare", same, "--val", same, "--out", str(tmp_path / "c")]) == 2
     assert "--val" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["prepare", str(folder), "--val", same, "--val-fraction", "0.1", "--out", str(tmp_path / "c")])
+    both = ["--val", same, "--val-fraction", "0.1"]
+    refusal(["prepare", str(folder), *both, "--out", str(tmp_path / "c")], "--val-fraction: not allowed with", "--val")
 
 
 @pytest.mark.parametrize("val", ["someone/stories", "other/stories"])

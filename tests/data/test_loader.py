@@ -1,11 +1,14 @@
 """Batches depend on the sequence number alone: not on ranks, resumes, micro-batches, or the size of the corpus."""
 
 import collections
+import contextlib
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +26,9 @@ from megagpt.data.loader import (
 )
 from megagpt.data.order import locate
 from megagpt.data.token_stream import TokenStream
+from megagpt.evaluation.validation import validation_loss
 from megagpt.schedule import batch_sequences
+from megagpt.world import World
 from tests.data.folders import CONTEXT, data_of, write_bin
 
 IGNORE = -100
@@ -71,6 +76,10 @@ def steps_of(corpus: Corpus, config: Config, start: int, share: Share) -> list[B
     return list(train_batches(corpus, start, config.total_sequences, size, share))
 
 
+def shapes_of(batch: Batch) -> list[torch.Size]:
+    return [tokens.shape for tokens, _ in batch.micro_batches]
+
+
 def shares_of(ranks: int, micro_batch: int) -> list[Share]:
     return [Share(rank, ranks, micro_batch) for rank in range(ranks)]
 
@@ -78,6 +87,7 @@ def shares_of(ranks: int, micro_batch: int) -> list[Share]:
 # --- one rank or many ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_steps_do_not_depend_on_ranks_or_resumes(mixture: Corpus, data: st.DataObject) -> None:
@@ -98,30 +108,27 @@ def test_steps_do_not_depend_on_ranks_or_resumes(mixture: Corpus, data: st.DataO
         step = [batches[number] for batches in ranks]
         numbers = np.arange(starts[resumed + number], starts[resumed + number] + expected.sequences)
         assert counted_rows(step) == counted_rows([expected]) == rows_of(mixture, numbers)
-        assert {(b.sequences, b.tokens, len(b.micro_batches)) for b in step} == {
-            (expected.sequences, expected.sequences * CONTEXT, shares[0].micro_batches(expected.sequences))
-        }
+        assert {(b.sequences, b.tokens) for b in step} == {(expected.sequences, expected.sequences * CONTEXT)}
+        assert len({tuple(shapes_of(b)) for b in step}) == 1
     assert {len(batches) for batches in ranks} == {len(alone) - resumed}
 
 
 @given(
     first=st.integers(0, 10**6),
-    sequences=st.integers(1, 40),
+    sequences=st.integers(1, 60),
     ranks=st.integers(1, 9),
-    micro_batch=st.integers(1, 6),
+    micro_batch=st.integers(1, 12),
 )
 @settings(max_examples=100, deadline=None)
-def test_all_ranks_get_the_same_shapes_filled_up_by_padding(
+def test_shapes_are_alike_and_as_small_as_the_longest_share(
     mixture: Corpus, first: int, sequences: int, ranks: int, micro_batch: int
 ) -> None:
-    counted = []
+    counted, shapes = [], set()
     for share in shares_of(ranks, micro_batch):
-        count = share.micro_batches(sequences)
-        assert (count - 1) * ranks * micro_batch < sequences <= count * ranks * micro_batch
         batch = mixture.batch(range(first, first + sequences), share)
-        assert len(batch.micro_batches) == count
+        shapes.add(tuple(shapes_of(batch)))
         for tokens, targets in batch.micro_batches:
-            assert tokens.shape == targets.shape == (micro_batch, CONTEXT)
+            assert tokens.shape == targets.shape
             assert tokens.dtype == targets.dtype == torch.int64
             assert tokens.min() >= 0, "padding must still be a token that has an embedding"
             assert tokens.max() < 50257
@@ -129,6 +136,27 @@ def test_all_ranks_get_the_same_shapes_filled_up_by_padding(
         counted.append(sum(counted_rows([batch]).values()))
     assert sum(counted) == sequences
     assert max(counted) - min(counted) <= 1
+    ((shape, *others),) = shapes
+    assert set(others) <= {shape}
+    count, rows = len(others) + 1, (len(others) + 1) * shape[0]
+    assert shape[0] <= micro_batch
+    assert (count - 1) * micro_batch < max(counted) <= rows < max(counted) + count
+    if sequences % (ranks * micro_batch) == 0:
+        assert shape == (micro_batch, CONTEXT), "full micro-batches stay whole"
+
+
+def test_sixteen_sequences_on_128_shares_are_one_row_each(mixture: Corpus) -> None:
+    """Of GPT-3 175B's first batch, with a micro-batch of 12: 128 rows are computed, not 1,536."""
+    batches = [mixture.batch(range(16), share) for share in shares_of(128, 12)]
+    assert [shapes_of(batch) for batch in batches] == [[(1, CONTEXT)]] * 128
+    assert counted_rows(batches[:16]) == counted_rows(batches) == rows_of(mixture, np.arange(16))
+
+
+def test_a_last_batch_has_the_shapes_of_those_before(mixture: Corpus) -> None:
+    """So that a compiled model is not compiled again for it."""
+    for compiled in (False, True):
+        shapes = list(map(shapes_of, steps_of(mixture, config_of(53, 16, (0, 0)), 0, Share(0, 2, 4, compiled))))
+        assert shapes == [[(4, CONTEXT)] * count for count in (2, 2, 2, 1)]
 
 
 def test_rows_are_the_numbered_sequences_of_the_files(mixture: Corpus, folders: list[Path]) -> None:
@@ -209,6 +237,26 @@ def test_validation_is_the_same_on_any_number_of_ranks(folders: list[Path]) -> N
     for ranks, micro_batch in ((2, 3), (3, 1), (5, 4), (count + 1, 2)):
         batches = [corpus.batch(range(count), share) for share in shares_of(ranks, micro_batch)]
         assert counted_rows(batches) == expected
+
+
+@pytest.mark.parametrize(
+    ("sequences", "compiled", "size", "count"),
+    [(12, False, 12, 1), (5, False, 5, 1), (5, True, 6, 1), (25, False, 9, 3), (24, False, 12, 2), (25, True, 12, 3)],
+)
+def test_validation_is_cut_into_micro_batches_of_one_shape(
+    mixture: Corpus, sequences: int, compiled: bool, size: int, count: int
+) -> None:
+    """With a micro-batch of 12, beside a model whose loss is 1 for each token that counts."""
+    shapes = []
+
+    def model(tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        shapes.append(tokens.shape)
+        return (targets != IGNORE).sum()
+
+    share, evaluation = Share(0, 1, 12, compiled), contextlib.nullcontext
+    engine: Any = SimpleNamespace(world=World.alone(), share=share, evaluation=lambda: evaluation(model))
+    assert validation_loss(engine, mixture, sequences) == 1
+    assert shapes == [(size, CONTEXT)] * count
 
 
 def test_sources_without_held_out_text_leave_validation_to_the_others(folders: list[Path], tmp_path: Path) -> None:

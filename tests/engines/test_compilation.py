@@ -149,6 +149,37 @@ def test_each_kind_of_block_is_one_graph() -> None:
     assert_one_each(found)
 
 
+def ramp_graphs(engine: dict[str, Any]) -> list[dict[str, int]]:
+    """Dynamo's counts after steps and validations of all sizes of micro-batches up to 3, and after as many more."""
+    original = torch.compile
+    torch.compile = lambda f, **options: original(f, backend="eager", **options)
+    with join("cpu") as world:
+        train = {"precision": "bf16", "device": "cpu", "compile": True, "micro_batch": 3}
+        train |= {"tokens": 48, "batch_tokens": 48}
+        model = MODEL | {"attention": "banded", "window": 8}
+        built = build_engine(build_config({"model": model, "engine": engine, "train": train}, "t"), world)
+        counters.clear()
+        found = []
+        for _ in range(2):
+            for size in (1, 2, 3):
+                rows = torch.randint(100, (size, MODEL["context"] + 1))
+                pair = rows[:, :-1], rows[:, 1:].contiguous()
+                built.train_step(Batch([pair], size, size * MODEL["context"]), 1e-3)
+                with built.evaluation() as evaluated:
+                    evaluated(*pair)
+            breaks = sum(counters["graph_break"].values())
+            found.append({"graphs": counters["stats"]["unique_graphs"], "breaks": breaks})
+        return found
+
+
+@pytest.mark.slow
+def test_a_model_is_compiled_once_for_each_size_of_a_ramp() -> None:
+    """Beyond PyTorch's own limit: a function of which there are 8 graphs would run uncompiled for all other shapes."""
+    (found,) = run_ranks(1, ramp_graphs, ENGINES["fsdp"])
+    graphs = 3 * 2 * (2 + 2)  # sizes; with and without gradients; both kinds of blocks, final LayerNorm, softmax
+    assert found == [{"graphs": graphs, "breaks": 0}] * 2
+
+
 @pytest.mark.slow
 def test_buckets_of_two_ranks_cut_no_block() -> None:
     for found in run_ranks(2, all_graphs, [(name, "none") for name in ("ddp", "fsdp", "zero-3")], False):

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("curves")]
 OTHERS: dict[str, dict[str, Any]] = {
     "fsdp, gathered once": {"name": "fsdp", "reshard_after_forward": False},
     "fsdp, offload all": {"name": "fsdp", "offload": "all"},
+    "fsdp with tensor ranks, offload all": {"name": "fsdp", "offload": "all", "tensor_ranks": 2},
     "zero-1, offload optimizer": {"name": "zero", "stage": 1, "offload": "optimizer"},
     "zero-2, offload optimizer": {"name": "zero", "stage": 2, "offload": "optimizer"},
     "zero-3, offload all": {"name": "zero", "stage": 3, "offload": "all"},
@@ -96,7 +97,7 @@ def compiled_curve(case: Case) -> Curve:
         return worker.curve(case, world)
 
 
-@pytest.mark.parametrize("name", ["fsdp", "zero-3"])
+@pytest.mark.parametrize("name", ["fsdp", "fsdp 1 x 2 tensor", "zero-3"])
 def test_compiled_blocks_keep_the_curve(name: str, plain: Curve) -> None:
     case = Case(ENGINE_CASES[name].engine, 2, 1, "selective", compile=True, steps=STEPS)
     for curve in run_ranks(2, compiled_curve, case):

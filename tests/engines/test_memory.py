@@ -13,8 +13,8 @@ from megagpt.planning.state import state_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("memory")]
 
-NAMES = [name for name in ENGINE_CASES if "hybrid" not in name]
-CASES = [Case(ENGINE_CASES[name].engine, 2, 2, "none", precision) for name in NAMES for precision in ("fp32", "bf16")]
+ENGINES = [case for name, case in ENGINE_CASES.items() if "hybrid" not in name]
+CASES = [Case(engine.engine, engine.ranks, 2, "none", p) for engine in ENGINES for p in ("fp32", "bf16")]
 CASES += [Case(ENGINE_CASES[name].engine, 4, 2, "none", "bf16") for name in ("fsdp", "zero-3")]
 Memory = Callable[[Case], dict[str, Any]]
 

@@ -19,6 +19,8 @@ from tests.processes import run_ranks
 
 pytestmark = pytest.mark.slow
 
+EVERY = ("ddp", "fsdp", "fsdp 1 x 2 tensor", "zero-1", "zero-2", "zero-3")
+
 
 def small(name: str, **changes: Any) -> Case:
     return dataclasses.replace(Case(ENGINE_CASES[name].engine, ENGINE_CASES[name].ranks), **changes)
@@ -77,7 +79,7 @@ def evaluating(case: Case, world: World) -> tuple[list[float], list[str]]:
     engine = build_engine(case.config(), world)
     before = {key: s.flat.numel() for key, s in engine.state().items()}
     with engine.evaluation() as model:
-        ((tokens, targets),) = share(0, 0, dataclasses.replace(case, ranks=1)).micro_batches
+        ((tokens, targets),) = share(0, 0, dataclasses.replace(case, ranks=1, engine={})).micro_batches
         losses = [float(model(tokens, targets)) for _ in range(2)]
     after = {key: s.flat.numel() for key, s in engine.state().items()}
     engine.train_step(share(0, world.rank, case), LR)
@@ -86,7 +88,7 @@ def evaluating(case: Case, world: World) -> tuple[list[float], list[str]]:
 
 def test_evaluation_is_the_same_and_leaves_nothing_gathered() -> None:
     """Under each engine, in compiled blocks."""
-    names = ("fsdp", "zero-2", "zero-3")
+    names = ("fsdp", "fsdp 1 x 2 tensor", "zero-2", "zero-3")
     reference, *others = on_two_ranks(evaluating, [small("ddp"), *(small(name, compile=True) for name in names)])
     for name, ranks in zip(names, others, strict=True):
         for losses, gathered in ranks:
@@ -112,7 +114,7 @@ def flagging(case: Case, world: World) -> tuple[tuple[bool, ...], list[str]]:
 
 
 def test_a_flag_of_one_rank_reaches_all_with_the_loss() -> None:
-    names = ("ddp", "fsdp", "zero-1", "zero-3")
+    names = ("ddp", "fsdp", "fsdp 1 x 2 tensor", "zero-1", "zero-3")
     for found in on_two_ranks(flagging, [small(name, accumulation=2) for name in names]):
         for raised, order in found:
             assert raised == (False, True, False)
@@ -158,7 +160,7 @@ def skipping(case: Case, world: World) -> tuple[Results, Results]:
 
 def test_a_bad_rank_skips_the_step_on_every_rank() -> None:
     """And the steps after it are those of a run that never saw it."""
-    cases = [small(name, accumulation=2) for name in ("ddp", "fsdp", "zero-1", "zero-2", "zero-3")]
+    cases = [small(name, accumulation=2) for name in EVERY]
     cases.append(small("zero-1", precision="bf16", accumulation=2))
     for case, ranks in zip(cases, on_two_ranks(skipping, cases), strict=True):
         for results, clean in ranks:
@@ -185,7 +187,7 @@ def half_precision(case: Case, world: World) -> tuple[list[tuple[float, float, b
 
 
 def test_fp16_scales_the_loss(plain: Curve) -> None:
-    cases = [small(name, precision="fp16", accumulation=2) for name in ("ddp", "fsdp", "zero-1", "zero-2", "zero-3")]
+    cases = [small(name, precision="fp16", accumulation=2) for name in EVERY]
     for case, ((results, scales), other) in zip(cases, on_two_ranks(half_precision, cases), strict=True):
         assert (str(results), scales) == (str(other[0]), other[1]), case  # as text: not-a-number equals itself
         skipped = [not updated for *_, updated in results]

@@ -18,6 +18,8 @@ ENGINES = {
     "zero-1": ["engine.name=zero", "engine.stage=1"],
     "zero-3": ["engine.name=zero", "engine.stage=3"],
 }
+# 24 sequences in batches of 1, 1, 2, 2, 3, and then 4: on two ranks, the second one has nothing to do at first.
+RAMP = {"tokens": 768, "batch_ramp_start": 32, "batch_ramp_tokens": 256}
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
@@ -29,11 +31,9 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def one(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A config, and its run in one process under DDP."""
+    """A config with a batch ramp, and its run in one process under DDP."""
     folder = tmp_path_factory.mktemp("one")
-    config = write_tiny(
-        folder, corpus, train={"tokens": 768}, validation={"every_tokens": 384}, optimizer={"clip_norm": 0.5}
-    )
+    config = write_tiny(folder, corpus, train=RAMP, validation={"every_tokens": 384}, optimizer={"clip_norm": 0.5})
     assert main(["train", str(config), "run.name=one"]) == 0
     return config, folder / "runs" / "one"
 

@@ -47,6 +47,12 @@ def test_the_three_batch_sizes_agree(ranks: int, micro_batch: int, accumulation:
     assert made["train_batch_size"] == micro_batch * accumulation * ranks
 
 
+def test_tensor_ranks_take_one_share_of_the_batch() -> None:
+    """DeepSpeed multiplies by the groups: that is what its `mpu` tells it."""
+    made = deepspeed_config(config(4, 2, 3, engine={"tensor_ranks": 2}), ranks=8, on_gpu=True)
+    assert made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * 4 == made["train_batch_size"]
+
+
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="batch_tokens"):
         deepspeed_config(config(1, 2, 3), ranks=4, on_gpu=True)

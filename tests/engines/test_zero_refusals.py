@@ -123,6 +123,16 @@ def test_ranks_that_share_weights_must_divide_all_ranks(refusal: Refusal) -> Non
     refusal(["config", *zero, sharing, "--ranks", "16"], "zero_hpz_partition_size 6: does not divide 16 ranks")
 
 
+@pytest.mark.parametrize(("key", "value"), [("zero_hpz_partition_size", 2), ("zero_quantized_gradients", True)])
+def test_zeropps_groups_are_refused_with_tensor_ranks(key: str, value: Any, refusal: Refusal) -> None:
+    zero = ["config", "gpt3_xl", "engine.name=zero", "engine.stage=3", "train.micro_batch=1", "--ranks", "16"]
+    own = f"engine.deepspeed.zero_optimization.{key}={json.dumps(value)}"
+    advice = "leave it out, or set engine.tensor_ranks=1"
+    refusal([*zero, own, "engine.tensor_ranks=4"], f"{key} {json.dumps(value)}: DeepSpeed would do it", advice)
+    assert main([*zero, own, "engine.tensor_ranks=1"]) == 0
+    assert main([*zero, "engine.tensor_ranks=4"]) == 0
+
+
 def test_settings_of_gpus_are_refused_on_cpus(refusal: Refusal) -> None:
     zero = ["gpt3_xl", "engine.name=zero", "engine.stage=3", "train.device=cpu"]
     key = "engine.deepspeed.zero_optimization.zero_quantized_weights"

@@ -72,7 +72,7 @@ def shaped(shape: tuple[int, ...], name: str) -> Config:
 
 
 def test_a_cpus_run_of_one_shape_gives_the_others(tmp_path: Path) -> None:
-    """Steps that were really taken. Nine in ten of all pairs of shapes are met within 15%."""
+    """Steps that were really taken. The plan says how near all pairs of shapes are."""
     configs = {shape: shaped(shape, f"run{i}") for i, shape in enumerate(CPU_STEPS)}
     own = {}
     for shape, config in configs.items():
@@ -86,9 +86,9 @@ def test_a_cpus_run_of_one_shape_gives_the_others(tmp_path: Path) -> None:
     for one, other in itertools.permutations(CPU_STEPS, 2):
         found = predict_speed(configs[other], Cluster(own[one].gpu, 1, 1), own[one].calibration)
         errors.append(abs(found.step / CPU_STEPS[other] - 1))
-    print(f"median {statistics.median(errors):.1%}, largest {max(errors):.1%}")
     assert statistics.quantiles(errors, n=10)[-1] < 0.15
-    assert max(errors) < 0.25
+    said = f"nine in ten pairs of 12 shapes on one CPU were that near ({statistics.median(errors):.0%} at the median, "
+    assert f"{said}{max(errors):.0%} at most)" in found.evidence
 
 
 def test_a_plan_of_which_the_run_says_nothing_is_refused(tmp_path: Path, refusal: Refusal) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagpt.planning.calibration import EVIDENCE, calibration_of
+from megagpt.planning.calibration import EVIDENCE, calibrated, calibration_of
 from megagpt.planning.evidence import engine_family
-from megagpt.planning.gpus import find_gpu
+from megagpt.planning.gpus import Cluster, find_gpu
 from megagpt.planning.speed import predict_speed
 from tests.planning.fit_speed import (
     SEEDS,
@@ -113,6 +113,22 @@ def test_the_wide_range_holds_most_sources(trial: Trial) -> None:
     medians = [np.median(1 / trial.sources[group]) for group in by_source(trial.rows)]
     assert np.mean([0.7 <= median <= 1.3 for median in medians]) >= 0.7
     assert np.mean(np.abs(1 / trial.sources - 1) <= 0.3) > 0.9
+
+
+@pytest.mark.slow
+def test_a_row_calibrates_the_others_of_its_code_and_gpu(trial: Trial) -> None:
+    """By constants that have seen none of that code's rows. The plan says how near all pairs are."""
+    kinds = np.array([f"{row.source}, {row.cluster.gpu.name}" for row in trial.rows.rows])
+    errors = []
+    for kind in set(kinds):
+        ratios = trial.sources[kinds == kind]
+        pairs = np.abs(ratios[:, None] / ratios[None, :] - 1)
+        errors.extend(pairs[~np.eye(len(ratios), dtype=bool)])
+    assert np.quantile(errors, 0.9) < 0.15
+    config, gpu = trial.rows.rows[0].config, find_gpu("h100")
+    plan = predict_speed(config, Cluster(gpu, 128), calibrated(calibration_of(gpu), 1.1, "mine"))
+    said = f"nine in ten pairs of published speeds of one code on one GPU were that near ({np.median(errors):.0%} at"
+    assert f"{said} the median, {max(errors):.0%} at most)" in plan.evidence
 
 
 def test_the_evidence_table_says_what_the_rows_say() -> None:

@@ -199,10 +199,8 @@ def test_steps_may_be_written_as_other_trainers_do(value: str, steps: range, tin
         assert load_config(str(tiny(train={"profile_steps": in_a_file[value]}))).train == config.train
 
 
-def test_zero_steps_are_refused(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["profile", str(tiny()), "--steps", "0"])
-    assert "argument --steps: '0' is not a whole number above 0" in capsys.readouterr().err
+def test_zero_steps_are_refused(tiny: Tiny, refusal: Refusal) -> None:
+    refusal(["profile", str(tiny()), "--steps", "0"], "argument --steps: '0' is not a whole number above 0")
 
 
 @pytest.mark.slow

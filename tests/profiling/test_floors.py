@@ -16,6 +16,7 @@ from megagpt.profiling.floors import Floor, Work, floor, work
 from megagpt.profiling.parts import Part
 from megagpt.profiling.rates import Rates, find_rates
 from megagpt.profiling.table import Row, Table, make_table
+from megagpt.schedule import Cut
 
 RATES = Rates(100.0, "data sheet", 10.0, "data sheet")
 
@@ -32,7 +33,7 @@ def config(engine: dict[str, Any] | None = None, model: dict[str, Any] | None = 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_parts_have_the_flops_of_mfu(attention: str, ranks: int) -> None:
     made = config(model={"attention": attention, "window": 8})
-    model, found = made.model, work(made, ranks, 4 // ranks)
+    model, found = made.model, work(made, ranks, 4 // ranks, 8 // ranks)
     tokens = made.train.batch_tokens // ranks
     # MFU counts 6 for each parameter that is multiplied, and takes vectors for such.
     vectors = sum(p.numel() for p in GPT(model).parameters() if p.dim() == 1)
@@ -46,7 +47,7 @@ def test_the_parts_have_the_flops_of_mfu(attention: str, ranks: int) -> None:
 
 def test_activation_checkpointing_adds_what_is_computed_again() -> None:
     def flops(mode: Any) -> tuple[float, float]:
-        found = work(config(activation_checkpointing=mode), 1, 4)
+        found = work(config(activation_checkpointing=mode), 1, 4, 8)
         return found[Part.PRODUCTS].flops, found[Part.ATTENTION].flops
 
     (products, attention), full = flops("none"), flops("full")
@@ -62,7 +63,7 @@ def test_bytes_are_those_that_no_fusion_saves() -> None:
     """Counted by hand, for 256 tokens of width 64 in 4 layers in bf16."""
 
     def moved(**train: Any) -> dict[Part, float | None]:
-        return {part: todo.moved for part, todo in work(config(precision="bf16", **train), 1, 4).items()}
+        return {part: todo.moved for part, todo in work(config(precision="bf16", **train), 1, 4, 8).items()}
 
     tokens, c, vocabulary = 256, 64, 50304
     found = moved()
@@ -82,9 +83,9 @@ def test_bytes_are_those_that_no_fusion_saves() -> None:
     assert moved(activation_checkpointing="selective")[Part.PRODUCTS] == found[Part.PRODUCTS]
 
 
-def table(peaks: Rates = RATES, batches: Sequence[int] = (8,), **train: Any) -> Table:
+def table(peaks: Rates = RATES, cuts: Sequence[Cut] = (Cut(4, 2),), **train: Any) -> Table:
     found = Breakdown(1.0, dict.fromkeys(Part, 0.0), {})
-    return make_table(config(**train), 1, batches, found, peaks, "", [])
+    return make_table(config(**train), 1, cuts, found, peaks, "", [])
 
 
 def rows(made: Table) -> dict[str, Row]:
@@ -92,16 +93,26 @@ def rows(made: Table) -> dict[str, Row]:
 
 
 def test_floors_are_those_of_the_profiled_batches() -> None:
-    """The batch of a ramp is not yet full. Micro-batches that are not full cost as much as full ones."""
-    full = rows(table())
-    for batches, micro_batches in (([8], 4), ([2], 1), ([1, 3], 1.5), ([2, 8], 2.5)):
-        found = rows(table(batches=batches))
+    """The batch of a ramp is not yet full: it has fewer micro-batches, and then smaller ones."""
+    fast = Rates(100.0, "data sheet", 1e12, "data sheet")  # so that FLOPs bound the products' floor
+    full = rows(table(fast))
+    for cuts, sequences in (([(4, 2)], 8), ([(1, 2)], 2), ([(1, 1), (2, 2)], 2.5), ([(1, 2), (4, 2)], 5)):
+        found = rows(table(fast, [Cut(*each) for each in cuts]))
         for part in (Part.PRODUCTS, Part.BLOCKS, Part.HEAD, Part.EMBEDDING, Part.ATTENTION):
             least, whole = found[part].floor, full[part].floor
             assert least is not None
             assert whole is not None
-            assert least.seconds == pytest.approx(whole.seconds * micro_batches / 4)
+            assert least.seconds == pytest.approx(whole.seconds * sequences / 8)
         assert found[Part.OPTIMIZER] == full[Part.OPTIMIZER]
+
+
+def test_weights_move_once_in_each_micro_batch() -> None:
+    """Whatever its size."""
+    few, many = (work(config(precision="fp32"), 1, count, 8) for count in (1, 4))
+    weights = 4 * 12 * 64 * 64
+    assert many[Part.PRODUCTS].moved == few[Part.PRODUCTS].moved + 3 * 3 * 4 * weights  # type: ignore[operator]
+    assert many[Part.HEAD].moved == few[Part.HEAD].moved + 3 * 3 * 4 * 64 * 50304  # type: ignore[operator]
+    assert many[Part.PRODUCTS].flops == few[Part.PRODUCTS].flops
 
 
 def test_float8_doubles_the_peak_of_the_blocks_products() -> None:
@@ -130,7 +141,7 @@ def test_the_optimizer_moves_eight_values_of_each_parameter() -> None:
     stored = config().model.stored_parameters
 
     def moved(engine: dict[str, Any], ranks: int, precision: str = "fp32") -> float | None:
-        return work(config(engine, precision=precision), ranks, 1)[Part.OPTIMIZER].moved
+        return work(config(engine, precision=precision), ranks, 1, 2)[Part.OPTIMIZER].moved
 
     assert moved({"name": "ddp"}, 2) == 32 * stored
     assert moved({"name": "fsdp"}, 2) == 16 * stored

@@ -196,6 +196,7 @@ def test_every_engine_trains_and_scores_the_same() -> None:
     engines differ by what their training differs."""
     ways = [(name, "bf16") for name in ("ddp", "fsdp", "zero-1", "zero-2", "zero-3")]
     ways += [(name, "fp32") for name in ("ddp", "fsdp", "zero-3")]  # the weights' layouts
+    ways += [("fsdp 1 x 2 tensor", precision) for precision in ("bf16", "fp32")]
     first, second = run_ranks(2, on_engines, ways)
     references = {way[1]: one[1] for way, one in zip(ways, first, strict=True) if way[0] == "ddp"}
     for way, one, other in zip(ways, first, second, strict=True):

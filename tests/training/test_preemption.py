@@ -164,6 +164,7 @@ def test_an_interrupted_last_validation_is_done_after_the_resume(
     assert "finished already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_validation_early(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,13 +212,26 @@ def test_the_printed_bound_is_the_time_that_is_kept(
 def test_the_bound_counts_a_validation_that_compiles() -> None:
     """Until it has compiled: 2 saves of 1 s, a step of 2 s, and the longest of a step, samples and compiling."""
     reserve = Reserve(SimpleNamespace(expected_seconds=1.0))  # type: ignore[arg-type]
-    reserve.took(step=2, samples=5)
-    reserve.compiling(60)
+    reserve.took(step=2, samples=5, compiling=60)
+    reserve.validation_compiles = True
     assert reserve.seconds == 60 + 2 + 2
     assert "a first validation, compiling included (60.00 s), one step (2.00 s)" in reserve.sentence(0)
-    reserve.compiling(0)
+    reserve.validation_compiles = False
     assert reserve.seconds == 5 + 2 + 2
     assert "samples (5.00 s), one step (2.00 s)" in reserve.sentence(0)
+
+
+def test_the_bound_counts_a_step_that_compiles_again() -> None:
+    """It comes after samples, a validation that compiles, or the rest of a step."""
+    reserve = Reserve(SimpleNamespace(expected_seconds=1.0))  # type: ignore[arg-type]
+    reserve.took(step=2, compiling=60)
+    assert reserve.seconds == 2 + 2 + 2
+    assert "two steps (2.00 s each)" in reserve.sentence(0)
+    reserve.step_compiles = True
+    assert reserve.seconds == 2 + 60 + 2
+    assert "one step (2.00 s), a step that compiles the model again (60.00 s), a save" in reserve.sentence(0)
+    reserve.validation_compiles = True
+    assert reserve.seconds == 60 + 60 + 2
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from megagpt.incarnations import list_incarnations
 from megagpt.measure.plain import plain_optimizer, plain_step
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
+from megagpt.training.reserve import Reserve
 from megagpt.training.watchdog import Watchdog
 from tests.conftest import Tiny, metrics
 from tests.processes import environment, start_ranks, torchrun_command
@@ -135,6 +136,36 @@ def test_a_compiled_block_gives_the_same_losses(
     assert list_checkpoints(run)[-1].open().meta.compiled is False
 
 
+@pytest.mark.slow
+def test_a_ramp_compiles_again_for_another_size(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The graphs, without their C++. The watchdog waits, the run says so, and the bound of a stop expects it."""
+    compile_, patient, sentence = torch.compile, Watchdog.patient, Reserve.sentence
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="eager", **options))
+    waits: list[str] = []
+    monkeypatch.setattr(Watchdog, "patient", lambda self, text: waits.append(text) or patient(self, text))
+    bounds: list[Reserve] = []
+    monkeypatch.setattr(Reserve, "sentence", lambda self, size: bounds.append(self) or sentence(self, size))
+    ramp = {"batch_ramp_start": 32, "batch_ramp_tokens": 384, "tokens": 768, "micro_batch": 2}
+    config = str(tiny(train={**ramp, "compile": True}, validation={"every_tokens": 320}))
+    assert train(config, "run.name=compiled") == 0
+    batches = [line["batch_tokens"] // 32 for line in metrics(tmp_path / "runs" / "compiled")]
+    again = batches.index(2) + 1  # those of 3 and 4 are made of two
+    assert 4 in batches
+    assert [text for text in waits if "step" in text] == ["step 1, compiling", f"step {again}, compiling"]
+    assert waits.count("validation, compiling") == 1
+    output = capsys.readouterr().out
+    assert output.count("compiles the model again: it may take minutes") == 1
+    assert f"step {again}, the first with micro-batches of 2, compiles the model again" in output
+    assert f"step {again} took " in output
+    assert "a step that compiles the model again (" in output
+    assert [reserve.step_compiles for reserve in bounds] == [False], "the ramp is over"
+    assert train(config, "run.name=eager", "train.compile=false") == 0
+    eager, compiled = losses(tmp_path / "runs" / "eager"), losses(tmp_path / "runs" / "compiled")
+    assert compiled == pytest.approx(eager, abs=LOSS)
+
+
 # --- resuming ---
 
 
@@ -184,6 +215,7 @@ def test_an_unfinished_run_without_a_checkpoint_starts_over(
     assert losses(tmp_path / "runs" / "tiny") == first
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_as_it_is(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(str(tiny(train={"tokens": 256}))) == 0
     before = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text()
@@ -195,6 +227,7 @@ def test_a_finished_run_stays_as_it_is(tiny: Tiny, tmp_path: Path, capsys: pytes
 # --- what a run leaves behind ---
 
 
+@pytest.mark.slow
 def test_a_run_leaves_config_environment_metrics_and_events(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

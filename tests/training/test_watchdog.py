@@ -1,14 +1,16 @@
 """A rank that stops: the others leave their stacks, say who is missing, and end."""
 
+import itertools
 import os
 import pickle
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -17,14 +19,17 @@ import torch.distributed as dist
 from torch.distributed import TCPStore
 
 from megagpt import console
+from megagpt.cli import main
 from megagpt.errors import ExitCode
 from megagpt.incarnations import list_incarnations
+from megagpt.measure.processes import free_port, rank_environment
+from megagpt.models.gpt import MLP
 from megagpt.training import watchdog
 from megagpt.training.watchdog import Watchdog
 from megagpt.world import World
 from tests.conftest import metrics, write_tiny
-from tests.processes import megagpt, start_ranks
-from tests.runs import PATIENCE, logs, wait_for_steps
+from tests.processes import Process, megagpt, start_ranks
+from tests.runs import PATIENCE, error_lines, logs, wait_for_steps
 
 TIMEOUT = 4
 
@@ -74,6 +79,37 @@ def test_every_rank_leaves_stacks_and_last_collectives(tmp_path: Path, corpus: P
     assert [step["step"] for step in metrics(run)] == list(range(1, total // 128 + 1))
 
 
+def stuck_in_a_block(arguments: list[str]) -> int:
+    """A run whose last rank stays in its second block in the third step."""
+    usual, calls = MLP.forward, itertools.count(1)
+
+    def forward(self: MLP, *inputs: Any, **named: Any) -> Any:
+        if next(calls) == 2 * 4 + 2:  # two blocks and two micro-batches in each step
+            time.sleep(PATIENCE)
+        return usual(self, *inputs, **named)
+
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        MLP.forward = forward  # type: ignore[assignment, method-assign]
+    return main(arguments)
+
+
+@pytest.mark.timing
+def test_the_tensor_rank_that_keeps_the_others_is_named(tmp_path: Path, corpus: Path) -> None:
+    """All ranks are in the same step, and wait for each other: only the one for which all wait is the cause."""
+    config = write_tiny(tmp_path, corpus, train={"micro_batch": 1})
+    command = ["train", str(config), "engine.name=fsdp", "engine.tensor_ranks=2", f"train.hang_timeout={TIMEOUT}"]
+    port = free_port()
+    ranks = []
+    for rank in range(4):
+        log, place = tmp_path / f"rank_{rank}.log", rank_environment(rank, 4, port)
+        ranks.append(Process(stuck_in_a_block, command, cwd=tmp_path, stdout=log, stderr=log, variables=place))
+    assert [rank.wait(PATIENCE) for rank in ranks] == [ExitCode.HUNG] * 4
+    (line,) = error_lines(logs(tmp_path))
+    assert re.search(r" in step 3; rank 3 has not joined all_gather \d+ of ranks 2, 3; every rank's stack", line), line
+    stacks = [(tmp_path / "runs" / "tiny" / "hangs" / "000001" / f"rank_{rank}.txt").read_text() for rank in (2, 3)]
+    assert ["in _gather\n" in stack for stack in stacks] == [True, False]
+
+
 @pytest.mark.timing
 def test_a_rank_that_never_answers_delays_nobody(tmp_path: Path, corpus: Path) -> None:
     """Not even the one that holds the store, by which ranks tell each other."""
@@ -87,6 +123,7 @@ def test_missing_ranks_and_their_phases_are_named(tmp_path: Path) -> None:
     one = Watchdog(World(0, 4, 0, torch.device("cpu"), store), tmp_path, 60, print)
     one.phase("step 7")
     for rank, phase in ((0, "step 7"), (1, "step 6, waiting for data"), (3, "step 7")):
+        store.set(f"megagpt/hung/{rank}/collectives", "{}")
         store.set(f"megagpt/hung/{rank}", phase)
     assert store.get("megagpt/hung/3") == b"step 7"  # so the other connection sees them, too
     expected = "; rank 1 in step 6, waiting for data; no answer from rank(s) 2: stopped, or their host is gone"
