@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.incarnations import list_incarnations
 from tests.conftest import metrics, write_tiny
+from tests.faulty_run import before_steps
 from tests.minicluster import MiniCluster, mini_cluster, missing, missing_ssh
 from tests.processes import REPOSITORY, free_port, megagpt
 from tests.runs import LOSS, PATIENCE, STEP_TOKENS, assert_one_error, losses, wait_for_steps
@@ -69,23 +70,6 @@ def config(folder: Path, corpus: Path) -> Path:
         checkpoint={"every_tokens": 10 * STEP_TOKENS, "keep_last": 3},
         optimizer={"lr": 3e-4},
     )  # fmt: skip
-
-
-def before_steps(folder: Path, condition: str, expression: str) -> str:
-    """A PYTHONPATH with which each process that meets the condition evaluates an expression of `tokens`, the position,
-    whenever it asks for a step's learning rate."""
-    (folder / "faults").mkdir()
-    (folder / "faults" / "sitecustomize.py").write_text(
-        "import os, time\n"
-        f"if {condition}:\n"
-        "    import megagpt.schedule as schedule\n"
-        "    usual = schedule.learning_rate\n"
-        "    def learning_rate(config, tokens):\n"
-        f"        {expression}\n"
-        "        return usual(config, tokens)\n"
-        "    schedule.learning_rate = learning_rate\n"
-    )
-    return f"{folder / 'faults'}:{REPOSITORY}"
 
 
 class Job:
