@@ -228,13 +228,13 @@ class _Step:
             yield name, self._parts(index, parts | more | {"table's gradient": float(table)})
             return
         parts |= {"table's gradient": float(table), "copies of weights": self._copies(index, self.kinds[:index])}
-        own = 0 if a == 4 else a * 12 * c * c  # kept, or made again
+        own: float = 0 if a == 4 else a * 12 * c * c  # kept, or made again
         earlier = 4 * (done - current) if self.compiled else 0
         if self.compiled:  # a copy is freed when the gradient behind it is on its way
             own -= a * done if a == 2 else 0
-            used = 0
+            used = 0.0
         else:
-            used = a * current if a == 2 else 0
+            used = a * current if a == 2 else 0.0
         gradients = earlier + a * current + own
         yield name, self._parts(index, parts | {"block's gradients": float(gradients)})
         if a == 2:  # then the gradient in fp32, when the product's operands are gone

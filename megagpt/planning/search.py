@@ -184,7 +184,7 @@ def find_clusters(config: Config, like: Cluster, planner: Planner) -> Clusters:
 
 def gpu_counts(config: Config, per_node: int) -> list[int]:
     """Numbers of GPUs over which the batch can be divided, fewest first."""
-    groups = {1, config.engine.tensor_ranks, *tensor_sizes(config, per_node)}
+    groups = {1, *tensor_sizes(config, per_node)}
     most = min(config.batch_sequences * max(groups), _MOST_GPUS)
     counts = [*range(1, min(per_node, most + 1)), *range(per_node, most + 1, per_node)]
     sequences = config.batch_sequences

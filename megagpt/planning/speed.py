@@ -94,7 +94,7 @@ def step_parts(work: Work, config: Config, cluster: Cluster, c: Calibration) -> 
         "weights in each micro-batch": work.parameters * c.weight_bytes / gpu.bandwidth,
     }
     streaming = work.streamed / c.pcie
-    taken = collections.Counter[tuple[bool, bool]]()
+    taken = collections.defaultdict[tuple[bool, bool], float](float)
     for exchange in work.exchanges:
         taken[exchange.between_products, exchange.each_micro_batch] += _seconds(exchange, cluster, c)
     each, once, between = taken[False, True], taken[False, False], taken[True, True]
