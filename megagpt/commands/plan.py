@@ -41,7 +41,9 @@ def register(add: Add) -> None:
     sub.add_argument("--network", type=above_zero, metavar="GBITS", help=text)
     sub.add_argument("--price", type=above_zero, metavar="DOLLARS", help="price of a GPU for an hour")
     sub.add_argument("--days", type=above_zero, metavar="D", help="time in which the run is to end")
-    sub.add_argument("--compare", action="store_true", help="rank every engine, sharding and checkpointing mode")
+    sub.add_argument(
+        "--compare", action="store_true", help="rank every engine, sharding, checkpointing mode, tensor ranks"
+    )
     sub.add_argument("--all", action="store_true", help="with --compare: with every micro-batch that divides")
     text = "take the constants from the measured speed of a run of any size on such devices, CPUs too"
     sub.add_argument("--calibrate", metavar="RUN", help=text)

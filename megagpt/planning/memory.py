@@ -228,7 +228,7 @@ class _Step:
             yield name, self._parts(index, parts | more | {"table's gradient": float(table)})
             return
         parts |= {"table's gradient": float(table), "copies of weights": self._copies(index, self.kinds[:index])}
-        own = 0.0 if a == 4 else a * 12 * c * c  # kept, or made again
+        own: float = 0 if a == 4 else a * 12 * c * c  # kept, or made again
         earlier = 4.0 * (done - current) if self.compiled else 0.0
         if self.compiled:  # a copy is freed when the gradient behind it is on its way
             own -= a * done if a == 2 else 0

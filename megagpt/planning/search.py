@@ -98,8 +98,13 @@ def search(
 
     for tried in filter(is_sure, settings):
         add(tried, fitting=quick)
+    others = [tried for tried in settings if not is_sure(tried)]
+    if fastest == math.inf and not quick:  # then what needs least memory is of interest, too
+        for tried in others:
+            add(tried, fitting=False)
+        return sorted(plans, key=_place)
     # First by the computation, which engines have in common, then by the whole step.
-    alike = itertools.groupby(sorted(itertools.filterfalse(is_sure, settings), key=_computation), key=_computation)
+    alike = itertools.groupby(sorted(others, key=_computation), key=_computation)
     groups = [list(group) for _, group in alike]
     bounds = [(group[0].least_seconds(planner, group[0].sizes, alone=True), group) for group in groups]
     for computing, group in sorted(bounds, key=itemgetter(0)):
@@ -179,7 +184,7 @@ def find_clusters(config: Config, like: Cluster, planner: Planner) -> Clusters:
 
 def gpu_counts(config: Config, per_node: int) -> list[int]:
     """Numbers of GPUs over which the batch can be divided, fewest first."""
-    groups = {1, config.engine.tensor_ranks, *tensor_sizes(config, per_node)}
+    groups = {1, *tensor_sizes(config, per_node)}
     most = min(config.batch_sequences * max(groups), _MOST_GPUS)
     counts = [*range(1, min(per_node, most + 1)), *range(per_node, most + 1, per_node)]
     sequences = config.batch_sequences

@@ -60,7 +60,7 @@ def test_without_gpus_the_clusters_are_found(capsys: Capture) -> None:
     (["gpt3_175b", "--gpus", "1024", "engine.tensor_ranks=1", "train.micro_batch=1"],
      ["1024 rank(s)", "2097152 or 4194304", "768 or 1536 ranks"]),
     (["gpt3_xl", "--gpus", "12"], ["nodes of 8", "8 or 16"]),
-    (["gpt3_175b", "--gpus", "2000", "--per-node", "6"], ["whole nodes of 6", "use 1536 GPUs"]),
+    (["gpt3_175b", "--gpus", "2000", "--per-node", "6"], ["whole nodes of 6", "use 1536 or 3072 GPUs"]),
     (["gpt3_xl", "--gpus", "8", "--gpu", ""], ["unknown GPU ''"]),
     (["gpt3_175b", "--gpu", "t4"], ["t4 has no products in bf16", "set train.precision=fp16"]),
     (["gpt3_xl", "--gpus", "8", "--trace", "engine.name=zero"], ["cannot be traced", "without --trace"]),

@@ -91,7 +91,7 @@ def test_little_room_is_a_warning_with_a_way_out() -> None:
 def test_auto_is_the_largest_that_fits_and_divides(config: str, ranks: int, capacity: float) -> None:
     wanted = load_config(config, ["train.micro_batch=auto"])
     size = largest_micro_batch(wanted, ranks, capacity)
-    assert wanted.batch_sequences % (ranks * size) == 0
+    assert wanted.batch_sequences % (wanted.shares(ranks) * size) == 0
     verdicts = {
         s: peak_memory(with_micro_batch(wanted, s), ranks).verdict(capacity) for s in micro_batches(wanted, ranks)
     }
