@@ -270,6 +270,10 @@ class Config:
         batch = f"{self.train.batch_tokens} is {self.batch_sequences} sequences of {self.model.context}"
         divisor = f"{ranks} rank(s)" if group == 1 else f"{ranks // group} group(s) of {group} tensor ranks"
         divisor += f" x train.micro_batch {size}" if size else ""
+        if self.engine.name != "ddp" and self.train.float8 == "none":
+            more = [n for n in self.model.ways_to_split() if n > group and ranks % n == 0]
+            fits = [n for n in more if self.batch_sequences % (ranks // n * (size or 1)) == 0]
+            ways += f", or engine.tensor_ranks {fits[0]}" if fits else ""
         return UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {ways}")
 
     def sharing_ranks(self, ranks: int) -> int:

@@ -63,8 +63,8 @@ def _check_tensor_ranks(config: Config) -> Iterator[str]:
         shape = f"model.heads {model.heads}, model.context {model.context} and {model.padded_vocab_size} rows of tokens"
         yield f"engine.tensor_ranks {size} must divide {shape}; these do: {', '.join(map(str, able))}"
     if size > 1 and config.train.float8 != "none":
-        reason = "whose scales are those of whole tensors, and tensor ranks hold parts of them"
-        yield f"train.float8 {config.train.float8}, {reason}: set train.float8=none or engine.tensor_ranks=1"
+        reason = "scales whole tensors, and tensor ranks hold parts of them"
+        yield f"train.float8 {config.train.float8} {reason}: set train.float8=none or engine.tensor_ranks=1"
 
 
 def _check_engine(engine: EngineConfig) -> Iterator[str]:

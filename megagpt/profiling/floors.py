@@ -39,18 +39,23 @@ class Floor(NamedTuple):
 
 def work(config: Config, ranks: int, micro_batches: float, sequences: float) -> dict[Part, Work]:
     """The work of those parts that have a floor, with the operators that activation checkpointing repeats.
-    `micro_batches`, `sequences`: those that one rank computes in a step, on average."""
-    model, train = config.model, config.train
-    c, layers, float8 = model.width, model.layers, train.float8 != "none"
+    `micro_batches`, `sequences`: those that one rank computes in a step, on average; of several tensor ranks, each
+    computes its part of them."""
+    model, train, group = config.model, config.train, config.engine.tensor_ranks
+    c, part, layers, float8 = model.width, model.width // group, model.layers, train.float8 != "none"
     value, residual = (_FP32 if number == "fp32" else 2 for number in (train.precision, train.residual))
     tokens = sequences * model.context
     again = _repeated_blocks(config) / layers
     # Of a block's four products, the last one's result is not needed again.
     operand = _FLOAT8 if float8 else value
-    products = [_product(tokens, micro_batches, c, out, value, operand, again) for out in (3 * c, c, 4 * c)]
-    products.append(_product(tokens, micro_batches, 4 * c, c, value, operand, 0))
+    shapes = (c, 3 * part), (part, c), (c, 4 * part), (4 * part, c)
+    repeats = again, again, again, 0
+    products = [
+        _product(tokens, micro_batches, *shape, value, operand, n) for shape, n in zip(shapes, repeats, strict=True)
+    ]
     pairs = sum(_pairs(model.context, model.window if model.is_banded(layer) else None) for layer in range(layers))
-    head = _product(tokens, micro_batches, c, model.padded_vocab_size, value, value, 0).flops
+    vocabulary = model.padded_vocab_size // group
+    head = _product(tokens, micro_batches, c, vocabulary, value, value, 0).flops
     # Forward: two LayerNorms with the sums before them, and GELU. Backward: the same the other way.
     forward = 2 * (2 * residual + 2 * value) + 8 * value
     backward = 2 * (3 * residual + 2 * value) + 12 * value
@@ -60,18 +65,18 @@ def work(config: Config, ranks: int, micro_batches: float, sequences: float) -> 
     return {
         # Two products of a query and a key each way, forward once and backward twice; the causal half only.
         Part.ATTENTION: Work(
-            (12 + 4 * again) * c * pairs * sequences,
-            (12 + 4 * again) * c * layers * tokens * value,
+            (12 + 4 * again) * part * pairs * sequences,
+            (12 + 4 * again) * part * layers * tokens * value,
         ),
         Part.PRODUCTS: Work(
             layers * sum(p.flops for p in products),
             layers * sum(p.moved or 0 for p in products),
             _FLOAT8_SPEEDUP if float8 else 1,
         ),
-        Part.BLOCKS: Work(0, layers * tokens * c * (forward + all_again * repeated + backward)),
+        Part.BLOCKS: Work(0, layers * tokens * part * (forward + all_again * repeated + backward)),
         # A token's row is read, and its gradient is added; the residual stream is written, and its gradient is read.
-        Part.EMBEDDING: Work(0, tokens * c * (2 * _FP32 + 2 * residual)),
-        Part.HEAD: Work(head, 3 * value * c * (tokens + micro_batches * model.padded_vocab_size)),
+        Part.EMBEDDING: Work(0, tokens * part * (2 * _FP32 + 2 * residual)),
+        Part.HEAD: Work(head, 3 * value * c * (tokens + micro_batches * vocabulary)),
         Part.OPTIMIZER: Work(0, None if config.engine.offload != "none" else _optimizer_bytes(config, ranks, value)),
     }
 

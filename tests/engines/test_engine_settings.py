@@ -72,6 +72,22 @@ def test_each_engine_refuses_what_it_cannot_offload(place: tuple[str, int | None
             ["engine.name=zero", "engine.stage=3", "engine.nvme_path=/x"],
             "engine.nvme_path holds offloaded state: set engine.offload to optimizer or all",
         ),
+        (["engine.tensor_ranks=2"], "engine.tensor_ranks is for engine.name fsdp or zero, and engine.name is ddp"),
+        (
+            ["engine.name=fsdp", "engine.tensor_ranks=3"],
+            "engine.tensor_ranks 3 must divide model.heads 16, model.context 2048 and 50304 rows of tokens; these do: "
+            "1, 2, 4, 8, 16",
+        ),
+        (
+            ["engine.name=zero", "engine.tensor_ranks=5", "model.width=1600", "model.heads=25"],
+            "engine.tensor_ranks 5 must divide model.heads 25, model.context 2048 and 50304 rows of tokens; "
+            "these do: 1",
+        ),
+        (
+            ["engine.name=fsdp", "engine.tensor_ranks=2", "train.float8=rowwise"],
+            "train.float8 rowwise scales whole tensors, and tensor ranks hold parts of them: set train.float8=none or "
+            "engine.tensor_ranks=1",
+        ),
         (["engine.name=zero", "engine.stage=4"], "engine.stage: 4 should be less than or equal to 3"),
         (["engine.name=zero", "engine.stage=0"], "engine.stage: 0 should be greater than or equal to 1"),
         (["engine.name=zer0"], "engine.name: 'zer0' should be 'ddp', 'fsdp' or 'zero'"),
@@ -170,3 +186,19 @@ def test_other_activation_checkpointing_is_refused(text: str, capsys: pytest.Cap
     sentence = error.split(": train.activation_checkpointing: ")[1]
     for part in ("is not one of: none, full, selective, {every: k}", "whole number"):
         assert part in sentence
+
+
+def test_tensor_ranks_that_would_share_a_batch_are_named() -> None:
+    """A batch has too few sequences for so many ranks: the advice is followed."""
+    wanted = ["engine.name=fsdp", "train.micro_batch=1"]
+    with pytest.raises(UserError, match=r"1024 rank\(s\) x train.micro_batch 1 do not divide") as caught:
+        load_config("gpt3_175b", [*wanted, "engine.tensor_ranks=1"]).check_ranks(1024)
+    *_, advice = str(caught.value).split(", or ")
+    assert advice == "engine.tensor_ranks 2"
+    config = load_config("gpt3_175b", [*wanted, advice.replace(" ", "=")])
+    config.check_ranks(1024)
+    assert (config.shares(1024), config.accumulation(1024)) == (512, 3)
+    with pytest.raises(UserError, match=r"engine.tensor_ranks 8 does not divide 12 ranks; these fit: 1, 2, 4"):
+        load_config("gpt3_175b", wanted).check_ranks(12)
+    with pytest.raises(UserError, match=r"shard_ranks 4 .* no multiple of engine.tensor_ranks 8; these fit: 8, 16"):
+        load_config("gpt3_175b", [*wanted, "engine.shard_ranks=4"]).sharing_ranks(16)

@@ -45,6 +45,19 @@ def test_the_parts_have_the_flops_of_mfu(attention: str, ranks: int) -> None:
     assert found[Part.ATTENTION].flops == 12 * 64 * sum(map(sum, seen)) * tokens / 32
 
 
+def test_tensor_ranks_share_the_work_of_a_step() -> None:
+    """Every product, head and vocabulary in equal parts; each rank reads the tokens that all products need."""
+    whole = work(config(precision="bf16"), 1, 4, 8)
+    parts = work(config({"name": "fsdp", "tensor_ranks": 2}, precision="bf16"), 2, 4, 8)
+    for part in (Part.ATTENTION, Part.PRODUCTS, Part.HEAD):
+        assert parts[part].flops == whole[part].flops / 2, part
+    for part in (Part.ATTENTION, Part.BLOCKS, Part.EMBEDDING):
+        assert parts[part].moved == whole[part].moved / 2, part
+    # Inputs of qkv and up, outputs of out and down, forward and in both gradients.
+    tokens, c = 256, 64
+    assert parts[Part.PRODUCTS].moved == whole[Part.PRODUCTS].moved / 2 + 4 * (4 * tokens * c / 2) * 3 * 2
+
+
 def test_activation_checkpointing_adds_what_is_computed_again() -> None:
     def flops(mode: Any) -> tuple[float, float]:
         found = work(config(activation_checkpointing=mode), 1, 4, 8)
