@@ -11,14 +11,15 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any
 
 from megagpt.console import warn
 from megagpt.errors import ExitCode, Reported, expected, first_line
 from megagpt.files import read_json, write_atomic
 from megagpt.launchers import error_file
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 # The store's key under which failed ranks count themselves; how often the others look at it; their time to end cleanly.
 _FAILURES = "megagpt/failures"
@@ -72,7 +73,7 @@ def read_record(path: Path) -> Failure | None:
     return None
 
 
-def report(error: Exception, rank: int, ranks: int, store: dist.Store) -> None:
+def report(error: Exception, rank: int, ranks: int, store: "dist.Store") -> None:
     """Print the error and leave its record. Only the rank that counts itself first prints: most errors are seen by
     every rank, and a peer that left breaks the other ranks' collectives. It prints before it leaves, because launchers
     kill the other ranks as soon as one has left."""
@@ -90,12 +91,12 @@ def report(error: Exception, rank: int, ranks: int, store: dist.Store) -> None:
     warn(f"megagpt: error: [rank {rank} of {ranks}] {found.reason}")
 
 
-def has_failed(store: dist.Store) -> bool:
+def has_failed(store: "dist.Store") -> bool:
     """Whether some rank has reported an error. Raises RuntimeError if the process that holds the store has ended."""
     return bool(store.check([_FAILURES]))
 
 
-def follow_failed_peers(store: dist.Store, left: threading.Event) -> None:
+def follow_failed_peers(store: "dist.Store", left: threading.Event) -> None:
     """End this process seconds after a peer failed, if it still waits in a collective that the peer will never join.
     Returns when `left` is set."""
     while not left.wait(_WATCH_SECONDS):

@@ -1,5 +1,6 @@
 """Shared by several tests: a small corpus, a small run, and the reading of its metrics."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,14 +25,26 @@ def pytest_configure() -> None:
     settings.register_profile("any machine", deadline=None)  # a busy one takes its time
     settings.load_profile("any machine")
     torch.set_num_threads(1)  # two threads of a busy machine wait for each other
+    gc.disable()  # until all tests are imported: they stay
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that need a cluster, kill again and again, or are about time as slow ones."""
+    """Marks the tests that need a cluster, kill again and again, or are about time as slow ones. Files with slow tests
+    come first: at the end, when one of two processes has nothing left to do, the other one is nearly done."""
     for item in items:
         if any(item.get_closest_marker(name) for name in ("cluster", "drill", "timing")):
             item.add_marker("slow")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Imports and tests live as long as the process: Python's collector need not look at them in each run."""
+    gc.collect()
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None  # a run ends by unfreezing all
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

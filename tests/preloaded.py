@@ -3,6 +3,7 @@
 The package's own server leaves it out, because DeepSpeed chooses between CPU and GPU when it is imported.
 """
 
+import gc
 import importlib
 
 import torch
@@ -13,3 +14,6 @@ if not torch.cuda.is_available():
     load_deepspeed(on_gpu=False)
     # DeepSpeed imports it when it is first used. It imports PyTorch's compiler.
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+# Each process's collector would look at all that was imported, and so copy it.
+gc.collect()
+gc.freeze()

@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.incarnations import list_incarnations
 from tests.conftest import metrics, write_tiny
+from tests.faulty_run import before_steps
 from tests.minicluster import MiniCluster, mini_cluster, missing, missing_ssh
 from tests.processes import REPOSITORY, free_port, megagpt
 from tests.runs import LOSS, PATIENCE, STEP_TOKENS, assert_one_error, losses, wait_for_steps
@@ -110,10 +111,13 @@ class Job:
 def test_a_time_limit_saves_requeues_and_resumes(
     cluster: MiniCluster, corpus: Path, tmp_path: Path, expected: list[float]
 ) -> None:
-    # Samples at each step make the run long. Once it trains, the limit is cut so that Slurm's signal is due: at least
+    # The first start sleeps before its steps. Once it trains, the limit is cut so that Slurm's signal is due: at least
     # one minute of the job's time is left then, and at most two.
-    job = Job(cluster, tmp_path, corpus, f"sampling.every_tokens={STEP_TOKENS}", "sampling.max_tokens=12")
-    job.submit("--nodes=2", "--time=60", "--signal=USR1@120")
+    job = Job(cluster, tmp_path, corpus)
+    first = "os.environ.get('RANK') == '0' and os.environ.get('SLURM_RESTART_COUNT', '0') == '0'"
+    job.submit(
+        "--nodes=2", "--time=60", "--signal=USR1@120", PYTHONPATH=before_steps(tmp_path, first, "time.sleep(0.5)")
+    )
     job.wait_for_steps(2)
     hours, minutes, _ = map(int, cluster.job(job.id)["RunTime"].split(":"))
     cluster.control("scontrol", "update", f"JobId={job.id}", f"TimeLimit={60 * hours + minutes + 2}")
@@ -157,7 +161,7 @@ def test_scancel_saves_and_ends_and_a_requeue_resumes(
     newest = list_checkpoints(job.run)[-1]
     newest.open()  # raises if it is not complete
     assert newest.tokens == list_incarnations(job.run)[-1].ended()["tokens_seen"] == metrics(job.run)[-1]["tokens_seen"]
-    time.sleep(8)
+    cluster.wait_idle()  # its script has ended, too
     assert cluster.job(job.id)["JobState"] == "CANCELLED"
     assert len(job.ends()) == 1
 
@@ -204,20 +208,9 @@ def test_a_stale_incarnation_behind_a_partition_writes_nothing(
 
 def test_a_repeated_failure_ends_the_job(cluster: MiniCluster, corpus: Path, tmp_path: Path) -> None:
     """Rank 1 dies as the kernel would kill it, each time at the sixth step."""
-    (tmp_path / "faults").mkdir()
-    (tmp_path / "faults" / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    import megagpt.schedule as schedule\n"
-        "    usual = schedule.learning_rate\n"
-        "    def learning_rate(config, tokens):\n"
-        f"        if tokens == {6 * STEP_TOKENS}:\n"
-        "            os.kill(os.getpid(), 9)\n"
-        "        return usual(config, tokens)\n"
-        "    schedule.learning_rate = learning_rate\n"
-    )
+    death = f"tokens == {6 * STEP_TOKENS} and os.kill(os.getpid(), 9)"
     job = Job(cluster, tmp_path, corpus)
-    job.submit("--nodes=2", PYTHONPATH=f"{tmp_path / 'faults'}:{REPOSITORY}")
+    job.submit("--nodes=2", PYTHONPATH=before_steps(tmp_path, "os.environ.get('RANK') == '1'", death))
     found = job.wait("COMPLETED", "FAILED", restarts=1)
     assert found["JobState"] == "FAILED", job.output
     # Once is enough; Slurm's left-over srun may end a start before its ranks have met, and such a start is retried.

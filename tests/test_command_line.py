@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from megagpt.cli import main, make_parser
 from megagpt.commands.options import config_of, parse, split_words
 from megagpt.errors import UserError
 from tests.conftest import Refusal
+from tests.processes import REPOSITORY, environment
 
 Capture = pytest.CaptureFixture[str]
+OLD_RUN = REPOSITORY / "tests" / "data" / "old_run"
 # The start of each command that takes a config, and an option of it.
 COMMANDS = [
     (["train"], ["--auto-resume"]),
@@ -188,3 +191,35 @@ def test_help_lists_what_users_call(argv: list[str], shown: list[str], hidden: l
     listed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")}
     assert set(shown) <= listed
     assert not set(hidden) & listed
+
+
+# Runs commands, and ends with what they end with; PyTorch is missing.
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from megagpt.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "printed"),
+    [
+        (["status", "old_run"], 0, "stopped (SIGTERM)"),
+        (["launch", "check", "gpt2_124m", "train.device=cpu"], 2, "2 of 2 node(s) are not fit"),
+        (["launch", "verdict", "gpt2_124m", "--logs", "logs"], 75, "the job resumes from its last checkpoint"),
+    ],
+    ids=["status", "check", "verdict"],
+)
+def test_commands_that_compute_nothing_need_no_torch(argv: list[str], code: int, printed: str, tmp_path: Path) -> None:
+    """Its import takes seconds, of each start of a job: the script of a job calls check and verdict."""
+    shutil.copytree(OLD_RUN, tmp_path / "old_run")
+    for name, script in (("scontrol", "echo n1; echo n2"), ("srun", "exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {**environment(), "PATH": str(tmp_path), "PYTHONPATH": str(REPOSITORY), "SLURM_JOB_ID": "7"}
+    variables |= {"SLURM_JOB_NODELIST": "n[1-2]", "RANKS_PER_NODE": "1", "MASTER_PORT": "20123"}
+    command = [sys.executable, "-c", WITHOUT_TORCH, *argv]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert printed in done.stdout + done.stderr

@@ -271,6 +271,7 @@ def test_numbers_of_any_length_are_read_at_once() -> None:
         assert plain_value(text) == text
 
 
+@pytest.mark.slow
 def test_deep_nesting_is_refused() -> None:
     assert parse_value('"a": ' + "[" * 1_000, str, "here") == '"a": ' + "[" * 1_000
     for text in ("[" * 1_000, "[" * 1_000 + "]" * 1_000):

@@ -145,3 +145,12 @@ def test_messages_in_the_troubleshooting_table_are_printed() -> None:
     parts = [part for text in messages if text not in NOT_OURS for part in re.split(r" ?\.\.\. ?| SIG\w+", text)]
     assert len(parts) > 5
     assert [part for part in parts if part not in sources] == []
+
+
+def test_the_test_command_has_every_test_about_time() -> None:
+    """It names their folder, because imports of all tests take longer than a test."""
+    (folder,) = re.findall(r"-m timing (\S+)$", read("README.md"), re.MULTILINE)
+    tests = (REPOSITORY / "tests").rglob("test_*.py")
+    marked = [path for path in tests if re.search(r"pytest\.mark\.timing", path.read_text(encoding="utf-8"))]
+    assert marked
+    assert [path for path in marked if not path.is_relative_to(REPOSITORY / folder)] == []

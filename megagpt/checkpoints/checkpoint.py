@@ -17,10 +17,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import megagpt
-from megagpt.checkpoints.storage import BLOCK_BYTES, CheckedReader, CorruptError, FileSum, check_size, sum_bytes
+from megagpt.checkpoints.checksums import BLOCK_BYTES, CheckedReader, CorruptError, FileSum, check_size, sum_bytes
 from megagpt.config_file import with_current_keys
 from megagpt.errors import UserError, first_line
 from megagpt.files import flush_folder, now, write_atomic
@@ -41,6 +39,8 @@ Progress = Callable[[int], Any]
 
 
 def _versions() -> dict[str, str]:
+    import torch  # only what saves needs it: status and launch read checkpoints without it
+
     deepspeed = importlib.metadata.version("deepspeed")
     python = platform.python_version()
     return {"megagpt": megagpt.__version__, "torch": torch.__version__, "deepspeed": deepspeed, "python": python}

@@ -11,10 +11,11 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megagpt.checkpoints.checkpoint import INDEX, Checkpoint, CheckpointMeta, OpenCheckpoint
+from megagpt.checkpoints.checksums import CorruptError
 from megagpt.checkpoints.compatibility import Allowed, check
 from megagpt.checkpoints.folder import at_tokens, list_checkpoints, renamed
 from megagpt.checkpoints.saving import hush
-from megagpt.checkpoints.storage import CorruptError, Reader
+from megagpt.checkpoints.storage import Reader
 from megagpt.config import Config, compiles
 from megagpt.config_file import build_config
 from megagpt.console import say

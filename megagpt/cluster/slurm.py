@@ -30,11 +30,11 @@ def check_job(
     ranks = nodes * ranks_per_node
     config.check_ranks(ranks)
     check_placement(config, [f"node {node}" for node in range(1, nodes + 1) for _ in range(ranks_per_node)])
-    needs, warning = _needs(config, ranks, gpu, gpu_gb)
+    needs, warning = _needs(config, ranks, ranks_per_node, gpu, gpu_gb)
     return f"{layout(ranks, config.engine.tensor_ranks)}, {needs}", warning
 
 
-def _needs(config: Config, ranks: int, gpu: str | None, gpu_gb: float | None) -> tuple[str, str]:
+def _needs(config: Config, ranks: int, per_node: int, gpu: str | None, gpu_gb: float | None) -> tuple[str, str]:
     if config.train.device == "cpu":
         return f"{_micro_batches(resolved(config, ranks, None), ranks)}; memory is not checked on CPUs", ""
     if gpu is not None or gpu_gb is not None:
@@ -43,11 +43,11 @@ def _needs(config: Config, ranks: int, gpu: str | None, gpu_gb: float | None) ->
             known = _known(gpu)
             check_precision(config, known)
             capacity = capacity or known.memory
-        fit = check_fit(config, ranks, capacity, gpu or "")
+        fit = check_fit(config, ranks, capacity, gpu or "", per_node)
         return f"{_micro_batches(resolved(config, ranks, capacity), ranks)}; {fit.sentence}", fit.warning
     largest = max(card.memory for card in CARDS.values()) * 1e9
     ask = "name yours with --gpu or --gpu-memory"
-    memory = check_fit(config, ranks, largest, f"the largest known; {ask}").memory
+    memory = check_fit(config, ranks, largest, f"the largest known; {ask}", per_node).memory
     if config.train.micro_batch == AUTO:
         return f"train.micro_batch auto depends on the GPU; {ask} to see it", ""
     needs = f"{gigabytes(memory.total)} GB at the peak and {gigabytes(memory.reserve)} GB beside it"

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +41,9 @@ def register(add: Add) -> None:
     sub.add_argument("--network", type=above_zero, metavar="GBITS", help=text)
     sub.add_argument("--price", type=above_zero, metavar="DOLLARS", help="price of a GPU for an hour")
     sub.add_argument("--days", type=above_zero, metavar="D", help="time in which the run is to end")
-    sub.add_argument("--compare", action="store_true", help="rank every engine, sharding and checkpointing mode")
+    sub.add_argument(
+        "--compare", action="store_true", help="rank every engine, sharding, checkpointing mode, tensor ranks"
+    )
     sub.add_argument("--all", action="store_true", help="with --compare: with every micro-batch that divides")
     text = "take the constants from the measured speed of a run of any size on such devices, CPUs too"
     sub.add_argument("--calibrate", metavar="RUN", help=text)
@@ -61,7 +62,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     from megagpt.config_file import load_config
     from megagpt.planning.answer import Question, answer
     from megagpt.planning.lines import answer_lines
-    from megagpt.planning.plan import make_plan
+    from megagpt.planning.plan import Planner
     from megagpt.planning.record import answer_record
 
     names, given = split_words(arguments)
@@ -75,7 +76,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     cluster = _cluster(arguments, own, config)
     if own:
         own.check(config, cluster)
-    planner = functools.partial(make_plan, price=arguments.price, calibration=own.calibration if own else None)
+    planner = Planner(arguments.price, own.calibration if own else None)
     question = Question(
         config, cluster, arguments.gpus is not None, planner, arguments.price,
         name, given, arguments.days, arguments.compare, arguments.all,

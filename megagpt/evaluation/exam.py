@@ -14,9 +14,9 @@ from megagpt.data.tokenizer import encode
 from megagpt.errors import NonFiniteError, UserError
 from megagpt.evaluation.known import known_scores
 from megagpt.evaluation.report import ShownProgress
-from megagpt.evaluation.results import Result, Value, accuracy, perplexity, values_of
+from megagpt.evaluation.results import Result, Scores, Value, accuracy, perplexity, values_of
 from megagpt.evaluation.rows import Files, find_files, is_rows, is_there, read_rows, read_text, same_files
-from megagpt.evaluation.scoring import Model, Progress, Scores, score
+from megagpt.evaluation.scoring import Model, Progress, score
 from megagpt.evaluation.sequences import Group, fitted, pair
 from megagpt.evaluation.shots import Prompt, draw, prompt
 from megagpt.evaluation.task import Item, Task, TextTask

@@ -18,7 +18,8 @@ from torch import nn
 from megagpt.data.tokenizer import END_OF_TEXT, encode, gpt2
 from megagpt.errors import UserError
 from megagpt.evaluation.report import ShownProgress
-from megagpt.evaluation.scoring import Score, score
+from megagpt.evaluation.results import Score
+from megagpt.evaluation.scoring import score
 from megagpt.evaluation.sequences import Group, Tokens, fitted
 from megagpt.evaluation.texts import windows
 from megagpt.generation import generate

@@ -3,10 +3,23 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from megagpt.evaluation.scoring import Score, Scores
 from megagpt.evaluation.task import Item
+
+
+class Score(NamedTuple):
+    """The scored tokens of one sequence."""
+
+    log_likelihood: float
+    """Their sum, in nats."""
+    tokens: int
+    greedy: bool
+    """Whether greedy decoding writes all of them."""
+
+
+Scores = list[list[Score]]
+"""The scores of groups, sequence by sequence."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megagpt.console import warn
 from megagpt.data.compression import COMPRESSIONS, opened
@@ -18,7 +18,9 @@ from megagpt.data.hub_files import asked, hub_file, hub_names
 from megagpt.data.readers import endings_of
 from megagpt.errors import NoNetwork, TransientError, UserError, first_line
 from megagpt.files import is_lfs_pointer, named_path
-from megagpt.world import World
+
+if TYPE_CHECKING:
+    from megagpt.world import World
 
 _KINDS = (".jsonl", ".json", ".ndjson", ".parquet", ".txt", ".raw", ".tokens")
 _TEXTS = (".txt", ".raw", ".tokens")
@@ -109,7 +111,7 @@ class Row(NamedTuple):
         return UserError(f"{self.place}: {text}; fix or remove the row, or fetch the file again")
 
 
-def find_files(source: Source, data: str, world: World) -> Files:
+def find_files(source: Source, data: str, world: "World") -> Files:
     """The files of a source, in order: in the folder `data`, or from the hub if that is empty. Every rank calls it.
     Raises UserError with the names that were looked for and what to do, and as `same_files` does."""
     names = ", ".join(f"{name}.jsonl" for name in source.names)
@@ -129,7 +131,7 @@ def find_files(source: Source, data: str, world: World) -> Files:
     raise UserError(f"{data}: looked for {tried}; found none; .json, .parquet, .gz and .zst will do, too")
 
 
-def same_files(paths: list[Path], world: World, commit: str = "") -> Files:
+def same_files(paths: list[Path], world: "World", commit: str = "") -> Files:
     """The files, if they hold the same bytes on every rank: with other rows, ranks would wait for each other for ever.
     Every rank calls it. Raises UserError, on every rank, with the hosts whose files differ from the main rank's."""
     digest = hashlib.sha256()

@@ -5,13 +5,14 @@ one rank, and its tokens are summed in float64 in their order."""
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megagpt.errors import NonFiniteError
+from megagpt.evaluation.results import Score, Scores
 from megagpt.evaluation.sequences import Group, Pack, batches, pack
 from megagpt.models.packing import Packing
 from megagpt.world import World
@@ -21,20 +22,6 @@ Model = Callable[..., Tensor]
 # Tokens of a batch, with padding. On a CPU, a forward pass that leaves the cache is slower: 512 to 1,024 are best, and
 # 2,048 cost 6%. A GPU wants more; 16,384 take 1.3 GB at width 5,120.
 BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
-
-
-class Score(NamedTuple):
-    """The scored tokens of one sequence."""
-
-    log_likelihood: float
-    """Their sum, in nats."""
-    tokens: int
-    greedy: bool
-    """Whether greedy decoding writes all of them."""
-
-
-Scores = list[list[Score]]
-"""The scores of groups, sequence by sequence."""
 
 
 class Progress:

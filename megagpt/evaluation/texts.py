@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 from megagpt.data.tokenizer import END_OF_TEXT, encode
 from megagpt.evaluation.known import known_scores
-from megagpt.evaluation.results import Value, perplexity
-from megagpt.evaluation.scoring import Score
+from megagpt.evaluation.results import Score, Value, perplexity
 from megagpt.evaluation.sequences import Group, Tokens
 
 

@@ -4,7 +4,10 @@ All numbers are in bytes a token. The tables count widths: 34 means 34 bytes for
 token. They were counted on traces (trace.py), and tests count them again; the sums below say what they consist of.
 `tensor_activations` has the widths of tensor ranks."""
 
+import functools
+
 from megagpt.config import Config, compiles
+from megagpt.models.presets import ModelConfig
 from megagpt.planning import tensor_activations
 from megagpt.planning.tensor_activations import Widths
 
@@ -33,15 +36,19 @@ def compute_bytes(config: Config) -> int:
     return 4 if config.train.precision == "fp32" else 2
 
 
-def kinds_of_blocks(config: Config) -> list[Kind]:
+def kinds_of_blocks(config: Config) -> tuple[Kind, ...]:
     """The kind of each block, in order."""
     mode, model = config.train.activation_checkpointing, config.model
     every = mode["every"] if isinstance(mode, dict) else 1
     given = "full" if isinstance(mode, dict) else mode
+    return _kinds(given, every, model)
+
+
+@functools.lru_cache(maxsize=64)
+def _kinds(given: str, every: int, model: ModelConfig) -> tuple[Kind, ...]:
     banded = model.window < model.context
-    return [
-        (given if layer % every == 0 else "none", banded and model.is_banded(layer)) for layer in range(model.layers)
-    ]
+    modes = [given if layer % every == 0 else "none" for layer in range(model.layers)]
+    return tuple((mode, banded and model.is_banded(layer)) for layer, mode in enumerate(modes))
 
 
 def kept_per_token(config: Config, kind: Kind) -> float:
@@ -54,7 +61,7 @@ def kept_per_token(config: Config, kind: Kind) -> float:
     mode, banded = kind
     a, stream, dropout = compute_bytes(config), _STREAM[config.train.residual], config.model.dropout > 0
     if config.engine.tensor_ranks > 1:
-        widths = tensor_activations.kept(mode, a, stream, dropout)
+        widths = tensor_activations.kept(mode, a, stream, _compiled(config), dropout)
     elif mode == "none":
         widths = Widths(stream + 15 * a if _compiled(config) else 8 + 14 * a)
     else:  # with dropout, attention runs again, and the output of `down` is kept in place of its own
@@ -83,7 +90,7 @@ def backward_per_token(config: Config, kind: Kind) -> dict[str, float]:
     # LayerNorm takes a bf16 input as an fp32 copy, which is kept in its place, unless all is computed from it.
     again = stream if mode != "none" and stream == 2 and not compiled else 0
     if config.engine.tensor_ranks > 1:
-        widths = tensor_activations.backward(mode, a, stream, _reordered(config), compiled)
+        widths = tensor_activations.backward(mode, a, stream, _reordered(config), compiled, banded)
     else:
         tables = {"none": _COMPILED, "selective": _COMPILED_SELECTIVE, "full": _COMPILED_FULL}
         counted = tables[mode][a, stream] if compiled else _EAGER[a, stream]

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from megagpt.config import Config
 from megagpt.errors import UserError
+from megagpt.placement import check_placement
 from megagpt.planning.gpus import Cluster
-from megagpt.planning.plan import Plan
-from megagpt.planning.search import Clusters, Planner, find_clusters, own_plan, recommend, search
+from megagpt.planning.plan import Plan, Planner
+from megagpt.planning.search import Clusters, find_clusters, own_plan, recommend, search
 from megagpt.planning.speed import check_precision
 
 
@@ -77,10 +78,11 @@ def answer(question: Question, with_clusters: bool = False) -> Answer:
         own = next((plan for plan in clusters.own if plan.verdict == "fits"), None)
         best = in_time or clusters.cheapest
         ranked = best if question.compare or question.thorough else None
-        plans = search(config, ranked.cluster, question.planner, question.thorough) if ranked else []
+        plans = search(config, ranked.cluster, question.planner, question.thorough, whole=True) if ranked else []
         return Answer(question, own, best, plans, clusters)
     config.check_ranks(cluster.gpus)
-    plans = search(config, cluster, question.planner, question.thorough)
+    check_placement(config, [f"node {1 + gpu // cluster.per_node}" for gpu in range(cluster.gpus)])
+    plans = search(config, cluster, question.planner, question.thorough, whole=question.compare)
     own, best = own_plan(plans, config), recommend(plans, config)
     late = question.days is not None and (best is None or best.days > question.days)
     if with_clusters or best is None or late:

@@ -83,7 +83,8 @@ def _tensor_exchanges(config: Config, shares: int) -> list[Exchange]:
     if size == 1:
         return []
     part, tokens = (size - 1) / size, config.micro_batch * model.context
-    repeated = sum(mode != "none" for mode, _ in kinds_of_blocks(config))
+    kinds = kinds_of_blocks(config)
+    repeated = len(kinds) - kinds.count(("none", False)) - kinds.count(("none", True))
     calls = _OUTSIDE + _OF_BLOCK * model.layers + _REPEATED * repeated
     values = calls * tokens * model.width * compute_bytes(config)
     moved = part * (values + size * tokens * _LOSS * _FP32)

@@ -4,7 +4,7 @@ Candidates are the end of the forward pass, where the head computes the loss; th
 as each of its weights gets its gradient; and the end of the backward pass, where the tied table does. trace.py counts
 the same on the trainer's own step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,8 +143,10 @@ class _Step:
             ),
         )
         for index in self._representatives():
+            before = sum(kept * self.kinds[:index].count(other) for other, kept in self.kept.items())
+            before += self.model.width / self.group if self.model.dropout else 0  # the embedding's mask
             for moment, at_work in backward_per_token(self.config, self.kinds[index]).items():
-                yield from self._block(index, moment, self.tokens * at_work)
+                yield from self._block(index, moment, self.tokens * before, self.tokens * at_work)
         yield self._end()
 
     def _parts(self, done: int, more: dict[str, float]) -> dict[str, float]:
@@ -185,7 +187,7 @@ class _Step:
             parts["gathered weights"] = self._gathered(self.arriving if again else len(self.kinds))
             yield "the begin of the backward pass", self._parts(last, parts)
         if self.group > 1:  # input and gradient of the final LayerNorm; partial sums, twice if they are put in order
-            exchanged = 8 / self.group + (3 if self.config.micro_batch > 1 else 2) * self.a
+            exchanged = behind - self.a + 4 / self.group + (3 if self.config.micro_batch > 1 else 2) * self.a
             parts |= {"head": float(exchanged * c * n), "table's gradient": float(self.a * self.table)}
             yield "the begin of the backward pass, exchange of tokens", self._parts(last, parts)
 
@@ -207,14 +209,12 @@ class _Step:
             found |= {same[-1], same[0]}
         return sorted(found)
 
-    def _block(self, index: int, moment: str, at_work: float) -> Iterator[tuple[str, dict[str, float]]]:
+    def _block(self, index: int, moment: str, saved: float, at_work: float) -> Iterator[tuple[str, dict[str, float]]]:
         a, c = self.a, self.model.width
         current, done = (count * c * c / self.group for count in _SQUARES[moment])
-        before = sum(kept * self.kinds[:index].count(other) for other, kept in self.kept.items())
-        before += c / self.group if self.model.dropout else 0  # the embedding's mask
         what = f"gradient of {moment}" if moment in MOMENTS else "exchange of tokens"
         name = f"the backward pass of block {index + 1} of {len(self.kinds)}, {what}"
-        parts = {"saved activations": self.tokens * before, "block at work": at_work}
+        parts = {"saved activations": saved, "block at work": at_work}
         table = self.table * (4 if self.name == "ddp" else a)
         if self.name != "ddp":
             sums = 0.0
@@ -228,13 +228,13 @@ class _Step:
             yield name, self._parts(index, parts | more | {"table's gradient": float(table)})
             return
         parts |= {"table's gradient": float(table), "copies of weights": self._copies(index, self.kinds[:index])}
-        own = 0 if a == 4 else a * 12 * c * c  # kept, or made again
-        earlier = 4 * (done - current) if self.compiled else 0
+        own: float = 0 if a == 4 else a * 12 * c * c  # kept, or made again
+        earlier = 4.0 * (done - current) if self.compiled else 0.0
         if self.compiled:  # a copy is freed when the gradient behind it is on its way
             own -= a * done if a == 2 else 0
-            used = 0
+            used = 0.0
         else:
-            used = a * current if a == 2 else 0
+            used = a * current if a == 2 else 0.0
         gradients = earlier + a * current + own
         yield name, self._parts(index, parts | {"block's gradients": float(gradients)})
         if a == 2:  # then the gradient in fp32, when the product's operands are gone
@@ -255,7 +255,7 @@ class _Step:
             most = max(most, exchanged + self.a * self.table + sums, exchanged / 2 + 2 * self.a * self.table + sums)
         return "the end of the backward pass", self._parts(-1, parts | {"table's gradient": most})
 
-    def _copies(self, count: int, kinds: list[Kind]) -> float:
+    def _copies(self, count: int, kinds: Sequence[Kind]) -> float:
         """Copies in the compute precision of the matrices of the first `count` blocks, under DDP: in the forward pass
         all, later those that were saved."""
         if self.name != "ddp" or self.a == 4:

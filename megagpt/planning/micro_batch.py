@@ -1,5 +1,7 @@
 """The micro-batches that a run can be cut into, and the one that `train.micro_batch: auto` means."""
 
+import functools
+
 from megagpt.config import Config
 from megagpt.config_types import AUTO
 from megagpt.planning.memory import peak_memory
@@ -17,7 +19,12 @@ def micro_batches(config: Config, ranks: int) -> list[int]:
     each, rest = divmod(config.batch_sequences, max(1, shares))
     if apart or rest or not each:
         return []
-    return [size for size in range(1, min(each, _LARGEST) + 1) if each % size == 0]
+    return _divisors(each)
+
+
+@functools.lru_cache(maxsize=256)
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, min(number, _LARGEST) + 1) if number % size == 0]
 
 
 def with_micro_batch(config: Config, size: int) -> Config:

@@ -71,6 +71,26 @@ class Plan:
         return self.speed.tokens_per_second / high, self.speed.tokens_per_second / low
 
 
+@dataclass(frozen=True)
+class Planner:
+    """Plans runs at one price, by one GPU's constants."""
+
+    price: float | None = None
+    """Dollars for an hour of one GPU."""
+    calibration: Calibration | None = None
+    """Constants to use instead of the GPU's own ones."""
+
+    def plan(self, config: Config, cluster: Cluster) -> Plan:
+        """Plan the run as its config says."""
+        return make_plan(config, cluster, self.price, self.calibration)
+
+    def least_seconds(self, config: Config, cluster: Cluster, alone: bool = False) -> float:
+        """Time of all steps if each were one of a full batch, whether the run fits or not. `alone`: without what
+        differs from engine to engine."""
+        step = step_seconds(config, cluster, self.calibration, alone)
+        return step * config.total_sequences / config.batch_sequences
+
+
 def make_plan(
     config: Config, cluster: Cluster, price: float | None = None, calibration: Calibration | None = None
 ) -> Plan:

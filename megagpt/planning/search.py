@@ -1,17 +1,19 @@
 """The settings that a run can have on a cluster, planned and ranked; and the clusters that it can have."""
 
+import functools
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 from megagpt.config import Config, EngineConfig
 from megagpt.planning.gpus import Cluster
 from megagpt.planning.memory import peak_memory
 from megagpt.planning.micro_batch import micro_batches
-from megagpt.planning.plan import Plan
+from megagpt.planning.plan import Plan, Planner
 from megagpt.planning.setting import is_same, overrides, tensor_sizes, vary
 
 # Blocks of which one is computed again: what lies between the modes none and full.
@@ -23,8 +25,6 @@ _TRIED = 2
 # Two speeds as near as this are the same for the prediction: the simpler setting is then the better one.
 _SAME = 0.01
 _ORDER = ("fits", "tight", "does not fit")
-Planner = Callable[[Config, Cluster], Plan]
-"""Plans a config on a cluster: `make_plan` with a price and a calibration."""
 
 
 def engines(config: Config, cluster: Cluster) -> list[EngineConfig]:
@@ -36,6 +36,12 @@ def engines(config: Config, cluster: Cluster) -> list[EngineConfig]:
         others = [other for other in others if other != replace(own, shard_ranks=0)]
     possible = [] if own.shard_ranks and gpus % own.shard_ranks else [own]
     return [*possible, *(other for other in others if other != own)]
+
+
+def _split(config: Config, cluster: Cluster) -> list[EngineConfig]:
+    """Each sharding with each number of tensor ranks, the config's own engine left out."""
+    sizes = tensor_sizes(config, cluster.per_node)
+    return [engine for size in sizes for engine in _sharded(cluster, size) if engine != config.engine]
 
 
 def _sharded(cluster: Cluster, tensor_ranks: int) -> list[EngineConfig]:
@@ -61,43 +67,52 @@ def search(
 ) -> list[Plan]:
     """Plans of the settings that divide, the best first: those that fit, by time; then the tight ones; then those that
     do not fit, by memory. Of each engine, sharding and mode it has the micro-batches that may be the fastest: the
-    largest that fit, and the config's own. `thorough`: every one up to the first that does not fit. `quick`: without
-    settings that do not fit, and with fewer modes. Tensor ranks that the config does not have are left out where their
-    products and exchanges alone take longer than the fastest plan, unless `whole` or `thorough`."""
-    every = _EVERY[:1] if quick else _EVERY
-    plans: list[Plan] = []
+    largest that fit, and the config's own. `thorough`: every one up to the first that does not fit.
 
-    def add(engine: EngineConfig, mode: Any, fitting: bool) -> None:
-        tried = _Tried(vary(config, engine=vars(engine), train={"activation_checkpointing": mode}), cluster)
-        sizes = micro_batches(tried.config, cluster.gpus)
-        if fitting and not (sizes and tried.has_room(sizes[0])):
+    Tensor ranks that the config does not have are left out if they would be slower than the fastest plan even with the
+    best of all micro-batches, whether that fits or not; but not if `whole` or `thorough`. `quick`: so are all other
+    settings; with fewer modes, and tensor ranks under FSDP and the config's engine only."""
+    every = _EVERY[:1] if quick else _EVERY
+    split = [e for e in _split(config, cluster) if not quick or e.name in ("fsdp", config.engine.name)]
+    pairs = itertools.product([*engines(config, cluster), *split], modes(config, every))
+    settings = [_Tried(vary(config, engine=vars(e), train={"activation_checkpointing": m}), cluster) for e, m in pairs]
+    plans: list[Plan] = []
+    fastest = math.inf
+
+    def add(tried: _Tried, fitting: bool) -> None:
+        nonlocal fastest
+        if fitting and not (tried.sizes and tried.has_room(tried.sizes[0])):
             return
-        most = tried.count_of_fitting(sizes)
+        sizes, most = tried.sizes, tried.count_of_fitting()
         chosen = set(sizes[: most + 1] if thorough else sizes[max(0, most - _TRIED) : max(1, most)])
         chosen |= {size for size in sizes if size == config.train.micro_batch}
-        plans.extend(planner(tried.at(size), cluster) for size in sorted(chosen))
+        new = [planner.plan(tried.at(size), cluster) for size in sorted(chosen)]
+        plans.extend(new)
+        fastest = min([fastest, *(plan.seconds for plan in new if plan.verdict == "fits")])
 
-    for engine, mode in itertools.product(engines(config, cluster), modes(config, every)):
-        add(engine, mode, fitting=quick)
-    for size, mode in itertools.product(tensor_sizes(config, cluster.per_node), modes(config, every)):
-        best = min((plan.seconds for plan in plans if plan.verdict == "fits"), default=math.inf)
-        if thorough or whole or _least_seconds(config, cluster, planner, size, mode) < best:
-            for engine in _sharded(cluster, size):
-                if engine != config.engine:
-                    add(engine, mode, fitting=best < math.inf)
+    def is_sure(tried: _Tried) -> bool:
+        engine = tried.config.engine
+        if quick:
+            return is_same(vary(tried.config, train={"micro_batch": config.train.micro_batch}), config)
+        return thorough or whole or engine.tensor_ranks == 1 or engine == config.engine
+
+    for tried in filter(is_sure, settings):
+        add(tried, fitting=quick)
+    others = [tried for tried in settings if not is_sure(tried)]
+    if fastest == math.inf and not quick:  # then what needs least memory is of interest, too
+        for tried in others:
+            add(tried, fitting=False)
+        return sorted(plans, key=_place)
+    # First by the computation, which engines have in common, then by the whole step.
+    alike = itertools.groupby(sorted(others, key=_computation), key=_computation)
+    groups = [list(group) for _, group in alike]
+    bounds = [(group[0].least_seconds(planner, group[0].sizes, alone=True), group) for group in groups]
+    for computing, group in sorted(bounds, key=itemgetter(0)):
+        for tried in group:
+            limit = (1 + _SAME) * fastest
+            if computing < limit and tried.may_take_less(limit, planner):
+                add(tried, fitting=True)
     return sorted(plans, key=_place)
-
-
-def _least_seconds(config: Config, cluster: Cluster, planner: Planner, tensor_ranks: int, mode: Any) -> float:
-    """A run's time with tensor ranks if it had memory for any micro-batch, and no other exchange took time."""
-    engine = vars(EngineConfig("fsdp", tensor_ranks=tensor_ranks))
-    tried = _Tried(vary(config, engine=engine, train={"activation_checkpointing": mode}), cluster)
-    sizes, least = micro_batches(tried.config, cluster.gpus), math.inf
-    # A single sequence needs no copies, and the largest micro-batch has the fewest calls.
-    for size in {*sizes[:1], *sizes[-1:]}:
-        speed = planner(tried.at(size), cluster).speed
-        least = min(least, speed.step - speed.seconds["exchange"])
-    return least * config.total_sequences / config.batch_sequences
 
 
 def own_plan(plans: Iterable[Plan], config: Config) -> Plan | None:
@@ -169,7 +184,7 @@ def find_clusters(config: Config, like: Cluster, planner: Planner) -> Clusters:
 
 def gpu_counts(config: Config, per_node: int) -> list[int]:
     """Numbers of GPUs over which the batch can be divided, fewest first."""
-    groups = {1, config.engine.tensor_ranks, *tensor_sizes(config, per_node)}
+    groups = {1, *tensor_sizes(config, per_node)}
     most = min(config.batch_sequences * max(groups), _MOST_GPUS)
     counts = [*range(1, min(per_node, most + 1)), *range(per_node, most + 1, per_node)]
     sequences = config.batch_sequences
@@ -183,21 +198,46 @@ class _Tried:
     config: Config
     cluster: Cluster
 
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Micro-batches that divide the batch."""
+        return micro_batches(self.config, self.cluster.gpus)
+
     def at(self, size: int) -> Config:
         return vary(self.config, train={"micro_batch": size})
+
+    def least_seconds(self, planner: Planner, sizes: Sequence[int], alone: bool = False) -> float:
+        """A bound of the run's time from below with these micro-batches, whether they fit or not; infinite without any.
+        Larger ones are faster, but for single sequences, of which tensor ranks need no copies. `alone`: as in
+        `Planner`."""
+        some = {*sizes[-1:], *(sizes[:1] if self.config.engine.tensor_ranks > 1 else [])}
+        return min((planner.least_seconds(self.at(size), self.cluster, alone) for size in some), default=math.inf)
+
+    def may_take_less(self, seconds: float, planner: Planner) -> bool:
+        """Whether some micro-batch could take less time, of which the smallest has room."""
+        if self.least_seconds(planner, self.sizes) >= seconds:
+            return False
+        if self.least_seconds(planner, self.sizes[:1]) < seconds:
+            return self.has_room(self.sizes[0])
+        enough = bisect_left(self.sizes, True, key=lambda size: self.least_seconds(planner, [size]) < seconds)
+        return self.has_room(self.sizes[enough])
 
     def has_room(self, size: int) -> bool:
         """Whether it fits at all, if only tightly."""
         return peak_memory(self.at(size), self.cluster.gpus).total <= self.cluster.gpu.memory
 
-    def count_of_fitting(self, sizes: Sequence[int]) -> int:
+    def count_of_fitting(self) -> int:
         """How many of the sizes, which are in order, fit."""
 
         def too_large(size: int) -> bool:
             memory = peak_memory(self.at(size), self.cluster.gpus)
             return memory.verdict(self.cluster.gpu.memory) != "fits"
 
-        return bisect_left(sizes, True, key=too_large)
+        return bisect_left(self.sizes, True, key=too_large)
+
+
+def _computation(tried: _Tried) -> tuple[int, str]:
+    return tried.config.engine.tensor_ranks, str(tried.config.train.activation_checkpointing)
 
 
 def _place(plan: Plan) -> tuple[int, float, float]:

@@ -20,6 +20,8 @@ from megagpt.planning.work import Work, count_work
 
 # Bytes of an optimizer's state that a host or disk moves for each parameter: three fp32 values read, three written.
 _STATE_BYTES = 24
+# Parts of a step that differ from engine to engine.
+_OF_ENGINES = ("exchange", "update", "offload", "waiting for the host")
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,14 @@ def predict_speed(config: Config, cluster: Cluster, calibration: Calibration | N
     return Speed(parts.seconds, step, rate, spread, mfu, sentence, parts.hidden_exchange, inputs)
 
 
-def step_seconds(config: Config, cluster: Cluster, calibration: Calibration | None = None) -> float:
-    """The time of a full step alone. Raises UserError if the batch cannot be divided among the GPUs."""
+def step_seconds(
+    config: Config, cluster: Cluster, calibration: Calibration | None = None, alone: bool = False
+) -> float:
+    """The time of a full step. Raises UserError if the batch cannot be divided among the GPUs. `alone`: without what
+    differs from engine to engine: exchange of weights and gradients, the update, waiting."""
     work, found = count_work(config, cluster.gpus), calibration or calibration_of(cluster.gpu)
-    return sum(step_parts(work, config, cluster, found).seconds.values())
+    seconds = step_parts(work, config, cluster, found).seconds
+    return sum(taken for part, taken in seconds.items() if not (alone and part in _OF_ENGINES))
 
 
 def step_parts(work: Work, config: Config, cluster: Cluster, c: Calibration) -> Parts:
@@ -88,7 +94,7 @@ def step_parts(work: Work, config: Config, cluster: Cluster, c: Calibration) -> 
         "weights in each micro-batch": work.parameters * c.weight_bytes / gpu.bandwidth,
     }
     streaming = work.streamed / c.pcie
-    taken = collections.Counter[tuple[bool, bool]]()
+    taken = collections.defaultdict[tuple[bool, bool], float](float)
     for exchange in work.exchanges:
         taken[exchange.between_products, exchange.each_micro_batch] += _seconds(exchange, cluster, c)
     each, once, between = taken[False, True], taken[False, False], taken[True, True]

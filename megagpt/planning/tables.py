@@ -1,5 +1,6 @@
 """Plans as a table for the terminal."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 from megagpt.config import Config
@@ -19,6 +20,7 @@ _CPU_LEGEND = (
     "GB: of a rank, at the fullest moment of a step; to spare: GB beside them and a reserve; tight: less than the",
     "reserve is left. recomputed: train.activation_checkpointing. *: as configured.",
 )
+_TENSOR = "x 8: 8 tensor ranks share each matrix product, engine.tensor_ranks=8."
 _KEPT = "kept: gathered weights stay until the backward pass, engine.reshard_after_forward=false."
 
 
@@ -51,6 +53,8 @@ def table(plans: Sequence[Plan], own: Config, by_gpus: bool = False) -> Iterator
         ]
         yield "  ".join(cells).rstrip()
     yield from _CPU_LEGEND if on_cpu else _LEGEND
+    if any(" x " in row[left_engine] for row in rows):
+        yield _TENSOR
     if any(", kept" in row[left_engine] for row in rows):
         yield _KEPT
 
@@ -59,8 +63,9 @@ def _row(plan: Plan, own: Config) -> list[str]:
     config, ranks = plan.config, plan.cluster.gpus
     mark = "*" if is_same(config, own) else ""
     spare = gigabytes(plan.spare) if plan.verdict == "fits" else plan.verdict.replace("does not fit", "no fit")
+    engine = re.sub(r", (\d+) tensor ranks", r" x \1", engine_words(config.engine, ranks))
     return [
-        mark, f"{ranks:,}", engine_words(config.engine, ranks), mode_words(config.train.activation_checkpointing),
+        mark, f"{ranks:,}", engine, mode_words(config.train.activation_checkpointing),
         str(config.micro_batch), gigabytes(plan.memory.total), spare, large(plan.speed.tokens_per_second),
         f"{plan.speed.mfu:.0%}", time(plan.days), whole(plan.gpu_hours), money(plan.cost or 0.0),
     ]  # fmt: skip

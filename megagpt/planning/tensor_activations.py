@@ -18,16 +18,16 @@ class Widths(NamedTuple):
 
 
 # a: bytes of a number in matrix products; stream: of one in the residual stream; twice: `a` if tokens lie there in two
-# orders, else 0.
+# orders, else 0. A LayerNorm that is not compiled keeps its input in fp32.
 
 
-def kept(mode: str, a: int, stream: int, dropout: bool) -> Widths:
+def kept(mode: str, a: int, stream: int, compiled: bool, dropout: bool) -> Widths:
     """What a block keeps for its backward pass."""
     if mode == "full":
-        return Widths(stream, 0)
+        return Widths(stream)
     if mode == "selective":  # with dropout, the output of `down` instead of attention's
         return Widths(stream + (7 if dropout else 8) * a, (2 if dropout else 1) * a)
-    return Widths(8 + 12 * a, 2 * a)
+    return Widths((2 * stream if compiled else 8) + 12 * a, 2 * a)
 
 
 def forward(mode: str, a: int, twice: int, compiled: bool) -> Widths:
@@ -37,22 +37,28 @@ def forward(mode: str, a: int, twice: int, compiled: bool) -> Widths:
     return Widths(8, 2 * a + twice) if mode == "none" else Widths(12 + 4 * a, 3 * a + twice)
 
 
-def backward(mode: str, a: int, stream: int, twice: int, compiled: bool) -> dict[str, Widths]:
+def backward(mode: str, a: int, stream: int, twice: int, compiled: bool, banded: bool) -> dict[str, Widths]:
     """What is in use when the gradient of a weight is computed, and at exchanges of tokens: at the fullest one in front
     of the first gradient, which under activation checkpointing is one of the repeated forward pass, and behind `up`."""
-    if compiled and mode == "selective":
-        most, held = Widths(2 * stream + 8 * a, 3 * a), Widths(2 * stream + 8 * a, 2 * a)
-        return {"exchange": most, "down": held, "up": held, "attention": held, "qkv": Widths(stream + 3 * a, 2 * a)}
-    if compiled and mode == "full":
+    if compiled and mode != "none":
+        last = Widths(stream + 3 * a, 2 * a)
+        if mode == "selective":
+            most, held = Widths(2 * stream + 8 * a, 3 * a), Widths(2 * stream + 8 * a, 2 * a)
+            return {"exchange": most, "down": held, "up": held, "attention": held, "qkv": last}
         most, held = Widths(2 * stream + 4 * a, 4 * a), Widths(stream + 8 * a, 3 * a)
-        return {"exchange": most, "down": held, "up": held, "attention": held, "qkv": Widths(stream + 3 * a, 2 * a)}
+        # In fp32, the gradient behind GELU is made from the one in front of it, without a cast between them.
+        up = Widths(stream + 12 * a, 2 * a) if a == 4 else held
+        return {"exchange": most, "down": held, "up": up, "attention": held, "qkv": last}
+    inputs = 2 * stream if compiled else 8
     cast = a if stream != a and not compiled else 0
     repeated = Widths(2 * stream + 8 + (8 if mode == "selective" else 4) * a, 4 * a + twice)
+    if banded:  # queries, keys and values as they were before the cut into windows, and the output in two orders
+        repeated = Widths(repeated.cut + 4 * a, repeated.whole)
     return {
-        "exchange": Widths(8 + 12 * a + stream + cast, 3 * a + twice) if mode == "none" else repeated,
-        "down": Widths(8 + 16 * a + stream, 3 * a),
-        "up": Widths(8 + 8 * a + stream, 3 * a),
-        "sum": Widths(12 + 4 * a + stream, 3 * a + twice),
-        "attention": Widths(4 + 8 * a + stream, a),
-        "qkv": Widths(4 + 3 * a + stream, 2 * a),
+        "exchange": Widths(inputs + 12 * a + stream + cast, 3 * a + twice) if mode == "none" else repeated,
+        "down": Widths(inputs + 16 * a + stream, 3 * a),
+        "up": Widths(inputs + 8 * a + stream, 3 * a),
+        "sum": Widths(inputs + 4 + 4 * a + stream, 3 * a + twice),
+        "attention": Widths(inputs / 2 + 8 * a + stream, a),
+        "qkv": Widths(inputs / 2 + 3 * a + stream, 2 * a),
     }

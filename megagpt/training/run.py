@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megagpt.checkpoints.checkpoint import OpenCheckpoint
+from megagpt.checkpoints.checksums import CorruptError
 from megagpt.checkpoints.compatibility import Allowed
 from megagpt.checkpoints.folder import abandon
 from megagpt.checkpoints.loading import choose, load, quarantine, saved_config
 from megagpt.checkpoints.saving import Saved, Saver, meta_of
-from megagpt.checkpoints.storage import CorruptError
 from megagpt.config import Config
 from megagpt.config_file import to_yaml
 from megagpt.console import say

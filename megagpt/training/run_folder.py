@@ -11,25 +11,25 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import torch
 
 import megagpt
 from megagpt.config import Config
 from megagpt.config_file import to_yaml
 from megagpt.data.provenance import text_of
-from megagpt.data.token_stream import TokenStream
-from megagpt.engines.engine import Engine
 from megagpt.errors import UserError
 from megagpt.files import write_atomic
-from megagpt.hardware import device_name
 from megagpt.incarnations import Incarnation, claim, list_incarnations
 from megagpt.launchers import job_number, slurm_job, torchrun_name
 from megagpt.planning.forecast import Forecast
 from megagpt.run_log import Event, log_path, read
 from megagpt.training.markdown import table, verbatim
+
+if TYPE_CHECKING:
+    from megagpt.data.token_stream import TokenStream
+    from megagpt.engines.engine import Engine
 
 # Bytes at the end of the log in which its last lines are: a few hundred steps.
 TAIL_BYTES = 2**18
@@ -78,14 +78,18 @@ def went_back(run: Path, tokens: int) -> bool:
 def claim_run(
     run: Path,
     config: Config,
-    engine: Engine,
-    streams: Sequence[TokenStream],
+    engine: "Engine",
+    streams: Sequence["TokenStream"],
     from_tokens: int,
     planned: Forecast | None = None,
 ) -> Incarnation:
     """Begin the run's next incarnation: the main rank leaves the resolved config and the facts of this process group.
     `config`: the run's, whose micro-batch may be auto; the engine's has the number. `streams`: the sources' training
     text, in the config's order. `planned`: None on a CPU. Every rank calls it. Raises OSError."""
+    import torch  # status and launch need this file without it
+
+    from megagpt.hardware import device_name
+
     hosts = collections.Counter(engine.world.hosts())
     weights = (source.weight for source in engine.config.data.sources)
 

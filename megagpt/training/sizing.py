@@ -2,6 +2,7 @@
 `train.micro_batch: auto` means, which on a GPU a trial step confirms."""
 
 import gc
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -63,7 +64,7 @@ def size_run(config: Config, world: World, last: dict[str, Any] | None = None) -
             say(f"{_auto(config, world)}, the largest of at most 4,096 tokens that divides the batch")
         return Sizing(config)
     (capacity,) = world.min_of([own])
-    fit = check_fit(config, world.size, capacity, device_name(world.device))
+    fit = check_fit(config, world.size, capacity, device_name(world.device), _together(world))
     if config.train.micro_batch != AUTO:
         say(f"memory by the plan: {fit.sentence}")
         if fit.warning:
@@ -83,6 +84,11 @@ def size_run(config: Config, world: World, last: dict[str, Any] | None = None) -
     if fit.warning:
         say(f"warning: {fit.warning}")
     return Sizing(config, tuple(choices), capacity)
+
+
+def _together(world: World) -> int:
+    """Ranks of each machine, or if these differ, a number that divides them. Every rank calls it."""
+    return math.gcd(*Counter(world.hosts()).values())
 
 
 def _auto(config: Config, world: World) -> str:
@@ -135,7 +141,7 @@ def build_sized(
         if engine is not None:
             return config, engine
         say(f"a trial step with micro-batches of {size} runs out of memory")
-    found = way_out(config, world.size, 0.9 * peak_memory(config, world.size).total)
+    found = way_out(config, world.size, 0.9 * peak_memory(config, world.size).total, _together(world))
     problem = f"memory runs out with micro-batches of {config.micro_batch}, although the plan says that they fit"
     raise UserError(f"{config.run.name}: {problem}; {found or 'take GPUs with more memory'}")
 

@@ -19,6 +19,7 @@ def run(tiny: Tiny, tmp_path: Path) -> Path:
     return tmp_path / "runs" / "tiny"
 
 
+@pytest.mark.slow
 def test_list_verify_and_show(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["checkpoint", "verify", str(run)]) == 0

@@ -9,10 +9,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megagpt.checkpoints.checkpoint import Checkpoint
+from megagpt.checkpoints.checksums import CorruptError
 from megagpt.checkpoints.folder import Rotation, find_checkpoint, list_checkpoints, newest_complete, newest_good
 from megagpt.checkpoints.loading import tensor_shapes
 from megagpt.checkpoints.saving import Saver
-from megagpt.checkpoints.storage import CorruptError, Writer
+from megagpt.checkpoints.storage import Writer
 from megagpt.config_occasions import CheckpointConfig
 from megagpt.errors import UserError
 from tests.checkpoints.toy_state import ALONE, SHAPES, WHOLE, is_complete, meta, save, saved_value, state_of

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megagpt.checkpoints import saving, storage
+from megagpt.checkpoints import checksums, saving, storage
 from megagpt.checkpoints.compatibility import Allowed
 from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.checkpoints.loading import choose, load
@@ -185,7 +185,7 @@ def test_a_loaded_state_lives_until_the_engine_has_it(tmp_path: Path) -> None:
 
 LAYERS, WIDTH = 7, 512
 LARGEST = 4 * WIDTH * 4 * WIDTH  # bytes of an MLP's matrix in fp32
-BUFFERS = storage._KEPT_BLOCKS * storage.BLOCK_BYTES + storage._AHEAD_BYTES  # of a reader, whatever it reads
+BUFFERS = checksums._KEPT_BLOCKS * checksums.BLOCK_BYTES + storage._AHEAD_BYTES  # of a reader, whatever it reads
 
 
 def large_config(name: str) -> Config:

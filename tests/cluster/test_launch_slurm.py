@@ -18,6 +18,8 @@ PRESETS = sorted(path.name for path in (REPOSITORY / "configs").glob("*.yaml"))
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
+UNSHARDED = ["engine.name=ddp", "train.micro_batch=3"]
+
 
 def slurm(capsys: Capture, *arguments: str) -> list[str]:
     """The command that `launch slurm` prints, as a shell splits it."""
@@ -132,8 +134,8 @@ def test_a_batch_that_does_not_divide_is_refused(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("job", "way"),
     [
-        (["gpt3_175b.yaml", "--nodes", "64", "--gpu", "h100", "engine.name=ddp"], "engine.name=fsdp"),
-        (["gpt3_175b.yaml", "--nodes", "64", "--gpu-memory", "80", "engine.name=ddp"], "engine.name=fsdp"),
+        (["gpt3_175b.yaml", "--nodes", "64", "--gpu", "h100", *UNSHARDED], "engine.name=fsdp"),
+        (["gpt3_175b.yaml", "--nodes", "64", "--gpu-memory", "80", *UNSHARDED], "engine.name=fsdp"),
         (
             ["gpt3_13b.yaml", "--nodes", "4", "--gpu-memory", "24", "engine.name=zero", "engine.stage=1"],
             "engine.stage=",

@@ -87,6 +87,7 @@ def shares_of(ranks: int, micro_batch: int) -> list[Share]:
 # --- one rank or many ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_steps_do_not_depend_on_ranks_or_resumes(mixture: Corpus, data: st.DataObject) -> None:

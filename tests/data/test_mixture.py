@@ -193,6 +193,7 @@ def test_absent_sources_given_twice_are_refused(refusal: Refusal, tmp_path: Path
 # --- other folders ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moved", [False, True], ids=["in place", "moved"])
 def test_a_resume_elsewhere_finds_relative_sources_and_exams(
     moved: bool, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -222,6 +223,7 @@ def test_a_resume_elsewhere_finds_relative_sources_and_exams(
     assert load_config(str(run / "config.yaml")).data.sources[0].path == "text/shards"
 
 
+@pytest.mark.slow
 def test_relative_sources_that_are_nowhere_name_the_folders(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, refusal: Refusal
 ) -> None:

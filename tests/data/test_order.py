@@ -180,6 +180,7 @@ def test_interleave_takes_numbers_in_any_order() -> None:
 # --- locate ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(
     pairs=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 20)), min_size=1, max_size=5),
     seed=st.integers(0, 2**32),

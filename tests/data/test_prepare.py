@@ -76,6 +76,7 @@ def test_documents_may_fill_a_shard_exactly(tmp_path: Path) -> None:
         assert documents_of(tmp_path / str(shard_tokens), "train") == texts
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "_BATCH_CHARACTERS", 3000)
     source = open_source(str(write_corpus(tmp_path / "a.jsonl", make_documents(400))))

@@ -94,6 +94,7 @@ def test_a_second_process_is_refused_while_the_first_runs(tmp_path: Path, big: t
 in_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the workers are found in /proc")
 
 
+@pytest.mark.slow
 @in_proc
 @pytest.mark.usefixtures("inline")
 def test_a_dead_worker_ends_the_preparation_with_one_line(tmp_path: Path, big: tuple[Path, dict[str, bytes]]) -> None:

@@ -137,6 +137,7 @@ def test_equals_an_independent_encoder_on_a_fuzz_corpus(independent: Tokenizer) 
         assert gpt2().decode(ids) == text
 
 
+@pytest.mark.slow
 @given(st.text(max_size=200))
 @settings(max_examples=500, deadline=None)
 def test_equals_an_independent_encoder(independent: Tokenizer, text: str) -> None:

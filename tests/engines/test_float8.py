@@ -141,6 +141,7 @@ def curve(scaling: Scaling, mode: str = "none", compiled: bool = False, steps: i
     return [(r.loss, r.gradient_norm) for r in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_the_loss_is_near_that_of_bf16_and_not_the_same(scaling: Scaling, emulated: None) -> None:
     bf16 = curve("none", steps=STEPS)

@@ -9,7 +9,7 @@ from typing import Any
 
 from megagpt.evaluation.exam import Settings, prepare
 from megagpt.evaluation.examinee import opened
-from megagpt.evaluation.scoring import Scores
+from megagpt.evaluation.results import Scores
 from megagpt.evaluation.tasks import find_tasks
 from megagpt.exchange.named import open_model
 from megagpt.world import join

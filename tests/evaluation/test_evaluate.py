@@ -59,6 +59,7 @@ def test_a_row_of_each_schema_is_scored_as_transformers_does(
             assert value["value"] == float(expected[0][1])
 
 
+@pytest.mark.slow
 def test_all_rows_equal_transformers_also_when_they_are_cut(
     folder: Path, theirs: Theirs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

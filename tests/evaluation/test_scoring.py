@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megagpt.data.tokenizer import END_OF_TEXT, gpt2
 from megagpt.evaluation.exam import Exam, Settings, prepare
-from megagpt.evaluation.results import accuracy, best, choice, perplexity
-from megagpt.evaluation.scoring import Score, score
+from megagpt.evaluation.results import Score, accuracy, best, choice, perplexity
+from megagpt.evaluation.scoring import score
 from megagpt.evaluation.sequences import Group, Tokens, batches, pack, pair
 from megagpt.evaluation.task import options
 from megagpt.evaluation.tasks import TASKS

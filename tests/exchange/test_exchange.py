@@ -249,6 +249,7 @@ def test_a_folder_is_exported_in_another_format(theirs: GPT2LMHeadModel, tmp_pat
     assert f"`{tmp_path / 'theirs'}`" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_folder_with_another_tokenizer_is_refused(
     theirs: GPT2LMHeadModel, tmp_path: Path, tokenizer: Any, refusal: Refusal
 ) -> None:

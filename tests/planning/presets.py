@@ -11,7 +11,7 @@ PRICE = 2.5
 SMALL = ("gpt2_124m", "gpt2_124m_40b", "gpt2_124m_fineweb", "gpt2_355m", "gpt2_774m", "gpt2_1558m",
          "gpt3_125m", "gpt3_350m", "gpt3_760m")  # fmt: skip
 GPUS = {**dict.fromkeys(SMALL, (8,)), "gpt3_xl": (8, 64), "gpt3_2.7b": (8, 64), "gpt3_6.7b": (64,), "gpt3_13b": (64,),
-        "gpt3_175b": (512,)}  # fmt: skip
+        "gpt3_175b": (1024,)}  # fmt: skip
 """Config -> numbers of H100s for which it is set."""
 START = "# Plan for "
 

@@ -1,6 +1,7 @@
 """Published training speeds, read as configs of this project, and what a constant for each GPU would predict.
 
-All rows are GPTs that train without tensor or pipeline parallelism, from README files, papers and charts:
+All rows are GPTs that train without pipeline parallelism, from README files, papers and charts; those with tensor
+parallelism are in a file of their own (sequence parallelism 2022: arXiv:2205.05198, table 5):
 
 llm-foundry: mosaicml/llm-foundry, scripts/train/benchmarking/README.md, by table. A100: 200 Gbit/s a GPU, H100: 400.
 DeepSpeed Azure: deepspeed.ai, post of 2022-07-26, figure 5, read from the chart (2% at 150 TFLOP/s, 7% at 40).
@@ -32,9 +33,10 @@ class Row(NamedTuple):
     """Of all GPUs."""
 
 
-def load_rows(float8: bool = False) -> list[Row]:
-    """The rows in bf16 and fp16, or those in float8."""
-    with _FILE.open(encoding="utf-8", newline="") as file:
+def load_rows(float8: bool = False, tensor: bool = False) -> list[Row]:
+    """The rows in bf16 and fp16, those in float8, or those of several tensor ranks, to which nothing is fitted."""
+    path = _FILE.with_name("published_tensor_speeds.csv") if tensor else _FILE
+    with path.open(encoding="utf-8", newline="") as file:
         return [_row(line) for line in csv.DictReader(file) if (line["precision"] == "float8") == float8]
 
 
@@ -42,8 +44,11 @@ def _row(line: dict[str, str]) -> Row:
     context, gpus, batch = int(line["context"]), int(line["gpus"]), int(line["batch"])
     model = ModelConfig(int(line["layers"]), int(line["width"]), int(line["heads"]), context)
     name, _, stage = line["engine"].partition("-")
+    group = int(line.get("tensor_ranks", 1))
     engine = EngineConfig(
         name=name,  # type: ignore[arg-type]
+        tensor_ranks=group,
+        shard_ranks=group if group > 1 else 0,  # those codes keep a copy of the weights in each group
         **({"stage": int(stage)} if stage else {}),  # type: ignore[arg-type]
         **({"reshard_after_forward": False} if line["reshard"] == "no" else {}),  # type: ignore[arg-type]
     )

@@ -15,6 +15,8 @@ from tests.processes import REPOSITORY
 
 A100_40, H100 = 42.3e9, 85e9
 LONG = ["model.context=16384", "train.batch_ramp_start=0", "train.batch_ramp_tokens=0"]
+LONGER = ["model.context=65536", *LONG[1:]]
+FULL = ["train.micro_batch=1", "train.activation_checkpointing=full"]
 PRESETS = sorted(path.name for path in (REPOSITORY / "configs").glob("gpt*.yaml"))
 
 
@@ -38,13 +40,14 @@ def followed(config: str, overrides: Sequence[str], ranks: int, advice: str) -> 
         ("gpt3_13b", ["engine.name=fsdp", "train.micro_batch=1"], 1, H100, "engine.offload=all"),
         ("gpt3_13b", ["engine.name=ddp", "train.micro_batch=1"], 1, A100_40, "engine.offload=all"),
         ("gpt3_175b", ["train.micro_batch=auto"], 64, A100_40, ""),
+        ("gpt3_6.7b", ["engine.name=fsdp", *FULL, *LONGER], 8, A100_40, "set engine.tensor_ranks="),
     ],
 )  # fmt: skip
 def test_the_way_out_makes_it_fit(
     config: str, overrides: list[str], ranks: int, capacity: float, expected: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        check_fit(load_config(config, overrides), ranks, capacity)
+        check_fit(load_config(config, overrides), ranks, capacity, per_node=8)
     message = str(caught.value)
     assert f"does not fit on {ranks} GPU(s) of {capacity / 1e9:.1f} GB: each needs " in message
     assert expected in message
@@ -66,7 +69,7 @@ def test_the_first_kind_of_change_that_helps_is_named() -> None:
 
 
 def test_what_nothing_helps_against_is_not_called_impossible() -> None:
-    config = load_config("gpt3_175b", ["train.micro_batch=1"])
+    config = load_config("gpt3_175b", ["train.micro_batch=1", "engine.tensor_ranks=1"])
     with pytest.raises(UserError, match="no setting of this code makes it fit: take GPUs with more memory"):
         check_fit(config, 1, 1e9)
 
@@ -88,7 +91,7 @@ def test_little_room_is_a_warning_with_a_way_out() -> None:
 def test_auto_is_the_largest_that_fits_and_divides(config: str, ranks: int, capacity: float) -> None:
     wanted = load_config(config, ["train.micro_batch=auto"])
     size = largest_micro_batch(wanted, ranks, capacity)
-    assert wanted.batch_sequences % (ranks * size) == 0
+    assert wanted.batch_sequences % (wanted.shares(ranks) * size) == 0
     verdicts = {
         s: peak_memory(with_micro_batch(wanted, s), ranks).verdict(capacity) for s in micro_batches(wanted, ranks)
     }

@@ -48,6 +48,7 @@ def test_compiled_blocks_have_a_formula_too(mode: Any, engine: dict[str, Any], r
         assert_same_peak(shape, engine, ranks, batch, precision=precision, activation_checkpointing=mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "ranks", "changes"),
     [
@@ -74,12 +75,14 @@ def test_fsdp_on_one_rank_gathers_nothing_ahead() -> None:
     assert_same_peak(LONG, FSDP, 1, 1, **train)
 
 
+@pytest.mark.slow
 def test_kept_weights_go_block_by_block_in_the_backward_pass() -> None:
     shape, engine = {"preset": "gpt3-13b", "layers": 2, "context": 1024}, FSDP | {"reshard_after_forward": False}
     assert_same_peak(shape, engine, 2, 16, precision="fp16", activation_checkpointing="full")
     assert_same_peak(shape | {"layers": 4}, engine, 64, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "full"])
 @pytest.mark.parametrize("change", [{"dropout": 0.1}, {"attention": "banded", "window": 128}], ids=str)
 @pytest.mark.parametrize("engine", [FSDP, TENSOR[4]], ids=["fsdp", "tensor"])
@@ -175,7 +178,7 @@ def test_planning_memory_needs_no_pytorch() -> None:
 
 def test_every_shipped_config_has_a_peak() -> None:
     for path in Path("configs").glob("gpt*.yaml"):
-        memory = peak_memory(load_config(str(path)), 512 if "175b" in path.stem else 8)
+        memory = peak_memory(load_config(str(path)), 1024 if "175b" in path.stem else 8)
         assert memory.state < memory.total < 90e9, path
 
 

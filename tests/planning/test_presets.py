@@ -1,12 +1,10 @@
 """Every config carries settings that fit and are fast on the cluster that its comment names."""
 
-import functools
-
 import pytest
 
 from megagpt.config_file import load_config
 from megagpt.planning.gpus import Cluster, find_gpu
-from megagpt.planning.plan import make_plan
+from megagpt.planning.plan import Planner
 from megagpt.planning.search import search
 from tests.planning.presets import GPUS, SMALL, comment, planned
 from tests.processes import REPOSITORY
@@ -31,7 +29,7 @@ def test_the_comment_is_what_the_plan_says(name: str) -> None:
 def test_the_preset_fits_and_is_fast_there(name: str, gpus: int) -> None:
     plan = planned(name, gpus)
     assert plan.verdict == "fits"
-    plans = search(load_config(name), Cluster(find_gpu("h100"), gpus), functools.partial(make_plan, price=1.0))
+    plans = search(load_config(name), Cluster(find_gpu("h100"), gpus), Planner(price=1.0))
     fastest = min(other.seconds for other in plans if other.verdict == "fits")
     assert plan.seconds <= SLOWER * fastest
 

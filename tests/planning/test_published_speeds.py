@@ -157,6 +157,19 @@ def test_speeds_in_float8_are_met() -> None:
     assert np.abs(np.array(ratios) - 1).max() < 0.06
 
 
+def test_speeds_with_tensor_ranks_are_missed_as_the_page_says() -> None:
+    text = PAGE.read_text(encoding="utf-8").partition("### Tensor ranks")[2]
+    shown = re.findall(r"^\| ([^|]+) \| ([^|]+) \| (\d+) \| (\d+) \| ([\d,]+) \| ([+-]\d+)% \|$", text, re.MULTILINE)
+    rows = load_rows(tensor=True)
+    assert len(shown) == len(rows)
+    for cells, row in zip(shown, rows, strict=True):
+        speed, gpus = predict_speed(row.config, row.cluster), row.cluster.gpus
+        assert cells[:4] == (row.source, row.model, str(gpus), str(row.config.engine.tensor_ranks))
+        assert row.tokens_per_second / gpus == pytest.approx(float(cells[4].replace(",", "")), abs=0.6)
+        assert 100 * (speed.tokens_per_second / row.tokens_per_second - 1) == pytest.approx(float(cells[5]), abs=0.6)
+        assert [bound / speed.tokens_per_second for bound in speed.range] == pytest.approx([0.7, 1.3])
+
+
 @pytest.mark.slow
 def test_the_page_shows_the_numbers_of_this_fit(trial: Trial) -> None:
     text = PAGE.read_text(encoding="utf-8")

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from megagpt.config import Config, EngineConfig, TrainConfig
+from megagpt.config_file import load_config
 from megagpt.errors import UserError
 from megagpt.models.presets import PRESETS, ModelConfig
 from megagpt.planning.calibration import calibrated, calibration_of
 from megagpt.planning.gpus import Cluster, find_gpu
+from megagpt.planning.plan import make_plan
 from megagpt.planning.speed import Speed, predict_speed
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
@@ -193,6 +195,43 @@ def test_the_page_shows_175b_on_many_gpus() -> None:
         assert 100 * speed.mfu == pytest.approx(mfu, abs=0.1)
         assert 100 * speed.seconds["exchange"] / speed.step == pytest.approx(waiting, abs=0.6)
         assert each(speed, gpus) == pytest.approx(before.get(gpus, shown), rel=0.16)
+
+
+def test_the_page_shows_175b_with_tensor_ranks() -> None:
+    text = PAGE.read_text(encoding="utf-8").partition("### Tensor ranks")[2]
+    number, amount = r"(\d+)", r"([\d.,]+)"
+    row = rf"^\| ([\d,]+) \| {number} \| (once|twice) \| {number} \| {amount} \| {amount}% \| {amount}% \| {amount} \| "
+    rows = re.findall(row + rf"\${amount} \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for gpus, size, gathered, batch, *shown in rows:
+        keep = str(gathered == "twice").lower()
+        keys = [f"engine.tensor_ranks={size}", f"train.micro_batch={batch}", f"engine.reshard_after_forward={keep}"]
+        plan = make_plan(load_config("gpt3_175b", keys), Cluster(H100, int(gpus.replace(",", ""))), 2.5)
+        found = (
+            plan.memory.total / 1e9,
+            100 * plan.speed.mfu,
+            100 * plan.ramp_seconds / plan.seconds,
+            plan.days,
+            plan.cost,
+        )
+        assert found == pytest.approx([float(cell.replace(",", "")) for cell in shown], rel=0.01)
+
+
+def test_tensor_ranks_exchange_activations_and_their_part_of_the_weights() -> None:
+    c, tokens, width = calibration_of(H100), 12 * 2048, 12288
+    speed = predicted("gpt3-175b", 64, engine={"name": "fsdp", "tensor_ranks": 8}, micro_batch=12)
+    terms = {term.name: term.value for term in speed.terms}
+    calls = 4 + 8 * 96
+    sent = 7 / 8 * calls * tokens * width * 2 + 7 * 12 * tokens
+    assert (terms["activations: sent"], terms["activations: calls"]) == pytest.approx((sent, calls))
+    copied = 2.5 * calls * tokens * width * 2
+    seconds = 8 * (sent / (c.link_share * 450e9) + calls * c.call + copied / 3.35e12)  # 8 micro-batches
+    assert speed.seconds["tensor exchange"] == pytest.approx(seconds, rel=1e-3)  # and the uncut gradients, once
+    whole = {term.name: term.value for term in predicted("gpt3-175b", 64, micro_batch=12).terms}
+    assert terms["weights: sent"] / whole["weights: sent"] == pytest.approx((7 / 8) / (63 / 64) / 8, rel=1e-3)
+    again = predicted("gpt3-175b", 64, engine={"name": "fsdp", "tensor_ranks": 8}, activation_checkpointing="full")
+    assert {term.name: term.value for term in again.terms}["activations: calls"] == 4 + 11 * 96
+    assert "tensor ranks" in again.evidence
 
 
 def test_only_settings_like_the_rows_get_a_narrow_range() -> None:

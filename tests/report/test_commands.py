@@ -43,6 +43,7 @@ def test_plot_draws_chosen_exams(run: Logged, tmp_path: Path) -> None:
     assert "#1b1d21" in text
 
 
+@pytest.mark.slow
 def test_report_writes_into_the_run_or_where_told(run: Logged, tmp_path: Path) -> None:
     assert main(["report", str(run.folder)]) == 0
     target = tmp_path / "page.html"
@@ -101,6 +102,7 @@ def test_a_run_without_steps_has_no_picture(tmp_path: Path, refusal: Refusal) ->
     refusal(["plot", str(Logged(tmp_path, "empty").folder)], "empty: nothing to draw", "no step is logged yet")
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_is_refused(run: Logged, tmp_path: Path, refusal: Refusal) -> None:
     for target in (tmp_path / "missing" / "a.png", tmp_path / "folder.png"):
         (tmp_path / "folder.png").mkdir(exist_ok=True)

@@ -106,6 +106,7 @@ def test_exams_are_beside_the_references(run: Logged) -> None:
     assert f"{how}, not the published text 29.75% ± 0.46% 10,042 525M {beside}" in rows
 
 
+@pytest.mark.slow
 def test_the_plan_is_shown_against_the_outcome(run: Logged) -> None:
     """After 1,000 steps of 0.25 s; of an unknown card memory only; of a run that has not ended, the time so far."""
     assert "Plan against outcome" not in shown(run.folder).text

@@ -31,6 +31,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "old"
 
 
+@pytest.mark.slow
 def test_it_resumes_with_the_losses_of_the_uninterrupted_run(
     run: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -164,6 +164,7 @@ def test_an_interrupted_last_validation_is_done_after_the_resume(
     assert "finished already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_validation_early(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -63,6 +63,7 @@ def sized(config: Config, *choices: int) -> Sizing:
     return Sizing(config, choices)
 
 
+@pytest.mark.slow
 def test_a_trial_that_runs_out_of_memory_goes_one_down(tiny: Tiny) -> None:
     config, trial = load_config(str(tiny()), ["train.micro_batch=auto"]), Trial(most=2)
     found, engine = build_sized(sized(config, 4, 2, 1), World.alone(), trial)
@@ -156,6 +157,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_begins(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_auto_on_a_gpu_is_the_same_run(
     tiny: Tiny, tmp_path: Path, gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

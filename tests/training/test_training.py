@@ -215,6 +215,7 @@ def test_an_unfinished_run_without_a_checkpoint_starts_over(
     assert losses(tmp_path / "runs" / "tiny") == first
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_as_it_is(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(str(tiny(train={"tokens": 256}))) == 0
     before = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text()
@@ -226,6 +227,7 @@ def test_a_finished_run_stays_as_it_is(tiny: Tiny, tmp_path: Path, capsys: pytes
 # --- what a run leaves behind ---
 
 
+@pytest.mark.slow
 def test_a_run_leaves_config_environment_metrics_and_events(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint's files: every byte is covered by a checksum, and none that differs is handed out."""
+"""A checkpoint's checksums: they cover every byte, and no byte that differs is handed out."""
 
 import io
 from pathlib import Path
@@ -8,15 +8,15 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.checkpoints import storage
-from megagpt.checkpoints.storage import CheckedReader, CorruptError, FileSum, _HashingWriter, sum_bytes
+from megagpt.checkpoints import checksums
+from megagpt.checkpoints.checksums import CheckedReader, CorruptError, FileSum, HashingWriter, sum_bytes
 
 BLOCK = 16
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(checksums, "BLOCK_BYTES", BLOCK)
 
 
 def reference(data: bytes) -> FileSum:
@@ -25,7 +25,7 @@ def reference(data: bytes) -> FileSum:
 
 def write(path: Path, pieces: list[bytes]) -> FileSum:
     result = FileSum()
-    with path.open("wb") as file, _HashingWriter(file, result) as writer:
+    with path.open("wb") as file, HashingWriter(file, result) as writer:
         for piece in pieces:
             position = writer.tell()
             assert writer.write(piece) == len(piece)
