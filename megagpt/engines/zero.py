@@ -104,7 +104,8 @@ class ZeroEngine(Engine):
         }
 
     def initialize(self) -> None:
-        for key, shard in self.state().items():
+        state = self.state()  # kept until the end: from a disk it is a copy, which is written back while in use
+        for key, shard in state.items():
             kind, _, name = key.partition(".")
             if kind == "model":
                 self._initialize(name, shard)

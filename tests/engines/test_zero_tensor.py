@@ -13,6 +13,7 @@ from torch import Tensor
 from megagpt.engines.engine import Engine, build_engine, seed_dropout
 from megagpt.engines.flat_shard import Rectangle
 from megagpt.engines.gathering import full_precision
+from megagpt.engines.zero import _SwappedWeights
 from megagpt.measure import worker
 from megagpt.measure.cases import LR, Case, rows, share
 from megagpt.measure.crossings import TOLERANCE
@@ -52,6 +53,8 @@ class Found(NamedTuple):
     initial: dict[int, Pieces]
     whole_loss: dict[int, float]
     """Of the first batch, with the gathered initial weights."""
+    rewritten: Pieces
+    """The initial weights, written back from copies, as if they were on a disk."""
     trained: dict[int, Pieces]
     dropout: list[list[float]]
     """Twice the losses of the same steps."""
@@ -81,14 +84,24 @@ def find(folder: Path) -> Found:
             engine.train_step(share(0, world.rank, case), LR)
             engine.train_step(share(1, world.rank, case), LR)
             trained[stage] = held(engine)
+        rewritten = held(with_copies(engine))
         dropout = [with_dropout(cases[1], world) for _ in range(2)]
         skipped = skipping(dataclasses.replace(cases[2], accumulation=2), world)
         half = half_precision(dataclasses.replace(cases[3], precision="fp16"), world)
-        return Found(curves, saved, resumed, initial, losses, trained, dropout, skipped, half)
+        return Found(curves, saved, resumed, initial, losses, rewritten, trained, dropout, skipped, half)
 
 
 def held(engine: Engine) -> Pieces:
     return {key: [(box, piece.clone()) for box, piece in shard.pieces()] for key, shard in engine.state().items()}
+
+
+def with_copies(engine: Any) -> Engine:
+    """A stage 3 engine that begins again with zeros, and then with initial weights, through copies of its state."""
+    for shard in engine.state().values():
+        shard.flat.zero_()
+    engine._shards = _SwappedWeights(engine._engine.optimizer, engine.model, engine.ranks)
+    engine.initialize()
+    return engine
 
 
 def whole_loss(engine: Engine) -> float:
@@ -125,16 +138,30 @@ def test_a_resume_at_any_stage_is_the_plain_run(before: int, after: int, plain: 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_initial_weights_are_those_of_one_rank(stage: int, found: list[Found]) -> None:
+    model = initial_model()
+    assert_weights(model, [rank.initial[stage] for rank in found])
+    loss = model(rows(0)[:, :-1], rows(0)[:, 1:]).item()
+    assert [rank.whole_loss[stage] for rank in found] == pytest.approx([loss] * RANKS, rel=1e-6)
+
+
+def test_copies_of_initial_weights_are_written_back(found: list[Found]) -> None:
+    assert_weights(initial_model(), [rank.rewritten for rank in found])
+
+
+def initial_model() -> GPT:
     config = Case({}, 1).config()
     model = GPT(config.model)
     initialize(model, config.model, config.run.seed)
+    return model
+
+
+def assert_weights(model: GPT, ranks: list[Pieces]) -> None:
+    """To the last bit, and the whole of each."""
     for name, expected in model.named_parameters():
         whole = torch.full_like(expected, torch.nan)
-        for box, piece in itertools.chain(*(rank.initial[stage][f"model.{name}"] for rank in found)):
+        for box, piece in itertools.chain(*(rank[f"model.{name}"] for rank in ranks)):
             whole[box.place] = piece
         assert torch.equal(whole, expected), name
-    loss = model(rows(0)[:, :-1], rows(0)[:, 1:]).item()
-    assert [rank.whole_loss[stage] for rank in found] == pytest.approx([loss] * RANKS, rel=1e-6)
 
 
 @pytest.mark.parametrize("stage", STAGES)
