@@ -66,14 +66,14 @@ def test_preset_files_hold_the_papers_recipe(file: Path) -> None:
 def test_every_file_divides_over_the_usual_worlds(file: Path) -> None:
     """As it is, or with the micro-batch that the refusal names."""
     config = load_config(str(file))
-    assert config.accumulation(1) * config.train.micro_batch == config.batch_sequences
+    assert config.accumulation(config.engine.tensor_ranks) * config.train.micro_batch == config.batch_sequences
     for ranks in (8, 16, 32, 64, 128, 256) if config.model.preset else ():
         refusal = ""
         try:
             config.check_ranks(ranks)
         except UserError as error:
             refusal = str(error)
-        advice = re.search(r"train\.micro_batch (\d+)(?: or \d+)?$", refusal)
+        advice = re.search(r"train\.micro_batch (\d+)(?: or \d+)?(?:, or engine|$)", refusal)
         assert advice or not refusal, refusal
         micro_batch = int(advice[1]) if advice else config.train.micro_batch
         load_config(str(file), [f"train.micro_batch={micro_batch}"]).check_ranks(ranks)
@@ -87,6 +87,7 @@ def test_every_file_trains_three_steps_when_shrunk(file: Path, corpus: Path, tmp
         "train.batch_tokens=64", "train.micro_batch=4", "train.batch_ramp_start=0", "train.batch_ramp_tokens=0",
         f"data.sources=[{{path: {corpus}}}]", f"run.folder={tmp_path}", "validation.tokens=64",
         "sampling.samples=1", "sampling.max_tokens=2", "train.device=cpu", "evaluation.tasks=[]",
+        "engine.tensor_ranks=1",
     ]  # fmt: skip
     assert main(["train", str(file), *shrunk]) == 0
     lines = [json.loads(line) for line in (tmp_path / file.stem / "metrics.jsonl").read_text().splitlines()]

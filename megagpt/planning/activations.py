@@ -90,7 +90,9 @@ def backward_per_token(config: Config, kind: Kind) -> dict[str, float]:
     # LayerNorm takes a bf16 input as an fp32 copy, which is kept in its place, unless all is computed from it.
     again = stream if mode != "none" and stream == 2 and not compiled else 0
     if config.engine.tensor_ranks > 1:
-        widths = tensor_activations.backward(mode, a, stream, _reordered(config), compiled, banded)
+        widths = tensor_activations.backward(
+            mode, a, stream, _reordered(config), compiled, banded, config.model.dropout > 0
+        )
     else:
         tables = {"none": _COMPILED, "selective": _COMPILED_SELECTIVE, "full": _COMPILED_FULL}
         counted = tables[mode][a, stream] if compiled else _EAGER[a, stream]

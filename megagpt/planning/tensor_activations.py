@@ -25,8 +25,8 @@ def kept(mode: str, a: int, stream: int, compiled: bool, dropout: bool) -> Width
     """What a block keeps for its backward pass."""
     if mode == "full":
         return Widths(stream)
-    if mode == "selective":  # with dropout, the output of `down` instead of attention's
-        return Widths(stream + (7 if dropout else 8) * a, (2 if dropout else 1) * a)
+    if mode == "selective":  # with dropout, the output of `down` instead of attention's, unless a compiler drops it
+        return Widths(stream + (7 if dropout else 8) * a, (2 if dropout and not compiled else 1) * a)
     return Widths((2 * stream if compiled else 8) + 12 * a, 2 * a)
 
 
@@ -37,7 +37,9 @@ def forward(mode: str, a: int, twice: int, compiled: bool) -> Widths:
     return Widths(8, 2 * a + twice) if mode == "none" else Widths(12 + 4 * a, 3 * a + twice)
 
 
-def backward(mode: str, a: int, stream: int, twice: int, compiled: bool, banded: bool) -> dict[str, Widths]:
+def backward(
+    mode: str, a: int, stream: int, twice: int, compiled: bool, banded: bool, dropout: bool
+) -> dict[str, Widths]:
     """What is in use when the gradient of a weight is computed, and at exchanges of tokens: at the fullest one in front
     of the first gradient, which under activation checkpointing is one of the repeated forward pass, and behind `up`."""
     if compiled and mode != "none":
@@ -52,7 +54,9 @@ def backward(mode: str, a: int, stream: int, twice: int, compiled: bool, banded:
     inputs = 2 * stream if compiled else 8
     cast = a if stream != a and not compiled else 0
     repeated = Widths(2 * stream + 8 + (8 if mode == "selective" else 4) * a, 4 * a + twice)
-    if banded:  # queries, keys and values as they were before the cut into windows, and the output in two orders
+    if dropout:  # its last draw is repeated, too, so the last exchange in front of it is
+        repeated = Widths(16 + 12 * a + stream, 4 * a + twice)
+    elif banded:  # queries, keys and values as they were before the cut into windows, and the output in two orders
         repeated = Widths(repeated.cut + 4 * a, repeated.whole)
     return {
         "exchange": Widths(inputs + 12 * a + stream + cast, 3 * a + twice) if mode == "none" else repeated,

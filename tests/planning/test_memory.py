@@ -83,7 +83,7 @@ def test_kept_weights_go_block_by_block_in_the_backward_pass() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("change", [{"dropout": 0.1}, {"attention": "banded", "window": 128}], ids=str)
 @pytest.mark.parametrize("engine", [FSDP, TENSOR[4]], ids=["fsdp", "tensor"])
 def test_dropout_and_banded_attention_count(engine: dict[str, Any], change: dict[str, Any], mode: str) -> None:

@@ -35,7 +35,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def be(memory: float, name: str = H100) -> None:
         monkeypatch.setattr(sizing, "gpu_memory", lambda device: memory)
         monkeypatch.setattr(sizing, "device_name", lambda device: name)
-        monkeypatch.setattr("megagpt.training.run_folder.device_name", lambda device: name)
+        monkeypatch.setattr("megagpt.hardware.device_name", lambda device: name)
 
     return be
 
