@@ -105,7 +105,8 @@ def test_the_tensor_rank_that_keeps_the_others_is_named(tmp_path: Path, corpus: 
         ranks.append(Process(stuck_in_a_block, command, cwd=tmp_path, stdout=log, stderr=log, variables=place))
     assert [rank.wait(PATIENCE) for rank in ranks] == [ExitCode.HUNG] * 4
     (line,) = error_lines(logs(tmp_path))
-    assert re.search(r" in step 3; rank 3 has not joined all_gather \d+ of ranks [12], 3; every rank's stack", line), line
+    said = r" in step 3; rank 3 has not joined all_gather \d+ of ranks [12], 3; every rank's stack"
+    assert re.search(said, line), line
     stacks = [(tmp_path / "runs" / "tiny" / "hangs" / "000001" / f"rank_{rank}.txt").read_text() for rank in (2, 3)]
     assert ["in _gather\n" in stack for stack in stacks] == [True, False]
 
