@@ -244,7 +244,8 @@ class Config:
         size = self.engine.tensor_ranks
         if ranks % size:
             able = ", ".join(str(n) for n in self.model.ways_to_split() if ranks % n == 0)
-            raise UserError(f"engine.tensor_ranks {size} does not divide {ranks} ranks; these fit: {able}")
+            problem = f"engine.tensor_ranks {size} does not divide {ranks} ranks"
+            raise UserError(f"{problem}; these fit: {able}; or start a multiple of {size}")
         return ranks // size
 
     def sequences_of_a_rank(self, ranks: int) -> int:

@@ -119,5 +119,5 @@ def _run_seconds(
 
 
 def _with_batch(config: Config, micro_batch: int, sequences: int) -> Config:
-    """The run with batches of so many sequences."""
+    """The run with batches of that many sequences."""
     return vary(config, train={"micro_batch": micro_batch, "batch_tokens": sequences * config.model.context})

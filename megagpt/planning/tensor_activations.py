@@ -22,7 +22,7 @@ class Widths(NamedTuple):
 
 
 def kept(mode: str, a: int, stream: int, compiled: bool, dropout: bool) -> Widths:
-    """What a block keeps for its backward pass."""
+    """Bytes that a block keeps for its backward pass."""
     if mode == "full":
         return Widths(stream)
     if mode == "selective":  # with dropout, the output of `down` instead of attention's, unless a compiler drops it
@@ -31,7 +31,7 @@ def kept(mode: str, a: int, stream: int, compiled: bool, dropout: bool) -> Width
 
 
 def forward(mode: str, a: int, twice: int, compiled: bool) -> Widths:
-    """What the block's last exchange of the forward pass takes beside what is kept."""
+    """Bytes that the last exchange of a block's forward pass takes, beside those that the block keeps."""
     if compiled:
         return Widths(0 if mode == "none" else 4, 2 * a)
     return Widths(8, 2 * a + twice) if mode == "none" else Widths(12 + 4 * a, 3 * a + twice)
@@ -40,7 +40,7 @@ def forward(mode: str, a: int, twice: int, compiled: bool) -> Widths:
 def backward(
     mode: str, a: int, stream: int, twice: int, compiled: bool, banded: bool, dropout: bool
 ) -> dict[str, Widths]:
-    """What is in use when the gradient of a weight is computed, and at exchanges of tokens: at the fullest one in front
+    """Bytes in use when the gradient of a weight is computed, and at exchanges of tokens: at the fullest one in front
     of the first gradient, which under activation checkpointing is one of the repeated forward pass, and behind `up`."""
     if compiled and mode != "none":
         last = Widths(stream + 3 * a, 2 * a)

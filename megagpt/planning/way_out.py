@@ -29,7 +29,7 @@ _Change = Callable[[_Place], Iterator[_Place]]
 
 
 def way_out(config: Config, ranks: int, capacity: float, per_node: int = 1) -> str:
-    """What to set so that the run fits GPUs of `capacity` bytes, as an order with overrides; empty if nothing that is
+    """Settings with which the run fits GPUs of `capacity` bytes, as advice with overrides; empty if nothing that is
     tried helps. Of several, the one that changes fewest kinds of settings, in this order: a smaller micro-batch,
     activation checkpointing, sharding, tensor ranks, offload, more GPUs. `config`: its micro-batch may be auto.
     `per_node`: GPUs of a node, which hold whole groups of tensor ranks."""

@@ -92,8 +92,8 @@ def floor(work: Work, rates: Rates) -> Floor | None:
 def _product(
     tokens: float, micro_batches: float, inner: int, columns: int, value: int, operand: int, again: float
 ) -> Work:
-    """A layer's three products, in so many micro-batches: its output and both gradients. `value`, `operand`: bytes of a
-    result's and of an operand's value; `again`: the share of outputs that are computed twice."""
+    """A layer's three products, its output and both gradients, summed over a step's micro-batches. `value`, `operand`:
+    bytes of a result's and of an operand's value; `again`: the share of outputs that are computed twice."""
     inputs, weight, outputs = tokens * inner, micro_batches * inner * columns, tokens * columns
     moved = (2 * operand + value) * (inputs + weight + outputs)
     moved_again = operand * (inputs + weight) + value * outputs

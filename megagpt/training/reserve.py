@@ -34,7 +34,7 @@ class Reserve:
 
     @property
     def _work(self) -> tuple[tuple[float, str], tuple[float, str]]:
-        """What is not interrupted, and what follows it: seconds and name."""
+        """The work that is not interrupted, and the steps and saves that follow it: seconds and name."""
         step = self._step or self._first_step, "one step"
         samples = self._samples, "samples"
         validation = self._compiling * self.validation_compiles, "a first validation, compiling included"

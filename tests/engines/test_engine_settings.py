@@ -189,7 +189,7 @@ def test_other_activation_checkpointing_is_refused(text: str, capsys: pytest.Cap
 
 
 def test_tensor_ranks_that_would_share_a_batch_are_named() -> None:
-    """A batch has too few sequences for so many ranks: the advice is followed."""
+    """A batch with fewer sequences than ranks is refused, and the advice of the refusal is followed."""
     wanted = ["engine.name=fsdp", "train.micro_batch=1"]
     with pytest.raises(UserError, match=r"1024 rank\(s\) x train.micro_batch 1 do not divide") as caught:
         load_config("gpt3_175b", [*wanted, "engine.tensor_ranks=1"]).check_ranks(1024)
@@ -198,7 +198,20 @@ def test_tensor_ranks_that_would_share_a_batch_are_named() -> None:
     config = load_config("gpt3_175b", [*wanted, advice.replace(" ", "=")])
     config.check_ranks(1024)
     assert (config.shares(1024), config.accumulation(1024)) == (512, 3)
-    with pytest.raises(UserError, match=r"engine.tensor_ranks 8 does not divide 12 ranks; these fit: 1, 2, 4"):
+    with pytest.raises(
+        UserError,
+        match=r"engine.tensor_ranks 8 does not divide 12 ranks; these fit: 1, 2, 4; or start a multiple of 8$",
+    ):
         load_config("gpt3_175b", wanted).check_ranks(12)
+    load_config("gpt3_175b", [*wanted, "engine.tensor_ranks=4", "train.micro_batch=512"]).check_ranks(12)
+    load_config("gpt3_175b", wanted).check_ranks(16)
     with pytest.raises(UserError, match=r"shard_ranks 4 .* no multiple of engine.tensor_ranks 8; these fit: 8, 16"):
         load_config("gpt3_175b", [*wanted, "engine.shard_ranks=4"]).sharing_ranks(16)
+
+
+def test_a_config_is_shown_for_one_group_of_its_tensor_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "gpt3_175b"]) == 0
+    assert (
+        "on 8 ranks in 1 group of 8 tensor ranks = 128 micro-batch(es) of 12 per step and group"
+        in capsys.readouterr().out
+    )

@@ -79,7 +79,7 @@ def test_a_checkpoint_has_each_element_once(runs: tuple[Path, Path]) -> None:
 
 
 def resumed(run: Path, name: str, ranks: int, *overrides: str) -> Path:
-    """A copy of the run, resumed in its middle on so many ranks."""
+    """A copy of the run, resumed in its middle on that many ranks."""
     copy = run.parent / name
     shutil.copytree(run, copy)
     arguments = ["--resume", str(copy), "--at", str(HALF), *overrides]
