@@ -24,6 +24,9 @@ from megagpt.divisors import ways_to_divide
 from megagpt.errors import UserError
 from megagpt.models.presets import SECTION, ModelConfig
 
+# Most tensor ranks that are advised: the GPUs of a usual machine, which a group does not leave.
+_GPUS_OF_A_NODE = 8
+
 
 @dataclass(frozen=True, config=SECTION)
 class RunConfig:
@@ -85,9 +88,10 @@ class TrainConfig:
     batch_ramp_tokens: Recipe[int] = Field(default=0, ge=0)
     """Tokens over which the batch grows linearly from `batch_ramp_start` to `batch_tokens`."""
     micro_batch: Free[MicroBatch] = 8
-    """Sequences that a rank takes through the model at a time; fewer if its share of the batch is smaller. Gradient
-    accumulation is derived from it. auto: on a GPU, the largest that fits and divides the batch, by the plan, and
-    confirmed by a trial step; on a CPU, the largest of at most 4,096 tokens. It changes time and memory only."""
+    """Sequences that a rank takes through the model at a time, or that each group of `engine.tensor_ranks` ranks takes
+    together; fewer if its share of the batch is smaller. Gradient accumulation is derived from it. auto: on a GPU, the
+    largest that fits and divides the batch, by the plan, and confirmed by a trial step; on a CPU, the largest of at
+    most 4,096 tokens. It changes time and memory only."""
     precision: Free[Literal["fp32", "bf16", "fp16"]] = "bf16"
     """Number format of matrix products. The optimizer's weights, the sum of the gradients over micro-batches and over
     ranks, LayerNorm and softmax are always fp32. fp16 uses dynamic loss scaling."""
@@ -162,17 +166,18 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, config=SECTION)
 class EngineConfig:
-    """Placement of weights, gradients and optimizer state."""
+    """Placement of weights, gradients and optimizer state, and the ranks that share products."""
 
     name: Free[Literal["ddp", "fsdp", "zero"]] = "ddp"
     """ddp: everything on every rank. fsdp: PyTorch's FSDP2, everything sharded. zero: DeepSpeed ZeRO, sharded by
-    `stage`. A name given on the command line drops the file's settings for another engine."""
+    `stage`. A name given on the command line drops the file's settings for another engine, but not `tensor_ranks`
+    between fsdp and zero, which both have it."""
     stage: ForZero[int] = Field(default=2, ge=1, le=3)
     """zero: state that is sharded. 1: optimizer state; 2: gradients too; 3: weights too."""
     tensor_ranks: ForSharded[int] = Field(default=1, ge=1)
     """fsdp and zero: number of neighbouring ranks of one machine that share every matrix product and the activations
     around it (tensor and sequence parallelism). They take the same sequences, so the batch is dealt to groups of ranks.
-    It must divide the model's heads and context. 1: each rank computes whole products."""
+    It must divide the model's heads, context and padded vocabulary. 1: each rank computes whole products."""
     shard_ranks: ForFSDP[int] = Field(default=0, ge=0)
     """fsdp: number of ranks that share one copy of the model, such as a node's; an all-reduce in each step keeps the
     copies equal (hybrid sharding). A multiple of `tensor_ranks`. 0: all ranks share one copy."""
@@ -244,7 +249,7 @@ class Config:
         size = self.engine.tensor_ranks
         if ranks % size:
             able = ", ".join(str(n) for n in self.model.ways_to_split() if ranks % n == 0)
-            problem = f"engine.tensor_ranks {size} does not divide {ranks} ranks"
+            problem = f"engine.tensor_ranks {size} does not divide {ranks} rank{'s' if ranks > 1 else ''}"
             raise UserError(f"{problem}; these fit: {able}; or start a multiple of {size}")
         return ranks // size
 
@@ -272,7 +277,8 @@ class Config:
         divisor = f"{ranks} rank(s)" if group == 1 else f"{ranks // group} group(s) of {group} tensor ranks"
         divisor += f" x train.micro_batch {size}" if size else ""
         if self.engine.name != "ddp" and self.train.float8 == "none":
-            more = [n for n in self.model.ways_to_split() if n > group and ranks % n == 0]
+            more = [n for n in self.model.ways_to_split() if group < n <= _GPUS_OF_A_NODE and ranks % n == 0]
+            more = [n for n in more if self.engine.shard_ranks % n == 0]
             fits = [n for n in more if self.batch_sequences % (ranks // n * (size or 1)) == 0]
             ways += f", or engine.tensor_ranks {fits[0]}" if fits else ""
         return UserError(f"train.batch_tokens {batch}, which {divisor} do not divide; use {ways}")
@@ -280,11 +286,13 @@ class Config:
     def sharing_ranks(self, ranks: int) -> int:
         """Ranks that share one copy of the model under FSDP. Raises UserError if they do not divide all ranks, or if
         groups of tensor ranks do not divide them."""
+        self.shares(ranks)
         shard, group = self.engine.shard_ranks or ranks, self.engine.tensor_ranks
-        if ranks % shard or shard % group:
+        problems = [f"does not divide {ranks} rank{'s' if ranks > 1 else ''}"] if ranks % shard else []
+        problems += [f"is no multiple of engine.tensor_ranks {group}"] if shard % group else []
+        if problems:
             fits = ", ".join(str(n) for n in range(group, ranks + 1, group) if ranks % n == 0)
-            multiple = f" or is no multiple of engine.tensor_ranks {group}" if group > 1 else ""
-            raise UserError(f"engine.shard_ranks {shard} does not divide {ranks} ranks{multiple}; these fit: {fits}")
+            raise UserError(f"engine.shard_ranks {shard} {' and '.join(problems)}; these fit: {fits}")
         return shard
 
 

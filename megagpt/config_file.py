@@ -151,8 +151,21 @@ def with_current_keys(tree: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _adapter() -> TypeAdapter[Config]:
-    return TypeAdapter(Config)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _built(kind: Any, tree: dict[str, Any], where: str) -> Any:
+    try:
+        # JSON mode is pydantic's strict mode for parsed files: no string passes for a number, no bool for an int.
+        return _adapter(kind).validate_json(json.dumps(tree))
+    except ValidationError as error:
+        errors = error.errors()
+        # A list without its bad items is not too short.
+        inner = [found for found in errors if found["type"] != "too_short"]
+        raise UserError(f"{where}: " + "; ".join(map(_error_text, inner or errors))) from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def build_config(tree: dict[str, Any], where: str) -> Config:
@@ -163,16 +176,7 @@ def build_config(tree: dict[str, Any], where: str) -> Config:
             tree = {**tree, "model": {**preset_fields(str(model["preset"])), **model}}
         except UserError as error:
             raise UserError(f"{where}: model.preset: {error}") from None
-    try:
-        # JSON mode is pydantic's strict mode for parsed files: no string passes for a number, no bool for an int.
-        config = _adapter().validate_json(json.dumps(tree))
-    except ValidationError as error:
-        errors = error.errors()
-        # A list without its bad items is not too short.
-        inner = [found for found in errors if found["type"] != "too_short"]
-        raise UserError(f"{where}: " + "; ".join(map(_error_text, inner or errors))) from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from None
+    config: Config = _built(Config, tree, where)
     if problems := list(contradictions(config)):
         raise UserError(f"{where}: " + "; ".join(problems))
     return config
@@ -185,9 +189,15 @@ def _other_engine(tree: dict[str, Any], text: str) -> dict[str, Any]:
         return tree
     if over["name"] == engine.get("name", EngineConfig.name):
         return tree
-    marks = {key: mark_of(field, For) for key, field in fields_of(EngineConfig).items()}
-    shared = {key for key, mark in marks.items() if mark and len(mark.engines) > 1 and over["name"] in mark.engines}
+    shared = shared_settings(over["name"])
     return {**tree, "engine": {key: value for key, value in engine.items() if key in shared}}
+
+
+def shared_settings(name: str) -> set[str]:
+    """Keys of the section `engine` that keep the file's value if that engine is chosen on the command line: those that
+    several engines have, it among them."""
+    marks = {key: mark_of(field, For) for key, field in fields_of(EngineConfig).items()}
+    return {key for key, mark in marks.items() if mark and len(mark.engines) > 1 and name in mark.engines}
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -198,6 +208,13 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     if isinstance(run, dict) and not run.get("name"):
         tree = {**tree, "run": {**run, "name": path.stem}}
     return build_config(tree, _where(path, overrides))
+
+
+def file_engine(name: str) -> EngineConfig:
+    """The section `engine` of a config file as it is without overrides. Raises UserError."""
+    path = find_config(name)
+    engine: EngineConfig = _built(EngineConfig, _read_tree(path).get("engine") or {}, f"{path}: engine")
+    return engine
 
 
 def load_run(run: Path, overrides: Sequence[str] = ()) -> Config:

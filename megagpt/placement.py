@@ -1,5 +1,6 @@
 """The machines of a run's ranks: the tensor ranks of a group exchange activations in every block, so they share one."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -7,6 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megagpt.config import Config
+from megagpt.config_types import AUTO
+from megagpt.divisors import divisors_around
 from megagpt.errors import UserError
 
 
@@ -21,6 +24,18 @@ def layout(ranks: int, tensor_ranks: int) -> str:
 def sharer(config: Config) -> str:
     """The taker of a share of every batch, in a word: each rank takes one, or each group of tensor ranks."""
     return "rank" if config.engine.tensor_ranks == 1 else "group"
+
+
+def micro_batches(config: Config, ranks: int) -> str:
+    """The micro-batches of a full step, in words. Raises UserError if the ranks do not divide the batch."""
+    return f"{config.accumulation(ranks)} micro-batch(es) of {config.micro_batch} per step and {sharer(config)}"
+
+
+def check_start(config: Config, hosts: Sequence[str]) -> None:
+    """Raises UserError, with what to change, if the run cannot start on ranks on these machines: one for each rank."""
+    config.shares(len(hosts))
+    check_placement(config, hosts)
+    config.check_ranks(len(hosts))
 
 
 def check_placement(config: Config, hosts: Sequence[str]) -> None:
@@ -45,20 +60,23 @@ def _ways(config: Config, hosts: Sequence[str]) -> list[str]:
     if len(neighbours) > len(each):
         steps.append("number the ranks machine by machine, as torchrun does, and srun with --distribution=block")
     near = _nearest(config, len(hosts), math.gcd(*neighbours))
-    return [*(f"set engine.tensor_ranks={other}" for other in near), " and ".join(steps)]
+    return [*([f"set {near}"] if near else []), " and ".join(steps)]
 
 
-def _nearest(config: Config, ranks: int, together: int) -> list[int]:
-    """The number of tensor ranks nearest to the config's with which the run can start, if there is one. `together`: a
-    divisor of all numbers of neighbouring ranks on one machine."""
-
-    def works(size: int) -> bool:
-        engine = dataclasses.replace(config.engine, tensor_ranks=size)
-        try:
-            dataclasses.replace(config, engine=engine).check_ranks(ranks)
-        except UserError:
-            return False
-        return True
-
-    near = sorted(config.model.ways_to_split(), key=lambda size: abs(size - config.engine.tensor_ranks))
-    return [size for size in near if together % size == 0 and works(size)][:1]
+def _nearest(config: Config, ranks: int, together: int) -> str:
+    """The number of tensor ranks nearest to the config's with which the run can start, as an override, and beside it
+    the nearest micro-batch if the config's does not divide; empty if there is none. `together`: a divisor of all
+    numbers of neighbouring ranks on one machine."""
+    sizes = [size for size in config.model.ways_to_split() if together % size == 0]
+    for size in sorted(sizes, key=lambda size: abs(size - config.engine.tensor_ranks)):
+        other = dataclasses.replace(config, engine=dataclasses.replace(config.engine, tensor_ranks=size))
+        words, mine = f"engine.tensor_ranks={size}", config.train.micro_batch
+        shares = ranks // size
+        if mine != AUTO and other.batch_sequences % shares == 0 and other.batch_sequences // shares % mine:
+            near = divisors_around(other.batch_sequences // shares, mine)[0]
+            other = dataclasses.replace(other, train=dataclasses.replace(other.train, micro_batch=near))
+            words += f" train.micro_batch={near}"
+        with contextlib.suppress(UserError):
+            other.check_ranks(ranks)
+            return words
+    return ""

@@ -158,6 +158,11 @@ def test_keys_that_an_argument_decides_are_refused(override: str, argument: str,
     refusal([*BENCH, override], f"from {argument}", f"leave out the override {override}")
 
 
+def test_bench_has_no_peers_for_tensor_ranks(refusal: Refusal) -> None:
+    command = [*BENCH, "--engine", "fsdp", "engine.tensor_ranks=2"]
+    refusal(command, "engine.tensor_ranks 2: bench measures one rank; leave it out")
+
+
 def test_parity_refuses_tables_that_it_cannot_measure(refusal: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     for tables in (",", ""):
         refusal(["parity", "--tables", tables], f"--tables {tables!r} names no table; valid: fp32, bf16, residual")

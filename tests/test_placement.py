@@ -10,6 +10,7 @@ import torch
 
 from megagpt.checkpoints.checkpoint import CheckpointMeta
 from megagpt.checkpoints.loading import _dropout_changes
+from megagpt.cli import main
 from megagpt.config import Config
 from megagpt.config_file import load_config
 from megagpt.errors import UserError
@@ -70,6 +71,32 @@ def test_a_way_out_that_the_batch_rules_out_is_not_named() -> None:
     with pytest.raises(UserError) as caught:
         check_placement(config, machines("a6 b2"))
     assert "tensor_ranks=" not in str(caught.value)
+
+
+def test_a_way_out_names_the_micro_batch_that_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    """On nodes of 4, groups of 4 take 6 sequences each, which the config's 12 do not divide."""
+    command = ["launch", "slurm", "gpt3_175b", "--nodes", "256", "--gpus-per-node", "4"]
+    assert main(command) == 2
+    (way,) = re.findall(r"set (engine\.tensor_ranks=4 train\.micro_batch=6),", capsys.readouterr().err)
+    assert main([*command, *way.split()]) == 0
+    # Placement comes first: with the micro-batch that the batch needs, this would be refused again.
+    assert main(["launch", "slurm", "gpt3_175b", "--nodes", "128", "--gpus-per-node", "12"]) == 2
+    assert "ranks 8 to 15 are on node 1 and node 2" in capsys.readouterr().err
+
+
+def test_a_batch_is_not_answered_with_groups_larger_than_a_node() -> None:
+    for overrides in ([], ["engine.shard_ranks=8"]):
+        with pytest.raises(UserError, match="do not divide") as caught:
+            load_config("gpt3_175b.yaml", overrides).check_ranks(2048)
+        assert "engine.tensor_ranks" not in str(caught.value)
+    with pytest.raises(UserError, match=r"or engine\.tensor_ranks 4"):
+        load_config("gpt3_175b.yaml", ["engine.tensor_ranks=1", "train.micro_batch=1"]).check_ranks(1536 * 4)
+
+
+def test_an_import_was_saved_by_one_rank() -> None:
+    """Whatever the tensor ranks of the config that it is for."""
+    saved = CheckpointMeta(0, 0, 0, "import", 1, asdict(wide(4)), None, {})
+    assert saved.layout == "1 rank"
 
 
 def test_ranks_are_put_into_words() -> None:

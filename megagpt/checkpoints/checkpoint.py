@@ -81,7 +81,8 @@ class CheckpointMeta:
     @property
     def layout(self) -> str:
         """The ranks that saved it, with their groups of tensor ranks, in words."""
-        return layout(self.world_size, self.config.get("engine", {}).get("tensor_ranks", 1))
+        engine = self.config.get("engine", {}) if self.engine != "import" else {}
+        return layout(self.world_size, engine.get("tensor_ranks", 1))
 
     def to_json(self) -> bytes:
         """The content of the file, in which the scalars are keys beside the others."""

@@ -7,7 +7,7 @@ from megagpt.cards import CARDS
 from megagpt.config import Config
 from megagpt.config_types import AUTO
 from megagpt.errors import UserError, did_you_mean
-from megagpt.placement import check_placement, layout, sharer
+from megagpt.placement import check_start, layout, micro_batches
 from megagpt.planning.amounts import gigabytes
 from megagpt.planning.fit import check_fit
 from megagpt.planning.gpus import Gpu, find_gpu, gpu_names
@@ -28,15 +28,14 @@ def check_job(
     would be on two nodes. `gpu`: the GPU's name; `gpu_gb`: its memory (GB), if it is not that of the name. Without
     either, only what no known GPU could hold is refused."""
     ranks = nodes * ranks_per_node
-    config.check_ranks(ranks)
-    check_placement(config, [f"node {node}" for node in range(1, nodes + 1) for _ in range(ranks_per_node)])
+    check_start(config, [f"node {node}" for node in range(1, nodes + 1) for _ in range(ranks_per_node)])
     needs, warning = _needs(config, ranks, ranks_per_node, gpu, gpu_gb)
     return f"{layout(ranks, config.engine.tensor_ranks)}, {needs}", warning
 
 
 def _needs(config: Config, ranks: int, per_node: int, gpu: str | None, gpu_gb: float | None) -> tuple[str, str]:
     if config.train.device == "cpu":
-        return f"{_micro_batches(resolved(config, ranks, None), ranks)}; memory is not checked on CPUs", ""
+        return f"{micro_batches(resolved(config, ranks, None), ranks)}; memory is not checked on CPUs", ""
     if gpu is not None or gpu_gb is not None:
         capacity = gpu_gb * 1e9 if gpu_gb is not None else 0.0
         if gpu is not None and (gpu_gb is None or gpu in gpu_names()):
@@ -44,14 +43,14 @@ def _needs(config: Config, ranks: int, per_node: int, gpu: str | None, gpu_gb: f
             check_precision(config, known)
             capacity = capacity or known.memory
         fit = check_fit(config, ranks, capacity, gpu or "", per_node)
-        return f"{_micro_batches(resolved(config, ranks, capacity), ranks)}; {fit.sentence}", fit.warning
+        return f"{micro_batches(resolved(config, ranks, capacity), ranks)}; {fit.sentence}", fit.warning
     largest = max(card.memory for card in CARDS.values()) * 1e9
     ask = "name yours with --gpu or --gpu-memory"
     memory = check_fit(config, ranks, largest, f"the largest known; {ask}", per_node).memory
     if config.train.micro_batch == AUTO:
         return f"train.micro_batch auto depends on the GPU; {ask} to see it", ""
     needs = f"{gigabytes(memory.total)} GB at the peak and {gigabytes(memory.reserve)} GB beside it"
-    return f"{_micro_batches(config, ranks)}; each GPU needs {needs}; {ask} to have that checked", ""
+    return f"{micro_batches(config, ranks)}; each GPU needs {needs}; {ask} to have that checked", ""
 
 
 def _known(gpu: str) -> Gpu:
@@ -63,10 +62,6 @@ def _known(gpu: str) -> Gpu:
         raise UserError(
             f"--gpu {gpu!r} is unknown: {near}; of any other GPU, give the memory with --gpu-memory"
         ) from None
-
-
-def _micro_batches(config: Config, ranks: int) -> str:
-    return f"{config.accumulation(ranks)} micro-batch(es) of {config.micro_batch} per step and {sharer(config)}"
 
 
 def sbatch_command(

@@ -8,7 +8,7 @@ from megagpt.commands.options import Add, add_config, config_of, count
 def register(add: Add) -> None:
     sub = add("config", _config, "Show a resolved run and what is derived from it, or explain the config's keys.")
     add_config(sub)
-    text = "number of ranks to derive accumulation for (engine.tensor_ranks: one group, or one rank)"
+    text = "number of ranks to derive the accumulation for (default: the fewest with which the engine can start)"
     sub.add_argument("--ranks", type=count, help=text)
     text = "explain every key, or those with WORD in their name or text; needs no CONFIG"
     sub.add_argument("--keys", nargs="?", const="", metavar="WORD", help=text)
@@ -28,7 +28,8 @@ def _config(arguments: argparse.Namespace) -> int:
     from megagpt.planning.summary import summarize
 
     config = config_of(arguments)
-    lines = [*describe_if_here(config), *summarize(config, arguments.ranks or config.engine.tensor_ranks)]
+    ranks = arguments.ranks or config.engine.shard_ranks or config.engine.tensor_ranks
+    lines = [*describe_if_here(config), *summarize(config, ranks)]
     print(to_yaml(config))
     print("\n".join(f"# {line}" for line in lines))
     return 0

@@ -97,13 +97,12 @@ def _slurm(arguments: argparse.Namespace) -> int:
 
 def _hosts(arguments: argparse.Namespace) -> int:
     from megagpt.cluster.hosts import deepspeed_command, passed_on, read_hostfile
-    from megagpt.placement import check_placement
+    from megagpt.placement import check_start
     from megagpt.training.run_folder import run_folder
 
     config = config_of(arguments)
     hosts = read_hostfile(arguments.hostfile)
-    config.check_ranks(sum(hosts.values()))
-    check_placement(config, [host for host, slots in hosts.items() for _ in range(slots)])
+    check_start(config, [host for host, slots in hosts.items() for _ in range(slots)])
     hostfile, script = arguments.hostfile.resolve(), find_script("train.py")
     words = [*_train_arguments(arguments), "--auto-resume"]
     command = deepspeed_command(hostfile, hosts, arguments.master, arguments.port, script, words)
@@ -133,14 +132,13 @@ def _check(arguments: argparse.Namespace) -> int:
     from megagpt.console import say, voice
     from megagpt.failures import failure
     from megagpt.launchers import job_setting, slurm_gpus, slurm_job
-    from megagpt.placement import check_placement
+    from megagpt.placement import check_start
     from megagpt.training.run_folder import run_folder, went_back
 
     config, nodes = config_of(arguments), job_nodes()
     ranks, port = job_setting(os.environ, "RANKS_PER_NODE"), job_setting(os.environ, "MASTER_PORT")
     run, job = run_folder(config), slurm_job(os.environ) or ""
-    config.check_ranks(len(nodes) * ranks)
-    check_placement(config, [node for node in nodes for _ in range(ranks)])
+    check_start(config, [node for node in nodes for _ in range(ranks)])
     with voice(to_stderr=True, prefix="== "):
         goes_back = arguments.at is not None and not went_back(run, arguments.at)
         if is_finished(run, config) and not goes_back:

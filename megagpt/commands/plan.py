@@ -59,7 +59,7 @@ def register(add: Add) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from megagpt.config_file import load_config
+    from megagpt.config_file import file_engine, load_config
     from megagpt.planning.answer import Question, answer
     from megagpt.planning.lines import answer_lines
     from megagpt.planning.plan import Planner
@@ -79,7 +79,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     planner = Planner(arguments.price, own.calibration if own else None)
     question = Question(
         config, cluster, arguments.gpus is not None, planner, arguments.price,
-        name, given, arguments.days, arguments.compare, arguments.all,
+        name, given, file_engine(name), arguments.days, arguments.compare, arguments.all,
     )  # fmt: skip
     found = answer(question, with_clusters=picture is not None)
     if arguments.trace and found.explained is not None:
@@ -168,6 +168,14 @@ def _own(arguments: argparse.Namespace) -> "Own | None":
     return own
 
 
+def _can_start(config: "Config", ranks: int) -> bool:
+    try:
+        config.check_ranks(ranks)
+    except UserError:
+        return False
+    return True
+
+
 def _cluster(arguments: argparse.Namespace, own: "Own | None", config: "Config") -> "Cluster":
     """The cluster; without --gpus, one node of the GPU. Raises UserError if the GPUs are no whole nodes, with the
     nearest numbers over which the batch can be divided."""
@@ -186,7 +194,7 @@ def _cluster(arguments: argparse.Namespace, own: "Own | None", config: "Config")
     gpu, per_node = find_gpu(name, **_figures(arguments)), arguments.per_node
     gpus = arguments.gpus or per_node
     if gpus > per_node and gpus % per_node:
-        counts = gpu_counts(config, per_node)
+        counts = [n for n in gpu_counts(config, per_node) if _can_start(config, n)] or gpu_counts(config, per_node)
         near = [*[n for n in counts if n < gpus][-1:], *[n for n in counts if n > gpus][:1]]
         sizes = ", ".join(str(size) for size in range(1, min(gpus, 16) + 1) if gpus % size == 0)
         ways = f"use {' or '.join(map(str, near))} GPUs, or --per-node with one of {sizes}"

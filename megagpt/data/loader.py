@@ -45,7 +45,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of one optimizer step."""
+    """One share of the global batch of an optimizer step: a rank's, or that of a group of tensor ranks."""
 
     micro_batches: list[tuple[Tensor, Tensor]]
     """Tokens and targets, int64 (sequences, context) each; every rank has as many pairs of the same shape. Targets are
@@ -92,9 +92,9 @@ class Corpus:
         return numbers
 
     def batch(self, sequences: range, share: Share, size: int | None = None) -> Batch:
-        """The sequences at these positions of the run, dealt to the ranks in turn; this rank's share, cut into
-        micro-batches of `size` sequences, or of as many as the longest share needs. The ranks' shares differ by at most
-        one sequence. Rows that do not count fill them up, so all ranks take micro-batches of one number and shape, even
+        """The sequences at these positions of the run, dealt to the shares in turn; the one `share`, cut into
+        micro-batches of `size` sequences, or of as many as the longest share needs. Shares differ by at most one
+        sequence. Rows that do not count fill them up, so all ranks take micro-batches of one number and shape, even
         if the batch does not divide over them."""
         rows = self.rows(self.numbers_at(np.array(sequences[share.index :: share.count], dtype=np.int64)))
         size = size or share.cut(len(sequences)).size

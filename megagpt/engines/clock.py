@@ -1,8 +1,8 @@
 """The time that one rank itself spends on a step, measured in places where it waits for no other rank.
 
 Ranks end each step together, so the time of a step does not show which rank is slow. No engine communicates inside a
-block's forward pass, so the time of that pass does. The exception are the tensor ranks of a group, which wait for each
-other there: their time is that of the group."""
+block's forward pass, so the time of that pass does. Tensor ranks are the exception: they wait for each other there, so
+their time is that of their group."""
 
 import time
 from collections.abc import Callable

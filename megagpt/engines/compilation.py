@@ -56,7 +56,7 @@ def compile_model(model: GPT, device: torch.device, options: dict[str, Any]) -> 
     for block in model.blocks:
         block.forward = compiled(block.forward, options=options or None)
     model.final_norm.forward = compiled(model.final_norm.forward)  # type: ignore[method-assign]
-    if model.ranks.size == 1:
+    if model.ranks.size == 1:  # the other one has a form of its own inside a compiler
         model.softmax = softmax_cross_entropy_to_compile_
     model.softmax = compiled(model.softmax)
     if device.type != "cpu":  # the compiler knows no sparse gradients

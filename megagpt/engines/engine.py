@@ -33,7 +33,7 @@ from megagpt.engines.loss_scale import LossScale, loss_scale
 from megagpt.models.attention import attention_kernels
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initial_values, is_decayed
-from megagpt.models.tensor_parallel import ALONE, TensorRanks
+from megagpt.models.tensor_parallel import ALONE
 from megagpt.world import World
 
 # Name -> the engine's class, which is imported on use, so that no engine costs the imports of another.
@@ -149,9 +149,9 @@ class Engine(abc.ABC):
         )
 
     def _mean(self, total: float, batch: Batch) -> float:
-        """The mean over a batch's tokens of a loss that is summed over all ranks: those of a group have the same."""
-        group = self.config.engine.tensor_ranks
-        return total / batch.tokens if group == 1 else total / group / batch.tokens
+        """The mean over a batch's tokens of a loss that is summed over all ranks. The tensor ranks of a group have the
+        same loss, so the sum counts it as often as they are many."""
+        return total / self.config.engine.tensor_ranks / batch.tokens
 
     def _scaled(self, loss: Tensor, scale: float, last: bool) -> Tensor:
         """`scale` times the loss, with a gradient of NaN if the loss is not finite or is refused: so a check of the
@@ -243,11 +243,6 @@ def build_engine(config: Config, world: World, initialized: bool = True) -> Engi
     if initialized:
         engine.initialize()
     return engine
-
-
-def tensor_ranks(group: dist.ProcessGroup) -> TensorRanks:
-    """This rank among those of a process group."""
-    return TensorRanks(group.rank(), group.size(), group.group_name)
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:

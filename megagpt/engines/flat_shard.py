@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from megagpt.models.tensor_parallel import TensorRanks, cut_of
+from megagpt.models.tensor_parallel import TensorRanks, split_of
 
 
 class Rectangle(NamedTuple):
@@ -49,7 +49,7 @@ def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Rectan
 def parts_of(name: str, shape: tuple[int, ...], ranks: TensorRanks) -> tuple[tuple[int, ...], list[Rectangle]]:
     """The shape of a whole parameter, and the boxes of it that one of the tensor ranks has: laid end to end, they are
     its own part, of that `shape`."""
-    cut = cut_of(name)
+    cut = split_of(name)
     if cut is None or ranks.size == 1:
         return shape, [Rectangle((0,) * len(shape), shape)]
 

@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from megagpt.config import Config
-from megagpt.engines.engine import DTYPES, Replica, build_optimizer, prepare_model, tensor_ranks
+from megagpt.engines.engine import DTYPES, Replica, build_optimizer, prepare_model
 from megagpt.engines.native import NativeEngine
 from megagpt.models.gpt import GPT
-from megagpt.models.tensor_parallel import ALONE
+from megagpt.models.tensor_parallel import ALONE, TensorRanks
 from megagpt.world import World
 
 
@@ -37,7 +37,7 @@ class FSDPEngine(NativeEngine):
         mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         self.replica = Replica(mesh.get_local_rank("replicate"), sizes["replicate"])
         self.gradient_groups = tuple(mesh[name].get_group() for name in sizes if name != "replicate")
-        self.ranks = tensor_ranks(mesh["tensor"].get_group()) if group > 1 else ALONE
+        self.ranks = TensorRanks.of(mesh["tensor"].get_group()) if group > 1 else ALONE
         policy = MixedPrecisionPolicy(DTYPES[config.train.precision], torch.float32, cast_forward_inputs=False)
         on_gpu, on_host = device.type == "cuda", engine.offload == "all"
         offload = CPUOffloadPolicy(pin_memory=on_gpu) if on_host else OffloadPolicy()

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from megagpt.engines.engine import Engine
 from megagpt.engines.flat_shard import FlatShard
 from megagpt.models.gpt import GPT
-from megagpt.models.tensor_parallel import cut_of
+from megagpt.models.tensor_parallel import split_of
 
 
 @contextlib.contextmanager
@@ -64,7 +64,7 @@ def _gathered(shards: dict[str, FlatShard], engine: Engine) -> dict[str, Tensor]
     found = {}
     for name, shard in shards.items():
         whole = torch.zeros(tuple(shard.shape), dtype=torch.float32, device=world.device)
-        if replica.index == 0 and (engine.ranks.rank == 0 or cut_of(name)):  # tensor ranks share the others
+        if replica.index == 0 and (engine.ranks.rank == 0 or split_of(name)):  # tensor ranks share the others
             for box, piece in shard.pieces():
                 whole[box.place] = piece
         dist.all_reduce(whole)  # one rank's values and the zeros of all others: exact

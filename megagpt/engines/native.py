@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from megagpt.engines.engine import MOMENTS, Engine, moments_of
 from megagpt.engines.flat_shard import FlatShard, parts_of
-from megagpt.models.tensor_parallel import TensorRanks, cut_of
+from megagpt.models.tensor_parallel import TensorRanks, split_of
 
 # Elements in one fp32 norm: few enough to be exact to 1e-7.
 _ROW = 1024
@@ -19,7 +19,7 @@ class NativeEngine(Engine):
     """An engine whose gradients and optimizer state are sharded like the parameters, or not at all."""
 
     gradient_groups: tuple[dist.ProcessGroup, ...] = ()
-    """Groups of ranks over which gradients are divided: by shards, by tensor ranks. None if each rank has all."""
+    """Groups of ranks over which gradients are divided: by shards, then by tensor ranks. Empty if each rank has all."""
     keeps_gradients = False
     """Whether gradients lie in memory that is never given back: a step then sets them to zero."""
 
@@ -33,8 +33,8 @@ class NativeEngine(Engine):
         by_name = {name: g.to_local() if isinstance(g, DTensor) else g for name, g in gradients.items()}
         local, counted = list(by_name.values()), list(by_name.values())
         if self.ranks.size > 1:
-            self._sum_of_tensor_ranks([g for name, g in by_name.items() if not cut_of(name)])
-            counted = [g for name, g in by_name.items() if cut_of(name) or self.ranks.rank == 0]
+            self._sum_of_tensor_ranks([g for name, g in by_name.items() if not split_of(name)])
+            counted = [g for name, g in by_name.items() if split_of(name) or self.ranks.rank == 0]
         square = sum_of_squares(counted).to(self.world.device)
         for group in self.gradient_groups:
             dist.all_reduce(square, group=group)
@@ -52,7 +52,7 @@ class NativeEngine(Engine):
         return norm
 
     def _sum_of_tensor_ranks(self, gradients: list[Tensor]) -> None:
-        """Add up the gradients of what every tensor rank has, each rank's from its own tokens, in one exchange."""
+        """Add up the gradients of what every tensor rank has, in one exchange: a rank's come from its own tokens."""
         flat = torch.cat([g.flatten() for g in gradients]).to(self.world.device)
         dist.all_reduce(flat, group=self.gradient_groups[-1])
         for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):

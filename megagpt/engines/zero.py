@@ -74,8 +74,8 @@ class ZeroEngine(Engine):
         group = None if unit is None else unit.get_data_parallel_group()
         with deepspeed.zero.Init(config_dict_or_path=self._settings, data_parallel_group=group, mpu=unit):
             model = GPT(config.model, self.ranks)
-        # Weights are gathered block by block, as under FSDP, so a block contains no communication: compiled graphs and
-        # selective activation checkpointing need that.
+        # Weights are gathered block by block, as under FSDP, and not inside a block: compiled graphs and selective
+        # activation checkpointing need that.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
         # The decoder looks both tables up by itself, and uses one of them as its head.
         for table in (model.token_embedding, model.position_embedding):

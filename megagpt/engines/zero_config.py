@@ -9,24 +9,23 @@ from megagpt.config import Config
 from megagpt.engines.deepspeed_library import load_deepspeed
 from megagpt.engines.zero_settings import check_combination, check_on_cpu, check_settings, check_zero_section
 from megagpt.errors import UserError
-from megagpt.models.presets import ModelConfig
 
 # Largest bucket of gradients or weights, in elements: 200 MB in fp32, more than links need to run at full rate.
 # DeepSpeed's own 5e8 would take 2 GB for each bucket.
 _LARGEST_BUCKET = 50_000_000
 
 
-def bucket_elements(model: ModelConfig) -> int:
-    """Elements in a bucket: the weights of a block, but at most the largest bucket. An even number, which DeepSpeed
-    asks for."""
-    return min(_LARGEST_BUCKET, model.block_parameters) // 2 * 2
+def bucket_elements(config: Config) -> int:
+    """Elements in a bucket: the weights of a block, of several tensor ranks those of each one's part, but at most the
+    largest bucket. An even number, which DeepSpeed asks for."""
+    return min(_LARGEST_BUCKET, config.model.block_parameters // config.engine.tensor_ranks) // 2 * 2
 
 
 def deepspeed_config(config: Config, ranks: int, on_gpu: bool) -> dict[str, Any]:
     """The whole DeepSpeed config of a run on `ranks` ranks. Raises UserError, naming the key, if `engine.deepspeed`
     holds a key or value that it may not."""
     model, train, engine = config.model, config.train, config.engine
-    bucket = bucket_elements(model)
+    bucket = bucket_elements(config)
     zero: dict[str, Any] = {
         "stage": engine.stage,
         "reduce_bucket_size": bucket,

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megagpt.config import Config
-from megagpt.engines.engine import tensor_ranks
 from megagpt.models.gpt import GPT
-from megagpt.models.tensor_parallel import cut_of
+from megagpt.models.tensor_parallel import TensorRanks, split_of
 from megagpt.world import World
 
 
@@ -19,7 +18,7 @@ class ModelParallelUnit:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._data, self._tensor = mesh["data"].get_group(), mesh["tensor"].get_group()
-        self.ranks = tensor_ranks(self._tensor)
+        self.ranks = TensorRanks.of(self._tensor)
 
     def get_model_parallel_rank(self) -> int:
         return self._tensor.rank()
@@ -57,7 +56,7 @@ def share_gradients(model: GPT, unit: ModelParallelUnit) -> None:
     own sums over micro-batches, which would need one exchange for each step, are in other places at each stage, in bf16
     and with offload; and with offload it takes their norm before the step."""
     for name, parameter in model.named_parameters():
-        if cut_of(name):
+        if split_of(name):
             parameter.model_parallel = True  # type: ignore[attr-defined]
         else:
             parameter.register_hook(partial(_summed, unit.get_model_parallel_group()))

@@ -62,7 +62,7 @@ def examined(engine: Engine) -> Iterator[Model]:
 @contextlib.contextmanager
 def _called(engine: Engine, precision: str) -> Iterator[Model]:
     """The engine's model with fp32 weights, and matrix products in `precision`: the same bits under every engine."""
-    # Each rank has sequences of its own, and tensor ranks share the products of the same ones.
+    # Each rank scores sequences of its own, which ranks that share products cannot.
     alone = engine.ranks.size == 1
     if alone and engine.config.train.precision == precision == "fp32":  # residual stream and linear layers, too
         with engine.evaluation(any_shape=True) as model:

@@ -187,7 +187,10 @@ def _config(arguments: argparse.Namespace, precision: str) -> Config:
         tree["train"]["compile"] = arguments.compile
     for text in arguments.overrides:
         tree = override(tree, text)
-    return build_config(tree, "bench")
+    config = build_config(tree, "bench")
+    if (size := config.engine.tensor_ranks) > 1:
+        raise UserError(f"engine.tensor_ranks {size}: bench measures one rank; leave it out")
+    return config
 
 
 def _keys(text: str) -> list[str]:

@@ -15,7 +15,7 @@ from megagpt.console import warn
 from megagpt.engines.engine import build_engine
 from megagpt.errors import UserError
 from megagpt.measure.worker import resume, save
-from megagpt.placement import layout
+from megagpt.placement import check_placement, layout
 from megagpt.world import World
 
 _PIECE = 2**24
@@ -24,9 +24,12 @@ _PIECE = 2**24
 def bench(config: Config, world: World, folder: Path, rounds: int) -> None:
     """Measure; the main rank prints. Every rank calls it, and writes and reads its share of the bytes. The bytes are
     dropped from the page cache before they are read, and removed before the next ones are written, so that each
-    measurement finds the same free memory. Raises UserError if the folder is not empty."""
+    measurement finds the same free memory. Raises UserError if the folder is not empty, or if the engine cannot start
+    on these ranks."""
     if world.from_main(lambda: folder.exists() and any(folder.iterdir())):
         raise UserError(f"{folder}: is not empty; name a folder that the measurement may fill and remove")
+    config.sharing_ranks(world.size)
+    check_placement(config, world.hosts())
     engine = build_engine(config, world)
     size = config.model.checkpoint_bytes
     raw = folder / f"raw.{world.rank}"

@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KeyValueCache | Packing | None = None) -> Tensor:
         if cache is None:
-            x = self.ranks.gather(x)  # (B, T / t, C) -> (B, T, C)
+            x = self.ranks.all_gather(x)  # (B, T / t, C) -> (B, T, C)
         B, T, _ = x.shape
         # Split before the heads are told apart: then the backward pass writes the three gradients side by side, once.
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=2))
@@ -60,7 +60,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, whole: bool = False) -> Tensor:
         if not whole:
-            x = self.ranks.gather(x)  # (B, T / t, C) -> (B, T, C)
+            x = self.ranks.all_gather(x)  # (B, T / t, C) -> (B, T, C)
         return row_linear(self.down, F.gelu(self.up(x), approximate="tanh"), self.ranks, whole)
 
 
@@ -105,8 +105,8 @@ def embed(
         row = tokens - ranks.rank * len(token_table)
         here = (row >= 0) & (row < len(token_table))
         part = _look_up(torch.where(here, row, 0), token_table) * here[..., None]
-        of_token = ranks.add_whole(part) if whole else ranks.add(part)
-        positions = positions if whole else ranks.own(positions)
+        of_token = ranks.all_reduce(part) if whole else ranks.reduce_scatter(part)
+        positions = positions if whole else ranks.own_tokens(positions)
     return (of_token.float() + F.embedding(positions, position_table).float()).to(dtype)
 
 
@@ -149,12 +149,13 @@ class GPT(nn.Module):
         """Loss, logits or log-likelihoods of `tokens`, int (B, T). With `targets`, int (B, T), -100 for "not counted":
         the SUM of the token losses, fp32, in nats. Without: logits (B, T, vocab_size); with a `cache`, logits of the
         last position only, (B, 1, vocab_size). With a `packing` of N places and `targets`, int (N,): those of
-        `token_likelihoods`, float64 (2, N); the head runs at these places only. Tensor ranks must call it together, and
-        all get the result; with a `cache` or a `packing` it has no gradient, and all of them have all tokens."""
-        whole, length, ranks = cache is not None or packing is not None, tokens.shape[1], self.ranks
-        if not whole and targets is None:  # they need as many tokens each; causality hides those behind the last one
-            tokens = F.pad(tokens, (0, -length % ranks.size))
-        T = tokens.shape[1]
+        `token_likelihoods`, float64 (2, N); the head runs at these places only.
+
+        Tensor ranks call it together, with the same arguments, and all of them get the result. T must be a multiple of
+        t, but not with a `cache`: then each rank computes LayerNorms and residual stream for all tokens, and there is
+        no gradient. A `packing` is for a model that is whole on its rank."""
+        whole, T, ranks = cache is not None, tokens.shape[1], self.ranks
+        assert packing is None or ranks.size == 1
         if packing is not None:
             positions = packing.positions
         else:
@@ -171,9 +172,9 @@ class GPT(nn.Module):
             x = x[:, -1:]
         x = self.final_norm(x)
         if not whole:
-            x = ranks.gather(x)  # (B, T / t, C) -> (B, T, C)
+            x = ranks.all_gather(x)  # (B, T / t, C) -> (B, T, C)
         if targets is None:
-            return ranks.join(F.linear(x[:, :length], head))[..., : self.config.vocab_size]
+            return ranks.all_gather_columns(F.linear(x, head))[..., : self.config.vocab_size]
         if packing is not None:
-            return token_likelihoods(x, head, targets, self.config.vocab_size, ranks)
+            return token_likelihoods(x, head, targets, self.config.vocab_size)
         return linear_cross_entropy(x.flatten(0, 1), head, targets.flatten(), self.config.vocab_size, self.softmax)

@@ -30,17 +30,18 @@ def initial_std(name: str, config: ModelConfig) -> float | None:
     return None
 
 
-def normal_rows(seed: int, name: str, columns: int, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of the standard normal matrix named `name`, float32 of shape (stop - start, columns)."""
+def normal_rows(seed: int, name: str, columns: int, start: int, stop: int, kept: slice = slice(None)) -> np.ndarray:
+    """Rows [start, stop) of the standard normal matrix named `name`, and of these the `kept` columns, float32 of shape
+    (stop - start, kept columns). All columns are drawn, one block of rows at a time."""
     rows_per_block = max(1, _BLOCK_NUMEL // columns)
-    out = np.empty((stop - start, columns), dtype=np.float32)
+    out = np.empty((stop - start, len(range(columns)[kept])), dtype=np.float32)
     for block in range(start // rows_per_block, -(-stop // rows_per_block)):
         digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
         first = block * rows_per_block
         lo, hi = max(start, first), min(stop, first + rows_per_block)
         drawn = generator.standard_normal((hi - first, columns), dtype=np.float32)
-        out[lo - start : hi - start] = drawn[lo - first :]
+        out[lo - start : hi - start] = drawn[lo - first :, kept]
     return out
 
 
@@ -52,8 +53,9 @@ def initial_values(
     if std is None:
         # LayerNorm gains start at one, every bias at zero.
         return torch.full(sizes, 1.0 if name.endswith("norm.weight") else 0.0)
-    rows = normal_rows(seed, name, shape[1], offsets[0], offsets[0] + sizes[0])
-    return torch.from_numpy(rows).narrow(1, offsets[1], sizes[1]).mul_(std)
+    kept = slice(offsets[1], offsets[1] + sizes[1])
+    rows = normal_rows(seed, name, shape[1], offsets[0], offsets[0] + sizes[0], kept)
+    return torch.from_numpy(rows).mul_(std)
 
 
 @torch.no_grad()

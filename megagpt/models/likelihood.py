@@ -4,21 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagpt.models.tensor_parallel import ALONE, TensorRanks
-
 # Rows of one matrix product with the head. 1,024 x 50,304 logits in fp32 take 206 MB.
 _PRODUCT_ROWS = {"cpu": 256, "cuda": 1024}
 # Rows of one softmax. On a CPU, 16 x 50,304 in fp32 are 3 MB, which stay in cache.
 _SOFTMAX_ROWS = {"cpu": 16, "cuda": 1024}
 
 
-def token_likelihoods(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ranks: TensorRanks = ALONE
-) -> Tensor:
+def token_likelihoods(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Of each target, its log-likelihood in nats, and 1 if no token is likelier, else 0: float64 (2, N). hidden (N, C),
-    weight (V, C), targets int (N,); of several tensor ranks, each has its V / t rows of the weight. Only the first
-    `vocab_size` rows of the whole weight take part. Products run in the autocast dtype if autocast is on; exponentials
-    in fp32.
+    weight (V, C), targets int (N,). Only the first `vocab_size` rows of the weight take part. Products run in the
+    autocast dtype if autocast is on; exponentials in fp32.
 
     The logit, the largest logit and the logarithm are subtracted in float64: in fp32, log_softmax over 50,257 logits
     errs by up to 5e-6 a token on a CPU, always in one direction."""
@@ -26,7 +21,7 @@ def token_likelihoods(
     found = torch.empty(2, len(hidden), dtype=torch.float64, device=hidden.device)
     rows, step = _PRODUCT_ROWS.get(device, 1024), _SOFTMAX_ROWS.get(device, 1024)
     for start in range(0, len(hidden), rows):
-        logits = ranks.join(F.linear(hidden[start : start + rows], weight))
+        logits = F.linear(hidden[start : start + rows], weight)
         for first in range(0, len(logits), step):
             z = logits[first : first + step, :vocab_size].float()
             part = slice(start + first, start + first + len(z))

@@ -2,11 +2,11 @@
 one model.
 
 A rank's part of the model is a smaller model: heads / t heads, 4 C / t of the MLP's inner width, V / t rows of the
-token embedding. Between a block's products it has all T tokens; LayerNorms, dropout and the residual stream see T / t
-tokens, its own. Two exchanges lead from one to the other, and each is the other's gradient:
+token embedding. Attention and MLP see all T tokens; the residual stream, its LayerNorms and its dropout see T / t
+tokens, the rank's own. Two exchanges lead from one to the other, and each is the other's gradient:
 
-    gather: own tokens (B, T / t, C) -> all tokens (B, T, C), in front of the products that are cut by columns
-    add:    partial sums (B, T, C) -> their sum, own tokens (B, T / t, C), behind the products that are cut by rows
+    all_gather:     own tokens (B, T / t, C) -> all tokens (B, T, C), in front of the products that are split by columns
+    reduce_scatter: partial sums (B, T, C) -> their sum, own tokens (B, T / t, C), behind those that are split by rows
 
 Tokens travel in the compute dtype, and partial sums are added in fp32: a reduce-scatter in bf16 would round after each
 of its t - 1 sums."""
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,23 +23,23 @@ from torch import Tensor, nn
 _ops = torch.ops._c10d_functional
 
 
-class Cut(NamedTuple):
+class Split(NamedTuple):
     """How a parameter is divided among tensor ranks."""
 
     dimension: int
-    """The dimension that is cut."""
+    """The dimension that is divided."""
     stacked: int
-    """Matrices that are stacked in this dimension, each of which is cut: 3 for q, k and v."""
+    """Matrices that are stacked in this dimension, each of which is divided: 3 for q, k and v."""
 
 
-def cut_of(name: str) -> Cut | None:
-    """How the parameter of that name is cut; None if each tensor rank has all of it, and its own tokens' share of the
-    gradient."""
+def split_of(name: str) -> Split | None:
+    """How the parameter of that name is divided; None if each tensor rank has all of it. A rank then has the gradient
+    of its own tokens, and the ranks' sum is the whole one."""
     if "attention.qkv." in name:
-        return Cut(0, 3)  # by heads
+        return Split(0, 3)  # by heads
     if "mlp.up." in name or name == "token_embedding.weight":
-        return Cut(0, 1)
-    return Cut(1, 1) if name.endswith(("attention.out.weight", "mlp.down.weight")) else None
+        return Split(0, 1)
+    return Split(1, 1) if name.endswith(("attention.out.weight", "mlp.down.weight")) else None
 
 
 @dataclass(frozen=True)
@@ -50,32 +51,37 @@ class TensorRanks:
     group: str = ""
     """The process group's name, by which PyTorch's operators find it."""
 
-    def gather(self, x: Tensor) -> Tensor:
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> "TensorRanks":
+        """This rank among those of a process group."""
+        return cls(group.rank(), group.size(), group.group_name)
+
+    def all_gather(self, x: Tensor) -> Tensor:
         """Own tokens (B, T / size, C) -> all tokens (B, T, C), in autocast's dtype if autocast is on."""
         if self.size == 1:
             return x
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        return _Gather.apply(x, dtype, self.size, self.group)
+        return _AllGather.apply(x, dtype, self.size, self.group)
 
-    def add(self, x: Tensor) -> Tensor:
+    def reduce_scatter(self, x: Tensor) -> Tensor:
         """Every rank's partial sums (B, T, C) -> their sum for the own tokens, fp32 (B, T / size, C)."""
-        return x if self.size == 1 else _Add.apply(x, self.size, self.group)
+        return x if self.size == 1 else _ReduceScatter.apply(x, self.size, self.group)
 
-    def add_whole(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """Every rank's partial sums -> their sum, fp32, on each rank. It has no gradient."""
         return x if self.size == 1 else _ops.wait_tensor(_ops.all_reduce(x.float(), "sum", self.group))
 
-    def stack(self, x: Tensor) -> Tensor:
+    def all_gather_stacked(self, x: Tensor) -> Tensor:
         """Every rank's x, (size, *x.shape). It has no gradient."""
         every = _ops.all_gather_into_tensor(x.contiguous(), self.size, self.group)
         return _ops.wait_tensor(every).view(self.size, *x.shape)
 
-    def join(self, x: Tensor) -> Tensor:
+    def all_gather_columns(self, x: Tensor) -> Tensor:
         """Every rank's columns (..., N / size) -> all columns (..., N). It has no gradient."""
-        return x if self.size == 1 else self.stack(x).movedim(0, -2).flatten(-2)
+        return x if self.size == 1 else self.all_gather_stacked(x).movedim(0, -2).flatten(-2)
 
-    def own(self, x: Tensor) -> Tensor:
+    def own_tokens(self, x: Tensor) -> Tensor:
         """The own tokens' part of a tensor whose last dimension is T."""
         return x if self.size == 1 else x.chunk(self.size, -1)[self.rank]
 
@@ -89,16 +95,16 @@ def row_linear(linear: nn.Linear, x: Tensor, ranks: TensorRanks, whole: bool) ->
     if ranks.size == 1:
         return linear(x)
     partial = F.linear(x, linear.weight)
-    return (ranks.add_whole(partial) if whole else ranks.add(partial)) + linear.bias  # the bias counts once
+    return (ranks.all_reduce(partial) if whole else ranks.reduce_scatter(partial)) + linear.bias  # the bias counts once
 
 
-def _gather(x: Tensor, size: int, group: str) -> Tensor:
+def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
     B, T, C = x.shape
     every = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), size, group))
     return every.view(size, B, T, C).transpose(0, 1).reshape(B, size * T, C)  # a view if B is 1
 
 
-def _add(x: Tensor, size: int, group: str) -> Tensor:
+def _reduce_scatter(x: Tensor, size: int, group: str) -> Tensor:
     """The ranks swap their partial sums in x's dtype, as many bytes as a reduce-scatter, and each adds up its own
     tokens' in the ranks' order."""
     B, T, C = x.shape
@@ -108,25 +114,25 @@ def _add(x: Tensor, size: int, group: str) -> Tensor:
     return every.view(size, B, T // size, C).sum(0, dtype=torch.float32)
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, size: int, group: str) -> Tensor:
-        ctx.more = x.dtype, dtype, size, group
-        return _gather(x.to(dtype), size, group)
+        ctx.settings = x.dtype, dtype, size, group
+        return _all_gather(x.to(dtype), size, group)
 
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> Any:
-        into, dtype, size, group = ctx.more
-        return _add(gradient[0].to(dtype), size, group).to(into), None, None, None
+        into, dtype, size, group = ctx.settings
+        return _reduce_scatter(gradient[0].to(dtype), size, group).to(into), None, None, None
 
 
-class _Add(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, group: str) -> Tensor:
-        ctx.more = x.dtype, size, group
-        return _add(x, size, group)
+        ctx.settings = x.dtype, size, group
+        return _reduce_scatter(x, size, group)
 
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> Any:
-        dtype, size, group = ctx.more
-        return _gather(gradient[0].to(dtype), size, group), None, None
+        dtype, size, group = ctx.settings
+        return _all_gather(gradient[0].to(dtype), size, group), None, None

@@ -31,10 +31,12 @@ def tensor_softmax(ranks: TensorRanks) -> Softmax:
         own = []
         for rows in parts:
             z = scores(rows)
-            largest = z.amax(1).clamp_min(torch.finfo(torch.float32).min)  # finite, even if every row is a dead one
+            # Finite, even if this rank has only padding rows.
+            largest = z.amax(1).clamp_min(torch.finfo(torch.float32).min)
             own.append(torch.stack([largest, (z - largest[:, None]).exp().sum(1)]))
         of_target = torch.where(here, logits.gather(1, column.clamp_min(0))[:, 0].float(), 0.0)
-        largest, total, of_target = ranks.stack(torch.cat([torch.cat(own, 1), of_target[None]])).unbind(1)  # (t, N)
+        numbers = torch.cat([torch.cat(own, 1), of_target[None]])  # (3, N)
+        largest, total, of_target = ranks.all_gather_stacked(numbers).unbind(1)  # (t, N)
         most = largest.amax(0)
         log_total = (total * (largest - most).exp()).sum(0).log()
         loss = torch.where(counted, most - of_target.sum(0) + log_total, 0.0).sum()

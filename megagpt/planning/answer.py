@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megagpt.config import Config
+from megagpt.config import Config, EngineConfig
 from megagpt.errors import UserError
-from megagpt.placement import check_placement
+from megagpt.placement import check_start
 from megagpt.planning.gpus import Cluster
 from megagpt.planning.plan import Plan, Planner
 from megagpt.planning.search import Clusters, find_clusters, own_plan, recommend, search
+from megagpt.planning.setting import typed
 from megagpt.planning.speed import check_precision
 
 
@@ -26,13 +27,19 @@ class Question:
     """Dollars for an hour of one GPU."""
     name: str
     """The config's, as typed."""
-    given: Sequence[str] = ()
+    given: Sequence[str]
     """The overrides, as typed."""
+    engine_of_file: EngineConfig
+    """The section `engine` of the config's file."""
     days: float | None = None
     compare: bool = False
     """Whether all settings are ranked, and not only the best of each engine."""
     thorough: bool = False
     """Whether they are, with each micro-batch."""
+
+    def overrides(self, plan: Plan) -> list[str]:
+        """The overrides that, typed after the config's name, give a plan's setting."""
+        return typed(self.given, self.config, plan.config, self.engine_of_file)
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,7 @@ def answer(question: Question, with_clusters: bool = False) -> Answer:
         ranked = best if question.compare or question.thorough else None
         plans = search(config, ranked.cluster, question.planner, question.thorough, whole=True) if ranked else []
         return Answer(question, own, best, plans, clusters)
-    config.check_ranks(cluster.gpus)
-    check_placement(config, [f"node {1 + gpu // cluster.per_node}" for gpu in range(cluster.gpus)])
+    check_start(config, [f"node {1 + gpu // cluster.per_node}" for gpu in range(cluster.gpus)])
     plans = search(config, cluster, question.planner, question.thorough, whole=question.compare)
     own, best = own_plan(plans, config), recommend(plans, config)
     late = question.days is not None and (best is None or best.days > question.days)

@@ -23,6 +23,9 @@ def find_evidence(config: Config, cluster: Cluster, calibration: Calibration) ->
     """The 80% range as factors of the predicted speed, and the sentence that says what the range rests on."""
     if calibration.run:
         factor = f"{calibration.factor:.2f} times the constants' time"
+        if config.engine.tensor_ranks > 1:
+            none = "but no pair of speeds shows how near that is with tensor ranks"
+            return _WIDE, f"±30%: calibrated with the run {calibration.run}, which took {factor}; {none}"
         pairs = _CPU_PAIRS if cluster.gpu.name == CPU else _GPU_PAIRS
         return _CALIBRATED, f"±15%: calibrated with the run {calibration.run}, which took {factor}; nine in ten {pairs}"
     assumed = ""

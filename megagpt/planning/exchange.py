@@ -13,7 +13,8 @@ from megagpt.planning.state import held_block, held_parameters, uncut_parameters
 _FP32 = 4
 # Elements in one of DDP's buckets: 25 MiB of fp32.
 _DDP_BUCKET = 25 * 2**20 / _FP32
-# Gathers and all-to-alls of a block, forward and backward, and those that a forward pass repeats: all but the last one.
+# Gathers and all-to-alls of a block, forward and backward, and those that a forward pass repeats: all but the last one,
+# which only dropout repeats, because its mask comes after it.
 _OF_BLOCK, _REPEATED = 8, 3
 # The same outside of the blocks: of the embedding and of the final LayerNorm's output.
 _OUTSIDE = 4
@@ -37,8 +38,8 @@ class Exchange(NamedTuple):
     """False: once a step, with its last micro-batch or after it."""
     is_sum: bool = False
     """Whether it is an all-reduce, for which NCCL has trees beside rings."""
-    groups: int = 1
-    """Groups of ranks that do the same at the same time, each with every `groups`-th rank."""
+    rings: int = 1
+    """Groups of ranks that do the same at the same time, each with every `rings`-th rank."""
     between_products: bool = False
     """Whether it is one of tensor ranks, for which the next operation waits; no computation hides it."""
     copied: float = 0.0
@@ -54,8 +55,8 @@ def exchanges(config: Config, ranks: int) -> list[Exchange]:
 def _engine_exchanges(config: Config, ranks: int, shares: int) -> list[Exchange]:
     """Those of weights and gradients, among the ranks that have the same part of the model: one of each group of tensor
     ranks."""
-    engine, layers, groups = config.engine, config.model.layers, config.engine.tensor_ranks
-    parameters, value, share = held_parameters(config.model, groups), compute_bytes(config), (shares - 1) / shares
+    engine, layers, size = config.engine, config.model.layers, config.engine.tensor_ranks
+    parameters, value, share = held_parameters(config.model, size), compute_bytes(config), (shares - 1) / shares
     if engine.name == "ddp":
         buckets = parameters / _DDP_BUCKET
         return [Exchange("gradients", 2 * share * _FP32 * parameters, shares, buckets, False, is_sum=True)]
@@ -63,17 +64,17 @@ def _engine_exchanges(config: Config, ranks: int, shares: int) -> list[Exchange]
         return _fsdp(config, ranks, value)
     if engine.stage == 3:
         # DeepSpeed fetches the weights of each module by itself: six in a block, as its published speeds show.
-        gathered = Exchange("weights", 2 * share * value * parameters, shares, 2 * 6 * layers, True, groups=groups)
-        scattered = Exchange("gradients", share * _FP32 * parameters, shares, 6 * layers, True, groups=groups)
+        gathered = Exchange("weights", 2 * share * value * parameters, shares, 2 * 6 * layers, True, rings=size)
+        scattered = Exchange("gradients", share * _FP32 * parameters, shares, 6 * layers, True, rings=size)
         return [gathered, scattered]
-    rounded = Exchange("weights", share * value * parameters, shares, layers, False, groups=groups)
+    rounded = Exchange("weights", share * value * parameters, shares, layers, False, rings=size)
     if engine.stage == 2:
-        sums = Exchange("gradients", share * _FP32 * parameters, shares, layers, True, groups=groups)
+        sums = Exchange("gradients", share * _FP32 * parameters, shares, layers, True, rings=size)
         return [sums, rounded]
     # DeepSpeed's optimizer for bf16 sums on every rank.
     is_sum = config.train.precision == "bf16"
     moved = (2 if is_sum else 1) * share * _FP32 * parameters
-    return [Exchange("gradients", moved, shares, layers, False, is_sum=is_sum, groups=groups), rounded]
+    return [Exchange("gradients", moved, shares, layers, False, is_sum=is_sum, rings=size), rounded]
 
 
 def _tensor_exchanges(config: Config, shares: int) -> list[Exchange]:
@@ -85,7 +86,7 @@ def _tensor_exchanges(config: Config, shares: int) -> list[Exchange]:
     part, tokens = (size - 1) / size, config.micro_batch * model.context
     kinds = kinds_of_blocks(config)
     repeated = len(kinds) - kinds.count(("none", False)) - kinds.count(("none", True))
-    calls = _OUTSIDE + _OF_BLOCK * model.layers + _REPEATED * repeated
+    calls = _OUTSIDE + _OF_BLOCK * model.layers + (_REPEATED + bool(model.dropout)) * repeated
     values = calls * tokens * model.width * compute_bytes(config)
     moved = part * (values + size * tokens * _LOSS * _FP32)
     # A single sequence is in order. Every second exchange adds up what it got.
@@ -105,17 +106,17 @@ def exchanged_bytes(config: Config, ranks: int, micro_batches: float) -> float:
 
 
 def _fsdp(config: Config, ranks: int, value: int) -> list[Exchange]:
-    model, together, groups = config.model, config.sharing_ranks(ranks), config.engine.tensor_ranks
-    shard, copies = together // groups, ranks // together
-    parameters, layers, inside = held_parameters(model, groups), model.layers, (shard - 1) / shard
+    model, together, size = config.model, config.sharing_ranks(ranks), config.engine.tensor_ranks
+    shard, copies = together // size, ranks // together
+    parameters, layers, inside = held_parameters(model, size), model.layers, (shard - 1) / shard
     twice = config.engine.reshard_after_forward
-    gathered = parameters + (layers * held_block(model, groups) if twice else 0)
+    gathered = parameters + (layers * held_block(model, size) if twice else 0)
     found = []
     if shard > 1:
         gathers = (2 if twice else 1) * layers
-        found.append(Exchange("weights", inside * value * gathered, shard, gathers, True, groups=groups))
-        found.append(Exchange("gradients", inside * _FP32 * parameters, shard, layers, True, groups=groups))
+        found.append(Exchange("weights", inside * value * gathered, shard, gathers, True, rings=size))
+        found.append(Exchange("gradients", inside * _FP32 * parameters, shard, layers, True, rings=size))
     if copies > 1:
         moved = 2 * (copies - 1) / copies * _FP32 * parameters / shard
-        found.append(Exchange("copies", moved, copies, layers, False, is_sum=True, groups=together))
+        found.append(Exchange("sums over copies", moved, copies, layers, False, is_sum=True, rings=together))
     return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megagpt.placement import sharer
 from megagpt.planning.amounts import wrapped
 from megagpt.planning.plan import Plan
 from megagpt.planning.state import held_parameters
@@ -11,7 +12,10 @@ from megagpt.planning.terms import Term
 # micro-batch; C, L, V: width, layers, padded vocabulary; a: bytes of a number in the precision of matrix products.
 _MEMORY = {
     "weights": "4 P; FSDP: divided by the ranks that share a copy; ZeRO: a P, at stage 3 divided by the ranks",
-    "gradients": "4 P, divided by the ranks that share them; ZeRO: and the buckets that stay",
+    "gradients": (
+        "4 P, divided by the ranks that share them, or of the blocks done so far if a step has one micro-batch; ZeRO: "
+        "and the buckets that stay"
+    ),
     "optimizer": "8 P of Adam's moments, divided by the ranks that share them; ZeRO: and 4 P of fp32 weights",
 }
 _COUNTED = "this code's own tensors, counted"
@@ -32,7 +36,7 @@ def plan_terms(plan: Plan) -> list[Term]:
         Term("C, L, T", model.width, "", f"width; {model.layers:,} layers; context {model.context:,}", "config"),
         Term("V", model.padded_vocab_size, "", "rows of the vocabulary, padded", "config"),
         Term("N", size * model.context, "tokens", f"of a micro-batch: {size:,} x {model.context:,}", "config"),
-        Term("M", plan.accumulation, "", "micro-batches of a rank in a step", "config"),
+        Term("M", plan.accumulation, "", f"micro-batches of a {sharer(config)} in a step", "config"),
         *plan.speed.terms,
     ]
     terms.append(Term("tokens", config.train.tokens, "", "train.tokens", "config"))

@@ -3,12 +3,13 @@
 import shlex
 from collections.abc import Iterator
 
+from megagpt.placement import sharer
 from megagpt.planning.amounts import energy, gigabytes, large, money, seconds, time, whole, wrapped
 from megagpt.planning.answer import Answer, Question
 from megagpt.planning.explain import explained
 from megagpt.planning.gpus import CPU, Cluster
 from megagpt.planning.plan import Plan
-from megagpt.planning.setting import overrides, setting_words, typed
+from megagpt.planning.setting import setting_words
 from megagpt.planning.tables import best_of, table
 
 # Columns in front of a plan's numbers.
@@ -75,7 +76,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     yield from _labelled("", _sum({name: gigabytes(size) for name, size in memory.parts.items()}))
     for note in memory.notes:
         yield from _labelled("", note)
-    batches = f"{plan.accumulation} micro-batch{'es' if plan.accumulation > 1 else ''} of each rank"
+    batches = f"{plan.accumulation} micro-batch{'es' if plan.accumulation > 1 else ''} of each {sharer(plan.config)}"
     parts = _sum({name: seconds(taken) for name, taken in speed.seconds.items()})
     yield from _labelled("step", f"{seconds(speed.step)} for {batches}: {parts}")
     if speed.hidden_exchange > 0.005 * speed.step:
@@ -230,7 +231,7 @@ def start_command(question: Question, plan: Plan, file: str | None = None) -> st
     """The command that starts the run with a plan's setting on its cluster. `file`: a config that has the setting."""
     cluster, words = plan.cluster, [file] if file else [question.name]
     if not file:
-        words += typed(question.given, overrides(question.config, plan.config))
+        words += question.overrides(plan)
     if cluster.nodes > 1:
         nodes = ["--nodes", str(cluster.nodes), "--gpus-per-node", str(cluster.per_node)]
         return shlex.join(["megagpt", "launch", "slurm", *words, *nodes])

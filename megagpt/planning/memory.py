@@ -219,7 +219,7 @@ class _Step:
         if self.name != "ddp":
             sums = 0.0
             if self.name == "zero":
-                sums = 4.0 * bucket_elements(self.model)
+                sums = 4.0 * bucket_elements(self.config)
             elif index < len(self.kinds) - 1:
                 sums = 4 * self.block
             kept = not self.config.engine.reshard_after_forward
@@ -247,7 +247,7 @@ class _Step:
         parts = {"gathered weights": self._gathered(0)}
         if self.name == "ddp":
             return "the end of the backward pass", self._parts(-1, parts | {"table's gradient": 12.0 * self.table})
-        sums = 4 * self.block if self.name == "fsdp" else 4.0 * bucket_elements(self.model)
+        sums = 4 * self.block if self.name == "fsdp" else 4.0 * bucket_elements(self.config)
         sizes = (3 * self.a * self.table + sums, (4 + self.a) * self.outside - parts["gathered weights"])
         most = float(max(sizes))
         if self.group > 1:  # the embedding's gradient comes of gathered tokens, of which each rank looks up some

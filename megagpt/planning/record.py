@@ -9,7 +9,6 @@ from megagpt.planning.explain import plan_terms
 from megagpt.planning.gpus import CPU, Cluster
 from megagpt.planning.lines import start_command
 from megagpt.planning.plan import Plan
-from megagpt.planning.setting import overrides, typed
 from megagpt.planning.tables import best_of
 
 
@@ -51,7 +50,7 @@ def plan_record(plan: Plan, question: Question) -> dict[str, Any]:
         "activation_checkpointing": train.activation_checkpointing,
         "micro_batch": plan.config.micro_batch,
         "accumulation": plan.accumulation,
-        "overrides": typed(question.given, overrides(question.config, plan.config)),
+        "overrides": question.overrides(plan),
         "start": start_command(question, plan),
         "memory": {
             "moment": memory.moment,

@@ -28,13 +28,14 @@ _ORDER = ("fits", "tight", "does not fit")
 
 
 def engines(config: Config, cluster: Cluster) -> list[EngineConfig]:
-    """The config's own engine, and each engine with each of its shardings, without tensor ranks; offload only if the
-    config has it."""
+    """The config's own engine if it can start there, and each engine with each of its shardings, without tensor ranks;
+    offload only if the config has it."""
     own, gpus = config.engine, cluster.gpus
     others = [EngineConfig("ddp"), *_sharded(cluster, 1)]
     if own.shard_ranks == gpus:  # one group of all is the same as 0
         others = [other for other in others if other != replace(own, shard_ranks=0)]
-    possible = [] if own.shard_ranks and gpus % own.shard_ranks else [own]
+    divides = gpus % (own.shard_ranks or 1) == cluster.per_node % own.tensor_ranks == 0
+    possible = [own] if divides else []
     return [*possible, *(other for other in others if other != own)]
 
 
@@ -67,7 +68,8 @@ def search(
 ) -> list[Plan]:
     """Plans of the settings that divide, the best first: those that fit, by time; then the tight ones; then those that
     do not fit, by memory. Of each engine, sharding and mode it has the micro-batches that may be the fastest: the
-    largest that fit, and the config's own. `thorough`: every one up to the first that does not fit.
+    largest that fit, with tensor ranks the smallest, and the config's own. `thorough`: every one up to the first that
+    does not fit.
 
     Tensor ranks that the config does not have are left out if they would be slower than the fastest plan even with the
     best of all micro-batches, whether that fits or not; but not if `whole` or `thorough`. `quick`: so are all other
@@ -86,6 +88,8 @@ def search(
         sizes, most = tried.sizes, tried.count_of_fitting()
         chosen = set(sizes[: most + 1] if thorough else sizes[max(0, most - _TRIED) : max(1, most)])
         chosen |= {size for size in sizes if size == config.train.micro_batch}
+        if most and tried.config.engine.tensor_ranks > 1:  # which need no copies of single sequences
+            chosen.add(sizes[0])
         new = [planner.plan(tried.at(size), cluster) for size in sorted(chosen)]
         plans.extend(new)
         fastest = min([fastest, *(plan.seconds for plan in new if plan.verdict == "fits")])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from megagpt.config import Config, EngineConfig
+from megagpt.config_file import shared_settings
 from megagpt.config_types import AUTO
 from megagpt.config_yaml import value_text
 
@@ -43,11 +44,13 @@ def is_same(config: Config, own: Config) -> bool:
     return same and size in (AUTO, config.train.micro_batch)
 
 
-def overrides(config: Config, wanted: Config) -> list[str]:
-    """The overrides that give `config` the setting of `wanted`; empty if they have the same."""
-    engine, other = dataclasses.asdict(config.engine), dataclasses.asdict(wanted.engine)
+def overrides(config: Config, wanted: Config, engine_of_file: EngineConfig | None = None) -> list[str]:
+    """The overrides that give `config` the setting of `wanted`; empty if they have the same. `engine_of_file`: the
+    section `engine` to which they are applied; that of `config` if None."""
+    engine, other = dataclasses.asdict(engine_of_file or config.engine), dataclasses.asdict(wanted.engine)
     if other["name"] != engine["name"]:  # on the command line, another name drops the file's settings of an engine
-        engine = {**dataclasses.asdict(EngineConfig()), "name": engine["name"]}
+        kept = {key: engine[key] for key in ("name", *shared_settings(other["name"]))}
+        engine = {**dataclasses.asdict(EngineConfig()), **kept}
     changed = [f"engine.{key}={value_text(value)}" for key, value in other.items() if value != engine[key]]
     for key in _TRAIN:
         value = getattr(wanted.train, key)
@@ -56,12 +59,13 @@ def overrides(config: Config, wanted: Config) -> list[str]:
     return changed
 
 
-def typed(given: Sequence[str], changed: Sequence[str]) -> list[str]:
-    """Overrides that were given, and then those that change them: each key once."""
-    keys = {word.partition("=")[0] for word in changed}
-    replaced = ("engine.",) if "engine.name" in keys else ()
-    kept = [word for word in given if word.partition("=")[0] not in keys and not word.startswith(replaced)]
-    return [*kept, *changed]
+def typed(given: Sequence[str], config: Config, wanted: Config, engine_of_file: EngineConfig) -> list[str]:
+    """The overrides that give the file of `config`, which is the file with those `given`, the setting of `wanted`: each
+    key once. `engine_of_file`: the file's section `engine`."""
+    changed = overrides(config, wanted, engine_of_file)
+    replaced = {word.partition("=")[0] for word in changed}
+    kept = {word: word.partition("=")[0] for word in given}
+    return [*(w for w, key in kept.items() if key not in replaced and key.split(".")[0] != "engine"), *changed]
 
 
 def engine_words(engine: EngineConfig, ranks: int) -> str:

@@ -128,9 +128,9 @@ def _seconds(exchange: Exchange, cluster: Cluster, c: Calibration) -> float:
     that run side by side share it. Each gather or scatter passes all ranks, one after the other; a sum, two trees."""
     inside = c.link_share * cluster.gpu.link
     beside = exchange.copied / cluster.gpu.bandwidth + (exchange.calls * c.call if exchange.between_products else 0.0)
-    if exchange.ranks * exchange.groups <= cluster.per_node:
+    if exchange.ranks * exchange.rings <= cluster.per_node:
         return exchange.moved / inside + beside
-    rings = min(exchange.groups, cluster.per_node)
+    rings = min(exchange.rings, cluster.per_node)
     between = c.network_share * cluster.network * 1e9 / 8 * cluster.per_node / rings
     hops = exchange.ranks - cluster.per_node / rings
     if exchange.is_sum:

@@ -59,7 +59,7 @@ def state_bytes(config: Config, ranks: int) -> StateBytes:
     if engine.stage == 1 and config.train.precision == "bf16":
         gradients += low * parameters
     elif engine.stage != 2:
-        gradients += _FP32 * bucket_elements(config.model)
+        gradients += _FP32 * bucket_elements(config)
     return StateBytes(weights, gradients, (_FP32 + _MOMENTS) * shard)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from megagpt.config import Config, compiles
 from megagpt.config_types import AUTO
 from megagpt.engines.zero_config import deepspeed_config
-from megagpt.placement import layout, sharer
+from megagpt.placement import layout, micro_batches, sharer
 from megagpt.planning.gpus import find_gpu
 from megagpt.planning.micro_batch import largest_micro_batch, resolved
 from megagpt.planning.state import state_bytes
@@ -38,7 +38,7 @@ def summarize(config: Config, ranks: int) -> Iterator[str]:
         counts = ramp_efficiency(sized, shares, compiles(train.compile, "cuda" if on_gpu else "cpu"))
         of = f" in micro-batches of up to {sized.micro_batch}" if train.micro_batch == AUTO else ""
         grown = f"{train.batch_ramp_start:,} to {train.batch_tokens:,} tokens over {steps:,} steps"
-        yield f"batch ramp: {grown}; {counts:.1%} of its arithmetic counts on {shares:,} share(s) of the batch{of}"
+        yield f"batch ramp: {grown}; {counts:.1%} of its arithmetic counts on {shares:,} {sharer(config)}(s){of}"
     held = state_bytes(config, ranks)
     parts = {"weights": held.weights, "gradients": held.gradients, "optimizer": held.optimizer}
     if held.copies:
@@ -55,7 +55,7 @@ def summarize(config: Config, ranks: int) -> Iterator[str]:
 
 def _micro_batches(config: Config, ranks: int) -> str:
     if config.train.micro_batch != AUTO:
-        return f"{config.accumulation(ranks)} micro-batch(es) of {config.micro_batch} per step and {sharer(config)}"
+        return micro_batches(config, ranks)
     places = {"a CPU": None} if config.train.device == "cpu" else {**_EXAMPLES, "a CPU": None}
     sizes = [f"{largest_micro_batch(config, ranks, memory)} on {place}" for place, memory in places.items()]
     each = config.sequences_of_a_rank(ranks)

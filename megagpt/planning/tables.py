@@ -20,7 +20,7 @@ _CPU_LEGEND = (
     "GB: of a rank, at the fullest moment of a step; to spare: GB beside them and a reserve; tight: less than the",
     "reserve is left. recomputed: train.activation_checkpointing. *: as configured.",
 )
-_TENSOR = "x 8: 8 tensor ranks share each matrix product, engine.tensor_ranks=8."
+_TENSOR = "x t: t tensor ranks share each matrix product, engine.tensor_ranks=t."
 _KEPT = "kept: gathered weights stay until the backward pass, engine.reshard_after_forward=false."
 
 
@@ -63,7 +63,8 @@ def _row(plan: Plan, own: Config) -> list[str]:
     config, ranks = plan.config, plan.cluster.gpus
     mark = "*" if is_same(config, own) else ""
     spare = gigabytes(plan.spare) if plan.verdict == "fits" else plan.verdict.replace("does not fit", "no fit")
-    engine = re.sub(r", (\d+) tensor ranks", r" x \1", engine_words(config.engine, ranks))
+    # "fsdp in groups of 8 x 8" could be read as one product, so the tensor ranks come first.
+    engine = re.sub(r"^(\w+)(.*), (\d+) tensor ranks", r"\1 x \3\2", engine_words(config.engine, ranks))
     return [
         mark, f"{ranks:,}", engine, mode_words(config.train.activation_checkpointing),
         str(config.micro_batch), gigabytes(plan.memory.total), spare, large(plan.speed.tokens_per_second),

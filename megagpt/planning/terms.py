@@ -28,14 +28,15 @@ _FORMULAS = {
     "logits": "M N/t V logit_bytes / bandwidth",
     "weights in each micro-batch": "M P weight_bytes / bandwidth",
     "tensor exchange": (
-        "M (bytes sent / (link x link_share) + calls x call + bytes copied / bandwidth), and the same of uncut "
+        "M (bytes sent / (link x link_share) + calls x call + bytes reordered / bandwidth), and the same of uncut "
         "gradients, which FSDP sums once a step; nothing hides it; bytes of activations: (8 L + 3 R L + 4) N C a "
         "(t - 1)/t, and 12 N (t - 1) of the loss; selective: R = 1"
     ),
     "exchange": (
-        "what computation does not hide: M (max(c, e) + overlap min(c, e) - c); c: the parts above; e: bytes sent / "
-        "min(link x link_share, network x network_share) + calls x hop x ranks beyond the node; DDP: with the last "
-        "micro-batch only"
+        "of weights and gradients, what computation does not hide: M (max(c, e) + overlap min(c, e) - c); c: the parts "
+        "above; e: bytes sent / min(link x link_share, network x network_share x GPUs of a node / rings) + calls x hop "
+        "x ranks beyond the node; rings: of the ranks of a node, those with other parts, which share its network: 1, "
+        "or with tensor ranks t; of sums over copies, all GPUs of the node; DDP: with the last micro-batch only"
     ),
     "update": "P / sharing ranks x update_bytes / bandwidth",
     "offload": "bytes / pcie + P / sharing ranks x (update_bytes / host_memory [+ 24 / disk])",
@@ -66,7 +67,7 @@ def speed_terms(seconds: dict[str, float], config: Config, cluster: Cluster, c: 
         counts.append(Term(f"{sent.name}: calls", sent.calls, "", when, "counted"))
         if sent.copied:
             counts.append(
-                Term(f"{sent.name}: copied", sent.copied, "bytes", "to put tokens in order, and sums", "counted")
+                Term(f"{sent.name}: reordered", sent.copied, "bytes", "to put tokens in order, and sums", "counted")
             )
     figures = [
         Term("peak", gpu.peak(train.precision), "FLOP/s", train.precision, origins.get(peak, "")),

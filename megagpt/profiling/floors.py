@@ -6,6 +6,7 @@ Bytes count what no fusion can save: inputs read once, results written once."""
 from typing import NamedTuple
 
 from megagpt.config import Config
+from megagpt.planning.state import held_parameters
 from megagpt.profiling.parts import Part
 from megagpt.profiling.rates import Rates
 
@@ -115,10 +116,11 @@ def _repeated_blocks(config: Config) -> int:
 
 
 def _optimizer_bytes(config: Config, ranks: int, value: int) -> float:
-    parameters, engine = config.model.stored_parameters, config.engine
+    engine, group = config.engine, config.engine.tensor_ranks
+    parameters = held_parameters(config.model, group)
     if engine.name == "ddp":
         return _ADAMW_BYTES * parameters
     if engine.name == "fsdp":
-        return _ADAMW_BYTES * parameters / config.sharing_ranks(ranks)
+        return _ADAMW_BYTES * parameters / (config.sharing_ranks(ranks) // group)
     rounded = value if config.train.precision != "fp32" else 0
-    return (_ADAMW_BYTES + rounded) * parameters / ranks
+    return (_ADAMW_BYTES + rounded) * parameters / config.shares(ranks)

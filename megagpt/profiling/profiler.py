@@ -30,7 +30,8 @@ from megagpt.world import World
 _COMPRESSION = 3
 # Most ranks whose traces are kept: more of them look alike, and would be many GB.
 _KEPT = 64
-_NOT_COMPARED = "the ranks' traces differ: waiting for peers is counted as exchange"
+_UNLIKE = "the ranks' traces differ: waiting for peers is counted as exchange"
+_SEVERAL_GROUPS = "ranks exchange in several groups: waiting for peers is counted as exchange"
 
 
 def profile_folder(run: Path, name: str) -> Path:
@@ -134,14 +135,20 @@ class StepProfiler:
         world.barrier()
         with self._tolerating():
             trace = self._export(finished)
-        shortest = self._shortest(collectives(trace) if trace is not None else None)
+        one_group = self._one_group()
+        shortest = self._shortest(collectives(trace) if trace is not None else None) if one_group else None
         if trace is not None and world.is_main:
-            notes = [] if shortest is not None else [_NOT_COMPARED]
+            notes = [] if shortest is not None else [_UNLIKE if one_group else _SEVERAL_GROUPS]
             with self._tolerating():
                 self._report(trace, shortest or {}, notes)
         problems = [problem for problem in world.gather_objects(self.problem) if problem]
         if problems and self._must_succeed:
             raise UserError(problems[0])
+
+    def _one_group(self) -> bool:
+        """Whether each collective is one of all ranks: the traces do not say whose it is."""
+        engine, ranks = self._engine.config.engine, self._engine.world.size
+        return engine.tensor_ranks == 1 and engine.shard_ranks in (0, ranks)
 
     def _shortest(self, found: Collectives | None) -> Collectives | None:
         """Of each collective, the least of all ranks' durations; None if some rank has not the same ones."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from megagpt.config import Config
 from megagpt.planning.exchange import exchanged_bytes
+from megagpt.planning.setting import vary
 from megagpt.profiling.breakdown import Breakdown
 from megagpt.profiling.floors import Floor, Work, floor, work
 from megagpt.profiling.parts import Part
@@ -115,7 +116,10 @@ def make_table(
         floors[Part.PRODUCTS] = floors[Part.PRODUCTS] if known else None
         notes.append(f"train.float8 {config.train.float8}: {_FLOAT8 if known else _FLOAT8_UNKNOWN}")
     if ranks > 1:
-        todo[Part.EXCHANGE] = Work(0, exchanged_bytes(config, ranks, micro_batches))
+        sent = [
+            exchanged_bytes(vary(config, train={"micro_batch": cut.size}), ranks, cut.micro_batches) for cut in cuts
+        ]
+        todo[Part.EXCHANGE] = Work(0, statistics.fmean(sent))
     rows = [
         Row(part, found.seconds[part], found.seconds[part] / found.step_seconds, floors.get(part), todo.get(part))
         for part in Part

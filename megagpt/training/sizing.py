@@ -18,7 +18,7 @@ from megagpt.data.loader import Batch
 from megagpt.engines.engine import Engine, build_engine
 from megagpt.errors import UserError
 from megagpt.hardware import device_name
-from megagpt.placement import check_placement, sharer
+from megagpt.placement import check_start, micro_batches
 from megagpt.planning.amounts import gigabytes
 from megagpt.planning.fit import check_fit
 from megagpt.planning.forecast import Forecast, forecast
@@ -53,9 +53,8 @@ def size_run(config: Config, world: World, last: dict[str, Any] | None = None) -
     """Check the run against the memory of its GPUs, and decide the micro-batch if it is auto. Every rank calls it, and
     all get the same answer. On a CPU nothing is refused, because a host's memory is shared and may be swapped. `last`:
     facts of the run's last incarnation, with `ended`. Raises UserError, with a way out."""
-    config.check_ranks(world.size)
-    if config.engine.tensor_ranks > 1:
-        check_placement(config, world.hosts())
+    # Ranks need not tell each other their machines if no group of them must share one.
+    check_start(config, world.hosts() if config.engine.tensor_ranks > 1 else [""] * world.size)
     own = gpu_memory(world.device)
     if own is None:
         _warn_of_host(config, world)
@@ -92,8 +91,7 @@ def _together(world: World) -> int:
 
 
 def _auto(config: Config, world: World) -> str:
-    size, count = config.micro_batch, config.accumulation(world.size)
-    return f"train.micro_batch auto: {count} micro-batch(es) of {size} sequence(s) per step and {sharer(config)}"
+    return f"train.micro_batch auto: {micro_batches(config, world.size)}"
 
 
 def _warn_of_host(config: Config, world: World) -> None:

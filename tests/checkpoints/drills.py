@@ -26,6 +26,7 @@ from megagpt.checkpoints.folder import list_checkpoints
 from megagpt.cli import main as command_line
 from megagpt.errors import ExitCode
 from tests.conftest import make_corpus, metrics, write_tiny
+from tests.minicluster.processes import wait_until
 from tests.processes import Process, end_all, start_ranks
 from tests.runs import PATIENCE, logs, losses, wait_for_steps
 
@@ -180,7 +181,9 @@ class Drill:
         wait_for_steps(self.run("read-only"), 3, ranks)
         folder = self.run("read-only") / "checkpoints"
         with mounted(["--bind", str(folder)], folder):
-            subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+            # Busy while the run has a file open there, which may be written for as long as a save takes.
+            remount = ["mount", "-o", "remount,bind,ro", str(folder)]
+            wait_until(lambda: subprocess.run(remount, capture_output=True).returncode == 0, "still busy")
             self.wait(ranks, [2, 2])
         self._assert_one_error("Read-only file system")
         assert list_checkpoints(self.run("read-only"))[-1].verify() == []

@@ -27,7 +27,7 @@ CROSSINGS = PAIRS + OF_LAYOUTS + SAME
 
 @pytest.fixture(scope="module")
 def results() -> dict[Crossing, Result]:
-    return cross(CROSSINGS, steps=3, saved_at=4)
+    return cross(CROSSINGS, steps=2, saved_at=2)
 
 
 def test_the_pairs_have_every_engine_and_every_world_size() -> None:
@@ -42,7 +42,7 @@ def test_the_pairs_have_every_engine_and_every_world_size() -> None:
 
 @pytest.mark.parametrize(("source", "target"), dict.fromkeys((a.engine, b.engine) for a, b in CROSSINGS))
 def test_a_resumed_run_is_the_plain_run(source: str, target: str, results: dict[Crossing, Result]) -> None:
-    """Over 3 steps, `megagpt parity` over 20; to the last bit where engine and number of ranks stay as they were."""
+    """Over 2 steps, `megagpt parity` over 20; to the last bit where engine and number of ranks stay as they were."""
     found = {c: r for c, r in results.items() if (c[0].engine, c[1].engine) == (source, target)}
     assert found
     assert source != target or any(a == b for a, b in found)

@@ -11,6 +11,7 @@ from megagpt.cli import main
 from megagpt.config import EngineConfig
 from megagpt.config_file import load_config, to_yaml
 from megagpt.errors import UserError
+from tests.conftest import Refusal
 
 # --- contradictions in the engine section ---
 
@@ -75,13 +76,13 @@ def test_each_engine_refuses_what_it_cannot_offload(place: tuple[str, int | None
         (["engine.tensor_ranks=2"], "engine.tensor_ranks is for engine.name fsdp or zero, and engine.name is ddp"),
         (
             ["engine.name=fsdp", "engine.tensor_ranks=3"],
-            "engine.tensor_ranks 3 must divide model.heads 16, model.context 2048 and 50304 rows of tokens; these do: "
-            "1, 2, 4, 8, 16",
+            "engine.tensor_ranks 3 must divide model.heads 16, model.context 2048 and the 50304 rows of the token "
+            "embedding; these do: 1, 2, 4, 8, 16",
         ),
         (
             ["engine.name=zero", "engine.tensor_ranks=5", "model.width=1600", "model.heads=25"],
-            "engine.tensor_ranks 5 must divide model.heads 25, model.context 2048 and 50304 rows of tokens; "
-            "these do: 1",
+            "engine.tensor_ranks 5 must divide model.heads 25, model.context 2048 and the 50304 rows of the token "
+            "embedding; these do: 1",
         ),
         (
             ["engine.name=fsdp", "engine.tensor_ranks=2", "train.float8=rowwise"],
@@ -215,3 +216,11 @@ def test_a_config_is_shown_for_one_group_of_its_tensor_ranks(capsys: pytest.Capt
         "on 8 ranks in 1 group of 8 tensor ranks = 128 micro-batch(es) of 12 per step and group"
         in capsys.readouterr().out
     )
+    assert main(["config", "gpt3_175b", "engine.shard_ranks=64"]) == 0  # a copy of the model is the least, then
+    assert "on 64 ranks in 8 groups of 8 tensor ranks" in capsys.readouterr().out
+
+
+def test_a_measurement_of_checkpoints_needs_a_whole_group(tmp_path: Path, refusal: Refusal) -> None:
+    command = ["checkpoint", "bench", "quickstart", "--in", str(tmp_path / "disk"), "engine.name=fsdp"]
+    refusal([*command, "engine.tensor_ranks=2"], "engine.tensor_ranks 2 does not divide 1 rank; ", "a multiple of 2")
+    refusal([*command, "engine.shard_ranks=2"], "engine.shard_ranks 2 does not divide 1 rank; these fit: 1")

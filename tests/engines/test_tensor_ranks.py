@@ -18,7 +18,7 @@ from megagpt.measure.cases import ENGINE_CASES, LR, Case, share
 from megagpt.measure.worker import Curve
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
-from megagpt.models.tensor_parallel import cut_of
+from megagpt.models.tensor_parallel import split_of
 from megagpt.planning.exchange import exchanged_bytes
 from megagpt.world import World, join
 from tests.processes import run_ranks
@@ -47,8 +47,8 @@ class Found:
     whole: list[str]
     """The digest of the state of what every tensor rank has, behind each of these."""
     undropped: Curve
-    exchanged: dict[str, tuple[Counts, Counts]]
-    """Of each mode, the bytes and the number of a step's exchanges."""
+    exchanged: dict[tuple[str, bool], tuple[Counts, Counts]]
+    """Of each mode, with dropout and without, the bytes and the number of a step's exchanges."""
 
 
 def case_of(layout: str, mode: str = "none", precision: str = "fp32") -> Case:
@@ -76,7 +76,7 @@ def look(layout: str, world: World) -> Found:
         curves.append(train(engine, case))
         state = engine.state()
         digests.append(digest(shard.flat for shard in state.values()))
-        whole.append(digest(shard.flat for key, shard in state.items() if not cut_of(key.partition(".")[2])))
+        whole.append(digest(shard.flat for key, shard in state.items() if not split_of(key.partition(".")[2])))
     undropped = train(build_engine(case_of(layout).config(), world), case_of(layout))
     return Found(start, list(zip(curves, digests, strict=True)), whole, undropped, exchanged(layout, world))
 
@@ -119,7 +119,7 @@ def test_ranks_start_with_the_bits_of_one_process(layout: str, found: list[dict[
     for name, parameter in GPT(config.model).named_parameters():
         counts, same = zip(*(rank[layout].start[name] for rank in found), strict=True)
         assert all(same), name
-        assert sum(counts) == parameter.numel() * copies * (1 if cut_of(name) else group), name
+        assert sum(counts) == parameter.numel() * copies * (1 if split_of(name) else group), name
 
 
 # --- dropout, and what every tensor rank has ---
@@ -179,33 +179,34 @@ class Recorder(TorchDispatchMode):
         self.calls[kind, ranks] += 1
 
 
-def recorded(case: Case, world: World) -> tuple[Counts, Counts]:
+def recorded(case: Case, dropout: bool, world: World) -> tuple[Counts, Counts]:
     """Of one step."""
-    engine = build_engine(case.config(), world)
+    engine = build_engine(with_dropout(case.config()) if dropout else case.config(), world)
     with Recorder() as recorder:
         engine.train_step(share(0, world.rank, case), LR)
     return recorder.sent, recorder.calls
 
 
-def exchanged(layout: str, world: World) -> dict[str, tuple[Counts, Counts]]:
-    modes = MODES if layout == "fsdp 2 x 2 tensor" else MODES[:1]
-    return {mode: recorded(case_of(layout, mode, "bf16"), world) for mode in modes}
+def exchanged(layout: str, world: World) -> dict[tuple[str, bool], tuple[Counts, Counts]]:
+    ways = [(mode, False) for mode in MODES] + [(mode, True) for mode in MODES]
+    ways = ways if layout == "fsdp 2 x 2 tensor" else ways[:1]
+    return {way: recorded(case_of(layout, way[0], "bf16"), way[1], world) for way in ways}
 
 
 # Exchanges of a block's activations in a micro-batch: two gathers and two sums in the forward pass, as many in the
-# backward pass. What is computed again ends before the last sum, whose output nobody reads.
-OF_BLOCK = {"none": 8, "full": 11, "selective": 11}
+# backward pass. What is computed again ends before the last sum, whose output nobody reads; with dropout, behind it.
+OF_BLOCK = {"none": (8, 8), "full": (11, 12), "selective": (11, 12)}
 
 
-def by_formula(config: Config, mode: str) -> Counts:
-    """Bytes that a rank sends in a step, in bf16."""
+def by_formula(config: Config, of_block: int) -> Counts:
+    """Bytes that a rank sends in a step, in bf16. `of_block`: the exchanges of a block's activations."""
     model, group = config.model, config.engine.tensor_ranks
     shards, copies = config.sharing_ranks(4) // group, 4 // config.sharing_ranks(4)
     layers, width, tokens = model.layers, model.width, config.micro_batch * model.context
     block = (12 * width**2 + 7 * width) // group + 6 * width
     whole = (model.context + 2 + 6 * layers) * width
     part = (model.padded_vocab_size // group + model.context + 2) * width + layers * block
-    values = (layers * OF_BLOCK[mode] + 4) * tokens * width
+    values = (layers * of_block + 4) * tokens * width
     sent: Counts = Counter()
     # Three fp32 numbers a token in the loss, from each rank.
     sent["activations", group] += MICRO_BATCHES * (2 * values + 4 * 3 * group * tokens) * (group - 1) // group
@@ -219,15 +220,15 @@ def by_formula(config: Config, mode: str) -> Counts:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ranks_exchange_the_bytes_of_the_formulas(layout: str, found: list[dict[str, Found]]) -> None:
-    """In bf16, in each mode of activation checkpointing."""
+    """In bf16, in each mode of activation checkpointing, with dropout and without."""
     for rank in found:
-        for mode, (sent, calls) in rank[layout].exchanged.items():
-            config = case_of(layout, mode).config()
-            formula = by_formula(config, mode)
+        for (mode, dropout), (sent, calls) in rank[layout].exchanged.items():
+            config, of_block = case_of(layout, mode, "bf16").config(), OF_BLOCK[mode][dropout]
+            formula = by_formula(config, of_block)
             assert (+sent).keys() == formula.keys(), mode
             for key, moved in formula.items():
                 assert sent[key] == pytest.approx(moved, rel=0.01), (mode, key)
-            in_micro_batch = config.model.layers * OF_BLOCK[mode] + 4 + 1  # embedding, head and loss
+            in_micro_batch = config.model.layers * of_block + 4 + 1  # embedding, head and loss
             assert calls["activations", config.engine.tensor_ranks] == MICRO_BATCHES * in_micro_batch, mode
-            planned = exchanged_bytes(case_of(layout, mode, "bf16").config(), 4, MICRO_BATCHES)
+            planned = exchanged_bytes(with_dropout(config) if dropout else config, 4, MICRO_BATCHES)
             assert sum(sent.values()) == pytest.approx(planned, rel=0.01), mode

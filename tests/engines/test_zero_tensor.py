@@ -21,7 +21,7 @@ from megagpt.measure.tables import difference
 from megagpt.measure.worker import Curve
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
-from megagpt.models.tensor_parallel import cut_of
+from megagpt.models.tensor_parallel import split_of
 from megagpt.world import World, join
 from tests.engines.reference import assert_same
 from tests.engines.test_ranks import half_precision, skipping
@@ -170,7 +170,7 @@ def test_tensor_ranks_keep_the_same_shared_parameters(stage: int, found: list[Fo
     for first, second in (found[:2], found[2:]):
         for key, pieces in first.trained[stage].items():
             boxes, others = dict(pieces), dict(second.trained[stage][key])
-            if cut_of(key.partition(".")[2]):
+            if split_of(key.partition(".")[2]):
                 assert not boxes.keys() & others.keys(), key
             else:
                 assert boxes.keys() == others.keys(), key

@@ -14,7 +14,7 @@ from megagpt.models import initialization
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initial_values, initialize
 from megagpt.models.presets import ModelConfig
-from megagpt.models.tensor_parallel import TensorRanks, cut_of
+from megagpt.models.tensor_parallel import TensorRanks, split_of
 
 CONFIG = ModelConfig(layers=2, width=24, heads=8, context=16, vocab_size=130)
 SHAPES = {name: tuple(p.shape) for name, p in GPT(CONFIG).named_parameters()}
@@ -50,7 +50,7 @@ def test_any_ranks_make_the_whole_of_every_parameter(data: st.DataObject, size: 
     """Tensor ranks, and ranges of each one's part that other ranks take: every element once, those that tensor ranks
     have in common once on each."""
     for name, whole in initialized(seed).items():
-        copies = 1 if cut_of(name) else size
+        copies = 1 if split_of(name) else size
         count, found = torch.zeros(SHAPES[name]), torch.full(SHAPES[name], math.nan)
         local = {n: tuple(p.shape) for n, p in parts(size).items()}[name]
         cuts = sorted(data.draw(st.lists(st.integers(0, math.prod(local)), min_size=ranks - 1, max_size=ranks - 1)))
@@ -79,9 +79,9 @@ def test_only_rows_of_the_range_are_drawn(monkeypatch: pytest.MonkeyPatch) -> No
     asked = []
     original = initialization.normal_rows
 
-    def counting(seed: int, name: str, columns: int, start: int, stop: int) -> object:
+    def counting(seed: int, name: str, columns: int, start: int, stop: int, kept: slice) -> object:
         asked.append((start, stop))
-        return original(seed, name, columns, start, stop)
+        return original(seed, name, columns, start, stop, kept)
 
     monkeypatch.setattr(initialization, "normal_rows", counting)
     initial_values("blocks.0.mlp.up.weight", (96, 24), CONFIG, 0, (5, 1), (2, 20))

@@ -8,15 +8,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megagpt.engines.engine import tensor_ranks
 from megagpt.engines.flat_shard import parts_of
 from megagpt.generation import generate
 from megagpt.models.gpt import GPT
 from megagpt.models.initialization import initialize
 from megagpt.models.loss import linear_cross_entropy
-from megagpt.models.packing import Packing
 from megagpt.models.presets import ModelConfig
-from megagpt.models.tensor_parallel import TensorRanks, cut_of
+from megagpt.models.tensor_parallel import TensorRanks, split_of
 from megagpt.models.tensor_softmax import tensor_softmax
 from megagpt.world import join
 from tests.processes import run_ranks
@@ -73,19 +71,14 @@ def compare_models(config: ModelConfig, ranks: TensorRanks) -> dict[str, Any]:
     for name, parameter in part.named_parameters():
         gradient = parameter.grad
         assert gradient is not None
-        if not cut_of(name):
-            gradient = ranks.add_whole(gradient)
+        if not split_of(name):
+            gradient = ranks.all_reduce(gradient)
         expected = gradients[name]
         assert expected is not None
         found[f"gradient of {name}"] = largest(gradient, own(name, expected, gradient, ranks))
     with torch.no_grad():
-        # Lengths that the ranks do not divide; a packed batch; samples with rows of two lengths, past the context.
-        for length in (1, 7, 16):
-            found[f"logits of {length}"] = largest(part(tokens[:, :length]), whole(tokens[:, :length]))
-        positions = torch.tensor([[0, 1, 2, 1, 2, 3]])
-        packing = Packing(positions, torch.tensor([[0, 1, 1, 2, 2, 2]]), torch.tensor([1, 3, 5]))
-        scored = [model(tokens[:1, :6], torch.tensor([3, 299, 7]), packing=packing) for model in (part, whole)]
-        found["likelihoods"] = largest(*scored)
+        found["logits"] = largest(part(tokens), whole(tokens))
+        # Samples with rows of two lengths, past the context.
         prompts = [[1, 2, 3], [4]]
         texts = [generate(model, config, prompts, 20, temperature=t) for t in (0, 1) for model in (part, whole)]
         found["samples"] = float(texts[0] != texts[1] or texts[2] != texts[3])
@@ -112,7 +105,7 @@ def compare_softmax(ranks: TensorRanks, compiled: bool) -> dict[str, float]:
         assert w.grad is not None
         assert mine.grad is not None
         assert table.grad is not None
-        total = ranks.add_whole(mine.grad)
+        total = ranks.all_reduce(mine.grad)
         found[f"loss of {vocab_size}"] = largest(loss.detach(), expected.detach())
         found[f"hidden of {vocab_size}"] = largest(total, h.grad)
         difference = (table.grad.double() - w.grad.chunk(ranks.size)[ranks.rank]).abs().max()
@@ -129,7 +122,7 @@ def bf16_errors(ranks: TensorRanks) -> dict[str, float]:
     w = torch.randn(64, 4096, generator=generator).bfloat16()
     exact = (x.double() @ w.double().T).chunk(ranks.size, 1)[ranks.rank]
     inner = slice(ranks.rank * 4096 // ranks.size, (ranks.rank + 1) * 4096 // ranks.size)
-    summed = ranks.add(x[..., inner] @ w[:, inner].T)
+    summed = ranks.reduce_scatter(x[..., inner] @ w[:, inner].T)
     assert summed.dtype == torch.float32
     one = (x @ w.T).chunk(ranks.size, 1)[ranks.rank]
     return {"summed": rms(summed, exact), "one product": rms(one, exact)}
@@ -145,7 +138,7 @@ def work() -> list[tuple[str, dict[str, float]]]:
     with join("cpu") as world:
         for size in SIZES:
             groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.size, size)]
-            ranks = tensor_ranks(groups[world.rank // size])
+            ranks = TensorRanks.of(groups[world.rank // size])
             for name, config in CONFIGS.items():
                 results.append((f"{name} {size}", compare_models(config, ranks)))
             for compiled in (False, True):

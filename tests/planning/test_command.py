@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from megagpt.cli import main
-from megagpt.config_file import load_config
-from megagpt.planning.setting import typed
+from megagpt.config import EngineConfig
+from megagpt.config_file import file_engine, load_config
+from megagpt.planning.gpus import Cluster, find_gpu
+from megagpt.planning.plan import Planner
+from megagpt.planning.search import search
+from megagpt.planning.setting import typed, vary
 from megagpt.schedule import batch_sequences, cut, ramp_work
 from tests.conftest import Refusal
 from tests.runs import shrunk
@@ -56,10 +60,19 @@ def test_without_gpus_the_clusters_are_found(capsys: Capture) -> None:
     assert clusters["in_time"]["gpus"] == min(in_time)
 
 
+def test_no_cluster_has_a_group_of_tensor_ranks_on_two_nodes(capsys: Capture) -> None:
+    found = record(capsys, "gpt3_175b", "engine.tensor_ranks=16", "--days", "6")["clusters"]["in_time"]
+    assert main(shlex.split(found["start"])[1:]) == 0
+    assert found["engine"]["tensor_ranks"] <= 8
+    assert "engine.tensor_ranks=16" not in found["start"]
+
+
 @pytest.mark.parametrize(("arguments", "parts"), [
     (["gpt3_175b", "--gpus", "1024", "engine.tensor_ranks=1", "train.micro_batch=1"],
      ["1024 rank(s)", "2097152 or 4194304", "768 or 1536 ranks"]),
     (["gpt3_xl", "--gpus", "12"], ["nodes of 8", "8 or 16"]),
+    (["gpt3_175b", "--gpus", "1020", "engine.tensor_ranks=1"], ["whole nodes of 8", "use 128 GPUs, or"]),
+    (["gpt3_xl", "--gpus", "16", "engine.name=fsdp", "engine.tensor_ranks=16"], ["node 1 and node 2", "set engine."]),
     (["gpt3_175b", "--gpus", "2000", "--per-node", "6"], ["whole nodes of 6", "use 1536 or 3072 GPUs"]),
     (["gpt3_xl", "--gpus", "8", "--gpu", ""], ["unknown GPU ''"]),
     (["gpt3_175b", "--gpu", "t4"], ["t4 has no products in bf16", "set train.precision=fp16"]),
@@ -110,6 +123,22 @@ def test_the_overrides_replace_those_of_another_engine(capsys: Capture) -> None:
                                         "--gpus-per-node", "8"])  # fmt: skip
 
 
+@pytest.mark.parametrize("given", [
+    [], ["engine.tensor_ranks=1"], ["engine.tensor_ranks=4", "train.activation_checkpointing=full"],
+    ["engine.name=fsdp", "engine.shard_ranks=8"], ["engine.name=ddp"], ["engine.stage=1", "engine.offload=optimizer"],
+])  # fmt: skip
+def test_the_overrides_of_every_setting_give_it(given: list[str], tmp_path: Path) -> None:
+    """From a file whose engine has settings of its own, and some that others have, too."""
+    file = tmp_path / "own.yaml"
+    file.write_text("base: gpt3_xl.yaml\nengine: {name: zero, stage: 3, tensor_ranks: 8}\n")
+    config, cluster = load_config(str(file), given), Cluster(find_gpu("h100"), 16, 8)
+    plans = search(config, cluster, Planner(None), whole=True)
+    assert len({plan.config.engine.name for plan in plans}) == 3
+    for plan in plans:
+        again = load_config(str(file), typed(given, config, plan.config, file_engine(str(file))))
+        assert (again.engine, again.train) == (plan.config.engine, plan.config.train)
+
+
 def test_a_change_that_gains_nothing_is_not_recommended(capsys: Capture) -> None:
     """A tiny model is as fast with activation checkpointing, which has no use there."""
     best = record(capsys, "quickstart", "--gpus", "1")["recommended"]
@@ -137,8 +166,11 @@ def test_every_term_is_explained_and_lines_are_short(capsys: Capture) -> None:
 
 
 def test_an_override_is_typed_once() -> None:
-    assert typed(["train.micro_batch=1", "run.name=a"], ["train.micro_batch=3"])[1:] == ["train.micro_batch=3"]
-    assert typed(["engine.stage=3", "engine.name=zero"], ["engine.name=ddp"]) == ["engine.name=ddp"]
+    given = ["train.micro_batch=1", "run.name=a", "engine.stage=3", "engine.name=zero"]
+    config, engine = load_config("gpt2_124m", given), file_engine("gpt2_124m")
+    wanted = vary(config, train={"micro_batch": 4}, engine=vars(EngineConfig("fsdp")))
+    assert typed(given, config, wanted, engine) == ["run.name=a", "engine.name=fsdp", "train.micro_batch=4"]
+    assert typed(given, config, vary(wanted, engine=vars(engine)), engine) == ["run.name=a", "train.micro_batch=4"]
 
 
 @pytest.mark.parametrize("name", ["gpt3_175b", "gpt3_125m", "gpt2_124m"])

@@ -18,8 +18,8 @@ FSDP, DDP = {"name": "fsdp"}, {"name": "ddp"}
 TENSOR = {size: FSDP | {"tensor_ranks": size} for size in (2, 4, 8)}
 MODES = ["none", "selective", "full", {"every": 2}]
 # Long sequences, so that blocks weigh more than the table does; and short ones, where it is the other way round.
-LONG = {"layers": 4, "width": 512, "heads": 8, "context": 1024, "vocab_size": 2000}
-WIDE = {"layers": 4, "width": 1536, "heads": 12, "context": 128, "vocab_size": 5000}
+LONG = {"layers": 3, "width": 512, "heads": 8, "context": 1024, "vocab_size": 2000}
+WIDE = {"layers": 3, "width": 1536, "heads": 12, "context": 128, "vocab_size": 5000}
 
 
 def assert_same_peak(shape: dict[str, Any], engine: dict[str, Any], ranks: int, batch: int, **train: Any) -> None:

@@ -278,6 +278,10 @@ def test_a_calibrated_plan_scales_every_part() -> None:
     assert slower.seconds == pytest.approx({name: 1.25 * value for name, value in plain.seconds.items()})
     assert "my_run" in slower.evidence
     assert slower.range[1] / slower.tokens_per_second == pytest.approx(1.15)
+    split = dataclasses.replace(config, engine=EngineConfig("fsdp", tensor_ranks=8))
+    unlike = predict_speed(split, cluster, calibrated(calibration_of(H100), 1.25, "my_run"))
+    assert unlike.range[1] / unlike.tokens_per_second == pytest.approx(1.3)
+    assert "tensor ranks" in unlike.evidence
 
 
 def test_an_explanation_names_formula_and_origin_of_each_number() -> None:

@@ -16,4 +16,4 @@ def test_config_command_shows_the_arithmetic_of_the_ramp(
     assert main(["config", "gpt3_175b", "--ranks", "1024", override]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "batch ramp" in line]
     assert line.startswith("# batch ramp: 32,768 to 3,145,728 tokens over 17,599 steps; ")
-    assert line.endswith(f"; {counted} of its arithmetic counts on 128 share(s) of the batch")
+    assert line.endswith(f"; {counted} of its arithmetic counts on 128 group(s)")

@@ -221,6 +221,18 @@ def test_each_rank_has_a_trace(tiny: Tiny, tmp_path: Path) -> None:
     assert "exchange between ranks" not in (tmp_path / "1.log").read_text()
 
 
+@pytest.mark.slow
+def test_collectives_of_several_groups_are_not_compared(tiny: Tiny, tmp_path: Path) -> None:
+    """Each of these two copies of the model has collectives of its own, and the sum over both is one of all ranks."""
+    config = tiny(**QUICK, train={"tokens": 384, "micro_batch": 2}, engine={"name": "fsdp", "shard_ranks": 1})
+    ranks = start_ranks(2, [str(config), "train.profile_steps=2"], tmp_path)
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    folder = tmp_path / "runs" / "tiny" / "profile" / "steps_2"
+    assert parts(folder)[Part.EXCHANGE]["seconds"] > 0
+    assert Part.PEERS not in parts(folder)
+    assert any("several groups" in note for note in json.loads((folder / "parts.json").read_text())["notes"])
+
+
 def check_ranks(folder: Path) -> None:
     """Files of two ranks under FSDP, whose exchange has a line. Whether rank 0 waited for its peer is up to them."""
     assert names(folder) == FILES | {"rank_1.json.gz"}

@@ -119,6 +119,36 @@ def test_floors_are_those_of_the_profiled_batches() -> None:
         assert found[Part.OPTIMIZER] == full[Part.OPTIMIZER]
 
 
+def test_the_bytes_that_are_sent_are_those_of_the_profiled_batches() -> None:
+    """A ramp's small micro-batches exchange fewer activations; the gradients of a step are as many."""
+
+    def sent(cut: Cut, engine: dict[str, Any]) -> float:
+        made = make_table(config(engine), 2, [cut], Breakdown(1.0, dict.fromkeys(Part, 0.0), {}), RATES, "", [])
+        todo = rows(made)[Part.EXCHANGE].work
+        assert todo is not None
+        assert todo.moved is not None
+        return todo.moved
+
+    tensor = {"name": "fsdp", "tensor_ranks": 2}
+    once = 2 * 4 * (32 + 2 + 6 * 4) * 64 / 2  # gradients of what both ranks have
+    assert sent(Cut(1, 2), tensor) - once == pytest.approx(2 * (sent(Cut(1, 1), tensor) - once))
+    assert sent(Cut(4, 2), tensor) - once == pytest.approx(8 * (sent(Cut(1, 1), tensor) - once))
+    assert sent(Cut(4, 2), {"name": "ddp"}) == sent(Cut(1, 1), {"name": "ddp"})
+
+
+def test_the_optimizer_updates_a_ranks_part_of_the_model() -> None:
+    """Of several tensor ranks, each has LayerNorms, positions and two biases of each block whole."""
+    whole = config().model
+    uncut = (32 + 2 + 6 * 4) * 64
+    for engine, ranks, expected in (
+        ({"name": "fsdp", "tensor_ranks": 2}, 2, (whole.stored_parameters - uncut) / 2 + uncut),
+        ({"name": "zero", "tensor_ranks": 2, "stage": 3}, 4, ((whole.stored_parameters - uncut) / 2 + uncut) / 2),
+        ({"name": "fsdp"}, 4, whole.stored_parameters / 4),
+        ({"name": "ddp"}, 4, whole.stored_parameters),
+    ):
+        assert work(config(engine, precision="fp32"), ranks, 1, 2)[Part.OPTIMIZER].moved == 32 * expected, engine
+
+
 def test_weights_move_once_in_each_micro_batch() -> None:
     """Whatever its size."""
     few, many = (work(config(precision="fp32"), 1, count, 8) for count in (1, 4))

@@ -205,7 +205,7 @@ def test_auto_on_a_gpu_is_the_same_run(
     steps.clear()
     assert main(["train", "--resume", str(run), "--at", "1280"]) == 0
     assert steps == [2] * 10
-    assert "2 micro-batch(es) of 2 sequence(s) per step and rank, as in this run's last inc" in capsys.readouterr().out
+    assert "2 micro-batch(es) of 2 per step and rank, as in this run's last inc" in capsys.readouterr().out
 
 
 def last_of(config: Config, **facts: Any) -> dict[str, Any]:
