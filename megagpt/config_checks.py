@@ -60,8 +60,8 @@ def _check_tensor_ranks(config: Config) -> Iterator[str]:
     model, size = config.model, config.engine.tensor_ranks
     able = model.ways_to_split()
     if size not in able:
-        heads_and_context = f"model.heads {model.heads}, model.context {model.context}"
-        shape = f"{heads_and_context} and the {model.padded_vocab_size} rows of the token embedding"
+        rows = f"the {model.padded_vocab_size} rows of the token embedding"
+        shape = f"model.heads {model.heads}, model.context {model.context} and {rows}"
         yield f"engine.tensor_ranks {size} must divide {shape}; these do: {', '.join(map(str, able))}"
     if size > 1 and config.train.float8 != "none":
         reason = "scales whole tensors, and tensor ranks hold parts of them"

@@ -150,7 +150,7 @@ class Engine(abc.ABC):
 
     def _mean(self, total: float, batch: Batch) -> float:
         """The mean over a batch's tokens of a loss that is summed over all ranks. The tensor ranks of a group have the
-        same loss, so the sum counts it as often as they are many."""
+        same loss, which the sum counts once for each of them."""
         return total / self.config.engine.tensor_ranks / batch.tokens
 
     def _scaled(self, loss: Tensor, scale: float, last: bool) -> Tensor:

@@ -4,12 +4,16 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.checkpoints import checksums
 from megagpt.checkpoints.checksums import CheckedReader, CorruptError, FileSum, HashingWriter, sum_bytes
+from megagpt.checkpoints.storage import Reader
+from megagpt.engines.flat_shard import FlatShard
 
 BLOCK = 16
 
@@ -98,3 +102,24 @@ def test_missing_short_and_long_files_are_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CorruptError, match="file is missing"):
         CheckedReader(path, expected)
+
+
+def test_tensors_of_any_layout_are_read_into_any_layout(tmp_path: Path) -> None:
+    """Equal shapes in several dtypes and orders, written by PyTorch's own writer; the second one of each kind too."""
+    numbers = [torch.arange(first, first + 6.0) for first in range(8)]
+    state = {
+        **{f"rows {i}": numbers[i].view(2, 3) for i in range(3)},
+        **{f"columns {i}": numbers[i].view(3, 2).t() for i in range(3, 6)},
+        **{f"double {i}": numbers[i].view(2, 3).double() for i in range(6, 8)},
+    }
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    sums = {path.name: sum_bytes(path.read_bytes()) for path in tmp_path.iterdir()}
+    for place in (torch.zeros(2, 3), torch.zeros(3, 2).t(), torch.zeros(4, 6)[::2, ::2]):
+        loaded = {key: place.clone(memory_format=torch.preserve_format) for key in state}
+        dcp.load(loaded, storage_reader=Reader(tmp_path, sums), no_dist=True)
+        assert all(torch.equal(loaded[key], state[key].float()) for key in state)
+    for start, stop in ((3, 6), (0, 3), (1, 5)):
+        parts = {key: FlatShard(torch.zeros(stop - start), (2, 3), start) for key in state}
+        dcp.load(dict(parts), storage_reader=Reader(tmp_path, sums), no_dist=True)
+        for key, part in parts.items():
+            assert torch.equal(part.flat, state[key].float().flatten()[start:stop]), (key, start)
