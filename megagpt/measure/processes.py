@@ -1,6 +1,7 @@
 """Starts the ranks of a measurement on this machine, and collects the results of rank 0."""
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -101,6 +102,7 @@ def enter(environment: dict[str, str], stdout: Path, stderr: Path, cwd: Path | N
 
 def _rank(variables: dict[str, str], log: Path, sender: Connection | None, function: Function, *arguments: Any) -> None:
     enter({**variables, "TORCHELASTIC_ERROR_FILE": f"{log}.error.json"}, log, log)
+    gc.freeze()  # imports live as long as the process
     try:
         for value in function(*arguments):
             if sender is not None:

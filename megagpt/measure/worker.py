@@ -110,14 +110,7 @@ def memory(case: Case, world: World) -> dict[str, Any]:
     timed case also `seconds`, the median time of a step. Counts the storages of all live tensors of the process, not
     what the engine says it holds."""
     before = _live_storages()
-    gc.freeze()  # what lives before is not looked at again: there is more of it than of anything else
-    try:
-        return _memory(case, world, before)
-    finally:
-        gc.unfreeze()
-
-
-def _memory(case: Case, world: World, before: dict[int, int]) -> dict[str, Any]:
+    gc.freeze()  # what lives now is never looked at again: it takes half a second
     config = memory_config(case)
     engine = build_engine(config, world)
     fullest: dict[str, Any] = {}

@@ -1,5 +1,6 @@
 """megagpt plan: its JSON, its refusals, what it writes and draws, and the advice that it prints."""
 
+import itertools
 import json
 import shlex
 import subprocess
@@ -12,9 +13,6 @@ import pytest
 from megagpt.cli import main
 from megagpt.config import EngineConfig
 from megagpt.config_file import file_engine, load_config
-from megagpt.planning.gpus import Cluster, find_gpu
-from megagpt.planning.plan import Planner
-from megagpt.planning.search import search
 from megagpt.planning.setting import typed, vary
 from megagpt.schedule import batch_sequences, cut, ramp_work
 from tests.conftest import Refusal
@@ -131,12 +129,13 @@ def test_the_overrides_of_every_setting_give_it(given: list[str], tmp_path: Path
     """From a file whose engine has settings of its own, and some that others have, too."""
     file = tmp_path / "own.yaml"
     file.write_text("base: gpt3_xl.yaml\nengine: {name: zero, stage: 3, tensor_ranks: 8}\n")
-    config, cluster = load_config(str(file), given), Cluster(find_gpu("h100"), 16, 8)
-    plans = search(config, cluster, Planner(None), whole=True)
-    assert len({plan.config.engine.name for plan in plans}) == 3
-    for plan in plans:
-        again = load_config(str(file), typed(given, config, plan.config, file_engine(str(file))))
-        assert (again.engine, again.train) == (plan.config.engine, plan.config.train)
+    config, engine_of_file = load_config(str(file), given), file_engine(str(file))
+    made = [{"name": "ddp"}, {"name": "fsdp", "reshard_after_forward": False}, {"name": "zero", "stage": 2}]
+    for values, tensor_ranks in itertools.product(made, (1, 2, 8)):
+        engine = EngineConfig(**values, tensor_ranks=tensor_ranks if values["name"] != "ddp" else 1)
+        wanted = vary(config, engine=vars(engine), train={"activation_checkpointing": "selective"})
+        again = load_config(str(file), typed(given, config, wanted, engine_of_file))
+        assert (again.engine, again.train) == (wanted.engine, wanted.train)
 
 
 def test_a_change_that_gains_nothing_is_not_recommended(capsys: Capture) -> None:

@@ -111,15 +111,17 @@ def test_bf16_and_dropout_stay_near_the_fp32_curve(tiny: Tiny, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compiler")
 def test_a_compiled_block_gives_the_same_losses(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the compiler's C++, one block of it, which takes a minute; the engines' wrapping is tried without it."""
+    """By the compiler's C++, one block of it, which takes half a minute; the engines' wrapping is tried without it. The
+    graphs are those of the profiler's test, which finds them in the compiler's cache."""
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # processes that would each import PyTorch
     waits: list[str] = []
     patient = Watchdog.patient
     monkeypatch.setattr(Watchdog, "patient", lambda self, text: waits.append(text) or patient(self, text))
-    config = str(tiny(model={"layers": 1}, checkpoint={"every_tokens": 640}))
+    config = str(tiny(model={"layers": 1}, train={"micro_batch": 2}, checkpoint={"every_tokens": 640}))
     assert train(config, "run.name=eager") == 0
     assert not [text for text in waits if "compiling" in text]
     assert train(config, "run.name=compiled", "train.compile=true", "validation.every_tokens=640") == 0
