@@ -66,7 +66,7 @@ def test_preset_files_hold_the_papers_recipe(file: Path) -> None:
 def test_every_file_divides_over_the_usual_worlds(file: Path) -> None:
     """As it is, or with the micro-batch that the refusal names."""
     config = load_config(str(file))
-    assert config.accumulation(config.engine.tensor_ranks) * config.train.micro_batch == config.batch_sequences
+    config.check_ranks(config.engine.tensor_ranks)
     for ranks in (8, 16, 32, 64, 128, 256) if config.model.preset else ():
         refusal = ""
         try:

@@ -148,7 +148,9 @@ def softmax_cross_entropy_to_compile_(logits: Tensor, targets: Tensor, vocab_siz
     z = logits.float().masked_fill(column >= vocab_size, -torch.inf)
     largest = z.amax(1, keepdim=True)
     log_total = (z - largest).exp().sum(1, keepdim=True).log()
-    token_loss = log_total + (largest - logits.gather(1, target).float())
+    # Not by a gather: PyTorch 2.11 compiles it to run after the gradient has overwritten the logits.
+    of_target = torch.where(column == target, z, 0.0).sum(1, keepdim=True)
+    token_loss = log_total + (largest - of_target)
     loss = torch.where(counted, token_loss, 0.0).sum()
     if with_gradient:  # computes the exponentials again: to keep them would cost more than to read the logits twice
         p = (z - largest - log_total).exp()

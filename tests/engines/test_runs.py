@@ -63,7 +63,7 @@ def test_one_process_trains_under_every_engine(name: str, one: tuple[Path, Path]
 def test_an_engine_refuses_in_one_line(tiny: Tiny, tmp_path: Path) -> None:
     config = str(tiny(train={"micro_batch": 2}))
     refused = {
-        ("engine.name=fsdp", "engine.shard_ranks=2"): ["engine.shard_ranks 2", "1 ranks"],
+        ("engine.name=fsdp", "engine.shard_ranks=2"): ["engine.shard_ranks 2", "1 rank;"],
         ("engine.name=zero", "engine.deepspeed={fp16: {enabled: true}}"): ["engine.deepspeed.fp16", "train.precision"],
         ("engine.name=zero", "engine.stage=3", "engine.offload=all", "engine.nvme_path=nowhere"): ["nowhere"],
         ("engine.name=fsdp", "engine.offload=optimizer"): ["engine.offload optimizer", "none, all"],

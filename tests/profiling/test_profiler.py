@@ -70,6 +70,7 @@ def test_compiled_parts_are_profiled_as_they_run(
 ) -> None:
     """They are not compiled again. Products and attention keep their parts, and the graphs are where they belong."""
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # processes that would each import PyTorch
+    torch._dynamo.reset()
     counters.clear()
     parts = profiled({"compile": True})
     assert counters["stats"]["unique_graphs"] > 0
