@@ -11,7 +11,8 @@ from megagpt.run_log import Event, Line, RunLog
 
 
 def train_with_a_fault(config: str) -> int:
-    """`megagpt train` on one of torchrun's ranks; in its first attempt, rank 0 fails as it logs step 8."""
+    """`megagpt train` on one of torchrun's ranks; in its first attempt, rank 0 fails as it logs step 8, when step 5 is
+    saved."""
     append = RunLog.append
 
     def broken(log: RunLog, event: Event, step: int, tokens: int, values: Line) -> None:
@@ -21,7 +22,7 @@ def train_with_a_fault(config: str) -> int:
 
     patch = mock.patch.object(RunLog, "append", broken)
     with patch if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else contextlib.nullcontext():
-        return main(["train", config, "checkpoint.every_tokens=640", "--auto-resume"])
+        return main(["train", config, "checkpoint.every_tokens=640", "checkpoint.asynchronous=false", "--auto-resume"])
 
 
 def before_steps(folder: Path, condition: str, expression: str) -> str:

@@ -96,6 +96,7 @@ def free(logits: Tensor, targets: Tensor, vocab_size: int, with_gradient: bool) 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="it adds products of two dtypes on devices only")
 def test_the_head_moves_few_more_bytes_than_it_must() -> None:
     ours = bytes_per_token(free, CHUNK, sums_in_fp32=True) + ROWS * compiled_bytes(with_gradient=True)
     assert 0.999 * floor() <= ours <= 1.2 * floor()

@@ -24,6 +24,8 @@ CONFIGS = {
     "banded": ModelConfig(layers=2, width=32, heads=4, context=16, vocab_size=300, attention="banded", window=4),
 }
 SIZES = (2, 4)
+# One group: all tests read one start of four ranks.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("tensor parallel")]
 
 
 def part_of(whole: GPT, ranks: TensorRanks) -> GPT:
@@ -154,7 +156,6 @@ def results() -> dict[str, list[dict[str, float]]]:
     return {name: [found[name] for found in of_ranks] for name in of_ranks[0]}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_in_parts_computes_what_the_whole_one_does(results: Any, name: str, size: int) -> None:
@@ -163,7 +164,6 @@ def test_a_model_in_parts_computes_what_the_whole_one_does(results: Any, name: s
             assert difference <= 3e-6, what
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("size", SIZES)
 def test_the_softmax_of_a_cut_vocabulary_is_exact(results: Any, size: int, compiled: bool) -> None:
@@ -172,7 +172,6 @@ def test_the_softmax_of_a_cut_vocabulary_is_exact(results: Any, size: int, compi
             assert difference <= (0 if "dead" in what else 1e-6), what
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 def test_partial_sums_in_bf16_cost_no_precision(results: Any, size: int) -> None:
     """With sums that are rounded on their way, the error of 4 ranks would be 1.7 times as large."""
