@@ -64,7 +64,7 @@ def _row(plan: Plan, own: Config) -> list[str]:
     mark = "*" if is_same(config, own) else ""
     spare = gigabytes(plan.spare) if plan.verdict == "fits" else plan.verdict.replace("does not fit", "no fit")
     # "fsdp in groups of 8 x 8" could be read as one product, so the tensor ranks come first.
-    engine = re.sub(r"^(\w+)(.*), (\d+) tensor ranks", r"\1 x \3\2", engine_words(config.engine, ranks))
+    engine = re.sub(r"( in groups of \d+)?, (\d+) tensor ranks", r" x \2\1", engine_words(config.engine, ranks))
     return [
         mark, f"{ranks:,}", engine, mode_words(config.train.activation_checkpointing),
         str(config.micro_batch), gigabytes(plan.memory.total), spare, large(plan.speed.tokens_per_second),

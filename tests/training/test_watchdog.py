@@ -108,7 +108,7 @@ def test_the_tensor_rank_that_keeps_the_others_is_named(tmp_path: Path, corpus: 
     said = r" in step 3; rank 3 has not joined all_gather \d+ of ranks [12], 3; every rank's stack"
     assert re.search(said, line), line
     stacks = [(tmp_path / "runs" / "tiny" / "hangs" / "000001" / f"rank_{rank}.txt").read_text() for rank in (2, 3)]
-    assert ["in _gather\n" in stack for stack in stacks] == [True, False]
+    assert ["in _all_gather\n" in stack for stack in stacks] == [True, False]
 
 
 @pytest.mark.timing
